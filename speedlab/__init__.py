@@ -1,0 +1,3 @@
+"""The SpeedLab engine: no node classes, no user interface."""
+
+__version__ = "0.1.0"
