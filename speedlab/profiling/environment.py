@@ -1,0 +1,126 @@
+"""The machine and the software that a measurement was made on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+
+
+def environment(device: Any) -> dict[str, Any]:
+    """Facts about device, driver, libraries and flags, as the record's `env`. Unknown facts are None."""
+    import torch
+
+    cuda = getattr(device, "type", str(device)) == "cuda"
+    return {
+        "device": device_name(device),
+        "device_type": getattr(device, "type", str(device)),
+        "device_memory_gb": round(torch.cuda.get_device_properties(device).total_memory / 1e9, 2) if cuda else None,
+        "driver": _driver_version() if cuda else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "hip": getattr(torch.version, "hip", None) if cuda else None,
+        "comfyui": comfyui_version(),
+        "speedlab": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "attention": _attention_name(),
+        "allocator": torch.cuda.get_allocator_backend() if cuda else None,
+        "flags": _flags(torch),
+        "cpu": cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "ram_gb": _ram_gb(),
+    }
+
+
+def environment_hash(env: dict[str, Any]) -> str:
+    """Twelve hex digits that are equal for equal environments."""
+    text = json.dumps(env, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def device_name(device: Any) -> str:
+    """The card's marketing name, else the processor's."""
+    import torch
+
+    kind = getattr(device, "type", str(device))
+    if kind == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    if kind == "cpu":
+        return cpu_name()
+    backend = getattr(torch, kind, None)
+    if backend is not None and hasattr(backend, "get_device_name"):
+        return str(backend.get_device_name(device))
+    return f"{kind} ({cpu_name()})"
+
+
+@lru_cache(maxsize=1)
+def comfyui_version() -> str | None:
+    """ComfyUI's own version string, if it tells one."""
+    try:
+        from comfyui_version import __version__ as version
+    except ImportError:
+        return None
+    return str(version)
+
+
+@lru_cache(maxsize=1)
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    if sys.platform.startswith("linux"):
+        try:
+            lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine() or "CPU"
+
+
+@lru_cache(maxsize=1)
+def _driver_version() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            version = pynvml.nvmlSystemGetDriverVersion()
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception as error:  # the library is optional and raises its own types on ROCm and in containers
+        return f"unknown ({type(error).__name__})"
+    return version.decode() if isinstance(version, bytes) else str(version)
+
+
+def _attention_name() -> str | None:
+    try:
+        from comfy.ldm.modules.attention import optimized_attention
+    except ImportError:
+        return None
+    return getattr(optimized_attention, "__name__", str(optimized_attention))
+
+
+def _flags(torch: Any) -> dict[str, Any]:
+    matmul = torch.backends.cuda.matmul
+    return {
+        "tf32_matmul": bool(matmul.allow_tf32),
+        "tf32_cudnn": bool(torch.backends.cudnn.allow_tf32),
+        "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
+        "fp16_accumulation": bool(getattr(matmul, "allow_fp16_accumulation", False)),
+        "deterministic": bool(torch.are_deterministic_algorithms_enabled()),
+    }
+
+
+def _ram_gb() -> float | None:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return round(psutil.virtual_memory().total / 1e9, 1)

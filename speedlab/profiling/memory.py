@@ -1,0 +1,135 @@
+"""Memory peaks of a phase: the device allocator's counters, and the process's resident set.
+
+Sizes are bytes here; the record turns them into GB of 10^9 bytes. A number that the platform does not have is None.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class MemoryPeak:
+    """Peaks over a span of time, in bytes."""
+
+    allocated: int | None = None
+    reserved: int | None = None
+    rss: int | None = None
+    device_used: int | None = None
+
+    def merged(self, other: MemoryPeak) -> MemoryPeak:
+        """The peak over both spans."""
+        return MemoryPeak(
+            *(
+                _largest(getattr(self, name), getattr(other, name))
+                for name in ("allocated", "reserved", "rss", "device_used")
+            )
+        )
+
+
+class PeakReading:
+    """Filled when the measured block ends."""
+
+    peak: MemoryPeak = MemoryPeak()
+
+
+@contextmanager
+def measure_peak(device: Any) -> Iterator[PeakReading]:
+    """Measure the peaks of a block on `device`; the device's peak counters are reset at its start."""
+    reading = PeakReading()
+    cuda = _cuda_for(device)
+    if cuda is not None:
+        cuda.reset_peak_memory_stats(device)
+    resettable = _reset_rss_peak()
+    start = rss_bytes()
+    try:
+        yield reading
+    finally:
+        rss = rss_peak_bytes() if resettable else _largest(start, rss_bytes())
+        reading.peak = MemoryPeak(
+            allocated=cuda.max_memory_allocated(device) if cuda else None,
+            reserved=cuda.max_memory_reserved(device) if cuda else None,
+            rss=rss,
+            device_used=_device_used(cuda, device),
+        )
+
+
+def rss_bytes() -> int | None:
+    """Resident set of this process now."""
+    value = _status_field("VmRSS")
+    if value is not None:
+        return value
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.Process().memory_info().rss)
+
+
+def rss_peak_bytes() -> int | None:
+    """Largest resident set since the last reset (Linux), else since the process started."""
+    value = _status_field("VmHWM")
+    if value is not None:
+        return value
+    try:
+        import psutil
+
+        info = psutil.Process().memory_info()
+    except ImportError:
+        return None
+    if hasattr(info, "peak_wset"):
+        return int(info.peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _reset_rss_peak() -> bool:
+    """Linux keeps a high-water mark that a process may reset for itself; elsewhere boundaries have to do."""
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status_field(name: str) -> int | None:
+    try:
+        text = _STATUS.read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else None
+
+
+def _cuda_for(device: Any) -> Any | None:
+    if getattr(device, "type", str(device)) != "cuda":
+        return None
+    import torch
+
+    return torch.cuda
+
+
+def _device_used(cuda: Any | None, device: Any) -> int | None:
+    if cuda is None:
+        return None
+    free, total = cuda.mem_get_info(device)
+    return int(total - free)
+
+
+def _largest(a: int | None, b: int | None) -> int | None:
+    known = [value for value in (a, b) if value is not None]
+    return max(known) if known else None

@@ -1,0 +1,219 @@
+"""The record of one run (schema 1) and its row in the CSV.
+
+Plain data: nothing here reads a clock, a file or a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ResultsError
+from .memory import MemoryPeak
+from .statistics import Spread, spread
+from .trace import StepRow
+
+SCHEMA = 1
+RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
+
+CSV_COLUMNS = (
+    "plan", "max_vram_gb", "time_s", "time_mean_s", "step_time_s", "batch", "width", "height", "steps", "cfg",
+    "sampler", "scheduler", "precision", "accelerators", "repeats", "time_min_s", "time_max_s", "time_std_s",
+    "first_eval_s", "it_per_s", "images_per_min", "peak_rss_gb", "psnr", "ssim", "status", "error", "scenario",
+    "checkpoint", "seed", "device", "torch", "comfyui", "speedlab", "env_hash", "run_id", "timestamp",
+)  # fmt: skip
+
+PHASES = ("load", "text_encode", "prepare", "first_eval", "sample", "decode", "save", "total")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run of a sampler with all that is known about it; see DESIGN's schema for the meaning of each field."""
+
+    run_id: str
+    timestamp: str
+    status: str
+    error: str | None
+    env: Mapping[str, Any]
+    env_hash: str
+    request: Mapping[str, Any]
+    phases_ms: Mapping[str, float | str | None]
+    steps: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    memory: Mapping[str, Mapping[str, float | None]]
+    kernels: Sequence[Mapping[str, Any]] = ()
+    roofline: Mapping[str, Any] | None = None
+    quality: Mapping[str, Any] | None = None
+    artifacts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Indented JSON; numbers that JSON does not have become null."""
+        return json.dumps(_finite(dataclasses.asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
+
+    def changed(self, **changes: Any) -> RunRecord:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+def from_json(text: str) -> RunRecord:
+    """Read a record back. Raises ResultsError for anything that is not a whole record of a known schema."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ResultsError(f"not a whole record: {error}") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ResultsError(f"not a record of schema {SCHEMA}")
+    names = {f.name: f for f in dataclasses.fields(RunRecord)}
+    missing = [n for n, f in names.items() if n not in data and f.default is dataclasses.MISSING
+               and f.default_factory is dataclasses.MISSING]  # fmt: skip
+    if missing:
+        raise ResultsError(f"not a whole record: {', '.join(missing)} missing")
+    if not RUN_ID.fullmatch(str(data["run_id"])):
+        raise ResultsError("not a record: its run id is malformed")
+    return RunRecord(**{key: value for key, value in data.items() if key in names})
+
+
+def step_dict(row: StepRow) -> dict[str, Any]:
+    """A step row as the record keeps it, times to the microsecond."""
+    values = dataclasses.asdict(row)
+    for name in ("gpu_ms", "cpu_ms"):
+        values[name] = None if values[name] is None else round(values[name], 4)
+    return values
+
+
+def memory_dict(peak: MemoryPeak) -> dict[str, float | None]:
+    """A peak in GB of 10^9 bytes."""
+    return {
+        "peak_allocated_gb": _gb(peak.allocated),
+        "peak_reserved_gb": _gb(peak.reserved),
+        "peak_rss_gb": _gb(peak.rss),
+        "device_used_gb": _gb(peak.device_used),
+    }
+
+
+def summarise(
+    runs_ms: Sequence[float], steps: Sequence[Sequence[StepRow]], first_eval_ms: float | None
+) -> dict[str, Any]:
+    """The record's `summary` from every measured run.
+
+    `steps` holds the step rows of each run. Steady steps are all but the first of each run, which carries compilation
+    and warm-up; a run of a single step is its own steady step.
+    """
+    steady = [row.ms for rows in steps for row in (rows[1:] or rows) if row.evals]
+    per_step, per_run = spread(steady), spread(list(runs_ms))
+    first = steps[0][0].ms if steps and steps[0] else None
+    return {
+        "repeats": len(runs_ms),
+        "runs_ms": [round(ms, 3) for ms in runs_ms],
+        "run": _rounded(per_run),
+        "step_median_ms": _of(per_step, "median"),
+        "step_min_ms": _of(per_step, "min"),
+        "step_max_ms": _of(per_step, "max"),
+        "step_p10_ms": _of(per_step, "p10"),
+        "step_p90_ms": _of(per_step, "p90"),
+        "step_std_ms": _of(per_step, "std"),
+        "first_eval_ms": _round(first_eval_ms),
+        "first_step_excess_ms": _round(first - per_step.median if first is not None and per_step else None),
+        "it_per_s": _round(1000.0 / per_step.median if per_step and per_step.median > 0 else None),
+        "images_per_min": None,
+    }
+
+
+def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | None) -> float | None:
+    """Text encoding to saved picture without load; a phase that did not run here (None or `cached`) adds nothing."""
+    if sample_ms is None:
+        return None
+    others = (phases_ms.get(name) for name in ("text_encode", "prepare", "decode", "save"))
+    return sample_ms + sum(ms for ms in others if isinstance(ms, (int, float)))
+
+
+def csv_row(record: RunRecord) -> dict[str, str]:
+    """The record's row in results.csv; an unknown value is an empty cell."""
+    request, summary, phases = record.request, record.summary, record.phases_ms
+    runs = [total_ms(phases, ms) for ms in summary.get("runs_ms", ())]
+    times = spread([ms / 1000.0 for ms in runs if ms is not None])
+    overall = record.memory.get("overall", {})
+    quality = record.quality or {}
+    values: dict[str, Any] = {
+        **{name: request.get(name) for name in CSV_COLUMNS if name in request},
+        "max_vram_gb": overall.get("peak_allocated_gb"),
+        "time_s": times and times.median,
+        "time_mean_s": times and times.mean,
+        "time_min_s": times and times.min,
+        "time_max_s": times and times.max,
+        "time_std_s": times and times.std,
+        "step_time_s": _seconds(summary.get("step_median_ms")),
+        "first_eval_s": _seconds(summary.get("first_eval_ms")),
+        "it_per_s": summary.get("it_per_s"),
+        "images_per_min": summary.get("images_per_min"),
+        "repeats": summary.get("repeats"),
+        "precision": precision_text(request.get("precision")),
+        "accelerators": "+".join(request.get("accelerators", ())),
+        "checkpoint": (request.get("checkpoint") or {}).get("name"),
+        "peak_rss_gb": overall.get("peak_rss_gb"),
+        "psnr": quality.get("psnr"),
+        "ssim": quality.get("ssim"),
+        "status": record.status,
+        "error": record.error,
+        "device": record.env.get("device"),
+        "torch": record.env.get("torch"),
+        "comfyui": record.env.get("comfyui"),
+        "speedlab": record.env.get("speedlab"),
+        "env_hash": record.env_hash,
+        "run_id": record.run_id,
+        "timestamp": record.timestamp,
+    }
+    return {name: _cell(values.get(name)) for name in CSV_COLUMNS}
+
+
+def precision_text(precision: Any) -> str | None:
+    """`fp16`, or `fp16 computed in fp32` where weights and arithmetic differ."""
+    if not isinstance(precision, Mapping):
+        return precision
+    unet = precision.get("unet") or {}
+    weight, compute = unet.get("weight"), unet.get("compute")
+    return weight if compute in (None, weight) else f"{weight} computed in {compute}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value).replace("\r", " ").replace("\n", " ")
+
+
+def _of(values: Spread | None, name: str) -> float | None:
+    return None if values is None else _round(getattr(values, name))
+
+
+def _seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1000.0
+
+
+def _gb(value: int | None) -> float | None:
+    return None if value is None else round(value / 1e9, 4)
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _rounded(values: Spread | None) -> dict[str, float] | None:
+    return None if values is None else {k: round(v, 3) for k, v in dataclasses.asdict(values).items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and value not in (float("inf"), float("-inf")) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,179 @@
+"""Where records live: one JSON a run, one CSV for all, under ComfyUI's output folder.
+
+A JSON appears under its name only when it is whole (temporary file, flush, rename). A CSV row is one append under a
+lock; an append that fails half-way is cut off again, so earlier rows stay whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import secrets
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+from ..errors import ResultsError, first_line
+from .record import CSV_COLUMNS, RUN_ID, RunRecord, csv_row, from_json
+
+log = logging.getLogger(__name__)
+
+_LOCK_TIMEOUT_S = 30
+_KEPT_APPENDED = 4096
+
+
+def new_run_id() -> str:
+    """A sortable id that is unique without a look at the disk."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+
+
+class RunStore:
+    """Reads and writes the records under `<output>/speedlab`."""
+
+    _appended: OrderedDict[str, None] = OrderedDict()
+    _appended_lock = threading.Lock()
+
+    def __init__(self, output: Path) -> None:
+        self.root = output / "speedlab"
+        self.runs = self.root / "runs"
+        self.csv_path = self.root / "results.csv"
+
+    def json_path(self, run_id: str) -> Path:
+        """The file of a run. Raises ResultsError for an id that is not one of ours, so no path can be smuggled in."""
+        if not RUN_ID.fullmatch(run_id):
+            raise ResultsError(f"'{run_id}' is not a run id (YYYYMMDD-HHMMSS and eight hex digits).")
+        return self.runs / f"{run_id}.json"
+
+    def check_writable(self) -> None:
+        """Fail before minutes of sampling, not after. Raises ResultsError naming the path."""
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+            self._refuse_symlink_out()
+            with tempfile.TemporaryFile(dir=self.runs) as probe:
+                probe.write(b"speedlab")
+            if self.csv_path.exists():
+                with self.csv_path.open("ab"):
+                    pass
+        except OSError as error:
+            raise _cannot_write(self.root, error) from error
+        self._check_header()
+
+    def write(self, record: RunRecord) -> Path:
+        """Write or replace a run's JSON. Raises ResultsError naming the path; an earlier version then stays."""
+        path = self.json_path(record.run_id)
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+            self._refuse_symlink_out()
+            write_atomically(path, record.to_json().encode())
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        return path
+
+    def read(self, run_id: str) -> RunRecord:
+        """Read a run back. Raises ResultsError for an unknown id or a file that is not whole."""
+        path = self.json_path(run_id)
+        try:
+            return from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ResultsError(f"cannot read {path}: {first_line(error)}") from error
+        except UnicodeDecodeError as error:
+            raise ResultsError(f"{path} is not a record: it is no UTF-8 text") from error
+
+    def append_csv(self, record: RunRecord) -> bool:
+        """Append the run's row once; False if this process appended it before. Raises ResultsError naming the path."""
+        from filelock import FileLock, Timeout
+
+        with self._appended_lock:
+            if record.run_id in self._appended:
+                return False
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(str(self.root / "results.csv.lock"), timeout=_LOCK_TIMEOUT_S):
+                self._check_header()
+                _append(
+                    self.csv_path, _csv_line(csv_row(record)), header=_csv_line({name: name for name in CSV_COLUMNS})
+                )
+        except Timeout as error:
+            raise ResultsError(
+                f"{self.csv_path} has been locked by another process for {_LOCK_TIMEOUT_S} s; the row was not "
+                "written. Close that process, or delete the .lock file beside it if there is none."
+            ) from error
+        except OSError as error:
+            raise _cannot_write(self.csv_path, error) from error
+        with self._appended_lock:
+            self._appended[record.run_id] = None
+            while len(self._appended) > _KEPT_APPENDED:
+                self._appended.popitem(last=False)
+        return True
+
+    def _check_header(self) -> None:
+        try:
+            with self.csv_path.open(encoding="utf-8", newline="") as file:
+                header = next(csv.reader(file), None)
+        except FileNotFoundError:
+            return
+        except UnicodeDecodeError as error:
+            raise ResultsError(f"{self.csv_path} is not a results table. Move it away; it was not touched.") from error
+        if header is not None and tuple(header) != CSV_COLUMNS:
+            raise ResultsError(
+                f"{self.csv_path} has other columns than this version of SpeedLab writes. Rename it, so that a new "
+                "table can be started; it was not touched."
+            )
+
+    def _refuse_symlink_out(self) -> None:
+        base = self.root.parent.resolve()
+        for folder in (self.root, self.runs):
+            if not folder.resolve().is_relative_to(base):
+                raise ResultsError(f"{folder} is a link that leads out of {base}; SpeedLab does not write through it.")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside `path`, flush to disk, rename over it; on failure nothing of it is left. Raises OSError."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _append(path: Path, line: bytes, header: bytes) -> None:
+    """Append one line; whatever a failing write left of it is cut off again."""
+    with path.open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end == 0:
+            line = header + line
+        else:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                log.warning("SpeedLab: %s ends in half a row, left by a crash; new rows start on a new line.", path)
+                line = b"\r\n" + line
+        try:
+            if file.write(line) != len(line):
+                raise OSError("the disk is full")
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _csv_line(row: dict[str, str]) -> bytes:
+    text = io.StringIO()
+    csv.DictWriter(text, CSV_COLUMNS).writerow(row)
+    return text.getvalue().encode()
+
+
+def _cannot_write(path: Path, error: OSError) -> ResultsError:
+    return ResultsError(
+        f"SpeedLab cannot write to {path}: {error.strerror or first_line(error)}. Free some space, close a program "
+        "that holds the file, or start ComfyUI with --output-directory on a folder that can be written."
+    )

@@ -1,0 +1,94 @@
+"""What this pack's nodes did for a prompt: phases in the order in which they ran, kept until the prompt is old.
+
+Nodes of one prompt cannot see each other's results, yet a record wants load, encode and decode beside the sampling.
+Each pack node therefore notes its phase under the prompt that is executing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from . import nvtx
+from .clock import synchronize
+from .memory import MemoryPeak, measure_peak
+
+Phase = Literal["load", "text_encode", "sample", "decode", "save"]
+
+_KEPT_PROMPTS = 32
+_RANGES: dict[str, str] = {"load": nvtx.LOAD, "text_encode": nvtx.TEXT_ENCODE, "decode": nvtx.DECODE}
+
+
+@dataclass(frozen=True)
+class PhaseEntry:
+    """One node's work in one phase."""
+
+    phase: Phase
+    node_id: str | None
+    ms: float
+    peak: MemoryPeak
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Executing:
+    """The node that ComfyUI is executing; both ids are None outside of a prompt."""
+
+    prompt_id: str | None = None
+    node_id: str | None = None
+
+
+_lock = threading.Lock()
+_prompts: OrderedDict[str, list[PhaseEntry]] = OrderedDict()
+
+
+def executing() -> Executing:
+    """The prompt and node that run in this context."""
+    try:
+        from comfy_execution.utils import get_executing_context
+    except ImportError:
+        return Executing()
+    context = get_executing_context()
+    if context is None:
+        return Executing()
+    return Executing(str(context.prompt_id), str(context.node_id))
+
+
+def entries(prompt_id: str | None) -> tuple[PhaseEntry, ...]:
+    """The phases noted so far for a prompt; empty for an unknown or very old one."""
+    with _lock:
+        return tuple(_prompts.get(prompt_id, ())) if prompt_id is not None else ()
+
+
+def note(entry: PhaseEntry) -> None:
+    """Note a phase under the executing prompt; without one there is nothing to keep it for."""
+    prompt_id = executing().prompt_id
+    if prompt_id is None:
+        return
+    with _lock:
+        _prompts.setdefault(prompt_id, []).append(entry)
+        _prompts.move_to_end(prompt_id)
+        while len(_prompts) > _KEPT_PROMPTS:
+            _prompts.popitem(last=False)
+
+
+@contextmanager
+def phase(name: Phase, device: Any = "cpu") -> Iterator[dict[str, Any]]:
+    """Time a block as a phase of the executing prompt, synchronised at both ends; yields a dict for extra facts.
+
+    A block that fails is not noted: its time would describe nothing that the user can use.
+    """
+    info: dict[str, Any] = {}
+    synchronize(device)
+    with measure_peak(device) as reading:
+        start = time.perf_counter_ns()
+        with nvtx.nvtx_range(nvtx.emitter(name in _RANGES), _RANGES.get(name, nvtx.RUN)):
+            yield info
+            synchronize(device)
+        ms = (time.perf_counter_ns() - start) / 1e6
+    note(PhaseEntry(name, executing().node_id, ms, reading.peak, info))

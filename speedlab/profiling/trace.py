@@ -1,0 +1,217 @@
+"""One sampling run seen through ComfyUI's wrappers: when each evaluation began and ended, and what it evaluated.
+
+Time is attributed by evaluations, not by the sampler's callback, which fires before the latent is updated: the span
+from one evaluation's start to the next one's belongs to the step of the first, so the steps add up to the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..accelerate.patching import Site, Wrapper, attach
+from ..schedule import step_of
+from . import nvtx
+from .clock import Clock, Mark, host_ms
+
+KEY = "speedlab.profile"
+
+
+@dataclass
+class Evaluation:
+    """One model evaluation with guidance. `sigma` stays on the device until the run is over: reading it would wait."""
+
+    sigma: Any
+    start: Mark
+    end: Mark | None = None
+    cond_rows: int = 0
+    uncond_rows: int = 0
+    forwards: int = 0
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One step of the schedule, as the record has it. Times in milliseconds."""
+
+    index: int
+    sigma: float
+    gpu_ms: float | None
+    cpu_ms: float
+    evals: int
+    cond_rows: int
+    uncond_rows: int
+    cached: bool
+    model: str = "base"
+
+    @property
+    def ms(self) -> float:
+        """Device time where there is one, else host time."""
+        return self.cpu_ms if self.gpu_ms is None else self.gpu_ms
+
+
+@dataclass
+class SamplingTrace:
+    """Marks and counts of one run of a sampler."""
+
+    clock: Clock
+    emitter: nvtx.Emitter
+    model_role: str = "base"
+    called: Mark | None = None
+    sigmas: list[float] = field(default_factory=list)
+    start: Mark | None = None
+    end: Mark | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
+    _current: Evaluation | None = None
+    _open_step: bool = False
+
+    def begin(self, sigmas: Sequence[float]) -> None:
+        self.sigmas = list(sigmas)
+        self.start = self.clock.mark()
+        self.emitter.push(nvtx.SAMPLE, len(self.sigmas) - 1)
+        self._push_step(0)
+
+    def finish(self) -> None:
+        if self._open_step:
+            self.emitter.pop()
+            self._open_step = False
+        self.emitter.pop()
+        self.end = self.clock.mark()
+
+    def step_done(self, index: int) -> None:
+        """The sampler's callback for step `index`: on a GPU this is the only step number known without waiting."""
+        if self._open_step:
+            self.emitter.pop()
+            self._open_step = False
+        if index + 1 < len(self.sigmas) - 1:
+            self._push_step(index + 1)
+
+    @contextmanager
+    def evaluation(self, sigma: Any) -> Iterator[None]:
+        outer = self._current
+        current = self._current = Evaluation(sigma, self.clock.mark())
+        self.evaluations.append(current)
+        self.emitter.push(nvtx.EVAL, len(self.evaluations) - 1)
+        try:
+            yield
+        finally:
+            self.emitter.pop()
+            current.end = self.clock.mark()
+            self._current = outer
+
+    @contextmanager
+    def forward(self, cond_or_uncond: Sequence[int]) -> Iterator[None]:
+        if self._current is not None:
+            self._current.forwards += 1
+            uncond = sum(1 for which in cond_or_uncond if which == 1)
+            self._current.uncond_rows += uncond
+            self._current.cond_rows += len(cond_or_uncond) - uncond
+        with nvtx.nvtx_range(self.emitter, nvtx.FORWARD, len(cond_or_uncond)):
+            yield
+
+    def mark_cached(self) -> None:
+        """A technique answered the running evaluation from a cache, wholly or in part."""
+        if self._current is not None:
+            self._current.cached = True
+
+    def _push_step(self, index: int) -> None:
+        self.emitter.push(nvtx.STEP, index)
+        self._open_step = True
+
+
+def traced(model: Any, trace: SamplingTrace) -> Any:
+    """A clone of `model` whose sampling is seen by `trace`: outermost for evaluations, innermost for forwards."""
+    return attach(model, KEY, _wrappers(trace), outermost=(Site.SAMPLER_SAMPLE, Site.PREDICT_NOISE))
+
+
+def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
+    def sampler_sample(
+        executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        trace.begin(sigmas.detach().float().cpu().tolist())
+        try:
+            return executor(model_wrap, sigmas, extra_args, _observed(callback, trace), *args, **kwargs)
+        finally:
+            trace.finish()
+
+    def predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        with trace.evaluation(timestep.detach().reshape(-1)[:1]):
+            return executor(x, timestep, *args, **kwargs)
+
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
+        with trace.forward(options.get("cond_or_uncond", (0,))):
+            return executor(*args, **kwargs)
+
+    return {
+        Site.SAMPLER_SAMPLE: sampler_sample,
+        Site.PREDICT_NOISE: predict_noise,
+        Site.APPLY_MODEL: apply_model,
+    }
+
+
+def _observed(callback: Callable[..., Any] | None, trace: SamplingTrace) -> Callable[..., Any]:
+    def observed(step: int, *args: Any, **kwargs: Any) -> Any:
+        result = callback(step, *args, **kwargs) if callback is not None else None
+        trace.step_done(int(step))
+        return result
+
+    return observed
+
+
+def sampling_ms(trace: SamplingTrace) -> float | None:
+    """Milliseconds inside the sampler; None if it never started or never ended. Call after the clock settled."""
+    if trace.start is None or trace.end is None:
+        return None
+    return _span_ms(trace.clock, trace.start, trace.end)
+
+
+def first_eval_ms(trace: SamplingTrace) -> float | None:
+    """Milliseconds of the first evaluation, where compilation and warm-up show."""
+    if not trace.evaluations or trace.evaluations[0].end is None:
+        return None
+    return _span_ms(trace.clock, trace.evaluations[0].start, trace.evaluations[0].end)
+
+
+def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
+    """One row a step of the schedule. Call after the clock settled: sigmas are read here, in one transfer."""
+    if trace.start is None or trace.end is None or len(trace.sigmas) < 2:
+        return ()
+    owners = [step_of(sigma, trace.sigmas) for sigma in _host_sigmas(trace.evaluations)]
+    # The first span also holds what the sampler does before its first evaluation.
+    starts = [trace.start, *(evaluation.start for evaluation in trace.evaluations[1:])]
+    ends = [*starts[1:], trace.end]
+    rows = []
+    for index, sigma in enumerate(trace.sigmas[:-1]):
+        mine = [n for n, owner in enumerate(owners) if owner == index]
+        device = [trace.clock.device_ms(starts[n], ends[n]) for n in mine] if trace.clock.has_device_time else None
+        evaluations = [trace.evaluations[n] for n in mine]
+        rows.append(
+            StepRow(
+                index=index,
+                sigma=sigma,
+                gpu_ms=None if device is None else sum(ms for ms in device if ms is not None),
+                cpu_ms=sum(host_ms(starts[n], ends[n]) for n in mine),
+                evals=len(mine),
+                cond_rows=sum(e.cond_rows for e in evaluations),
+                uncond_rows=sum(e.uncond_rows for e in evaluations),
+                cached=any(e.cached for e in evaluations),
+                model=trace.model_role,
+            )
+        )
+    return tuple(rows)
+
+
+def _host_sigmas(evaluations: Sequence[Evaluation]) -> list[float]:
+    if not evaluations:
+        return []
+    import torch
+
+    return [float(s) for s in torch.cat([e.sigma.float() for e in evaluations]).cpu().tolist()]
+
+
+def _span_ms(clock: Clock, start: Mark, end: Mark) -> float:
+    device = clock.device_ms(start, end)
+    return host_ms(start, end) if device is None else device
