@@ -1,7 +1,9 @@
 """SpeedLab: fast, small and measured Stable Diffusion inference for ComfyUI."""
 
-# pytest imports this file as a bare module; relative imports need a package, as ComfyUI gives it.
-if __package__:
+import sys
+
+# A test runner may import this file as a package of its own, outside of ComfyUI, where there is nothing to register.
+if __package__ and "folder_paths" in sys.modules:
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
     WEB_DIRECTORY = "./js"

@@ -1,0 +1,181 @@
+"""Nodes that cut the work of sampling: each returns a patched clone of the model, or the very model where it is off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..speedlab.accelerate.deepcache import DeepCacheConfig, attach_deepcache
+from ..speedlab.accelerate.dynamic_cfg import DynamicCFGConfig, attach_dynamic_cfg
+
+_CATEGORY = "SpeedLab/accelerate"
+_PATCHED = "A patched clone. The input model is untouched, and comes back itself where the settings change nothing."
+
+
+class DeepCache:
+    """Reuse deep UNet features between steps (Ma et al., CVPR 2024)."""
+
+    NODE_ID = "SpeedLabDeepCache"
+    DISPLAY_NAME = "DeepCache (SpeedLab)"
+    CATEGORY = _CATEGORY
+    DESCRIPTION = (
+        "Runs the whole UNet on every n-th step only; on the steps between, its outermost blocks run on top of the "
+        "deep features of the last full step. Lossy: check the result with Compare Images. "
+        "For SD 1.x, SD 2.x and the SDXL family."
+    )
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = (_PATCHED,)
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "An SD 1.x, SD 2.x or SDXL-family model."}),
+                "cache_interval": (
+                    "INT",
+                    {"default": 3, "min": 1, "max": 100, "tooltip": "One full step in this many; 1 is off."},
+                ),
+                "cache_branch_id": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 32,
+                        "tooltip": "How many more blocks run on cached steps, counted from the outside in. "
+                        "0 is the fastest; a higher one is closer to the original picture.",
+                    },
+                ),
+                "start_percent": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Share of the steps after which caching begins.",
+                    },
+                ),
+                "end_percent": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Share of the steps after which caching ends; the rest run in full.",
+                    },
+                ),
+                "schedule": (
+                    ["uniform", "nonuniform"],
+                    {
+                        "default": "uniform",
+                        "tooltip": "uniform: full steps at equal distances. "
+                        "nonuniform: as many, but closer together around one step.",
+                    },
+                ),
+            },
+            "optional": {
+                "center": (
+                    "INT",
+                    {
+                        "default": 15,
+                        "min": 0,
+                        "max": 1000,
+                        "tooltip": "nonuniform only: the step around which full steps are closest together.",
+                    },
+                ),
+                "power": (
+                    "FLOAT",
+                    {
+                        "default": 1.4,
+                        "min": 1.0,
+                        "max": 10.0,
+                        "step": 0.01,
+                        "tooltip": "nonuniform only: how strongly full steps gather around the center.",
+                    },
+                ),
+            },
+        }
+
+    def apply(
+        self,
+        model: Any,
+        cache_interval: int,
+        cache_branch_id: int,
+        start_percent: float,
+        end_percent: float,
+        schedule: Any,
+        center: int = 15,
+        power: float = 1.4,
+    ) -> tuple[Any]:
+        config = DeepCacheConfig(
+            interval=cache_interval,
+            branch=cache_branch_id,
+            start=start_percent,
+            end=end_percent,
+            schedule=schedule,
+            center=center,
+            power=power,
+        )
+        return (attach_deepcache(model, config),)
+
+
+class DynamicCFG:
+    """Leave out the unconditional prediction late in the run (Adaptive Guidance, Castillo et al., 2023)."""
+
+    NODE_ID = "SpeedLabDynamicCFG"
+    DISPLAY_NAME = "Dynamic CFG (SpeedLab)"
+    CATEGORY = _CATEGORY
+    DESCRIPTION = (
+        "Turns the negative prompt's half of each evaluation off for the last steps, where it changes the picture "
+        "least. Works together with DeepCache. Where a sampler or another node needs that half, it stays on and the "
+        "log says why. For SD 1.x, SD 2.x and the SDXL family."
+    )
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = (_PATCHED,)
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "An SD 1.x, SD 2.x or SDXL-family model."}),
+                "mode": (
+                    ["fixed", "adaptive"],
+                    {
+                        "default": "fixed",
+                        "tooltip": "fixed: off after a share of the steps. "
+                        "adaptive: off for the rest of the run once both predictions agree.",
+                    },
+                ),
+                "stop_at": (
+                    "FLOAT",
+                    {
+                        "default": 0.75,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "fixed only: share of the steps that keep the negative prompt; 1.0 is off.",
+                    },
+                ),
+                "similarity": (
+                    "FLOAT",
+                    {
+                        "default": 0.99,
+                        "min": -1.0,
+                        "max": 1.0,
+                        "step": 0.001,
+                        "tooltip": "adaptive only: cosine similarity of both predictions above which they agree; "
+                        "1.0 is off.",
+                    },
+                ),
+            },
+        }
+
+    def apply(self, model: Any, mode: Any, stop_at: float, similarity: float) -> tuple[Any]:
+        return (attach_dynamic_cfg(model, DynamicCFGConfig(mode=mode, stop_at=stop_at, similarity=similarity)),)
+
+
+NODES = (DeepCache, DynamicCFG)

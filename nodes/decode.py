@@ -1,0 +1,143 @@
+"""Decoders: the full VAE and the tiny ones."""
+
+from __future__ import annotations
+
+from ..speedlab import decoding, tiny_vae
+from ..speedlab.errors import SpeedLabError
+from ..speedlab.precision import VAE_PRECISIONS
+from ..speedlab.profiling.timeline import phase
+
+
+class VAEDecode:
+    """Full VAE decode, checked for non-finite results."""
+
+    NODE_ID = "SpeedLabVAEDecode"
+    DISPLAY_NAME = "VAE Decode (SpeedLab)"
+    CATEGORY = "SpeedLab/decode"
+    DESCRIPTION = (
+        "Turns latents into pictures as VAE Decode does, one at a time or in tiles if you like. Black or broken "
+        "pictures from half precision are noticed and decoded again in fp32."
+    )
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("image",)
+    OUTPUT_TOOLTIPS = ("The pictures.",)
+    FUNCTION = "decode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "samples": ("LATENT", {"tooltip": "The latents to decode."}),
+                "vae": ("VAE", {"tooltip": "The VAE of the checkpoint, or a separate one."}),
+                "slicing": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Decode a batch one picture at a time: the memory of one picture."},
+                ),
+                "tile_size": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 8192,
+                        "step": 64,
+                        "tooltip": "Decode in tiles of this many pixels, for large pictures on small cards; 0 decodes "
+                        "whole pictures.",
+                    },
+                ),
+                "overlap": (
+                    "INT",
+                    {
+                        "default": 64,
+                        "min": 0,
+                        "max": 4096,
+                        "step": 32,
+                        "tooltip": "How many pixels neighbouring tiles share; more hides the seams better.",
+                    },
+                ),
+                "precision": (
+                    list(VAE_PRECISIONS),
+                    {
+                        "default": "auto",
+                        "tooltip": "auto keeps the VAE's own precision, and fp32 after it has failed once.",
+                    },
+                ),
+            }
+        }
+
+    def decode(self, samples: dict, vae: object, slicing: bool, tile_size: int, overlap: int, precision: str) -> tuple:
+        if vae is None:
+            raise SpeedLabError("There is no VAE: the checkpoint file holds none. Load one with Load VAE.")
+        config = decoding.DecodeConfig(slicing, tile_size, overlap, precision)
+        with phase("decode", vae.device) as info:  # type: ignore[attr-defined]
+            decoded = decoding.decode(vae, samples, config)
+            info.update(decoded.info)
+        return (decoded.images,)
+
+
+class TinyVAEDecode:
+    """Fast, small decode with TAESD."""
+
+    NODE_ID = "SpeedLabTinyVAEDecode"
+    DISPLAY_NAME = "Tiny VAE Decode (SpeedLab)"
+    CATEGORY = "SpeedLab/decode"
+    DESCRIPTION = (
+        "Turns latents into pictures with a tiny VAE (TAESD): about ten times faster and with a quarter of the "
+        "memory, at the price of some fine detail. Needs taesd_decoder or taesdxl_decoder in models/vae_approx."
+    )
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("image",)
+    OUTPUT_TOOLTIPS = ("The pictures.",)
+    FUNCTION = "decode"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "samples": ("LATENT", {"tooltip": "The latents to decode."}),
+                "decoder": (
+                    tiny_vae.decoder_choices(),
+                    {
+                        "default": "auto",
+                        "tooltip": "taesd is for SD 1.x and 2.x, taesdxl for SDXL. auto asks the model, or the latent "
+                        "if a SpeedLab sampler made it.",
+                    },
+                ),
+                "slice_size": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 0,
+                        "max": 4096,
+                        "tooltip": "How many pictures of a batch to decode at once; 0 decodes all of them.",
+                    },
+                ),
+                "tile_size": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 16384,
+                        "step": 64,
+                        "tooltip": "Decode in tiles of this many pixels, without seams; 0 decodes whole pictures.",
+                    },
+                ),
+            },
+            "optional": {
+                "model": ("MODEL", {"tooltip": "Tells auto which latents these are; nothing is computed with it."}),
+            },
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, decoder: str) -> bool:
+        """A decoder that is not installed is an error when the node runs, with the remedy; the workflow stays valid."""
+        return True
+
+    def decode(self, samples: dict, decoder: str, slice_size: int, tile_size: int, model: object = None) -> tuple:
+        config = tiny_vae.TinyDecodeConfig(decoder, slice_size, tile_size)
+        with phase("decode", tiny_vae.decode_device()) as info:
+            decoded = tiny_vae.decode_tiny(samples, config, model)
+            info.update(decoded.info)
+        return (decoded.images,)
+
+
+NODES = (VAEDecode, TinyVAEDecode)

@@ -1,0 +1,66 @@
+"""Reports of what was measured."""
+
+from __future__ import annotations
+
+from ..speedlab.core import missing_input, output_directory
+from ..speedlab.profiling import browser, charts, report
+from ..speedlab.profiling.complete import complete
+from ..speedlab.profiling.context import NodeContext
+from ..speedlab.profiling.store import RunStore
+
+_HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"}
+
+
+class ProfileReport:
+    """Write a profile to JSON and CSV, with a chart and a table."""
+
+    NODE_ID = "SpeedLabProfileReport"
+    DISPLAY_NAME = "Profile Report (SpeedLab)"
+    CATEGORY = "SpeedLab/measure"
+    DESCRIPTION = (
+        "Completes a profile with decoding and the finished pictures, saves it as JSON, adds a row to "
+        "output/speedlab/results.csv and saves the pictures in output/speedlab/images. Connect the pictures so that "
+        "decoding is measured."
+    )
+    RETURN_TYPES = ("IMAGE", "STRING", "IMAGE", "STRING")
+    RETURN_NAMES = ("images", "report", "chart", "json_path")
+    OUTPUT_TOOLTIPS = (
+        "The pictures, unchanged.",
+        "The whole profile as a table.",
+        "A chart of step times and phases.",
+        "Where the JSON of this run lies.",
+    )
+    FUNCTION = "report"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {"profile": ("SPEEDLAB_PROFILE", {"tooltip": "The profile of a SpeedLab sampler."})},
+            "optional": {
+                "images": ("IMAGE", {"tooltip": "The decoded pictures: passed through, saved, and decoding counted."})
+            },
+            "hidden": _HIDDEN,
+        }
+
+    def report(
+        self, profile: object, images: object = None, prompt: object = None, extra_pnginfo: object = None,
+        unique_id: object = None,
+    ) -> dict:  # fmt: skip
+        record = complete(profile, images, NodeContext.of(prompt, extra_pnginfo, unique_id))
+        text = report.report_text(record)
+        path = RunStore(output_directory()).json_path(record.run_id)
+        passed = images
+        if images is None:
+            passed = missing_input("Profile Report passes on the pictures connected to it, and none are.")
+        return {
+            "ui": {
+                "text": [text],
+                "images": browser.browser_images(record),
+                "speedlab": [browser.browser_summary(record)],
+            },
+            "result": (passed, text, charts.chart_or_blank(record), str(path)),
+        }
+
+
+NODES = (ProfileReport,)

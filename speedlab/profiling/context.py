@@ -1,0 +1,107 @@
+"""What the executing prompt tells about a node: which nodes feed it, which scenario it belongs to.
+
+The prompt is plain JSON from the user, so everything here is optional and nothing in it is trusted to have a type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .timeline import PhaseEntry
+
+_PHASE_NODES = {
+    "load": ("SpeedLabCheckpointLoader", "SpeedLabVAELoader", "SpeedLabLoraStack"),
+    "text_encode": ("SpeedLabTextEncode",),
+    "decode": ("SpeedLabVAEDecode", "SpeedLabTinyVAEDecode"),
+}
+_MAX_NAME = 120
+
+
+@dataclass(frozen=True)
+class NodeContext:
+    """The graph around a node: hidden inputs PROMPT, EXTRA_PNGINFO and UNIQUE_ID as ComfyUI hands them over."""
+
+    prompt: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    node_id: str | None = None
+
+    @staticmethod
+    def of(prompt: Any, extra_pnginfo: Any, unique_id: Any) -> NodeContext:
+        """Build a context from hidden inputs, any of which may be missing."""
+        return NodeContext(
+            prompt if isinstance(prompt, Mapping) else {},
+            extra_pnginfo if isinstance(extra_pnginfo, Mapping) else {},
+            None if unique_id is None else str(unique_id),
+        )
+
+    def ancestors(self) -> frozenset[str]:
+        """Ids of all nodes that feed this one, itself included."""
+        found: set[str] = set()
+        waiting = [self.node_id] if self.node_id is not None else []
+        while waiting:
+            current = waiting.pop()
+            if current in found:
+                continue
+            found.add(current)
+            waiting += _links(self.prompt.get(current))
+        return frozenset(found)
+
+    def scenario(self) -> dict[str, str]:
+        """`scenario` and `plan` that a workflow or a client named, as short texts."""
+        workflow = self.extra.get("workflow")
+        places = [
+            self.extra.get("speedlab"),
+            _path(workflow, "extra", "speedlab"),
+            _path(self.prompt.get(self.node_id or ""), "_meta", "speedlab"),
+        ]
+        named: dict[str, str] = {}
+        for place in places:
+            for key in ("scenario", "plan"):
+                value = place.get(key) if isinstance(place, Mapping) else None
+                if isinstance(value, str) and value and key not in named:
+                    named[key] = value[:_MAX_NAME]
+        return named
+
+    def checkpoint_name(self) -> str | None:
+        """The file that a core loader among the ancestors names."""
+        for node_id in sorted(self.ancestors()):
+            inputs = _path(self.prompt.get(node_id), "inputs")
+            for key in ("ckpt_name", "unet_name"):
+                if isinstance(inputs, Mapping) and isinstance(inputs.get(key), str):
+                    return str(inputs[key])
+        return None
+
+    def phase_ms(self, phase: str, entries: Iterable[PhaseEntry]) -> float | str | None:
+        """Milliseconds that this pack's nodes upstream spent in a phase.
+
+        `cached` where such a node is upstream but was not executed for this prompt, None where there is none.
+        """
+        upstream = self.ancestors()
+        mine = [e for e in entries if e.phase == phase and self._concerns(e, upstream)]
+        if mine:
+            return round(sum(e.ms for e in mine), 3)
+        classes = {_path(self.prompt.get(node_id), "class_type") for node_id in upstream}
+        return "cached" if classes & set(_PHASE_NODES.get(phase, ())) else None
+
+    def concerning(self, entries: Iterable[PhaseEntry]) -> list[PhaseEntry]:
+        """The entries of nodes upstream."""
+        upstream = self.ancestors()
+        return [e for e in entries if self._concerns(e, upstream)]
+
+    def _concerns(self, entry: PhaseEntry, upstream: frozenset[str]) -> bool:
+        # A node made by another node while the prompt runs is not in the prompt; its time still belongs to it.
+        return entry.node_id in upstream or entry.node_id not in self.prompt
+
+
+def _links(node: Any) -> Sequence[str]:
+    inputs = _path(node, "inputs")
+    values = inputs.values() if isinstance(inputs, Mapping) else ()
+    return [str(v[0]) for v in values if isinstance(v, (list, tuple)) and len(v) == 2 and isinstance(v[0], (str, int))]
+
+
+def _path(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

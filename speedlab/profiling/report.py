@@ -1,0 +1,112 @@
+"""A run in words: what took how long and how much memory, for the node's text output and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .record import RunRecord, precision_text
+
+_PHASE_NAMES = {
+    "load": "load checkpoint",
+    "text_encode": "text encoding",
+    "prepare": "model to device",
+    "first_eval": "first evaluation",
+    "sample": "sampling",
+    "decode": "decoding",
+    "save": "saving",
+    "total": "text to picture",
+}
+
+
+def summary_text(record: RunRecord) -> str:
+    """Two or three lines: status, speed, spread, memory."""
+    request, summary = record.request, record.summary
+    if record.status != "ok":
+        return f"{record.status}: {record.error or 'no message'} (run {record.run_id})"
+    run = summary.get("run") or {}
+    lines = [
+        f"{request.get('plan')}: {request.get('steps')} steps in {_s(run.get('median'))}, "
+        f"{summary.get('it_per_s') or 0:.2f} it/s, a step {_ms(summary.get('step_median_ms'))} "
+        f"(p10 {_ms(summary.get('step_p10_ms'))}, p90 {_ms(summary.get('step_p90_ms'))}), "
+        f"first evaluation {_ms(summary.get('first_eval_ms'))}"
+    ]
+    if summary.get("repeats", 1) > 1:
+        lines.append(
+            f"{summary['repeats']} runs: median {_s(run.get('median'))}, min {_s(run.get('min'))}, "
+            f"max {_s(run.get('max'))}, standard deviation {_s(run.get('std'))}"
+        )
+    lines.append(_memory_line(record.memory.get("overall", {})))
+    return "\n".join([*lines, *record.warnings])
+
+
+def report_text(record: RunRecord) -> str:
+    """The whole run as a table that a person can read."""
+    request = record.request
+    head = [
+        f"SpeedLab run {record.run_id} ({record.status})",
+        f"{request.get('plan')} | {(request.get('checkpoint') or {}).get('name') or 'unknown checkpoint'} | "
+        f"{request.get('width')}x{request.get('height')} batch {request.get('batch')} | {request.get('sampler')}/"
+        f"{request.get('scheduler')} {request.get('steps')} steps cfg {request.get('cfg')} seed {request.get('seed')}",
+        f"{record.env.get('device')} | torch {record.env.get('torch')} | ComfyUI {record.env.get('comfyui')} | "
+        f"{precision_text(request.get('precision')) or 'unknown precision'} | attention {record.env.get('attention')}",
+        "",
+    ]
+    body = [*_phase_table(record), "", *_step_table(record), "", summary_text(record)]
+    if record.quality:
+        body.append(f"quality: {_pairs(record.quality)}")
+    return "\n".join([*head, *body])
+
+
+def _phase_table(record: RunRecord) -> list[str]:
+    total = record.phases_ms.get("total")
+    rows = [f"{'phase':<18}{'ms':>12}{'share':>8}{'VRAM GB':>10}{'RSS GB':>9}"]
+    for key, name in _PHASE_NAMES.items():
+        value = record.phases_ms.get(key)
+        memory: Mapping[str, Any] = record.memory.get("overall" if key == "total" else key, {})
+        counted = isinstance(value, (int, float)) and isinstance(total, (int, float)) and total > 0
+        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "first_eval") else ""  # type: ignore[operator]
+        rows.append(
+            f"{name:<18}{_phase_value(value):>12}{share:>8}{_gb(memory.get('peak_allocated_gb')):>10}"
+            f"{_gb(memory.get('peak_rss_gb')):>9}"
+        )
+    return rows
+
+
+def _step_table(record: RunRecord) -> list[str]:
+    rows = [f"{'step':>4}{'sigma':>10}{'ms':>11}{'evals':>7}{'cond':>6}{'uncond':>8}  note"]
+    for step in record.steps:
+        ms = step["cpu_ms"] if step["gpu_ms"] is None else step["gpu_ms"]
+        notes = [n for n, there in (("cached", step["cached"]), (step["model"], step["model"] != "base")) if there]
+        rows.append(
+            f"{step['index'] + 1:>4}{step['sigma']:>10.4f}{ms:>11.2f}{step['evals']:>7}{step['cond_rows']:>6}"
+            f"{step['uncond_rows']:>8}  {' '.join(notes)}".rstrip()
+        )
+    return rows
+
+
+def _memory_line(memory: Mapping[str, Any]) -> str:
+    vram, rss = memory.get("peak_allocated_gb"), memory.get("peak_rss_gb")
+    parts = [f"VRAM peak {vram:.2f} GB"] if vram is not None else []
+    parts += [f"RAM peak {rss:.2f} GB"] if rss is not None else []
+    return ", ".join(parts) or "memory: not known on this platform"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _phase_value(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, (int, float)) else (value or "-")
+
+
+def _gb(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"
+
+
+def _s(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms / 1000.0:.3f} s"

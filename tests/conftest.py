@@ -1,0 +1,136 @@
+"""Fixtures of every tier. Nothing of ComfyUI is mocked: `comfy` is the real package, in this process, on the CPU."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_TAESD = ROOT.parent / "shared" / "models" / "vae_approx"
+PACK_NAME = "speedlab_pack"
+DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
+
+
+def _load_package(name: str, folder: Path) -> ModuleType:
+    """Load a folder as a package without putting its parent on sys.path, where `nodes/` would shadow ComfyUI's."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_load_package("speedlab", ROOT / "speedlab")
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true")
+
+
+def comfyui_path() -> Path:
+    path = os.environ.get("SPEEDLAB_COMFYUI") or os.environ.get("COMFYUI_PATH")
+    if not path:
+        pytest.fail("No ComfyUI to test against: run the tests with `python run.py test`, or set COMFYUI_PATH.")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def cache_dir() -> Path:
+    """Generated model files, kept between runs; every file is keyed by what it is made from."""
+    root = Path(os.environ.get("SPEEDLAB_CACHE") or Path.home() / ".cache" / "speedlab")
+    folder = root / "test-models"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ComfyUI's base directory for this process: empty models, input and output folders."""
+    base = tmp_path_factory.mktemp("comfy-base")
+    for kind in ("checkpoints", "loras", "vae", "vae_approx", "controlnet", "embeddings"):
+        (base / "models" / kind).mkdir(parents=True)
+    for name in ("input", "output", "temp", "user", "custom_nodes"):
+        (base / name).mkdir()
+    return base
+
+
+@pytest.fixture(scope="session")
+def comfy(base_dir: Path) -> ModuleType:
+    """The real `comfy` package, imported once in this process."""
+    if "comfy" not in sys.modules:
+        sys.path.insert(0, str(comfyui_path()))
+        cli_args = importlib.import_module("comfy.cli_args")
+        import torch
+
+        cli_args.args.cpu = not torch.cuda.is_available()
+        cli_args.args.base_directory = str(base_dir)
+    for name in ("comfy.sd", "comfy.sample", "comfy.utils", "folder_paths", "nodes"):
+        importlib.import_module(name)
+    return sys.modules["comfy"]
+
+
+@pytest.fixture(scope="session")
+def pack(comfy: ModuleType) -> ModuleType:
+    """The pack under a package name of its own, as ComfyUI loads it."""
+    return _load_package(PACK_NAME, ROOT)
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(cache_dir: Path) -> Path:
+    """The small SD 1.5 checkpoint: real layout, random weights."""
+    synthetic = importlib.import_module("speedlab.synthetic")
+    spec = synthetic.CheckpointSpec(family="sd15", size="small")
+    return synthetic.write_checkpoint(cache_dir / DEMO_CHECKPOINT, spec)
+
+
+@pytest.fixture(scope="session")
+def vega_checkpoint(cache_dir: Path) -> Path:
+    """The smallest layout of the SDXL family."""
+    synthetic = importlib.import_module("speedlab.synthetic")
+    spec = synthetic.CheckpointSpec(family="vega", size="small")
+    return synthetic.write_checkpoint(cache_dir / "speedlab_demo_vega.safetensors", spec)
+
+
+@pytest.fixture(scope="session")
+def taesd_files() -> Path:
+    """Real TAESD weights; only their absence outside of CI is a reason to skip."""
+    if not SHARED_TAESD.is_dir():
+        message = f"the TAESD weights are not in {SHARED_TAESD}"
+        if in_ci():
+            pytest.fail(message)
+        pytest.skip(message)
+    return SHARED_TAESD
+
+
+def link(source: Path, folder: Path, name: str | None = None) -> Path:
+    """Make a file appear in a models folder: a link where the system allows one, else a copy."""
+    target = folder / (name or source.name)
+    if not target.exists():
+        try:
+            target.symlink_to(source)
+        except OSError:
+            shutil.copy2(source, target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def model_files(base_dir: Path, demo_checkpoint: Path) -> Path:
+    """The models folder of this process, with the demo checkpoint, and TAESD where the weights are there."""
+    models = base_dir / "models"
+    link(demo_checkpoint, models / "checkpoints", DEMO_CHECKPOINT)
+    if SHARED_TAESD.is_dir():
+        for file in SHARED_TAESD.glob("*.safetensors"):
+            link(file, models / "vae_approx")
+    return models

@@ -1,0 +1,123 @@
+"""The record, its summary and its CSV row."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speedlab.errors import ResultsError
+from speedlab.profiling import record as records
+from speedlab.profiling.statistics import percentile, spread
+from speedlab.profiling.trace import StepRow
+
+
+def test_round_trip(make_record):
+    record = make_record(warnings=("careful",))
+    again = records.from_json(record.to_json())
+    assert again.to_json() == record.to_json()
+
+
+def test_json_has_no_nan_or_infinity(make_record):
+    record = make_record(quality={"psnr": math.inf, "ssim": math.nan})
+    assert json.loads(record.to_json())["quality"] == {"psnr": None, "ssim": None}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema": 2}', '{"schema": 1}', "null", '{"schema": 1, "run_id": "../x"}']
+)
+def test_what_is_no_record_is_refused(text):
+    with pytest.raises(ResultsError):
+        records.from_json(text)
+
+
+def test_a_half_written_record_is_refused_at_every_length(make_record):
+    whole = make_record().to_json()
+    for end in range(0, len(whole) - 1, 7):
+        with pytest.raises(ResultsError):
+            records.from_json(whole[:end])
+
+
+def test_csv_columns_are_the_public_ones_in_order():
+    assert ",".join(records.CSV_COLUMNS) == (
+        "plan,max_vram_gb,time_s,time_mean_s,step_time_s,batch,width,height,steps,cfg,sampler,scheduler,precision,"
+        "accelerators,repeats,time_min_s,time_max_s,time_std_s,first_eval_s,it_per_s,images_per_min,peak_rss_gb,psnr,"
+        "ssim,status,error,scenario,checkpoint,seed,device,torch,comfyui,speedlab,env_hash,run_id,timestamp"
+    )
+
+
+def test_csv_row_counts_text_to_saved_picture_without_load(make_record):
+    row = records.csv_row(make_record())
+    assert row["time_s"] == "2.5"
+    assert row["time_min_s"] == "2.4"
+    assert row["time_max_s"] == "2.7"
+    assert row["max_vram_gb"] == "7.4"
+    assert row["peak_rss_gb"] == "3"
+    assert row["precision"] == "fp16 computed in fp32"
+    assert row["accelerators"] == "tiny_vae(taesd)"
+    assert row["seed"] == str(2**64 - 1)
+    assert row["first_eval_s"] == "0.13"
+
+
+def test_csv_row_of_a_failed_run_has_its_error_on_one_line(make_record):
+    row = records.csv_row(
+        make_record(status="oom", error="OutOfMemoryError: no\nmore", summary={}, memory={}, steps=[])
+    )
+    assert row["status"] == "oom"
+    assert row["error"] == "OutOfMemoryError: no more"
+    assert row["time_s"] == ""
+
+
+def test_cached_and_foreign_phases_add_nothing():
+    phases = {"text_encode": "cached", "prepare": None, "decode": 10.0, "save": None}
+    assert records.total_ms(phases, 100.0) == 110.0
+    assert records.total_ms(phases, None) is None
+
+
+def _row(index, ms, evals=1):
+    return StepRow(index, 1.0, None, ms, evals, 1, 1, False)
+
+
+def test_summary_leaves_the_first_step_out_of_the_steady_ones():
+    steps = [[_row(0, 500.0), _row(1, 100.0), _row(2, 110.0), _row(3, 90.0)]]
+    summary = records.summarise([800.0], steps, 480.0)
+    assert summary["step_median_ms"] == 100.0
+    assert summary["step_min_ms"] == 90.0
+    assert summary["step_max_ms"] == 110.0
+    assert summary["first_step_excess_ms"] == 400.0
+    assert summary["it_per_s"] == 10.0
+    assert summary["run"]["median"] == 800.0
+
+
+def test_summary_of_nothing_is_all_unknown():
+    summary = records.summarise([], [], None)
+    assert summary["step_median_ms"] is None
+    assert summary["run"] is None
+    assert summary["it_per_s"] is None
+
+
+@given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=50))
+def test_spread_is_ordered(values):
+    s = spread(values)
+    tolerance = 1e-9 * s.max
+    assert s.min <= s.p10 + tolerance
+    assert s.p10 <= s.median + tolerance
+    assert s.median <= s.p90 + tolerance
+    assert s.p90 <= s.max + tolerance
+    assert s.std >= 0
+
+
+def test_percentile_interpolates():
+    assert percentile([1.0, 2.0, 3.0, 4.0, 5.0], 0.1) == pytest.approx(1.4)
+    with pytest.raises(ValueError, match="empty"):
+        percentile([], 0.5)
+
+
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_any_text_survives_the_csv(make_record, plan, error):
+    row = records.csv_row(make_record(request={"plan": plan}, error=error))
+    assert set(row) == set(records.CSV_COLUMNS)
+    assert all("\n" not in cell and "\r" not in cell for cell in row.values())

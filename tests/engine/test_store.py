@@ -1,0 +1,151 @@
+"""Records on disk: whole or not at all, one row a run, nothing outside the runs folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from speedlab.errors import ResultsError
+from speedlab.profiling import store as stores
+from speedlab.profiling.record import CSV_COLUMNS
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_record_is_written_and_read_back(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    path = store.write(make_record())
+    assert path == tmp_path / "speedlab" / "runs" / "20260102-030405-0123abcd.json"
+    assert store.read("20260102-030405-0123abcd").to_json() == make_record().to_json()
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "no temporary file is left"
+
+
+@pytest.mark.parametrize(
+    "run_id",
+    ["", "..", "../../etc/passwd", "20260102-030405-0123abcd/..", "C:\\x", "a\0b", "20260102-030405-0123abcd\n",
+     "20260102-030405-0123ABCD", "٢0260102-030405-0123abcd"],
+)  # fmt: skip
+def test_a_run_id_cannot_name_another_path(tmp_path, run_id):
+    with pytest.raises(ResultsError, match="not a run id"):
+        stores.RunStore(tmp_path).read(run_id)
+
+
+def test_new_run_ids_are_valid_and_unique(tmp_path):
+    ids = {stores.new_run_id() for _ in range(200)}
+    assert len(ids) == 200
+    for run_id in ids:
+        stores.RunStore(tmp_path).json_path(run_id)
+
+
+def test_rows_are_appended_once_a_run(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    first = make_record(run_id=stores.new_run_id())
+    second = make_record(run_id=stores.new_run_id())
+    assert store.append_csv(first)
+    assert not store.append_csv(first)
+    assert store.append_csv(second)
+    assert [row["run_id"] for row in rows(store.csv_path)] == [first.run_id, second.run_id]
+    assert store.csv_path.read_text().splitlines()[0] == ",".join(CSV_COLUMNS)
+
+
+def test_a_table_with_other_columns_is_refused_and_left_alone(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    store.root.mkdir(parents=True)
+    store.csv_path.write_text("a,b\n1,2\n")
+    with pytest.raises(ResultsError, match=r"results\.csv has other columns"):
+        store.append_csv(make_record(run_id=stores.new_run_id()))
+    with pytest.raises(ResultsError, match="other columns"):
+        store.check_writable()
+    assert store.csv_path.read_text() == "a,b\n1,2\n"
+
+
+def test_half_a_row_left_by_a_crash_spoils_no_later_row(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    first = make_record(run_id=stores.new_run_id())
+    store.append_csv(first)
+    with store.csv_path.open("ab") as file:
+        file.write(b"stock,7.4,2.")
+    second = make_record(run_id=stores.new_run_id())
+    store.append_csv(second)
+    ids = [row["run_id"] for row in rows(store.csv_path)]
+    assert ids[0] == first.run_id
+    assert ids[-1] == second.run_id
+
+
+def test_a_folder_that_cannot_be_written_is_named(make_record, tmp_path):
+    (tmp_path / "speedlab").write_text("a file where the folder should be")
+    store = stores.RunStore(tmp_path)
+    for act in (store.check_writable, lambda: store.write(make_record()), lambda: store.append_csv(make_record())):
+        with pytest.raises(ResultsError, match=r"cannot write to .*speedlab"):
+            act()
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links on this system")
+def test_a_link_that_leads_out_is_refused(make_record, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    output = tmp_path / "output"
+    (output / "speedlab").mkdir(parents=True)
+    (output / "speedlab" / "runs").symlink_to(outside, target_is_directory=True)
+    store = stores.RunStore(output)
+    with pytest.raises(ResultsError, match="leads out"):
+        store.write(make_record())
+    assert not list(outside.iterdir())
+
+
+def test_a_full_disk_leaves_earlier_rows_whole(make_record, tmp_path):
+    """A file-size limit in a child process: the kernel refuses the write half-way, as a full disk does."""
+    store = stores.RunStore(tmp_path)
+    for _ in range(3):
+        store.append_csv(make_record(run_id=stores.new_run_id()))
+    before = store.csv_path.read_bytes()
+    root = Path(__file__).resolve().parents[2]
+    script = f"""
+import importlib.util, resource, signal, sys
+def load(name, folder):
+    spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py", submodule_search_locations=[folder])
+    module = importlib.util.module_from_spec(spec); sys.modules[name] = module; spec.loader.exec_module(module)
+load("speedlab", {str(root / "speedlab")!r})
+from speedlab.errors import ResultsError
+from speedlab.profiling.record import from_json
+from speedlab.profiling.store import RunStore, new_run_id
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 40}, {len(before) + 40}))
+store = RunStore(Path({str(tmp_path)!r}))
+try:
+    store.append_csv(from_json({make_record().to_json()!r}).changed(run_id=new_run_id()))
+except ResultsError as error:
+    print("refused:", error)
+"""
+    if sys.platform == "win32":
+        pytest.skip("no file-size limits on Windows")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert "refused:" in done.stdout, done.stderr
+    assert "results.csv" in done.stdout
+    assert store.csv_path.read_bytes() == before
+
+
+def test_many_writers_lose_no_row(make_record, tmp_path):
+    ids = [stores.new_run_id() for _ in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda run_id: stores.RunStore(tmp_path).append_csv(make_record(run_id=run_id)), ids))
+    assert sorted(row["run_id"] for row in rows(tmp_path / "speedlab" / "results.csv")) == sorted(ids)
+
+
+def test_a_failed_write_keeps_the_earlier_version(tmp_path):
+    target = tmp_path / "record.json"
+    stores.write_atomically(target, b"first")
+    with pytest.raises(TypeError):
+        stores.write_atomically(target, None)  # type: ignore[arg-type]
+    assert target.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
