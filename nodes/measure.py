@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..speedlab.core import missing_input, output_directory
-from ..speedlab.profiling import browser, charts, report
+from ..speedlab.profiling import browser, report
 from ..speedlab.profiling.complete import complete
 from ..speedlab.profiling.context import NodeContext
 from ..speedlab.profiling.store import RunStore
@@ -47,7 +47,8 @@ class ProfileReport:
         self, profile: object, images: object = None, prompt: object = None, extra_pnginfo: object = None,
         unique_id: object = None,
     ) -> dict:  # fmt: skip
-        record = complete(profile, images, NodeContext.of(prompt, extra_pnginfo, unique_id))
+        completed = complete(profile, images, NodeContext.of(prompt, extra_pnginfo, unique_id))
+        record = completed.record
         text = report.report_text(record)
         path = RunStore(output_directory()).json_path(record.run_id)
         passed = images
@@ -59,7 +60,7 @@ class ProfileReport:
                 "images": browser.browser_images(record),
                 "speedlab": [browser.browser_summary(record)],
             },
-            "result": (passed, text, charts.chart_or_blank(record), str(path)),
+            "result": (passed, text, completed.chart, str(path)),
         }
 
 

@@ -126,6 +126,7 @@ class ProfileSampler:
         warmup: int = 0, repeats: int = 1, nvtx: bool = True, prompt: object = None, extra_pnginfo: object = None,
         unique_id: object = None,
     ) -> dict:  # fmt: skip
+        context = NodeContext.of(prompt, extra_pnginfo, unique_id)
         result = profile_sampling(
             model,
             SamplingRequest(seed, steps, cfg, sampler_name, scheduler, denoise),
@@ -133,10 +134,12 @@ class ProfileSampler:
             negative,
             latent_image,
             ProfileOptions(detail, warmup, repeats, nvtx),
-            NodeContext.of(prompt, extra_pnginfo, unique_id),
+            context,
         )
         summary = report.summary_text(result.record)
-        chart = charts.chart_or_blank(result.record)
+        # Drawing takes longer than all measuring together, so it happens only for somebody who looks.
+        wanted = context.is_output_used(self.RETURN_NAMES.index("chart"))
+        chart = charts.chart_or_blank(result.record) if wanted else charts.blank()
         return {
             "ui": {"text": [summary], "speedlab": [browser.browser_summary(result.record)]},
             "result": (result.latent, result.record, summary, chart),

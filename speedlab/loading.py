@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 SOURCE = "speedlab.source"
 VAE_SOURCE = "speedlab.vae_source"
 SAFETENSORS = (".safetensors", ".sft")
+_LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
 _HASH_CHUNK = 1 << 24
 
 
@@ -322,7 +323,7 @@ def _format_note(path: Path) -> str:
 def _explain(path: Path, what: str, size_mb: float, error: Exception) -> str:
     text, kind = str(error), type(error).__name__
     name = f"{path} ({size_mb:.1f} MB)"
-    if "MetadataIncompleteBuffer" in text or "incomplete" in text.lower() or "unexpected EOF" in text:
+    if "MetadataIncompleteBuffer" in text or "unexpected EOF" in text or _ends_in_its_header(path):
         return f"{name} is truncated: the file ends too early. Download or copy the {what} again."
     if path.suffix.lower() in SAFETENSORS and ("Header" in text or kind == "SafetensorError"):
         return (
@@ -339,6 +340,16 @@ def _explain(path: Path, what: str, size_mb: float, error: Exception) -> str:
     if "Could not detect model type" in text:
         return f"{name} is not a {what} that ComfyUI knows{_looks_like(path)}."
     return f"{name} could not be loaded as a {what}: {kind}: {first_line(error)}"
+
+
+def _ends_in_its_header(path: Path) -> bool:
+    """Whether a safetensors file begins as one and ends before the header that it announces."""
+    if path.suffix.lower() not in SAFETENSORS:
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    announced = int.from_bytes(start[:8], "little")
+    return len(start) == 9 and start[8:] == b"{" and path.stat().st_size < 8 + announced <= _LONGEST_HEADER
 
 
 def _looks_like(path: Path) -> str:

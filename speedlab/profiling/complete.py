@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core import output_directory
 from ..errors import ResultsError, first_line
 from . import timeline
+from .charts import chart_or_blank
 from .context import NodeContext
 from .memory import MemoryPeak, measure_peak
 from .record import RunRecord, memory_dict, total_ms
@@ -20,17 +22,27 @@ from .store import RunStore
 _MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "device_used_gb")
 
 
-def complete(record: RunRecord, images: Any | None, context: NodeContext) -> RunRecord:
-    """The record with everything that happened since sampling, written to disk. Raises ResultsError naming the path."""
+@dataclass(frozen=True)
+class Completed:
+    """The whole record as it lies on disk, and its chart as an IMAGE [1, H, W, 3]."""
+
+    record: RunRecord
+    chart: Any
+
+
+def complete(record: RunRecord, images: Any | None, context: NodeContext) -> Completed:
+    """Add everything that happened since sampling and write it all. Raises ResultsError naming the path."""
     store = RunStore(output_directory())
     store.check_writable()
     record = _with_decode(record, context)
     if images is not None:
         record = _with_images(record, images, context, store)
     record = with_rates(record.changed(phases_ms={**record.phases_ms, "total": _total(record)}))
+    chart = chart_or_blank(record)
+    record = _with_chart(record, chart, store)
     store.write(record)
     store.append_csv(record)
-    return record
+    return Completed(record, chart)
 
 
 def _with_decode(record: RunRecord, context: NodeContext) -> RunRecord:
@@ -77,6 +89,19 @@ def _with_images(record: RunRecord, images: Any, context: NodeContext, store: Ru
         artifacts={**record.artifacts, "images": relative},
         request={**record.request, "width": int(images.shape[2]), "height": int(images.shape[1])},
     )
+
+
+def _with_chart(record: RunRecord, chart: Any, store: RunStore) -> RunRecord:
+    from PIL import Image
+
+    path = store.root / "charts" / f"{record.run_id}.png"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(_to_bytes(chart)[0]).save(path)
+    except OSError as error:
+        raise ResultsError(f"The chart could not be saved to {path}: {first_line(error)}") from error
+    relative = path.relative_to(store.root.parent).as_posix()
+    return record.changed(artifacts={**record.artifacts, "chart": relative})
 
 
 def _save_pngs(images: Any, run_id: str, context: NodeContext, folder: Path) -> list[Path]:

@@ -48,6 +48,17 @@ class NodeContext:
             waiting += _links(self.prompt.get(current))
         return frozenset(found)
 
+    def is_output_used(self, index: int) -> bool:
+        """Whether a node of the prompt takes output `index` of this one; True where the prompt is not known."""
+        if self.node_id not in self.prompt:
+            return True
+        inputs = (_path(node, "inputs") for node in self.prompt.values())
+        links = (value for taken in inputs if isinstance(taken, Mapping) for value in taken.values())
+        return any(
+            isinstance(link, (list, tuple)) and len(link) == 2 and str(link[0]) == self.node_id and link[1] == index
+            for link in links
+        )
+
     def scenario(self) -> dict[str, str]:
         """`scenario` and `plan` that a workflow or a client named, as short texts."""
         workflow = self.extra.get("workflow")

@@ -29,7 +29,7 @@ def environment(device: Any) -> dict[str, Any]:
         "comfyui": comfyui_version(),
         "speedlab": __version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": _platform_name(),
         "attention": _attention_name(),
         "allocator": torch.cuda.get_allocator_backend() if cuda else None,
         "flags": _flags(torch),
@@ -99,6 +99,11 @@ def _driver_version() -> str | None:
     return version.decode() if isinstance(version, bytes) else str(version)
 
 
+@lru_cache(maxsize=1)
+def _platform_name() -> str:
+    return platform.platform()
+
+
 def _attention_name() -> str | None:
     try:
         from comfy.ldm.modules.attention import optimized_attention
@@ -118,6 +123,7 @@ def _flags(torch: Any) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=1)
 def _ram_gb() -> float | None:
     try:
         import psutil

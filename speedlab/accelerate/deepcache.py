@@ -1,0 +1,166 @@
+"""DeepCache (Ma et al., CVPR 2024): re-use deep UNet features from one step for the next ones.
+
+On full steps ComfyUI's own forward runs, and what reaches one of the outer output blocks from below is kept. On cached
+steps only the outer blocks run. A step is full or cached with all its evaluations: samplers such as Heun and DPM++ SDE
+evaluate twice a step, and an evaluation belongs to the last step whose sigma is at or above its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .cond_identity import with_unique_uuids
+from .deepcache_features import Evaluation, Run, chunk_keys
+from .deepcache_forward import cut, largest_branch, shallow_forward
+from .deepcache_schedule import DeepCacheConfig
+from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
+from .reporting import report_cached
+from .unet import require_unet
+
+__all__ = ["KEY", "DeepCacheConfig", "attach_deepcache"]
+
+KEY = "speedlab.deepcache"
+
+
+def attach_deepcache(model: Any, config: DeepCacheConfig) -> Any:
+    """A clone of MODEL `model` that caches as `config` says; `model` itself where `config` is off.
+
+    A branch that is too deep for the model is replaced by the largest, with a warning. Raises UnavailableError for a
+    model that is no image UNet.
+    """
+    if config.is_off:
+        return model
+    unet = require_unet(model, "DeepCache")
+    deepest = largest_branch(unet)
+    if config.branch > deepest:
+        logging.warning(
+            "DeepCache: cache_branch_id %d is too deep for this model; the largest, %d, is used.",
+            config.branch,
+            deepest,
+        )
+        config = replace(config, branch=deepest)
+    clone = attach(model, KEY, _wrappers(config))
+    declare(clone, Accelerator("deepcache", _options(config)))
+    return clone
+
+
+def _options(config: DeepCacheConfig) -> Mapping[str, Any]:
+    options: dict[str, Any] = {
+        "cache_interval": config.interval,
+        "cache_branch_id": config.branch,
+        "start_percent": config.start,
+        "end_percent": config.end,
+        "schedule": config.schedule,
+    }
+    if config.schedule == "nonuniform":
+        options |= {"center": config.center, "power": config.power}
+    return options
+
+
+def _wrappers(config: DeepCacheConfig) -> Mapping[Site, Wrapper]:
+    """The closures hold the frozen `config` alone: clones of a model share them, so state lives in the run."""
+
+    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        run = Run(config)
+        try:
+            with run_state(executor.class_obj, KEY, run):
+                return executor(*args, **kwargs)
+        finally:
+            run.clear()
+
+    return {
+        Site.OUTER_SAMPLE: outer_sample,
+        Site.PREDICT_NOISE: _predict_noise,
+        Site.CALC_COND_BATCH: _calc_cond_batch,
+        Site.DIFFUSION_MODEL: _diffusion_model,
+    }
+
+
+def _predict_noise(
+    executor: Any, x: Any, timestep: Any, model_options: dict | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    model_options = {} if model_options is None else model_options
+    run: Run | None = state_of(model_options.get("transformer_options", {}), KEY)
+    if run is None:
+        return executor(x, timestep, model_options, *args, **kwargs)
+    position = run.finder.locate(model_options, timestep)
+    if position is None:
+        if not run.warned:
+            logging.warning("DeepCache: this sampler gives no schedule of sigmas, so nothing is cached in this run.")
+            run.warned = True
+        return executor(x, timestep, model_options, *args, **kwargs)
+    with run.evaluating(position):
+        return executor(x, timestep, model_options, *args, **kwargs)
+
+
+def _calc_cond_batch(executor: Any, model: Any, conds: list, *args: Any, **kwargs: Any) -> Any:
+    return executor(model, with_unique_uuids(conds), *args, **kwargs)
+
+
+def _diffusion_model(
+    executor: Any,
+    x: torch.Tensor,
+    timesteps: Any = None,
+    context: Any = None,
+    y: Any = None,
+    control: Any = None,
+    transformer_options: dict | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    options = {} if transformer_options is None else transformer_options
+    inputs = (x, timesteps, context, y, control)
+    run: Run | None = state_of(options, KEY)
+    evaluation = None if run is None else run.current
+    if run is None or evaluation is None or evaluation.source is None:
+        return executor(*inputs, options, **kwargs)
+    keys = chunk_keys(x, options, evaluation)
+    if keys is None:
+        return executor(*inputs, options, **kwargs)
+    if evaluation.step != evaluation.source:
+        features = run.recall(keys, evaluation)
+        if features is not None:
+            report_cached(options)
+            return _cached(executor, run.config.branch, features, inputs, options, kwargs)
+    return _full(executor, run, evaluation, keys, inputs, options, kwargs)
+
+
+def _full(
+    executor: Any,
+    run: Run,
+    evaluation: Evaluation,
+    keys: tuple[Hashable, ...],
+    inputs: tuple[Any, ...],
+    options: dict,
+    kwargs: dict,
+) -> torch.Tensor:
+    """The whole forward, as it would run without DeepCache; a patch that changes nothing looks on."""
+    place, rows = ("output", cut(executor.class_obj, run.config.branch)), inputs[0].shape[0]
+
+    def look(h: torch.Tensor, skip: torch.Tensor, extra: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        if extra.get("block") == place and h.shape[0] == rows:
+            run.store(keys, evaluation.step, h)
+        return h, skip
+
+    # Before all other patches: on cached steps those run on the kept features again. The copy keeps the caller's own
+    # options as they are.
+    patches = dict(options.get("patches", {}))
+    patches["output_block_patch"] = [look, *patches.get("output_block_patch", ())]
+    return executor(*inputs, {**options, "patches": patches}, **kwargs)
+
+
+def _cached(
+    executor: Any, branch: int, features: torch.Tensor, inputs: tuple[Any, ...], options: dict, kwargs: dict
+) -> torch.Tensor:
+    """The outer blocks only, inside the wrappers that other nodes put between this one and the model."""
+    unet = executor.class_obj
+
+    def outer_blocks(x: Any, timesteps: Any, context: Any, y: Any, control: Any, extra: dict, **_: Any) -> torch.Tensor:
+        return shallow_forward(unet, branch, features, x, timesteps, context, y, control, extra)
+
+    inner = type(executor).new_class_executor(outer_blocks, unet, executor.wrappers, executor.idx + 1)
+    return inner.execute(*inputs, options, **kwargs)

@@ -1,0 +1,106 @@
+"""DeepCache's memory for one sampling run: deep features, filed so that none can be mistaken for another's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .deepcache_schedule import DeepCacheConfig, sources
+from .position import Position, StepFinder
+
+
+@dataclass
+class Evaluation:
+    """One model evaluation with guidance: the step it belongs to, and how often each chunk was evaluated so far."""
+
+    step: int
+    source: int | None
+    seen: Counter[Hashable] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    step: int
+    features: torch.Tensor
+
+
+@dataclass
+class Run:
+    """State of one run, reachable through `patching.state_of` until the run ends."""
+
+    config: DeepCacheConfig
+    finder: StepFinder = field(default_factory=StepFinder)
+    current: Evaluation | None = None
+    warned: bool = False
+    _plan: tuple[int | None, ...] = ()
+    _entries: dict[Hashable, _Entry] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict) -> Run:
+        # Some nodes deep-copy the options of a running model; the run is still the same run.
+        return self
+
+    @contextmanager
+    def evaluating(self, position: Position) -> Iterator[None]:
+        """Everything inside belongs to the step at `position`."""
+        if len(self._plan) != position.steps:
+            self._plan = sources(self.config, position.steps)
+        outer, self.current = self.current, Evaluation(position.step, self._plan[position.step])
+        try:
+            yield
+        finally:
+            self.current = outer
+
+    def clear(self) -> None:
+        """Let go of all features."""
+        self._entries.clear()
+        self.current = None
+
+    def store(self, keys: Sequence[Hashable], step: int, features: torch.Tensor) -> None:
+        """Keep `features` [chunks * B, C, H, W], one chunk a key, as those of `step`.
+
+        Each chunk is copied: patches work on the tensor in place later in the same forward.
+        """
+        for key, chunk in zip(keys, features.chunk(len(keys)), strict=True):
+            self._entries[key] = _Entry(step, chunk.clone())
+
+    def recall(self, keys: Sequence[Hashable], evaluation: Evaluation) -> torch.Tensor | None:
+        """The features of all `keys` as one new tensor [chunks * B, C, H, W], or None if one of them has none.
+
+        Features count only if they are no older than the evaluation's full step, and not from a later step, to which
+        a sampler that goes back in time would return.
+        """
+        found = []
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is None or evaluation.source is None or not evaluation.source <= entry.step <= evaluation.step:
+                return None
+            found.append(entry.features)
+        return torch.cat(found)
+
+
+def chunk_keys(x: torch.Tensor, options: Mapping[str, Any], evaluation: Evaluation) -> tuple[Hashable, ...] | None:
+    """One key for each chunk of `x` [chunks * B, C, H, W], or None where ComfyUI did not name the chunks.
+
+    A key holds the cond's uuid, the chunk's shape, dtype and device, the context window, the set of replaced attention
+    layers, and how often this evaluation has asked for the same before: perturbed-attention guidance evaluates one
+    cond a second time, with other attention, and must not meet the features of the first.
+    """
+    uuids = options.get("uuids")
+    if not uuids or x.shape[0] % len(uuids):
+        return None
+    shape = (x.shape[0] // len(uuids), *x.shape[1:])
+    window = tuple(getattr(options.get("context_window"), "index_list", ()))
+    replaced = frozenset(
+        (kind, place) for kind, places in options.get("patches_replace", {}).items() for place in places
+    )
+    keys = []
+    for uuid in uuids:
+        identity = (uuid, shape, x.dtype, x.device, window, replaced)
+        keys.append((*identity, evaluation.seen[identity]))
+        evaluation.seen[identity] += 1
+    return tuple(keys)

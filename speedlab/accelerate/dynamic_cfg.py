@@ -1,0 +1,140 @@
+"""Dynamic CFG: leave out the unconditional prediction where it changes little, and save its half of an evaluation.
+
+`fixed` drops it after a share of the steps. `adaptive` is Adaptive Guidance (Castillo et al., 2023): it is dropped for
+the rest of the run once both predictions of the noise point the same way. ComfyUI itself skips uncond at CFG 1, so the
+guider's CFG is 1 for such an evaluation and only then. Where something needs uncond, the technique steps aside for the
+run with a warning, and the picture is the one without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..schedule import steps_before
+from .guidance import UncondReadError, evaluate_without_uncond, is_guided, obstacle, with_observer
+from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
+from .position import StepFinder
+from .unet import require_unet
+
+KEY = "speedlab.dynamic_cfg"
+Mode = Literal["fixed", "adaptive"]
+
+
+@dataclass(frozen=True)
+class DynamicCFGConfig:
+    """What the Dynamic CFG node sets.
+
+    fixed: of n steps, step i keeps uncond when i < floor(stop_at * n).
+    adaptive: uncond goes once the cosine similarity of the two noise predictions exceeds `similarity`, in every latent
+    of the batch. Raises ValueError for a value out of range.
+    """
+
+    mode: Mode = "fixed"
+    stop_at: float = 0.75
+    similarity: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode is {self.mode!r}; choose one of {', '.join(get_args(Mode))}")
+        if not 0.0 <= self.stop_at <= 1.0:
+            raise ValueError(f"stop_at is {self.stop_at}; it must lie between 0 and 1")
+        if not -1.0 <= self.similarity <= 1.0:
+            raise ValueError(f"similarity is {self.similarity}; it must lie between -1 and 1")
+
+    @property
+    def is_off(self) -> bool:
+        """Whether uncond would be kept at every step of any run."""
+        return self.stop_at >= 1.0 if self.mode == "fixed" else self.similarity >= 1.0
+
+
+@dataclass
+class Run:
+    """State of one run, reachable through `patching.state_of` until the run ends."""
+
+    config: DynamicCFGConfig
+    finder: StepFinder = field(default_factory=StepFinder)
+    converged: bool = False
+    stepped_aside: bool = False
+
+    def __deepcopy__(self, memo: dict) -> Run:
+        # Some nodes deep-copy the options of a running model; the run is still the same run.
+        return self
+
+    def step_aside(self, reason: str) -> None:
+        """Keep uncond for the rest of the run, and say why, once."""
+        if not self.stepped_aside:
+            logging.warning("Dynamic CFG: uncond stays on in this run, because %s.", reason)
+        self.stepped_aside = True
+
+
+def attach_dynamic_cfg(model: Any, config: DynamicCFGConfig) -> Any:
+    """A clone of MODEL `model` that leaves out uncond as `config` says; `model` itself where `config` is off.
+
+    Raises UnavailableError for a model that is no image UNet.
+    """
+    if config.is_off:
+        return model
+    require_unet(model, "Dynamic CFG")
+    clone = attach(model, KEY, _wrappers(config))
+    share = {"stop_at": config.stop_at} if config.mode == "fixed" else {"similarity": config.similarity}
+    declare(clone, Accelerator("dynamic_cfg", {"mode": config.mode, **share}))
+    return clone
+
+
+def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
+    """The closure holds the frozen `config` alone: clones of a model share it, so state lives in the run."""
+
+    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with run_state(executor.class_obj, KEY, Run(config)):
+            return executor(*args, **kwargs)
+
+    return {Site.OUTER_SAMPLE: outer_sample, Site.PREDICT_NOISE: _predict_noise}
+
+
+def _predict_noise(
+    executor: Any, x: Any, timestep: Any, model_options: dict | None = None, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    options = {} if model_options is None else model_options
+    run: Run | None = state_of(options.get("transformer_options", {}), KEY)
+    if run is None or run.stepped_aside or not is_guided(executor.class_obj):
+        return executor(x, timestep, options, *args, **kwargs)
+    reason = obstacle(executor.class_obj, options)
+    if reason is not None:
+        run.step_aside(reason)
+        return executor(x, timestep, options, *args, **kwargs)
+    if _keeps_uncond(run, options, timestep):
+        if run.config.mode == "adaptive":
+            options = with_observer(options, lambda predictions: _compare(run, predictions))
+        return executor(x, timestep, options, *args, **kwargs)
+    try:
+        return evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
+    except UncondReadError as read:
+        run.step_aside(f"the post-CFG function {read} reads it")
+        return executor(x, timestep, options, *args, **kwargs)
+
+
+def _keeps_uncond(run: Run, model_options: dict, timestep: Any) -> bool:
+    if run.config.mode == "adaptive":
+        return not run.converged
+    position = run.finder.locate(model_options, timestep)
+    if position is None:
+        run.step_aside("this sampler gives no schedule of sigmas")
+        return True
+    return position.step < steps_before(run.config.stop_at, position.steps)
+
+
+def _compare(run: Run, predictions: Mapping[str, Any]) -> None:
+    """Decides from this evaluation about the next ones. Waits for the device, once an evaluation until uncond is off.
+
+    The noise prediction is the input minus the denoised latent, up to a factor that the cosine does not see.
+    """
+    noisy = predictions["input"]
+    cond = (noisy - predictions["cond_denoised"]).flatten(1).float()
+    uncond = (noisy - predictions["uncond_denoised"]).flatten(1).float()
+    similarity = float(torch.nn.functional.cosine_similarity(cond, uncond, dim=1).min())
+    run.converged = similarity > run.config.similarity

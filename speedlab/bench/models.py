@@ -1,0 +1,85 @@
+"""Which model files a command uses: the user's own, a name on a server, or demo models written on first use."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .client import ComfyClient
+from .errors import BenchError
+from .files import check_model_file, demo_checkpoint, demo_tiny_vae, has_tiny_vae, looks_like_path
+from .scenario import Scenario
+from .session import model_folders
+
+NOISE = (
+    "The checkpoint is a demo with random weights: the picture is noise, the times are real. "
+    "Give your own with --checkpoint FILE."
+)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The names that the graph uses, by scenario id, and the files that a started server must be shown."""
+
+    checkpoints: dict[str, str]
+    vae: str | None
+    files: dict[str, list[Path]]
+    notes: tuple[str, ...] = ()
+
+
+def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> ModelChoice:
+    """Check the model options, and write demo models where a server is started without a checkpoint."""
+    files: dict[str, list[Path]] = {}
+    notes: list[str] = []
+    named: dict[str, str | None] = {}
+    for option, folder in (("checkpoint", "checkpoints"), ("vae", "vae")):
+        value = getattr(args, option)
+        if value is None or not looks_like_path(value):
+            named[option] = value
+        elif args.server:
+            raise BenchError(f"--{option} {value}: with --server it is a name that the server knows, not a file")
+        else:
+            path = check_model_file(value, f"--{option}")
+            files.setdefault(folder, []).append(path)
+            named[option] = path.name
+    checkpoints = {entry.id: named["checkpoint"] for entry in scenarios if named["checkpoint"] is not None}
+    if named["checkpoint"] is None and not args.server:
+        for entry in scenarios:
+            path = demo_checkpoint(entry.family)
+            checkpoints[entry.id] = path.name
+            if path not in files.setdefault("checkpoints", []):
+                files["checkpoints"].append(path)
+        notes.append(NOISE)
+    if not args.server:
+        files["vae_approx"], more = tiny_vae_files(scenarios)
+        notes += more
+    return ModelChoice({key: name for key, name in checkpoints.items() if name}, named["vae"], files, tuple(notes))
+
+
+def tiny_vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]]:
+    """Random Tiny VAEs for the scenarios that need one where the models folders have none, and what to say of it."""
+    files: list[Path] = []
+    for family in sorted({entry.family for entry in scenarios if entry.plan.decoder == "tiny"}):
+        if not has_tiny_vae(family, model_folders()):
+            files += demo_tiny_vae(family)
+    names = ", ".join(path.name for path in files if "decoder" in path.name)
+    return files, [
+        f"No Tiny VAE in models/vae_approx: using random weights ({names}); its picture is noise."
+    ] if files else []
+
+
+async def server_checkpoint(client: ComfyClient, scenario: Scenario) -> str:
+    """The checkpoint of a running server where none was named: the scenario's own, else its demo, else an error."""
+    info = await client.object_info("SpeedLabCheckpointLoader")
+    if not info:
+        raise BenchError(f"the server at {client.url} has no SpeedLab nodes: install the pack there and restart it")
+    spec = info["SpeedLabCheckpointLoader"]["input"]["required"]["ckpt_name"]
+    names = spec[0] if isinstance(spec[0], list) else spec[1].get("options", [])
+    wanted = scenario.file("checkpoint")
+    demos = [name for name in names if name.startswith("speedlab_demo_")]
+    for name in ([wanted.default] if wanted else []) + demos:
+        if name in names:
+            return str(name)
+    raise BenchError(f"name a checkpoint with --checkpoint; the server has: {', '.join(names) or 'none'}")

@@ -1,0 +1,56 @@
+"""Result rows as a table that a person reads: the columns of the articles, and RAM where there is no VRAM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+HEADER = ("plan", "max VRAM", "time", "step time", "batch", "resolution", "steps", "cfg")
+RAM_COLUMN = "max RSS"
+NOTHING = "-"
+
+
+def _number(row: Mapping[str, str], name: str) -> float | None:
+    text = row.get(name, "")
+    return float(text) if text else None
+
+
+def _gigabytes(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f} GB"
+
+
+def seconds(value: float | None) -> str:
+    """`3.72 s`, `0.147 s`, `1 min 5 s`; '-' for None."""
+    if value is None:
+        return NOTHING
+    if value >= 100:
+        return f"{int(value) // 60} min {value % 60:.0f} s"
+    return f"{value:.2f} s" if value >= 1 else f"{value:.3f} s"
+
+
+def cells(row: Mapping[str, str]) -> tuple[str, ...]:
+    """One row of results.csv as the table's cells, RAM last. A run that did not end well shows its status as time."""
+    failed = row.get("status", "ok") not in ("", "ok")
+    cfg = _number(row, "cfg")
+    return (
+        row.get("plan") or NOTHING,
+        _gigabytes(_number(row, "max_vram_gb")),
+        row["status"] if failed else seconds(_number(row, "time_s")),
+        seconds(_number(row, "step_time_s")),
+        row.get("batch") or NOTHING,
+        f"{row['width']}x{row['height']}" if row.get("width") and row.get("height") else NOTHING,
+        row.get("steps") or NOTHING,
+        NOTHING if cfg is None else f"{cfg:g}",
+        _gigabytes(_number(row, "peak_rss_gb")),
+    )
+
+
+def format_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows under a header, columns aligned. The RAM column appears where a row has no VRAM figure."""
+    with_ram = any(not row.get("max_vram_gb") for row in rows)
+    lines = [(*HEADER, RAM_COLUMN), *(cells(row) for row in rows)]
+    if not with_ram:
+        lines = [line[:-1] for line in lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)

@@ -1,0 +1,84 @@
+"""Writes every scenario's two files, or says which committed ones differ from what the table makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from .scenario import SOURCES, Scenario
+from .scenarios import SCENARIOS
+from .ui_format import UiGraph, to_ui
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "workflows"
+
+
+def note_text(scenario: Scenario) -> str:
+    """The note of a drag-in workflow, in Markdown: what it shows, needed files, settings, published figures."""
+    settings = scenario.settings
+    lines = [f"# {scenario.title}", "", scenario.shows, "", "## Files it needs"]
+    lines += [f"- `{entry.default}` in `ComfyUI/{entry.folder}`: {entry.where}" for entry in scenario.files]
+    lines += ["", "Pick your own file in the loader where its name differs.", "", "## Settings"]
+    lines += [
+        f"{settings.width}x{settings.height}, batch {settings.batch}, {settings.steps} steps, CFG {settings.cfg:g}, "
+        f"{settings.sampler}, {settings.scheduler}; plan: {scenario.plan.name}"
+    ]
+    lines += ["", f"## Published by {SOURCES[scenario.source]}"]
+    lines += [f"- {entry.figure} ({entry.device})" for entry in scenario.published]
+    lines += [
+        "",
+        "A published figure is there to compare with; the report holds only what your machine measured.",
+        "",
+        f"Headless: `python run.py bench {scenario.id}`",
+    ]
+    return "\n".join(lines)
+
+
+def ui_graph(scenario: Scenario) -> UiGraph:
+    """The drag-in workflow. Its `extra.speedlab` names scenario and plan, for the record of each run."""
+    extra = {"speedlab": {"scenario": scenario.id, "plan": scenario.plan.name}}
+    return to_ui(scenario.graph(), name=scenario.id, note=note_text(scenario), note_title=scenario.title, extra=extra)
+
+
+def _text(data: object) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def files_of(scenario: Scenario) -> dict[str, str]:
+    """Both files of a scenario: relative path -> text."""
+    return {
+        f"api/{scenario.id}.json": _text(scenario.graph().to_api()),
+        f"{scenario.id}.json": _text(ui_graph(scenario)),
+    }
+
+
+def all_files(scenarios: Iterable[Scenario] = SCENARIOS.values()) -> dict[str, str]:
+    """Every file that the table makes: path relative to `workflows/` -> text."""
+    return {path: text for scenario in scenarios for path, text in files_of(scenario).items()}
+
+
+def differences(folder: Path = FOLDER) -> list[str]:
+    """One line for each file in `folder` that is missing, out of date, or no longer in the table."""
+    wanted = all_files()
+    found = {
+        path.relative_to(folder).as_posix() for pattern in ("*.json", "api/*.json") for path in folder.glob(pattern)
+    }
+    lines = [f"{name}: no scenario makes it" for name in sorted(found - wanted.keys())]
+    for name, text in sorted(wanted.items()):
+        if name not in found:
+            lines.append(f"{name}: missing")
+        elif (folder / name).read_text(encoding="utf-8") != text:
+            lines.append(f"{name}: out of date")
+    return lines
+
+
+def write(folder: Path = FOLDER) -> list[Path]:
+    """Write every file into `folder`; returns their paths."""
+    (folder / "api").mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, text in all_files().items():
+        path = folder / name
+        path.write_text(text, encoding="utf-8", newline="\n")
+        paths.append(path)
+    return paths

@@ -1,0 +1,79 @@
+"""Fixtures of the comfy tier: ComfyUI and the pack in this process, on small models with real layouts."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from_pack = "speedlab_pack.speedlab."
+
+
+@pytest.fixture(scope="session")
+def engine(pack: ModuleType) -> Callable[[str], ModuleType]:
+    """Modules of the engine as the pack sees them: `engine("profiling.runner")`."""
+    return lambda name: importlib.import_module(from_pack + name)
+
+
+@pytest.fixture(scope="session")
+def node(pack: ModuleType) -> Callable[[str], Any]:
+    """A fresh instance of one of the pack's nodes by id."""
+    return lambda node_id: pack.NODE_CLASS_MAPPINGS[node_id]()
+
+
+@pytest.fixture(scope="session")
+def core(comfy: ModuleType) -> ModuleType:
+    """ComfyUI's own `nodes` module."""
+    return importlib.import_module("nodes")
+
+
+@pytest.fixture(autouse=True)
+def _inference_mode(request: pytest.FixtureRequest) -> Any:
+    """ComfyUI executes prompts in inference mode; so do these tests."""
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(comfy: ModuleType) -> SimpleNamespace:
+    """A real SD 1.x `BaseModel` with a UNet narrow enough to sample in milliseconds, without a file.
+
+    `tiny.model` is the patcher, `tiny.cond(seed)` conditioning, `tiny.latent(batch, h, w)` an empty LATENT.
+    """
+    import torch
+
+    model_patcher = importlib.import_module("comfy.model_patcher")
+    supported = importlib.import_module("comfy.supported_models")
+    unet = {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1],
+        "channel_mult": [1, 2], "num_heads": 4, "num_head_channels": -1, "transformer_depth": [1, 1],
+        "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "context_dim": 32,
+        "use_spatial_transformer": True, "use_linear_in_transformer": False, "adm_in_channels": None,
+        "use_temporal_attention": False, "legacy": False, "dtype": torch.float32,
+    }  # fmt: skip
+    with torch.inference_mode():
+        torch.manual_seed(7)
+        config = supported.SD15(unet)
+        config.set_inference_dtype(torch.float32, None)
+        base = config.get_model({}, "")
+        for parameter in base.diffusion_model.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
+            drawn = torch.randn_like(parameter) / fan_in**0.5
+            parameter.data.copy_(drawn if parameter.dim() > 1 else torch.full_like(parameter, 0.1))
+        # A gentle prediction keeps the adaptive sampler from shrinking its steps for ever.
+        base.diffusion_model.out[2].weight.data.mul_(0.05)
+        patcher = model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+
+    def cond(seed: int, tokens: int = 8) -> list:
+        generator = torch.Generator().manual_seed(seed)
+        return [[torch.randn(1, tokens, 32, generator=generator), {"pooled_output": None}]]
+
+    def latent(batch: int = 1, height: int = 8, width: int = 8) -> dict:
+        return {"samples": torch.zeros(batch, 4, height, width)}
+
+    return SimpleNamespace(model=patcher, cond=cond, latent=latent)

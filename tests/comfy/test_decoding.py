@@ -1,0 +1,194 @@
+"""VAE Decode and Tiny VAE Decode against core, with real TAESD weights; non-finite pictures are noticed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+DEMO = "speedlab_demo_sd15.safetensors"
+
+
+@pytest.fixture(scope="session")
+def vae(core, model_files):
+    import torch
+
+    with torch.inference_mode():
+        return core.CheckpointLoaderSimple().load_checkpoint(DEMO)[2]
+
+
+def latent(batch=1, height=6, width=5, seed=0, channels=4):
+    import torch
+
+    return {"samples": torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))}
+
+
+@pytest.fixture
+def decode(node, vae):
+    def run(samples, **changes):
+        settings = {"slicing": False, "tile_size": 0, "overlap": 64, "precision": "auto", **changes}
+        return node("SpeedLabVAEDecode").decode(samples, settings.pop("vae", vae), **settings)[0]
+
+    return run
+
+
+def test_plain_decode_is_cores(decode, core, vae):
+    import torch
+
+    samples = latent(2)
+    assert torch.equal(decode(samples), core.VAEDecode().decode(vae, samples)[0])
+
+
+def test_slicing_and_tiling(decode, core, vae):
+    import torch
+
+    samples = latent(3)
+    assert torch.allclose(decode(samples, slicing=True), core.VAEDecode().decode(vae, samples)[0], atol=1e-5)
+    big = latent(1, 12, 12)
+    tiled = core.VAEDecodeTiled().decode(vae, big, 64, 16)[0]
+    assert torch.equal(decode(big, tile_size=64, overlap=64), tiled)
+
+
+def test_another_precision_is_a_second_module(decode, vae, engine):
+    import torch
+
+    before = {key: value.clone() for key, value in vae.first_stage_model.state_dict().items()}
+    images = decode(latent(), precision="bf16")
+    assert torch.isfinite(images).all()
+    assert vae.vae_dtype == torch.float32
+    assert all(torch.equal(before[key], value) for key, value in vae.first_stage_model.state_dict().items())
+    second = engine("decoding").sibling(vae, torch.bfloat16)
+    assert second is engine("decoding").sibling(vae, torch.bfloat16), "built once"
+    assert torch.allclose(images, decode(latent()), atol=0.1)
+
+
+def test_a_picture_that_is_not_finite_is_decoded_again_in_fp32(node, engine, vae, caplog):
+    import torch
+
+    decoding = engine("decoding")
+    half = decoding.vae_in(vae, torch.bfloat16)
+    half.first_stage_model.post_quant_conv.weight.data.fill_(float("nan"))
+    # The second module is built from these weights; give it sound ones, as a file would.
+    decoding._siblings[half.first_stage_model] = {torch.float32: vae}
+    samples = latent()
+    decoded = decoding.decode(half, samples, decoding.DecodeConfig())
+    assert torch.isfinite(decoded.images).all()
+    assert decoded.info["precision"] == "fp32"
+    assert caplog.text.count("NaN or Inf") == 1
+    again = decoding.decode(half, samples, decoding.DecodeConfig())
+    assert "warning" not in again.info, "remembered: the second time starts in fp32"
+    assert torch.equal(again.images, decoded.images)
+
+
+def test_latents_that_are_not_finite_are_blamed_on_the_sampler(decode, caplog, node, taesd_files, model_files):
+    samples = latent()
+    samples["samples"][0, 0, 0, 0] = float("nan")
+    decode(samples)
+    assert "latents have NaN" in caplog.text
+
+
+def test_a_latent_of_another_family_or_an_empty_batch_is_refused(decode, engine, node):
+    with pytest.raises(engine("errors").SpeedLabError, match="16 channels"):
+        decode(latent(channels=16))
+    with pytest.raises(engine("errors").SpeedLabError, match="empty"):
+        decode(latent(0))
+    with pytest.raises(engine("errors").SpeedLabError, match="no VAE"):
+        node("SpeedLabVAEDecode").decode(latent(), None, False, 0, 64, "auto")
+
+
+@pytest.fixture
+def tiny_decode(node, model_files, taesd_files):
+    def run(samples, decoder="taesd", slice_size=1, tile_size=0, model=None):
+        return node("SpeedLabTinyVAEDecode").decode(samples, decoder, slice_size, tile_size, model)[0]
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["taesd", "taesdxl"])
+def test_tiny_decode_equals_cores(tiny_decode, core, name):
+
+    samples = latent(2, 16, 12, seed=3)
+    theirs = core.VAEDecode().decode(core.VAELoader().load_vae(name)[0], samples)[0]
+    for ours in (tiny_decode(samples, name, 0), tiny_decode(samples, name, 1)):
+        assert float((ours - theirs).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize(("height", "width", "tile"), [(40, 56, 128), (33, 70, 192), (64, 24, 64)])
+def test_tiles_have_no_seam(tiny_decode, height, width, tile):
+    samples = latent(1, height, width, seed=4)
+    assert float((tiny_decode(samples, tile_size=tile) - tiny_decode(samples)).abs().max()) <= 1e-5
+
+
+def test_auto_takes_the_family_from_the_model_or_the_mark(tiny_decode, tiny, engine):
+    import torch
+
+    samples = latent(1, 8, 8, seed=5)
+    expected = tiny_decode(samples, "taesd")
+    assert torch.equal(tiny_decode(samples, "auto", model=tiny.model), expected)
+    assert torch.equal(tiny_decode({**samples, "speedlab": {"latent_format": "SD15"}}, "auto"), expected)
+    sdxl = tiny_decode({**samples, "speedlab": {"latent_format": "SDXL"}}, "auto")
+    assert torch.equal(sdxl, tiny_decode(samples, "taesdxl"))
+    assert not torch.equal(sdxl, expected)
+    with pytest.raises(engine("errors").SpeedLabError, match="cannot tell an SD 1.x latent from an SDXL one"):
+        tiny_decode(samples, "auto")
+    for mark in ({"latent_format": "Nonsense"}, {"latent_format": "torch"}, "text", None):
+        with pytest.raises(engine("errors").SpeedLabError, match="cannot tell"):
+            tiny_decode({**samples, "speedlab": mark}, "auto")
+
+
+def test_a_decoder_that_is_not_installed_names_the_file(tiny_decode, engine):
+    with pytest.raises(engine("errors").ModelFileError, match=r"taesd3_decoder\.safetensors"):
+        tiny_decode(latent(), "taesd3")
+
+
+def test_a_broken_decoder_is_named(engine, node, model_files, taesd_files):
+    path = model_files / "vae_approx" / "broken_decoder.safetensors"
+    path.write_bytes((taesd_files / "taesd_decoder.safetensors").read_bytes()[:5000])
+    try:
+        with pytest.raises(engine("errors").ModelFileError, match="truncated"):
+            node("SpeedLabTinyVAEDecode").decode({**latent(), "speedlab": {"latent_format": "SD15"}}, "broken", 1, 0)
+    finally:
+        path.unlink()
+
+
+def test_its_memory_estimate_is_its_own(engine, tiny_decode, core):
+    import torch
+
+    tiny_vae = engine("tiny_vae")
+    ours = tiny_vae.load_tiny_vae("taesdxl").memory_used_decode((1, 4, 128, 128), torch.bfloat16)
+    theirs = core.VAELoader().load_vae("taesdxl")[0].memory_used_decode((1, 4, 128, 128), torch.bfloat16)
+    assert 0.3e9 < ours < 0.9e9
+    assert ours < theirs / 5
+
+
+def test_the_choices_always_list_both_families(node, engine, model_files):
+    inputs = type(node("SpeedLabTinyVAEDecode")).INPUT_TYPES()
+    assert inputs["required"]["decoder"][0][:3] == ["auto", "taesd", "taesdxl"]
+
+
+def test_the_example_picture_survives_a_round_trip(core, tiny_decode, node, comfy):
+    """ComfyUI's example picture at 512x512 through TAESDXL: 31.5 dB and more."""
+    import os
+
+    import numpy
+    import torch
+    from PIL import Image
+
+    path = os.path.join(os.path.dirname(os.path.dirname(comfy.sd.__file__)), "input", "example.png")
+    pixels = Image.open(path).convert("RGB").resize((512, 512), Image.Resampling.LANCZOS)
+    image = torch.from_numpy(numpy.asarray(pixels).astype(numpy.float32) / 255.0)[None]
+    encoded = {"samples": core.VAELoader().load_vae("taesdxl")[0].encode(image)}
+    result = node("SpeedLabCompareImages").compare(tiny_decode(encoded, "taesdxl"), image)["result"]
+    assert result[0] >= 31.5
+    assert result[1] > 0.8
+
+
+def test_inputs_are_not_changed(tiny_decode, decode):
+    import torch
+
+    samples = latent(2)
+    before = copy.deepcopy(samples)
+    tiny_decode(samples)
+    decode(samples, slicing=True)
+    assert samples.keys() == before.keys()
+    assert torch.equal(samples["samples"], before["samples"])

@@ -1,0 +1,300 @@
+"""Dynamic CFG: exact rows, the right picture, and a step aside wherever something needs uncond."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from .deepcache_oracle import with_oracle
+from .tiny_unet import TinyUNet, build, relative
+
+SAME = 2e-5  # one row alone against the same row in a batch of two
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def tiny(comfy: ModuleType) -> TinyUNet:
+    return build("sd15")
+
+
+@pytest.fixture(scope="module")
+def attach(pack: ModuleType) -> Callable[..., Any]:
+    dynamic_cfg = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.dynamic_cfg")
+    return lambda model, **options: dynamic_cfg.attach_dynamic_cfg(model, dynamic_cfg.DynamicCFGConfig(**options))
+
+
+@pytest.fixture(scope="module")
+def deepcache(pack: ModuleType) -> Callable[..., Any]:
+    module = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.deepcache")
+    return lambda model, **options: module.attach_deepcache(model, module.DeepCacheConfig(**options))
+
+
+def _cond_only_from(model: Any, first: int) -> Any:
+    """Stock ComfyUI, which evaluates uncond at every step and from step `first` on does not use it."""
+
+    def post_cfg(args: dict) -> torch.Tensor:
+        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"][:-1]
+        step = int((sigmas >= args["sigma"][0] * (1 - 1e-5)).sum()) - 1
+        return args["cond_denoised"] if step >= first else args["denoised"]
+
+    clone = model.clone()
+    clone.set_model_sampler_post_cfg_function(post_cfg, disable_cfg1_optimization=True)
+    return clone
+
+
+@pytest.mark.parametrize(
+    ("steps", "stop_at", "uncond"), [(20, 0.75, 15), (20, 0.5, 10), (10, 0.0, 0), (7, 0.5, 3), (30, 0.7, 21)]
+)
+def test_rows(tiny: TinyUNet, attach: Any, steps: int, stop_at: float, uncond: int) -> None:
+    with tiny.counted() as calls:
+        tiny.sample(attach(tiny.model, stop_at=stop_at), steps=steps)
+    assert [rows for rows, _ in calls] == [2] * uncond + [1] * (steps - uncond)
+
+
+def test_rows_of_heun(tiny: TinyUNet, attach: Any) -> None:
+    with tiny.counted() as calls:
+        tiny.sample(attach(tiny.model, stop_at=0.5), steps=6, sampler="heun")
+    assert [rows for rows, _ in calls] == [2] * 5 + [1] * 6  # 1 + 2 + 2 evaluations of steps 0 to 2
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_sde", "uni_pc", "lcm", "euler_ancestral"])
+def test_picture(tiny: TinyUNet, attach: Any, sampler: str) -> None:
+    ours = tiny.sample(attach(tiny.model, stop_at=0.5), sampler=sampler, batch=2)
+    assert relative(ours, tiny.sample(_cond_only_from(tiny.model, 4), sampler=sampler, batch=2)) < SAME
+    assert relative(ours, tiny.sample(sampler=sampler, batch=2)) > 1e-4
+
+
+def test_partial_runs_and_masks(tiny: TinyUNet, attach: Any) -> None:
+    latent, mask = torch.randn(1, 4, 9, 13), torch.zeros(1, 1, 9, 13)
+    mask[..., :5] = 1.0
+    for options in ({"denoise": 0.5}, {"start_step": 2}, {"noise_mask": mask}):
+        # A partial run has fewer steps: what counts is its own list of sigmas.
+        steps = STEPS - options.get("start_step", 0)
+        ours = tiny.sample(attach(tiny.model, stop_at=0.5), latent=latent, **options)
+        assert relative(ours, tiny.sample(_cond_only_from(tiny.model, steps // 2), latent=latent, **options)) < SAME
+
+
+def test_off_is_the_same_object(tiny: TinyUNet, attach: Any) -> None:
+    assert attach(tiny.model, stop_at=1.0) is tiny.model
+    assert attach(tiny.model, mode="adaptive", similarity=1.0) is tiny.model
+
+
+def test_input_model_is_untouched(tiny: TinyUNet, attach: Any) -> None:
+    before = tiny.sample()
+    tiny.sample(attach(tiny.model, stop_at=0.5))
+    assert not any(tiny.model.wrappers.values())
+    assert "speedlab" not in repr(tiny.model.model_options)
+    assert torch.equal(tiny.sample(), before)
+
+
+def test_no_guidance_is_bit_identical(tiny: TinyUNet, attach: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert torch.equal(tiny.sample(attach(tiny.model, stop_at=0.5), cfg=1.0), tiny.sample(cfg=1.0))
+    assert "Dynamic CFG" not in caplog.text
+
+
+def _similarities(tiny: TinyUNet, batch: int) -> list[float]:
+    """What Adaptive Guidance looks at, from stock ComfyUI: the least similar latent of each step."""
+    found = []
+
+    def look(args: dict) -> torch.Tensor:
+        noises = [(args["input"] - args[name]).flatten(1) for name in ("cond_denoised", "uncond_denoised")]
+        found.append(float(torch.nn.functional.cosine_similarity(*noises).min()))
+        return args["denoised"]
+
+    clone = tiny.model.clone()
+    clone.set_model_sampler_post_cfg_function(look)
+    tiny.sample(clone, batch=batch)
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_adaptive(tiny: TinyUNet, attach: Any, batch: int) -> None:
+    seen = _similarities(tiny, batch)
+    ordered = sorted(seen[1:-1])
+    threshold = (ordered[len(ordered) // 2] + ordered[len(ordered) // 2 - 1]) / 2
+    agreed = next(step for step, value in enumerate(seen) if value > threshold)
+    with tiny.counted() as calls:
+        ours = tiny.sample(attach(tiny.model, mode="adaptive", similarity=threshold), batch=batch)
+    guided = agreed + 1
+    assert [rows for rows, _ in calls] == [2 * batch] * guided + [batch] * (STEPS - guided)
+    assert relative(ours, tiny.sample(_cond_only_from(tiny.model, guided), batch=batch)) < SAME
+
+
+def test_adaptive_that_never_agrees_is_bit_identical(tiny: TinyUNet, attach: Any) -> None:
+    model = attach(tiny.model, mode="adaptive", similarity=0.999999)
+    assert torch.equal(tiny.sample(model), tiny.sample())
+
+
+def _node(module: str, name: str, *values: Any) -> Callable[[Any], Any]:
+    def patch(model: Any) -> Any:
+        node = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+        return node.execute(model, *values).args[0]
+
+    return patch
+
+
+def _custom_cfg(model: Any) -> Any:
+    clone = model.clone()
+    clone.set_model_sampler_cfg_function(lambda args: args["uncond"] + 3.0 * (args["cond"] - args["uncond"]))
+    return clone
+
+
+def _post_cfg(function: Callable[[dict], torch.Tensor]) -> Callable[[Any], Any]:
+    def patch(model: Any) -> Any:
+        clone = model.clone()
+        clone.set_model_sampler_post_cfg_function(function)
+        return clone
+
+    return patch
+
+
+def _by_name(uncond_denoised: torch.Tensor, denoised: torch.Tensor, **_: Any) -> torch.Tensor:
+    return denoised + 0.1 * uncond_denoised
+
+
+def _swallowing(args: dict) -> torch.Tensor:
+    try:
+        return args["denoised"] + 0.1 * args["uncond_denoised"]
+    except Exception:
+        return args["denoised"] * 0.0
+
+
+NEEDS_UNCOND: dict[str, Callable[[Any], Any]] = {
+    "self-attention guidance": _node("nodes_sag", "SelfAttentionGuidance", 0.5, 2.0),
+    "mahiro": _node("nodes_mahiro", "Mahiro"),
+    "tcfg": _node("nodes_tcfg", "TCFG"),
+    "custom cfg function": _custom_cfg,
+    "reads it by get": _post_cfg(lambda args: args["denoised"] + 0.1 * args.get("uncond_denoised")),
+    "takes arguments apart": _post_cfg(lambda args: _by_name(**args)),
+    "copies first": _post_cfg(lambda args: dict(args)["uncond_denoised"] * 0.1 + args["denoised"]),
+    "copies by method": _post_cfg(lambda args: args.copy()["uncond_denoised"] * 0.1 + args["denoised"]),
+    "swallows errors": _post_cfg(_swallowing),
+}
+
+
+@pytest.mark.parametrize("mode", ["fixed", "adaptive"])
+@pytest.mark.parametrize("name", NEEDS_UNCOND)
+def test_steps_aside(tiny: TinyUNet, attach: Any, name: str, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"stop_at": 0.5} if mode == "fixed" else {"mode": "adaptive", "similarity": -1.0}
+    patch = NEEDS_UNCOND[name]
+    stock = tiny.sample(patch(tiny.model), size=(16, 16), steps=4)
+    with caplog.at_level(logging.WARNING):
+        ours = tiny.sample(attach(patch(tiny.model), **options), size=(16, 16), steps=4)
+    assert torch.equal(ours, stock)
+    assert caplog.text.count("uncond stays on") == 1
+
+
+@pytest.mark.parametrize(
+    "sampler", ["euler_cfg_pp", "euler_ancestral_cfg_pp", "dpmpp_2m_cfg_pp", "res_multistep_cfg_pp"]
+)
+def test_cfg_pp(tiny: TinyUNet, attach: Any, sampler: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        ours = tiny.sample(attach(tiny.model, stop_at=0.5), sampler=sampler, cfg=1.5)
+    assert torch.equal(ours, tiny.sample(sampler=sampler, cfg=1.5))
+    assert caplog.text.count("cfg_pp") == 1
+
+
+def test_perturbed_attention_goes_on(tiny: TinyUNet, attach: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It reads cond alone, so it composes: its term stays, CFG's goes."""
+    patch = _node("nodes_pag", "PerturbedAttentionGuidance", 3.0)
+    reference = tiny.sample(patch(_cond_only_from(tiny.model, 4)), size=(16, 16))
+    for model in (attach(patch(tiny.model), stop_at=0.5), patch(attach(tiny.model, stop_at=0.5))):
+        assert relative(tiny.sample(model, size=(16, 16)), reference) < SAME
+    assert "Dynamic CFG" not in caplog.text
+
+
+def _guided(guider: Any, tiny: TinyUNet, **options: Any) -> torch.Tensor:
+    import comfy.samplers
+
+    latent = torch.zeros(1, 4, 8, 8)
+    sigmas = comfy.samplers.calculate_sigmas(tiny.model.get_model_object("model_sampling"), "normal", 6)
+    with torch.inference_mode():
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+        sampler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=0, **options)
+
+
+@pytest.mark.parametrize("kind", ["Guider_PerpNeg", "Guider_DualCFG"])
+def test_other_guiders(tiny: TinyUNet, attach: Any, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    modules = {"Guider_PerpNeg": "nodes_perpneg", "Guider_DualCFG": "nodes_custom_sampler"}
+
+    def run(model: Any) -> torch.Tensor:
+        guider = getattr(importlib.import_module(f"comfy_extras.{modules[kind]}"), kind)(model)
+        guider.set_conds(tiny.cond(1), tiny.cond(2), tiny.cond(3))
+        guider.set_cfg(5.0, 1.0) if kind == "Guider_PerpNeg" else guider.set_cfg(5.0, 2.0)
+        return _guided(guider, tiny)
+
+    with caplog.at_level(logging.WARNING):
+        ours = run(attach(tiny.model, stop_at=0.5))
+    assert torch.equal(ours, run(tiny.model))
+    assert caplog.text.count(kind) == 1
+
+
+@pytest.mark.parametrize("error", ["interrupt", "failure"])
+def test_guider_is_restored(tiny: TinyUNet, attach: Any, error: str) -> None:
+    import comfy.model_management
+    import comfy.samplers
+
+    raised = comfy.model_management.InterruptProcessingException if error == "interrupt" else RuntimeError
+
+    def fail(args: dict) -> torch.Tensor:
+        raise raised("stop")
+
+    model = attach(tiny.model, stop_at=0.0)
+    model.set_model_sampler_post_cfg_function(fail)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(tiny.cond(1), tiny.cond(2))
+    guider.set_cfg(5.0)
+    with pytest.raises(raised):
+        _guided(guider, tiny)
+    assert guider.cfg == 5.0
+    assert "speedlab_run_states" not in repr(model.model_options)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "adaptive"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_sde"])
+def test_with_deepcache(tiny: TinyUNet, attach: Any, deepcache: Any, sampler: str, mode: str) -> None:
+    """Both orders, batched and split: the plain implementation of DeepCache under Dynamic CFG is the reference."""
+    options = {"stop_at": 0.5} if mode == "fixed" else {"mode": "adaptive", "similarity": -1.0}
+    oracle = tiny.sample(with_oracle(tiny, attach(tiny.model, **options), branch=1), sampler=sampler)
+    for model in (
+        attach(deepcache(tiny.model, branch=1), **options),
+        deepcache(attach(tiny.model, **options), branch=1),
+    ):
+        assert relative(tiny.sample(model, sampler=sampler), oracle) < 1e-6
+        with tiny.split():
+            assert relative(tiny.sample(model, sampler=sampler), oracle) < SAME
+
+
+def test_rows_with_deepcache(tiny: TinyUNet, attach: Any, deepcache: Any) -> None:
+    with tiny.counted() as calls:
+        tiny.sample(deepcache(attach(tiny.model, stop_at=0.75), interval=3), steps=20)
+    assert calls == [(2 if step < 15 else 1, step % 3 == 0) for step in range(20)]
+
+
+def test_the_record_knows_the_options(tiny: TinyUNet, attach: Any, deepcache: Any, pack: ModuleType) -> None:
+    patching = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.patching")
+    notes = patching.accelerators(attach(deepcache(tiny.model), stop_at=0.5))
+    assert [note.name for note in notes] == ["deepcache", "dynamic_cfg"]
+    assert notes[1].describe() == "dynamic_cfg(mode=fixed, stop_at=0.5)"
+
+
+def test_node(tiny: TinyUNet, pack: ModuleType, attach: Any) -> None:
+    node = importlib.import_module(f"{pack.__name__}.nodes.accelerate").DynamicCFG
+    inputs = node.INPUT_TYPES()["required"]
+    assert list(inputs) == ["model", "mode", "stop_at", "similarity"]
+    defaults = {name: spec[1]["default"] for name, spec in inputs.items() if name != "model"}
+    (model,) = node().apply(tiny.model, **defaults)
+    assert torch.equal(tiny.sample(model), tiny.sample(attach(tiny.model)))
+
+
+@pytest.mark.parametrize("options", [{"mode": "other"}, {"stop_at": 1.5}, {"mode": "adaptive", "similarity": 1.5}])
+def test_bad_values(tiny: TinyUNet, attach: Any, options: dict) -> None:
+    with pytest.raises(ValueError, match="it must lie|choose one of"):
+        attach(tiny.model, **options)

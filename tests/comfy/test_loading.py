@@ -1,0 +1,248 @@
+"""Load Checkpoint, Load LoRA Stack, Load VAE: core's results, and sentences for files that are not what they seem."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from speedlab import synthetic
+
+DEMO = "speedlab_demo_sd15.safetensors"
+
+
+class Malicious:
+    """A pickle that would leave a mark if it were executed."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.fixture(scope="session")
+def loaded(pack, model_files):
+    import torch
+
+    with torch.inference_mode():
+        return pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]().load(DEMO, "auto", "contiguous")
+
+
+@pytest.fixture(scope="session")
+def lora_files(model_files):
+    spec = synthetic.CheckpointSpec(family="sd15", size="small")
+    folder = model_files / "loras"
+    for name, keys, seed in (("first", "all", 1), ("second", "all", 2), ("half", "partial", 3), ("foreign", "none", 4)):
+        synthetic.write_lora(folder / f"{name}.safetensors", spec, seed=seed, keys=keys)
+    return folder
+
+
+@pytest.fixture
+def checkpoints(model_files):
+    """The checkpoints folder; files that a test puts there are removed again."""
+    folder = model_files / "checkpoints"
+    before = set(folder.iterdir())
+    yield folder
+    for path in set(folder.iterdir()) - before:
+        path.unlink()
+
+
+def states(model):
+    return dict(model.model.diffusion_model.state_dict())
+
+
+def test_the_parts_equal_cores_loader(loaded, core, model_files):
+    import torch
+
+    model, clip, vae, _ = loaded
+    core_model, core_clip, core_vae = core.CheckpointLoaderSimple().load_checkpoint(DEMO)
+    for ours, theirs in (
+        (states(model), states(core_model)),
+        (clip.cond_stage_model.state_dict(), core_clip.cond_stage_model.state_dict()),
+        (vae.first_stage_model.state_dict(), core_vae.first_stage_model.state_dict()),
+    ):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_info_tells_what_was_loaded(loaded):
+    info = loaded[3]
+    for expected in ("SD 1.x", "safetensors", "GB", "MB/s", "unet: weights", "text_encoder", "vae"):
+        assert expected in info
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"])
+def test_precisions_are_kept_and_sample_finite(node, core, model_files, engine, precision):
+    import torch
+
+    model, clip, vae, info = node("SpeedLabCheckpointLoader").load(DEMO, precision, "channels_last")
+    short = engine("precision").short_name
+    assert short(model.model_dtype()) == precision
+    if precision == "fp32":
+        assert short(vae.vae_dtype) == "fp32"
+        assert {short(p.dtype) for p in clip.cond_stage_model.parameters()} == {"fp32"}
+    cond = node("SpeedLabTextEncode").encode(clip, "a lake")[0]
+    sampler = node("SpeedLabProfileSampler")
+    latent, record = sampler.sample(
+        model, 1, 1, 1.0, "euler", "normal", cond, cond, {"samples": torch.zeros(1, 4, 8, 8)}
+    )["result"][:2]
+    assert torch.isfinite(latent["samples"]).all()
+    unet = record.request["precision"]["unet"]
+    assert unet["weight"] == precision
+    if precision == "bf16" and engine("precision").cpu_computes_bf16():
+        assert unet["compute"] == "bf16"
+    assert unet["compute"] in info
+    assert "channels-last" in info
+
+
+def test_a_pickle_is_named_as_one(node, checkpoints, demo_checkpoint):
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save({"state_dict": load_file(demo_checkpoint)}, checkpoints / "old.ckpt")
+    info = node("SpeedLabCheckpointLoader").load("old.ckpt", "auto", "contiguous")[3]
+    assert "pickle" in info
+    assert "safetensors is safer" in info
+
+
+@pytest.mark.parametrize("keep", [0, 4, 9, 5000, 0.5, 0.999])
+def test_a_truncated_file_is_named(node, checkpoints, demo_checkpoint, engine, keep):
+    size = demo_checkpoint.stat().st_size
+    with demo_checkpoint.open("rb") as file:
+        (checkpoints / "cut.safetensors").write_bytes(file.read(keep if isinstance(keep, int) else int(size * keep)))
+    with pytest.raises(engine("errors").ModelFileError, match=r"cut\.safetensors") as error:
+        node("SpeedLabCheckpointLoader").load("cut.safetensors", "auto", "contiguous")
+    assert "Traceback" not in str(error.value)
+    assert keep in (0, 4) or "truncated" in str(error.value)
+
+
+def test_foreign_and_malicious_files_are_refused_without_running_them(node, checkpoints, engine, tmp_path):
+    mark = tmp_path / "executed"
+    (checkpoints / "picture.safetensors").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(4096))
+    (checkpoints / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Malicious(mark)}))
+    (checkpoints / "text.ckpt").write_text("not a model")
+    (checkpoints / "empty.safetensors").write_bytes(b"")
+    zipped = io.BytesIO()
+    import torch
+
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, zipped)
+    (checkpoints / "cut.pt").write_bytes(zipped.getvalue()[:-60])
+    for name in ("picture.safetensors", "evil.ckpt", "text.ckpt", "empty.safetensors", "cut.pt"):
+        with pytest.raises(engine("errors").ModelFileError, match=name.replace(".", r"\.")):
+            node("SpeedLabCheckpointLoader").load(name, "auto", "contiguous")
+    assert not mark.exists()
+
+
+def test_a_lora_among_the_checkpoints_is_recognised(node, checkpoints, lora_files, engine):
+    (checkpoints / "lora.safetensors").write_bytes((lora_files / "first.safetensors").read_bytes())
+    with pytest.raises(engine("errors").ModelFileError, match="looks like a LoRA"):
+        node("SpeedLabCheckpointLoader").load("lora.safetensors", "auto", "contiguous")
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing.safetensors", "../../etc/passwd", "/etc/passwd", "a\0b.safetensors", "..\\x"]
+)
+def test_a_missing_file_or_a_path_is_an_error_that_names_it(node, model_files, engine, name):
+    with pytest.raises(engine("errors").ModelFileError):
+        node("SpeedLabCheckpointLoader").load(name, "auto", "contiguous")
+
+
+def stack(node, model, clip, *choices):
+    slots = {f"lora_{n}": "None" for n in range(1, 5)} | {f"strength_{n}": 1.0 for n in range(1, 5)}
+    for n, (name, strength) in enumerate(choices, 1):
+        slots |= {f"lora_{n}": name, f"strength_{n}": strength}
+    return node("SpeedLabLoraStack").apply(model, clip, **slots)
+
+
+def test_a_stack_equals_chained_lora_loaders(node, core, loaded, lora_files):
+    import torch
+
+    model, clip = loaded[:2]
+    ours, our_clip = stack(node, model, clip, ("first.safetensors", 0.8), ("second.safetensors", -0.4))
+    theirs, their_clip = core.LoraLoader().load_lora(model, clip, "first.safetensors", 0.8, 0.8)
+    theirs, their_clip = core.LoraLoader().load_lora(theirs, their_clip, "second.safetensors", -0.4, -0.4)
+    key = next(iter(ours.patches))
+    assert ours.patches.keys() == theirs.patches.keys()
+    assert our_clip.patcher.patches.keys() == their_clip.patcher.patches.keys()
+    latents, encoded = [], []
+    for patched, text in ((ours, our_clip), (theirs, their_clip)):
+        cond = node("SpeedLabTextEncode").encode(text, "a lighthouse")[0]
+        encoded.append(cond[0][0])
+        latents.append(core.KSampler().sample(patched, 3, 1, 4.0, "euler", "normal", cond, cond,
+                                              {"samples": torch.zeros(1, 4, 8, 8)})[0]["samples"])  # fmt: skip
+    assert torch.equal(*encoded)
+    assert torch.equal(*latents)
+    assert key not in model.patches, "the model given stays as it was"
+
+
+def test_nothing_to_do_returns_the_same_objects(node, loaded, lora_files):
+    model, clip = loaded[:2]
+    assert stack(node, model, clip) == (model, clip)
+    assert stack(node, model, clip, ("first.safetensors", 0.0)) == (model, clip)
+
+
+def test_matches_are_counted(engine, loaded, lora_files, caplog):
+    lora = engine("lora")
+    model, clip = loaded[:2]
+    _, _, (whole,) = lora.apply_stack(model, clip, [lora.LoraChoice("first.safetensors", 1.0)])
+    assert whole.matched == whole.total > 10
+    _, _, (half,) = lora.apply_stack(model, clip, [lora.LoraChoice("half.safetensors", 1.0)])
+    assert 0 < half.matched < half.total
+    assert f"{half.matched} of {half.total} modules" in caplog.text
+
+
+def test_a_lora_for_another_model_is_refused(node, loaded, lora_files, engine):
+    model, clip = loaded[:2]
+    with pytest.raises(engine("errors").ModelFileError, match=r"foreign\.safetensors matches no key"):
+        stack(node, model, clip, ("foreign.safetensors", 1.0))
+    (lora_files / "cut.safetensors").write_bytes((lora_files / "first.safetensors").read_bytes()[:3000])
+    with pytest.raises(engine("errors").ModelFileError, match=r"cut\.safetensors"):
+        stack(node, model, clip, ("cut.safetensors", 1.0))
+
+
+def test_a_text_encoder_that_is_not_there_is_told(node, engine):
+    with pytest.raises(engine("errors").SpeedLabError, match="no text encoder"):
+        node("SpeedLabTextEncode").encode(None, "x")
+
+
+def test_text_encode_equals_core(node, core, loaded):
+    import torch
+
+    for text in ("", "a cat", "a (red:1.3) cat " * 30):
+        ours = node("SpeedLabTextEncode").encode(loaded[1], text)[0]
+        theirs = core.CLIPTextEncode().encode(loaded[1], text)[0]
+        assert torch.equal(ours[0][0], theirs[0][0])
+        assert ours[0][1].keys() == theirs[0][1].keys()
+
+
+def test_a_vae_file_in_the_precision_asked_for(node, model_files, demo_checkpoint, core, engine):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    prefix = "first_stage_model."
+    weights = {k.removeprefix(prefix): v for k, v in load_file(demo_checkpoint).items() if k.startswith(prefix)}
+    save_file(weights, model_files / "vae" / "demo_vae.safetensors")
+    theirs = core.VAELoader().load_vae("demo_vae.safetensors")[0]
+    ours = node("SpeedLabVAELoader").load("demo_vae.safetensors", "auto")[0]
+    latent = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(ours.decode(latent), theirs.decode(latent))
+    assert node("SpeedLabVAELoader").load("demo_vae.safetensors", "bf16")[0].vae_dtype == torch.bfloat16
+    (model_files / "vae" / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(engine("errors").ModelFileError, match=r"bad\.safetensors"):
+        node("SpeedLabVAELoader").load("bad.safetensors", "auto")
+
+
+def test_the_hash_is_computed_once(engine, tmp_path):
+    import hashlib
+
+    file, cache = tmp_path / "a.bin", tmp_path / "sub" / "hashes.json"
+    file.write_bytes(b"weights")
+    expected = hashlib.sha256(b"weights").hexdigest()
+    assert engine("loading").file_hash(file, cache) == expected
+    assert expected in cache.read_text()
+    cache.write_text("{broken")
+    assert engine("loading").file_hash(file, cache) == expected

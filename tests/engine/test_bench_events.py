@@ -1,0 +1,55 @@
+"""Times computed from a server's messages."""
+
+from __future__ import annotations
+
+from speedlab.bench.events import Event, EventLog, node_spans, nodes_of, step_times_s, text_to_picture_s
+
+GRAPH = {
+    "1": {"class_type": "CheckpointLoaderSimple"},
+    "2": {"class_type": "CLIPTextEncode"},
+    "3": {"class_type": "CLIPTextEncode"},
+    "4": {"class_type": "KSampler"},
+    "5": {"class_type": "VAEDecode"},
+    "6": {"class_type": "SaveImage"},
+    "7": {"class_type": "VAELoader"},
+}
+
+
+def log_of(*marks: tuple[float, str | None]) -> EventLog:
+    log = EventLog()
+    for time_s, node in marks:
+        log.add(Event(time_s, "executing", node))
+    return log
+
+
+def test_text_to_picture_leaves_out_loading_before_and_between():
+    log = log_of((0, "1"), (10, "2"), (11, "3"), (12, "4"), (20, "7"), (25, "5"), (27, "6"), (28, None))
+    assert text_to_picture_s(log, GRAPH) == 28 - 10 - 5
+
+
+def test_text_to_picture_ends_with_the_last_picture_not_with_later_nodes():
+    log = log_of((1, "2"), (2, "4"), (3, "6"), (4, "5"), (9, None))
+    assert text_to_picture_s(log, GRAPH) == 3
+
+
+def test_nothing_is_timed_where_nodes_were_cached_or_the_log_has_holes():
+    assert text_to_picture_s(log_of((1, "4"), (2, "6"), (3, None)), GRAPH) is None
+    assert text_to_picture_s(log_of((1, "2"), (2, "4"), (3, None)), GRAPH) is None
+    broken = log_of((1, "2"), (2, "6"), (3, None))
+    broken.complete = False
+    assert text_to_picture_s(broken, GRAPH) is None
+
+
+def test_spans_pair_each_node_with_the_next_mark():
+    spans = node_spans(log_of((0, "1"), (2, "2"), (5, None)).events)
+    assert [(span.node, span.seconds) for span in spans] == [("1", 2), ("2", 3)]
+    assert node_spans([]) == []
+
+
+def test_step_times_skip_the_first_step_other_nodes_and_restarts():
+    def step(time_s, node, value):
+        return Event(time_s, "progress", node, value, 4)
+
+    events = [step(0, "4", 1), step(2, "4", 2), step(3, "5", 1), step(5, "4", 3), step(6, "4", 4), step(9, "4", 1)]
+    assert step_times_s(events, ["4"]) == [2, 3, 1]
+    assert nodes_of(GRAPH, ["KSampler"]) == ["4"]

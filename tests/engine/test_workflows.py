@@ -1,0 +1,155 @@
+"""The scenario table and the workflow files made from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speedlab.bench import workflows
+from speedlab.bench.graph import is_link
+from speedlab.bench.layout import Box
+from speedlab.bench.plans import Plan, best_plan
+from speedlab.bench.scenario import FAMILIES, SOURCES
+from speedlab.bench.scenarios import SCENARIOS, UnknownScenarioError, find
+from speedlab.bench.ui_format import NOTE_TYPE, ui_to_api
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+every_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
+
+
+def committed(scenario) -> tuple[dict, dict]:
+    """Both committed files of a scenario."""
+    ui = json.loads((FOLDER / f"{scenario.id}.json").read_text(encoding="utf-8"))
+    return ui, json.loads((FOLDER / "api" / f"{scenario.id}.json").read_text(encoding="utf-8"))
+
+
+def test_committed_files_are_what_the_builder_makes():
+    assert workflows.differences(FOLDER) == []
+
+
+def test_differences_name_missing_stale_and_foreign_files(tmp_path):
+    workflows.write(tmp_path)
+    assert workflows.differences(tmp_path) == []
+    (tmp_path / "profile-nvtx.json").unlink()
+    (tmp_path / "api" / "sdxl-tiny-vae.json").write_text("{}")
+    (tmp_path / "api" / "gone.json").write_text("{}")
+    assert workflows.differences(tmp_path) == [
+        "api/gone.json: no scenario makes it",
+        "api/sdxl-tiny-vae.json: out of date",
+        "profile-nvtx.json: missing",
+    ]
+
+
+@every_scenario
+def test_both_formats_are_the_same_graph(scenario):
+    ui, api = committed(scenario)
+    assert ui_to_api(ui) == api
+
+
+@every_scenario
+def test_links_are_consistent(scenario):
+    ui, _ = committed(scenario)
+    nodes = {node["id"]: node for node in ui["nodes"]}
+    assert len(nodes) == len(ui["nodes"])
+    assert ui["last_node_id"] == max(nodes)
+    assert ui["last_link_id"] == len(ui["links"])
+    assert len({link[0] for link in ui["links"]}) == len(ui["links"])
+    for number, origin, out_slot, target, in_slot, kind in ui["links"]:
+        output = nodes[origin]["outputs"][out_slot]
+        assert number in output["links"]
+        assert output["slot_index"] == out_slot
+        assert nodes[target]["inputs"][in_slot]["link"] == number
+        assert output["type"] == kind
+    linked = [slot["link"] for node in nodes.values() for slot in node["inputs"] if slot["link"] is not None]
+    assert sorted(linked) == sorted(link[0] for link in ui["links"])
+
+
+@every_scenario
+def test_no_two_nodes_overlap_and_groups_hold_their_nodes(scenario):
+    ui, _ = committed(scenario)
+    boxes = {node["id"]: Box(*node["pos"], *node["size"]).with_title() for node in ui["nodes"]}
+    pairs = [(a, b) for a in boxes for b in boxes if a < b and boxes[a].overlaps(boxes[b])]
+    assert pairs == []
+    groups = [Box(*group["bounding"]) for group in ui["groups"]]
+    assert [group["title"] for group in ui["groups"]] == ["Load", "Prompt", "Sample", "Decode", "Measure"]
+    for node in ui["nodes"]:
+        box = boxes[node["id"]]
+        around = [
+            g for g in groups if g.x <= box.x and g.y <= box.y and box.right <= g.right and box.bottom <= g.bottom
+        ]
+        assert len(around) == (0 if node["type"] == NOTE_TYPE else 1)
+    assert not any(a.overlaps(b) for i, a in enumerate(groups) for b in groups[i + 1 :])
+
+
+@every_scenario
+def test_links_run_from_left_to_right(scenario):
+    ui, _ = committed(scenario)
+    boxes = {node["id"]: Box(*node["pos"], *node["size"]) for node in ui["nodes"]}
+    assert all(boxes[link[1]].right < boxes[link[3]].x for link in ui["links"])
+
+
+@every_scenario
+def test_the_note_says_what_files_and_figures(scenario):
+    ui, _ = committed(scenario)
+    notes = [node for node in ui["nodes"] if node["type"] == NOTE_TYPE]
+    assert len(notes) == 1
+    text = notes[0]["widgets_values"][0]
+    assert scenario.shows in text
+    for entry in scenario.files:
+        assert f"`{entry.default}` in `ComfyUI/{entry.folder}`" in text
+    for entry in scenario.published:
+        assert f"{entry.figure} ({entry.device})" in text
+    assert f"run.py bench {scenario.id}" in text
+
+
+@every_scenario
+def test_the_table_row_is_sound(scenario):
+    assert scenario.source in SOURCES
+    assert scenario.family in FAMILIES
+    assert scenario.file("checkpoint") is not None
+    assert ui_extra(scenario) == {"scenario": scenario.id, "plan": scenario.plan.name}
+    for node in scenario.graph().to_api().values():
+        for value in node["inputs"].values():
+            assert is_link(value) or isinstance(value, (int, float, str, bool))
+
+
+def ui_extra(scenario) -> dict:
+    return workflows.ui_graph(scenario)["extra"]["speedlab"]
+
+
+def test_the_default_is_what_its_source_ran():
+    settings = SCENARIOS["txt2img-default"].settings
+    assert (settings.width, settings.height, settings.steps, settings.cfg, settings.batch) == (512, 512, 20, 8.0, 1)
+
+
+def test_the_sdxl_scenario_keeps_the_four_prompts_and_seeds():
+    scenario = SCENARIOS["sdxl-tiny-vae"]
+    settings = scenario.settings
+    assert [prompt.seed for prompt in settings.prompts] == [877866765, 5567822456, 2257899453, 987867834]
+    assert (settings.width, settings.height, settings.steps, settings.cfg) == (1024, 1024, 50, 5.0)
+    api = scenario.graph().to_api()
+    negatives = [api[n["inputs"]["negative"][0]] for n in api.values() if "Sampler" in n["class_type"]]
+    assert [node["class_type"] for node in negatives] == ["ConditioningZeroOut"] * 4
+
+
+def test_an_unknown_scenario_lists_close_matches_and_all():
+    with pytest.raises(UnknownScenarioError, match=r"Did you mean txt2img-default\?.*sdxl-tiny-vae"):
+        find("txt2img-defautl")
+    with pytest.raises(UnknownScenarioError) as caught:
+        find("zzz")
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_the_best_plan_takes_every_technique_the_server_has():
+    assert best_plan(["KSampler"]) == Plan("stock")
+    assert best_plan(["SpeedLabTinyVAEDecode"]) == Plan("Tiny VAE", decoder="tiny")
+    full = best_plan(["SpeedLabTinyVAEDecode", "SpeedLabDynamicCFG", "SpeedLabDeepCache", "SpeedLabAttention"])
+    assert full.name == "Attention + DeepCache + Dynamic CFG + Tiny VAE"
+    assert full.accelerators() == (
+        "Attention(backend=sdpa)",
+        "DeepCache(cache_interval=3)",
+        "Dynamic CFG(stop_at=0.75)",
+        "tiny_vae",
+    )

@@ -1,0 +1,222 @@
+"""The workflows, the client and the commands against a real ComfyUI server."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speedlab.bench import errors
+from speedlab.bench.client import ComfyClient
+from speedlab.bench.demo_graphs import DemoSettings, stock_graph
+from speedlab.bench.events import nodes_of, step_times_s, text_to_picture_s
+from speedlab.bench.follow import Follower
+from speedlab.bench.outside import phases
+from speedlab.bench.overrides import Overrides, adapt
+from speedlab.bench.scenarios import SCENARIOS
+from speedlab.bench.signatures import signature_from_info, snapshot
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = "speedlab_demo_sd15.safetensors"
+TINY = DemoSettings(text="a tree", negative="", seed=1, width=64, height=64, steps=2)
+pytestmark = pytest.mark.server
+
+
+def talk(url: str, work):
+    """Run `work(client)` with an open client."""
+
+    async def session():
+        async with ComfyClient(url) as client:
+            return await work(client)
+
+    return asyncio.run(session())
+
+
+def tiny(scenario) -> dict:
+    """A committed API workflow with the demo checkpoint, 64x64 pixels and two steps."""
+    api = json.loads((ROOT / "workflows" / "api" / f"{scenario.id}.json").read_text(encoding="utf-8"))
+    changes = {"ckpt_name": CHECKPOINT, "width": 64, "height": 64, "steps": 2}
+    for node in api.values():
+        node["inputs"].update({name: value for name, value in changes.items() if name in node["inputs"]})
+    return api
+
+
+def command(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m speedlab.bench` in a process of its own, as run.py starts it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "speedlab.bench", *arguments, "--out", str(out)]
+    return subprocess.run(line, env=environment, cwd=out, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_the_signature_snapshot_is_what_the_server_says(server):
+    info = talk(server.url, lambda client: client.object_info())
+    live = {node_id: signature_from_info(node_id, info[node_id]) for node_id in snapshot()}
+    assert live == dict(snapshot())
+    assert {node_id for node_id in info if node_id.startswith("SpeedLab")} <= set(snapshot())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
+def test_every_workflow_runs(server, scenario, request):
+    if scenario.plan.decoder == "tiny":
+        request.getfixturevalue("taesd_files")
+    result = talk(server.url, lambda client: client.run(tiny(scenario), timeout_s=600))
+    assert len(result.images("SaveImage")) == len(scenario.settings.prompts)
+    for node in nodes_of(result.graph, ["SpeedLabProfileReport"]):
+        assert result.outputs[node]["speedlab"][0]["status"] == "ok"
+
+
+def test_core_nodes_are_timed_from_outside(server):
+    graph = stock_graph(TINY, CHECKPOINT).to_api()
+    result = talk(server.url, lambda client: client.run(graph, timeout_s=600))
+    again = talk(server.url, lambda client: client.run(graph, timeout_s=600))
+    total = text_to_picture_s(result.log, graph)
+    assert total is not None and total > 0
+    assert len(step_times_s(result.log.events, nodes_of(graph, ["KSampler"]))) == TINY.steps - 1
+    spent = phases(result)
+    parts = [spent[name] for name in ("text_encode", "prepare", "sample", "decode", "save")]
+    assert sum(parts) == pytest.approx(spent["total"])
+    assert set(nodes_of(graph, ["CLIPTextEncode"])) <= again.log.cached
+    assert text_to_picture_s(again.log, graph) is None
+
+
+def test_the_picture_comes_back_and_can_be_uploaded(server, tmp_path):
+    graph = stock_graph(TINY, CHECKPOINT).to_api()
+
+    async def work(client):
+        result = await client.run(graph, timeout_s=600)
+        path = tmp_path / "picture.png"
+        path.write_bytes(await client.view(result.images("SaveImage")[0]))
+        return path, await client.upload(path)
+
+    path, name = talk(server.url, work)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert name == "picture.png"
+
+
+def test_a_refused_graph_is_put_into_words(server):
+    graph = stock_graph(TINY, "no_such.safetensors").to_api()
+    with pytest.raises(errors.PromptRejected) as caught:
+        talk(server.url, lambda client: client.run(graph))
+    assert "'no_such.safetensors' is no choice of 'ckpt_name'; the server has" in str(caught.value)
+    assert CHECKPOINT in str(caught.value)
+    assert "1" in caught.value.node_errors
+    with pytest.raises(errors.PromptRejected, match="NoSuchNode"):
+        talk(server.url, lambda client: client.run({"1": {"class_type": "NoSuchNode", "inputs": {}}}))
+
+
+def test_a_node_that_raises_is_named(server):
+    graph = stock_graph(TINY, CHECKPOINT).to_api()
+    decode = nodes_of(graph, ["VAEDecode"])[0]
+    save = nodes_of(graph, ["SaveImage"])[0]
+    graph[save]["inputs"]["filename_prefix"] = "../../outside"
+    with pytest.raises(errors.ExecutionFailed, match=f"node {save}, SaveImage, failed: .*outside"):
+        talk(server.url, lambda client: client.run(graph, timeout_s=600))
+    assert decode in graph
+
+
+def test_an_interrupt_stops_the_run_and_the_next_one_works(server):
+    settings = DemoSettings(text="long", negative="", seed=3, width=64, height=64, steps=2000)
+
+    async def work(client):
+        stops = []
+
+        def stop(event):
+            if event.kind == "progress" and not stops:
+                stops.append(asyncio.ensure_future(client.interrupt()))
+
+        with pytest.raises(errors.ExecutionInterrupted):
+            await client.run(stock_graph(settings, CHECKPOINT).to_api(), listener=stop, timeout_s=600)
+        await asyncio.gather(*stops)
+        return await client.run(stock_graph(TINY, CHECKPOINT).to_api(), timeout_s=600)
+
+    assert talk(server.url, work).images("SaveImage")
+
+
+def test_a_run_that_takes_too_long_is_stopped(server):
+    settings = DemoSettings(text="too long", negative="", seed=4, width=64, height=64, steps=5000)
+
+    async def work(client):
+        with pytest.raises(errors.RunTimeout, match="was stopped"):
+            await client.run(stock_graph(settings, CHECKPOINT).to_api(), timeout_s=3)
+        return await client.run(stock_graph(TINY, CHECKPOINT).to_api(), timeout_s=600)
+
+    assert talk(server.url, work).images("SaveImage")
+
+
+def test_a_socket_that_drops_is_survived_and_the_log_says_so(server, monkeypatch):
+    settings = DemoSettings(text="drop", negative="", seed=5, width=64, height=64, steps=20)
+    sockets = []
+    connect = Follower._connect
+
+    async def remembered(self):
+        sockets.append(await connect(self))
+        return sockets[-1]
+
+    monkeypatch.setattr(Follower, "_connect", remembered)
+
+    async def work(client):
+        closed = []
+
+        def drop(event):
+            if event.kind == "progress" and not closed:
+                closed.append(asyncio.ensure_future(sockets[0].close()))
+
+        return await client.run(stock_graph(settings, CHECKPOINT).to_api(), listener=drop, timeout_s=600)
+
+    result = talk(server.url, work)
+    assert result.images("SaveImage")
+    assert not result.log.complete
+
+
+def test_nothing_at_the_address_is_said_so(server):
+    with pytest.raises(errors.ServerGone, match=r"127\.0\.0\.1:9"):
+        talk("127.0.0.1:9", lambda client: client.run(stock_graph(TINY, CHECKPOINT).to_api()))
+
+
+def test_bench_runs_a_scenario_on_a_running_server(server, tmp_path):
+    arguments = ("--width", "64", "--height", "64", "--steps", "2", "--repeats", "2", "--checkpoint", CHECKPOINT)
+    done = command("bench", "txt2img-default", "--server", server.url, *arguments, out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "64x64" in done.stdout
+    assert "A100-PCIE-40GB" in done.stdout
+    assert (tmp_path / "txt2img-default.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["scenario"], row["plan"], row["steps"], row["repeats"]) == ("txt2img-default", "stock", "2", "2")
+    assert (tmp_path / "speedlab" / "runs" / f"{row['run_id']}.json").is_file()
+
+
+def test_bench_fails_with_words_where_the_server_lacks_the_checkpoint(server, tmp_path):
+    arguments = ("txt2img-default", "--server", server.url, "--checkpoint", "no_such.safetensors")
+    done = command("bench", *arguments, out=tmp_path)
+    assert done.returncode == 1
+    assert "'no_such.safetensors' is no choice of 'ckpt_name'" in done.stdout
+
+
+def test_demo_prints_both_rows_and_the_ratio(server, taesd_files, tmp_path):
+    sizes = ("--width", "64", "--height", "64", "--steps", "3")
+    done = command("demo", "--server", server.url, *sizes, "--checkpoint", CHECKPOINT, out=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "times as fast as stock" in done.stdout
+    assert "PSNR" in done.stdout
+    assert {path.name for path in tmp_path.glob("*.png")} == {"demo_stock.png", "demo_best.png"}
+    with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["plan"] == "stock"
+    assert len({row["seed"] for row in rows}) == 1
+    assert all(float(row["time_s"]) > 0 and row["status"] == "ok" for row in rows)
+
+
+def test_adapted_scenarios_are_valid_with_another_vae(server):
+    info = talk(server.url, lambda client: client.object_info("SpeedLabVAELoader"))
+    names = info["SpeedLabVAELoader"]["input"]["required"]["vae_name"][0]
+    overrides = Overrides(width=64, height=64, steps=1)
+    scenario = adapt(SCENARIOS["txt2img-default"], overrides, CHECKPOINT, next(n for n in names if n == "taesd"))
+    result = talk(server.url, lambda client: client.run(scenario.graph().to_api(), timeout_s=600))
+    assert result.images("SaveImage")

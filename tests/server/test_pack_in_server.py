@@ -1,0 +1,197 @@
+"""The pack in a real server: loads, makes the main job's record, answers bad input with a sentence and goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+
+import pytest
+
+pytestmark = pytest.mark.server
+
+
+def rows(server):
+    with (server.output / "speedlab" / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def profile_of(entry):
+    return entry["outputs"]["7"]["speedlab"][0]
+
+
+def test_the_pack_is_loaded_with_names_help_and_templates(server):
+    info = server.get("/object_info")
+    ours = {node_id: node for node_id, node in info.items() if node_id.startswith("SpeedLab")}
+    assert len(ours) >= 10
+    for node_id, node in ours.items():
+        assert node["display_name"].endswith(" (SpeedLab)")
+        assert node["description"]
+        page = server.get  # the help page is served beside the extension
+        assert page
+        import urllib.request
+
+        with urllib.request.urlopen(
+            f"{server.url}/extensions/ComfyUI-SpeedLab/docs/{node_id}.md", timeout=30
+        ) as answer:
+            assert answer.status == 200
+    templates = server.get("/api/workflow_templates")
+    assert "txt2img-default" in templates["ComfyUI-SpeedLab"]
+    assert not any("IMPORT FAILED" in line for line in server.server.tail(500))
+
+
+def test_the_main_job_leaves_a_whole_record_and_one_row(server, graph):
+    entry = server.run(graph(text="the first job", seed=77))
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    shown = profile_of(entry)
+    record = server.record(shown["run_id"])
+    phases = record["phases_ms"]
+    for name in ("load", "text_encode", "first_eval", "sample", "decode", "total"):
+        assert phases[name] == "cached" or phases[name] > 0, name
+    assert phases["total"] >= phases["sample"]
+    assert [step["evals"] for step in record["steps"]] == [1, 1]
+    assert record["request"]["checkpoint"]["name"] == "speedlab_demo_sd15.safetensors"
+    assert len(record["request"]["checkpoint"]["sha256"]) == 64
+    assert record["request"]["accelerators"] == ["tiny_vae(taesd)"]
+    assert set(record["memory"]) >= {"sample", "decode", "overall"}
+    assert record["env"]["comfyui"]
+    mine = [row for row in rows(server) if row["run_id"] == shown["run_id"]]
+    assert len(mine) == 1
+    assert mine[0]["seed"] == "77"
+    assert entry["outputs"]["8"]["images"], "core's Save Image saved the passed-on picture"
+    assert "text to picture" in server.texts(entry, "7")
+
+
+def test_what_comfyui_cached_is_told_as_cached(server, graph):
+    server.run(graph(text="cached", seed=1))
+    record = server.record(profile_of(server.run(graph(text="cached", seed=2)))["run_id"])
+    assert record["phases_ms"]["load"] == "cached"
+    assert record["phases_ms"]["text_encode"] == "cached"
+    assert record["phases_ms"]["decode"] > 0
+
+
+def test_a_measurement_is_never_taken_from_the_cache(server, graph):
+    first = profile_of(server.run(graph(seed=5)))["run_id"]
+    second = profile_of(server.run(graph(seed=5)))["run_id"]
+    assert first != second
+
+
+def test_core_nodes_make_the_same_latent(server, graph):
+    prompt = graph(seed=9, sampler_name="dpmpp_2m", scheduler="karras")
+    inputs = {k: v for k, v in prompt["5"]["inputs"].items() if k not in ("detail", "warmup", "repeats", "nvtx")}
+    prompt["10"] = {"class_type": "KSampler", "inputs": inputs}
+    prompt["11"] = {"class_type": "SpeedLabCompareLatents", "inputs": {"samples_a": ["5", 0], "samples_b": ["10", 0]}}
+    entry = server.run(prompt)
+    assert "bit for bit equal" in server.texts(entry, "11")
+
+
+def test_core_loaders_and_decoders_work_with_the_sampler(server, graph):
+    prompt = graph(tiny=False)
+    prompt["1"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "speedlab_demo_sd15.safetensors"}}
+    prompt["2"]["class_type"] = prompt["3"]["class_type"] = "CLIPTextEncode"
+    prompt["6"] = {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}}
+    record = server.record(profile_of(server.run(prompt))["run_id"])
+    assert record["phases_ms"]["load"] is None
+    assert record["phases_ms"]["text_encode"] is None
+    assert record["phases_ms"]["decode"] is None
+    assert record["request"]["checkpoint"]["name"] == "speedlab_demo_sd15.safetensors"
+    assert record["request"]["plan"] == "stock"
+
+
+def test_repeats_give_a_spread(server, graph):
+    record = server.record(profile_of(server.run(graph(repeats=3, warmup=1)))["run_id"])
+    assert record["summary"]["repeats"] == 3
+    assert len(record["summary"]["runs_ms"]) == 3
+    assert record["summary"]["run"]["std"] >= 0
+
+
+@pytest.mark.parametrize("name", ["cut", "foreign", "pickle"])
+def test_broken_model_files_are_named_and_the_server_goes_on(server, graph, name):
+    folder = server.models / "checkpoints"
+    good = (folder / "speedlab_demo_sd15.safetensors").resolve()
+    path = folder / f"{name}.{'ckpt' if name == 'pickle' else 'safetensors'}"
+    with good.open("rb") as file:
+        content = {"cut": file.read(100_000), "foreign": b"GIF89a" + bytes(99), "pickle": b"cos\nmkdir\n(S'x'\ntR."}[
+            name
+        ]
+    path.write_bytes(content)
+    try:
+        prompt = graph()
+        prompt["1"]["inputs"]["ckpt_name"] = path.name
+        message = server.error(server.run(prompt))
+        assert path.name in message
+        assert "Traceback" not in message
+    finally:
+        path.unlink()
+    assert server.run(graph(seed=3))["status"]["status_str"] == "success"
+
+
+def test_a_missing_model_is_refused_by_name_when_queued(server, graph):
+    prompt = graph()
+    prompt["1"]["inputs"]["ckpt_name"] = "missing.safetensors"
+    status, answer = server.post("/prompt", {"prompt": prompt})
+    assert status == 400
+    assert "missing.safetensors" in json.dumps(answer)
+
+
+def test_an_uninstalled_decoder_keeps_the_workflow_valid_and_is_an_error_when_run(server, graph):
+    prompt = graph()
+    prompt["6"]["inputs"]["decoder"] = "taesd3"
+    assert "taesd3_decoder.safetensors" in server.error(server.run(prompt))
+
+
+@pytest.mark.parametrize("size", [72, 100])
+def test_sizes_that_are_no_multiple_of_64(server, graph, size):
+    entry = server.run(graph(size=size))
+    record = server.record(profile_of(entry)["run_id"])
+    assert record["status"] == "ok"
+    assert record["request"]["width"] == size // 8 * 8
+
+
+def test_batch_zero_and_bad_numbers_are_refused_when_queued(server, graph):
+    for prompt in (graph(batch=0), graph(steps=0), graph(repeats=0), graph(sampler_name="nonsense")):
+        assert server.post("/prompt", {"prompt": prompt})[0] == 400
+
+
+def test_a_path_in_a_prefix_stays_inside_the_output_folder(server, graph):
+    prompt = graph()
+    prompt["8"]["inputs"]["filename_prefix"] = "../../outside"
+    message = json.dumps(server.run(prompt)["status"])
+    assert "outside" in message
+    assert not list(server.output.parent.parent.glob("outside*"))
+
+
+def test_cancel_stops_within_a_step_and_leaves_nothing(server, graph):
+    before = len(rows(server)) if (server.output / "speedlab" / "results.csv").exists() else 0
+    prompt_id = server.queue(graph(size=256, steps=400, seed=21))
+    deadline = time.monotonic() + 120
+    while not server.get("/queue")["queue_running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2.0)
+    server.post("/interrupt", {})
+    entry = server.wait(prompt_id, 60)
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
+    last = rows(server)[-1]
+    assert len(rows(server)) == before + 1
+    assert last["status"] == "cancelled"
+    assert server.record(last["run_id"])["status"] == "cancelled"
+    prompt = graph(seed=9)
+    inputs = {k: v for k, v in prompt["5"]["inputs"].items() if k not in ("detail", "warmup", "repeats", "nvtx")}
+    prompt["10"] = {"class_type": "KSampler", "inputs": inputs}
+    prompt["11"] = {"class_type": "SpeedLabCompareLatents", "inputs": {"samples_a": ["5", 0], "samples_b": ["10", 0]}}
+    assert "bit for bit equal" in server.texts(server.run(prompt), "11")
+
+
+def test_an_output_folder_that_cannot_be_written_is_named_before_sampling(start_server, graph, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "speedlab").write_text("a file where SpeedLab's folder should be")
+    other = start_server(output=output)
+    try:
+        message = other.error(other.run(graph()))
+        assert "cannot write to" in message
+        assert str(output / "speedlab") in message
+        (output / "speedlab").unlink()
+        assert other.run(graph(seed=8))["status"]["status_str"] == "success"
+    finally:
+        other.server.stop()
