@@ -323,7 +323,7 @@ def _format_note(path: Path) -> str:
 def _explain(path: Path, what: str, size_mb: float, error: Exception) -> str:
     text, kind = str(error), type(error).__name__
     name = f"{path} ({size_mb:.1f} MB)"
-    if "MetadataIncompleteBuffer" in text or "unexpected EOF" in text or _ends_in_its_header(path):
+    if "incomplete" in text.lower() or "unexpected EOF" in text or _ends_in_its_header(path):
         return f"{name} is truncated: the file ends too early. Download or copy the {what} again."
     if path.suffix.lower() in SAFETENSORS and ("Header" in text or kind == "SafetensorError"):
         return (

@@ -144,6 +144,10 @@ async def _both(
     async with ComfyClient(target.url) as client:
         env = server_env(await client.system_stats())
         settings = settings_of(args, env["device_type"] == "cpu")
+        print(
+            f"Sampling {settings.width}x{settings.height}, {settings.steps} steps, twice, on {env['device']}.",
+            flush=True,
+        )
         checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())
         demo = Demo(client, target.pid, env, settings, checkpoint, out)
         runs = []

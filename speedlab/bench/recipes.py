@@ -61,14 +61,10 @@ def decode(graph: Graph, plan: Plan, samples: Link, loaded: Loaded, lane: int, l
     )
 
 
-def measure(graph: Graph, scenario: Scenario, profile: Link, images: Link, lane: int, name: str, label: str) -> None:
-    """Profile Report, the picture, and the step chart where the scenario shows one."""
+def measure(graph: Graph, scenario: Scenario, profile: Link, images: Link, lane: int, label: str) -> None:
+    """Profile Report, which saves the picture too, and the step chart where the scenario shows one."""
     report = graph.add(
         "SpeedLabProfileReport", group="Measure", lane=lane, title=f"Report{label}", profile=profile, images=images
-    )
-    prefix = f"{PREFIX}/{scenario.id}" + (f"_{name}" if label else "")
-    graph.add(
-        "SaveImage", group="Measure", lane=lane, title=f"Save{label}", images=report["images"], filename_prefix=prefix
     )
     if scenario.settings.chart:
         graph.add("PreviewImage", group="Measure", lane=lane, title=f"Step chart{label}", images=report["chart"])
@@ -108,5 +104,5 @@ def text_to_image(scenario: Scenario) -> Graph:
         conds = encode(graph, loaded.clip, prompt, lane, label)
         sampler = sample(graph, scenario.settings, prompt, loaded.model, conds, latent, lane, label)
         picture = decode(graph, scenario.plan, sampler["latent"], loaded, lane, label)
-        measure(graph, scenario, sampler["profile"], picture[0], lane, prompt.name, label)
+        measure(graph, scenario, sampler["profile"], picture[0], lane, label)
     return graph

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from .events import SAMPLERS
+from .graph import ApiGraph
 from .scenario import SOURCES, Scenario
 from .scenarios import SCENARIOS
 from .ui_format import UiGraph, to_ui
@@ -41,6 +43,15 @@ def ui_graph(scenario: Scenario) -> UiGraph:
     return to_ui(scenario.graph(), name=scenario.id, note=note_text(scenario), note_title=scenario.title, extra=extra)
 
 
+def api_graph(scenario: Scenario) -> ApiGraph:
+    """The same graph for `/prompt`. The samplers' `_meta` names scenario and plan: a bare prompt has no workflow."""
+    api = scenario.graph().to_api()
+    for node in api.values():
+        if node["class_type"] in SAMPLERS:
+            node["_meta"]["speedlab"] = {"scenario": scenario.id, "plan": scenario.plan.name}
+    return api
+
+
 def _text(data: object) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
 
@@ -48,7 +59,7 @@ def _text(data: object) -> str:
 def files_of(scenario: Scenario) -> dict[str, str]:
     """Both files of a scenario: relative path -> text."""
     return {
-        f"api/{scenario.id}.json": _text(scenario.graph().to_api()),
+        f"api/{scenario.id}.json": _text(api_graph(scenario)),
         f"{scenario.id}.json": _text(ui_graph(scenario)),
     }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..accelerate.patching import Site, Wrapper, attach
+from ..accelerate.reporting import REPORT_CACHED
 from ..schedule import step_of
 from . import nvtx
 from .clock import Clock, Mark, host_ms
@@ -130,11 +131,15 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
     def sampler_sample(
         executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        # ComfyUI makes these options anew for every run, so what is added here dies with the run.
+        options = extra_args["model_options"].setdefault("transformer_options", {})
+        options[REPORT_CACHED] = trace.mark_cached
         trace.begin(sigmas.detach().float().cpu().tolist())
         try:
             return executor(model_wrap, sigmas, extra_args, _observed(callback, trace), *args, **kwargs)
         finally:
             trace.finish()
+            options.pop(REPORT_CACHED, None)
 
     def predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         with trace.evaluation(timestep.detach().reshape(-1)[:1]):

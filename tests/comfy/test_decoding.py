@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 
@@ -129,7 +130,7 @@ def test_auto_takes_the_family_from_the_model_or_the_mark(tiny_decode, tiny, eng
     sdxl = tiny_decode({**samples, "speedlab": {"latent_format": "SDXL"}}, "auto")
     assert torch.equal(sdxl, tiny_decode(samples, "taesdxl"))
     assert not torch.equal(sdxl, expected)
-    with pytest.raises(engine("errors").SpeedLabError, match="cannot tell an SD 1.x latent from an SDXL one"):
+    with pytest.raises(engine("errors").SpeedLabError, match=r"cannot tell an SD 1\.x latent from an SDXL one"):
         tiny_decode(samples, "auto")
     for mark in ({"latent_format": "Nonsense"}, {"latent_format": "torch"}, "text", None):
         with pytest.raises(engine("errors").SpeedLabError, match="cannot tell"):
@@ -168,13 +169,11 @@ def test_the_choices_always_list_both_families(node, engine, model_files):
 
 def test_the_example_picture_survives_a_round_trip(core, tiny_decode, node, comfy):
     """ComfyUI's example picture at 512x512 through TAESDXL: 31.5 dB and more."""
-    import os
-
     import numpy
     import torch
     from PIL import Image
 
-    path = os.path.join(os.path.dirname(os.path.dirname(comfy.sd.__file__)), "input", "example.png")
+    path = Path(comfy.sd.__file__).parents[1] / "input" / "example.png"
     pixels = Image.open(path).convert("RGB").resize((512, 512), Image.Resampling.LANCZOS)
     image = torch.from_numpy(numpy.asarray(pixels).astype(numpy.float32) / 255.0)[None]
     encoded = {"samples": core.VAELoader().load_vae("taesdxl")[0].encode(image)}

@@ -1,4 +1,4 @@
-"""DeepCache against its authors' package: same weights in ComfyUI's UNet and in diffusers', same latents and timesteps."""
+"""DeepCache against its authors' package: the same weights, latents and timesteps in ComfyUI and in diffusers."""
 
 from __future__ import annotations
 

@@ -296,5 +296,5 @@ def test_node(tiny: TinyUNet, pack: ModuleType, attach: Any) -> None:
 
 @pytest.mark.parametrize("options", [{"mode": "other"}, {"stop_at": 1.5}, {"mode": "adaptive", "similarity": 1.5}])
 def test_bad_values(tiny: TinyUNet, attach: Any, options: dict) -> None:
-    with pytest.raises(ValueError, match="it must lie|choose one of"):
+    with pytest.raises(ValueError, match=r"it must lie|choose one of"):
         attach(tiny.model, **options)

@@ -129,7 +129,7 @@ def test_lanes_split_into_graphs_of_their_own():
     for part in parts:
         classes = [node["class_type"] for node in part.values()]
         assert classes.count("SpeedLabProfileSampler") == 1
-        assert classes.count("SaveImage") == 1
+        assert classes.count("SpeedLabProfileReport") == 1
         links = [value[0] for node in part.values() for value in node["inputs"].values() if is_link(value)]
         assert set(links) <= set(part)
     assert {node_id for part in parts for node_id in part} == set(graph.to_api())

@@ -45,6 +45,9 @@ def test_differences_name_missing_stale_and_foreign_files(tmp_path):
 @every_scenario
 def test_both_formats_are_the_same_graph(scenario):
     ui, api = committed(scenario)
+    for node in api.values():
+        named = node["_meta"].pop("speedlab", None)
+        assert (named == ui["extra"]["speedlab"]) == (node["class_type"] == "SpeedLabProfileSampler")
     assert ui_to_api(ui) == api
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from speedlab.host import ComfyServer, from_environment, pack_root
 
 DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"

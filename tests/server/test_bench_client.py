@@ -66,7 +66,7 @@ def test_every_workflow_runs(server, scenario, request):
     if scenario.plan.decoder == "tiny":
         request.getfixturevalue("taesd_files")
     result = talk(server.url, lambda client: client.run(tiny(scenario), timeout_s=600))
-    assert len(result.images("SaveImage")) == len(scenario.settings.prompts)
+    assert len(result.images("SpeedLabProfileReport")) == len(scenario.settings.prompts)
     for node in nodes_of(result.graph, ["SpeedLabProfileReport"]):
         assert result.outputs[node]["speedlab"][0]["status"] == "ok"
 
@@ -219,4 +219,4 @@ def test_adapted_scenarios_are_valid_with_another_vae(server):
     overrides = Overrides(width=64, height=64, steps=1)
     scenario = adapt(SCENARIOS["txt2img-default"], overrides, CHECKPOINT, next(n for n in names if n == "taesd"))
     result = talk(server.url, lambda client: client.run(scenario.graph().to_api(), timeout_s=600))
-    assert result.images("SaveImage")
+    assert result.images("SpeedLabProfileReport")

@@ -1,0 +1,49 @@
+"""ComfyUI and the pack in this process, for benchmarks that need no server."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_package(name: str, folder: Path) -> ModuleType:
+    """Load a folder as a package of that name, without its parent on sys.path."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def start(base: Path) -> ModuleType:
+    """Import ComfyUI with `base` as base directory and return the pack. Needs COMFYUI_PATH or SPEEDLAB_COMFYUI."""
+    comfyui = os.environ.get("SPEEDLAB_COMFYUI") or os.environ.get("COMFYUI_PATH")
+    if not comfyui:
+        sys.exit("Set COMFYUI_PATH to a ComfyUI folder, or run this through `python run.py`.")
+    for kind in ("checkpoints", "loras", "vae", "vae_approx"):
+        (base / "models" / kind).mkdir(parents=True, exist_ok=True)
+    (base / "output").mkdir(exist_ok=True)
+    sys.path[:] = [comfyui, *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    import torch
+
+    args = importlib.import_module("comfy.cli_args").args
+    args.cpu = not torch.cuda.is_available()
+    args.base_directory = str(base)
+    importlib.import_module("nodes")
+    load_package("speedlab", ROOT / "speedlab")
+    return load_package("speedlab_pack", ROOT)
+
+
+def result_name(what: str, device: str, torch_version: str, date: str) -> str:
+    """`<device>_torch<version>_<date>_<what>.csv` in letters that every file system takes."""
+    words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in device).split()).lower()
+    return f"{words}_torch{torch_version.split('+')[0]}_{date}_{what}.csv"
