@@ -11,6 +11,7 @@ from .client import ComfyClient, ImageRef, RunResult
 from .files import save_picture
 
 REPORT = "SpeedLabProfileReport"
+SAVE = "SaveImage"
 RUNS = "speedlab/runs"
 
 
@@ -49,5 +50,7 @@ async def fetch_records(client: ComfyClient, result: RunResult, out: Path, outco
 
 
 async def fetch_pictures(client: ComfyClient, result: RunResult, folder: Path, name: str) -> list[Path]:
-    """Fetch what the Profile Reports saved into `folder` as `<name>.png`, `<name>-1.png` ..."""
-    return [save_picture(folder, name, await client.view(image)) for image in result.images(REPORT)]
+    """Fetch what Profile Report, or else Save Image, saved into `folder` as `<name>.png`, `<name>-1.png` ..."""
+    return [
+        save_picture(folder, name, await client.view(image)) for image in result.images(REPORT) or result.images(SAVE)
+    ]

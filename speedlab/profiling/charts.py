@@ -19,7 +19,8 @@ _FULL, _CACHED, _NO_UNCOND, _FIRST = "#3b7dd8", "#4caf7d", "#e0a030", "#9aa5b1"
 _PHASE_COLOURS = {
     "load": "#9aa5b1",
     "text_encode": "#b07cc6",
-    "prepare": "#c9c2b8",
+    "to_device": "#c9c2b8",
+    "prepare": "#e5d9c3",
     "sample": "#3b7dd8",
     "decode": "#e07a5f",
     "save": "#81a88d",
@@ -70,7 +71,7 @@ def _draw_phases(axes: Axes, record: RunRecord) -> None:
     axes.set_xlabel("seconds")
     axes.spines[["top", "right", "left"]].set_visible(False)
     if left > 0:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.75), ncols=6, fontsize=8, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.75), ncols=7, fontsize=8, frameon=False)
 
 
 def _title(record: RunRecord) -> str:

@@ -27,8 +27,6 @@ CSV_COLUMNS = (
     "checkpoint", "seed", "device", "torch", "comfyui", "speedlab", "env_hash", "run_id", "timestamp",
 )  # fmt: skip
 
-PHASES = ("load", "text_encode", "prepare", "first_eval", "sample", "decode", "save", "total")
-
 
 @dataclass(frozen=True)
 class RunRecord:

@@ -160,6 +160,7 @@ def _record(
     phases: dict[str, float | str | None] = {
         "load": context.phase_ms("load", entries),
         "text_encode": context.phase_ms("text_encode", entries),
+        "to_device": _to_device_ms(session),
         "prepare": _prepare_ms(session),
         "first_eval": summary["first_eval_ms"],
         "sample": run and run["median"],
@@ -198,14 +199,17 @@ def _rows(traces: list[SamplingTrace]) -> list[tuple[StepRow, ...]]:
     return [rows for rows in (step_rows(trace) for trace in traces) if rows]
 
 
+def _to_device_ms(session: _Session) -> float | None:
+    """Moving weights to the device and patching LoRAs into them, of the first run: later ones find all in place."""
+    return round(session.traces[0].to_device_ms, 3) if session.traces else None
+
+
 def _prepare_ms(session: _Session) -> float | None:
-    """Noise, conditioning and moving the model to the device, of the first run: later ones find all of it in place."""
-    if not session.traces:
+    """Noise and conditioning, of the first measured run."""
+    trace = session.measured[0] if session.measured else None
+    if trace is None or trace.called is None or trace.start is None:
         return None
-    trace = session.traces[0]
-    if trace.called is None or trace.start is None:
-        return None
-    return round(host_ms(trace.called, trace.start), 3)
+    return round(host_ms(trace.called, trace.start) - trace.to_device_ms, 3)
 
 
 def _request(

@@ -61,6 +61,7 @@ class SamplingTrace:
     emitter: nvtx.Emitter
     model_role: str = "base"
     called: Mark | None = None
+    to_device_ms: float = 0.0
     sigmas: list[float] = field(default_factory=list)
     start: Mark | None = None
     end: Mark | None = None
@@ -124,7 +125,9 @@ class SamplingTrace:
 
 def traced(model: Any, trace: SamplingTrace) -> Any:
     """A clone of `model` whose sampling is seen by `trace`: outermost for evaluations, innermost for forwards."""
-    return attach(model, KEY, _wrappers(trace), outermost=(Site.SAMPLER_SAMPLE, Site.PREDICT_NOISE))
+    return attach(
+        model, KEY, _wrappers(trace), outermost=(Site.PREPARE_SAMPLING, Site.SAMPLER_SAMPLE, Site.PREDICT_NOISE)
+    )
 
 
 def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
@@ -141,6 +144,13 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
             trace.finish()
             options.pop(REPORT_CACHED, None)
 
+    def prepare_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        start = trace.clock.mark()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            trace.to_device_ms += host_ms(start, trace.clock.mark())
+
     def predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         with trace.evaluation(timestep.detach().reshape(-1)[:1]):
             return executor(x, timestep, *args, **kwargs)
@@ -151,6 +161,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
             return executor(*args, **kwargs)
 
     return {
+        Site.PREPARE_SAMPLING: prepare_sampling,
         Site.SAMPLER_SAMPLE: sampler_sample,
         Site.PREDICT_NOISE: predict_noise,
         Site.APPLY_MODEL: apply_model,

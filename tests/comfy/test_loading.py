@@ -66,7 +66,9 @@ def test_the_parts_equal_cores_loader(loaded, core, model_files):
         (vae.first_stage_model.state_dict(), core_vae.first_stage_model.state_dict()),
     ):
         assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        # SD 1.x files hold no projection and no logit scale; core leaves those unset, whatever the memory held.
+        in_file = [key for key in ours if not key.endswith(("text_projection.weight", "logit_scale"))]
+        assert all(torch.equal(ours[key], theirs[key]) for key in in_file)
 
 
 def test_info_tells_what_was_loaded(loaded):

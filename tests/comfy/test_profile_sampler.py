@@ -209,6 +209,8 @@ def test_the_record_is_written_with_the_contracts_fields(sample, base_dir):
     assert set(data["phases_ms"]) >= {"load", "text_encode", "first_eval", "sample", "decode", "total"}
     columns = "index sigma gpu_ms cpu_ms evals cond_rows uncond_rows cached model"
     assert set(data["steps"][0]) == set(columns.split())
+    assert data["phases_ms"]["to_device"] >= 0
+    assert data["phases_ms"]["prepare"] >= 0
     assert data["request"]["sampler"] == "euler"
     assert data["request"]["seed"] == 11
     assert (data["request"]["width"], data["request"]["height"], data["request"]["batch"]) == (64, 64, 1)
