@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 
 from ..speedlab import loading, lora
-from ..speedlab.core import core_nodes
+from ..speedlab.core import compute_device, core_nodes
 from ..speedlab.precision import CHECKPOINT_PRECISIONS, VAE_PRECISIONS
 from ..speedlab.profiling.timeline import phase
 
@@ -61,7 +61,7 @@ class CheckpointLoader:
         }
 
     def load(self, ckpt_name: str, precision: str, memory_format: str) -> tuple:
-        with phase("load") as info:
+        with phase("load", compute_device()) as info:
             loaded = loading.load_checkpoint(ckpt_name, precision, memory_format)
             info["file"] = ckpt_name
         return loaded.model, loaded.clip, loaded.vae, loading.describe_checkpoint(loaded)
@@ -115,7 +115,7 @@ class LoraStack:
         ]
         if not any(choice.strength for choice in choices):
             return model, clip
-        with phase("load") as info:
+        with phase("load", compute_device()) as info:
             model, clip, matches = lora.apply_stack(model, clip, choices)
             info["loras"] = [f"{m.name}: {m.matched} of {m.total}" for m in matches]
         return model, clip
@@ -153,7 +153,7 @@ class VAELoader:
         }
 
     def load(self, vae_name: str, precision: str) -> tuple:
-        with phase("load") as info:
+        with phase("load", compute_device()) as info:
             vae = loading.load_vae(vae_name, precision)
             info["file"] = vae_name
         return (vae,)

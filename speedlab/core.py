@@ -19,6 +19,13 @@ def output_directory() -> Path:
     return Path(folder_paths.get_output_directory())
 
 
+def compute_device() -> Any:
+    """The torch device that ComfyUI runs models on."""
+    import comfy.model_management as mm
+
+    return mm.get_torch_device()
+
+
 def missing_input(message: str) -> Any:
     """A value for an output that has nothing to pass on: nodes behind it stop with `message`."""
     from comfy_execution.graph_utils import ExecutionBlocker

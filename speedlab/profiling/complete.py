@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import output_directory
+from ..core import compute_device, output_directory
 from ..errors import ResultsError, first_line
 from . import timeline
 from .charts import chart_or_blank
@@ -34,6 +34,8 @@ def complete(record: RunRecord, images: Any | None, context: NodeContext) -> Com
     """Add everything that happened since sampling and write it all. Raises ResultsError naming the path."""
     store = RunStore(output_directory())
     store.check_writable()
+    with measure_peak(compute_device()) as reading:
+        timeline.note_between(reading.before)
     record = _with_decode(record, context)
     if images is not None:
         record = _with_images(record, images, context, store)
@@ -53,35 +55,37 @@ def _with_decode(record: RunRecord, context: NodeContext) -> RunRecord:
     request = {**record.request, "accelerators": techniques, "decode": [dict(e.info) for e in decodes]}
     if not record.request.get("plan_named"):
         request["plan"] = "+".join(techniques) or "stock"
-    peak = MemoryPeak()
+    peak, since = MemoryPeak(), MemoryPeak()
     for entry in decodes:
         peak = peak.merged(entry.peak)
+    for entry in entries:
+        since = since.merged(entry.peak)
+    memory = merge_memory(record.memory, "decode", memory_dict(peak)) if decodes else dict(record.memory)
     warnings = [e.info["warning"] for e in decodes if "warning" in e.info]
     return record.changed(
         request=request,
         phases_ms={**record.phases_ms, "decode": context.phase_ms("decode", entries)},
-        memory=merge_memory(record.memory, "decode", memory_dict(peak)) if decodes else record.memory,
+        memory=merge_memory(memory, None, memory_dict(since)),
         warnings=(*record.warnings, *warnings),
     )
 
 
 def merge_memory(
-    memory: Mapping[str, Mapping[str, float | None]], phase: str, peak: Mapping[str, float | None]
+    memory: Mapping[str, Mapping[str, float | None]], phase: str | None, peak: Mapping[str, float | None]
 ) -> dict[str, Mapping[str, float | None]]:
-    """The record's memory with one phase added and the overall peaks raised to it."""
+    """The record's memory with one phase added (None: none) and the overall peaks raised to it."""
     overall = memory.get("overall", {})
     raised = {
         name: max((v for v in (overall.get(name), peak.get(name)) if v is not None), default=None)
         for name in _MEMORY_FIELDS
     }
-    return {**memory, phase: peak, "overall": raised}
+    return {**memory, **({} if phase is None else {phase: peak}), "overall": raised}
 
 
 def _with_images(record: RunRecord, images: Any, context: NodeContext, store: RunStore) -> RunRecord:
     """Save the pictures beside the records, with the workflow in them, and time it: text to saved picture ends here."""
     started = time.perf_counter_ns()
-    with measure_peak("cpu"):
-        paths = _save_pngs(images, record.run_id, context, store.root / "images")
+    paths = _save_pngs(images, record.run_id, context, store.root / "images")
     ms = (time.perf_counter_ns() - started) / 1e6
     relative = [path.relative_to(store.root.parent).as_posix() for path in paths]
     return record.changed(

@@ -40,8 +40,9 @@ class MemoryPeak:
 
 
 class PeakReading:
-    """Filled when the measured block ends."""
+    """`before`: the peak between the last measured block and this one; `peak`: filled when this one ends."""
 
+    before: MemoryPeak = MemoryPeak()
     peak: MemoryPeak = MemoryPeak()
 
 
@@ -50,20 +51,27 @@ def measure_peak(device: Any) -> Iterator[PeakReading]:
     """Measure the peaks of a block on `device`; the device's peak counters are reset at its start."""
     reading = PeakReading()
     cuda = _cuda_for(device)
+    reading.before = _read(cuda, device, rss_peak_bytes())
     if cuda is not None:
         cuda.reset_peak_memory_stats(device)
     resettable = _reset_rss_peak()
     start = rss_bytes()
+    if not resettable:
+        reading.before = _read(cuda, device, start)
     try:
         yield reading
     finally:
         rss = rss_peak_bytes() if resettable else _largest(start, rss_bytes())
-        reading.peak = MemoryPeak(
-            allocated=cuda.max_memory_allocated(device) if cuda else None,
-            reserved=cuda.max_memory_reserved(device) if cuda else None,
-            rss=rss,
-            device_used=_device_used(cuda, device),
-        )
+        reading.peak = _read(cuda, device, rss)
+
+
+def _read(cuda: Any | None, device: Any, rss: int | None) -> MemoryPeak:
+    return MemoryPeak(
+        allocated=cuda.max_memory_allocated(device) if cuda else None,
+        reserved=cuda.max_memory_reserved(device) if cuda else None,
+        rss=rss,
+        device_used=_device_used(cuda, device),
+    )
 
 
 def rss_bytes() -> int | None:

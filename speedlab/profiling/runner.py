@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +93,7 @@ def profile_sampling(
     reading = PeakReading()
     try:
         with measure_peak(model.load_device) as reading:
+            timeline.note_between(reading.before)
             out = _run_all(model, request, positive, negative, latent, options, session)
     except BaseException as error:
         session.status, session.error = _classify(error), _message(error)
@@ -100,6 +101,7 @@ def profile_sampling(
         _keep_failed(store, _record(model, request, latent, session, context))
         raise
     session.peak = reading.peak
+    timeline.note(timeline.PhaseEntry("sample", timeline.executing().node_id, 0.0, reading.peak))
     record = _record(model, request, latent, session, context)
     try:
         store.write(record)
@@ -182,7 +184,7 @@ def _record(
             phases_ms=phases,
             steps=tuple(step_dict(row) for row in rows[0]) if rows else (),
             summary=summary,
-            memory=_memory(context.concerning(entries), session.peak),
+            memory=_memory(entries, context.concerning(entries), session.peak),
         )
     )
 
@@ -253,14 +255,17 @@ def _checkpoint(source: CheckpointSource | None, context: NodeContext, with_hash
     return {"name": source.name, "sha256": digest, "family": source.family, "size_bytes": source.size_bytes}
 
 
-def _memory(entries: list[timeline.PhaseEntry], sampling: MemoryPeak) -> dict[str, dict[str, float | None]]:
+def _memory(
+    entries: Sequence[timeline.PhaseEntry], upstream: Sequence[timeline.PhaseEntry], sampling: MemoryPeak
+) -> dict[str, dict[str, float | None]]:
+    """Peaks of the phases upstream and of this sampling, and overall since the prompt's first measured block."""
     by_phase: dict[str, MemoryPeak] = {}
+    for entry in upstream:
+        if entry.phase not in ("between", "sample"):
+            by_phase[entry.phase] = by_phase.get(entry.phase, MemoryPeak()).merged(entry.peak)
+    by_phase["sample"] = overall = sampling
     for entry in entries:
-        by_phase[entry.phase] = by_phase.get(entry.phase, MemoryPeak()).merged(entry.peak)
-    by_phase["sample"] = by_phase.get("sample", MemoryPeak()).merged(sampling)
-    overall = MemoryPeak()
-    for peak in by_phase.values():
-        overall = overall.merged(peak)
+        overall = overall.merged(entry.peak)
     return {**{name: memory_dict(peak) for name, peak in by_phase.items()}, "overall": memory_dict(overall)}
 
 

@@ -18,7 +18,8 @@ from . import nvtx
 from .clock import synchronize
 from .memory import MemoryPeak, measure_peak
 
-Phase = Literal["load", "text_encode", "sample", "decode", "save"]
+# `between` carries only memory: the peak of whatever ran between two measured blocks of a prompt, such as core nodes.
+Phase = Literal["load", "text_encode", "sample", "decode", "save", "between"]
 
 _KEPT_PROMPTS = 32
 _RANGES: dict[str, str] = {"load": nvtx.LOAD, "text_encode": nvtx.TEXT_ENCODE, "decode": nvtx.DECODE}
@@ -77,6 +78,12 @@ def note(entry: PhaseEntry) -> None:
             _prompts.popitem(last=False)
 
 
+def note_between(peak: MemoryPeak) -> None:
+    """Note what ran since the last measured block. Before the prompt's first one that is no business of the prompt."""
+    if entries(executing().prompt_id):
+        note(PhaseEntry("between", None, 0.0, peak))
+
+
 @contextmanager
 def phase(name: Phase, device: Any = "cpu") -> Iterator[dict[str, Any]]:
     """Time a block as a phase of the executing prompt, synchronised at both ends; yields a dict for extra facts.
@@ -86,6 +93,7 @@ def phase(name: Phase, device: Any = "cpu") -> Iterator[dict[str, Any]]:
     info: dict[str, Any] = {}
     synchronize(device)
     with measure_peak(device) as reading:
+        note_between(reading.before)
         start = time.perf_counter_ns()
         with nvtx.nvtx_range(nvtx.emitter(name in _RANGES), _RANGES.get(name, nvtx.RUN)):
             yield info

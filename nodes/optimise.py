@@ -1,0 +1,116 @@
+"""Nodes that choose how the same work is computed: each returns a patched clone of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..speedlab.accelerate.attention import CHOICES, AttentionConfig, attach_attention
+from ..speedlab.accelerate.precision_flags import (
+    AUTOCASTS,
+    MEMORY_FORMATS,
+    SWITCHES,
+    PrecisionConfig,
+    attach_precision,
+)
+
+_CATEGORY = "SpeedLab/accelerate"
+
+
+class AttentionBackend:
+    """Choose what computes the attention of one model."""
+
+    NODE_ID = "SpeedLabAttention"
+    DISPLAY_NAME = "Attention Backend (SpeedLab)"
+    CATEGORY = _CATEGORY
+    DESCRIPTION = (
+        "Chooses what computes this model's attention; text encoders and VAE stay as they are. "
+        "Exact up to rounding, but for sage. A backend that cannot run here is an error that says why. "
+        "If a backend gives NaN or Inf, the evaluation is repeated with sdpa."
+    )
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("A patched clone; the input model is untouched.",)
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model whose attention is to be computed in another way."}),
+                "backend": (
+                    list(CHOICES),
+                    {
+                        "default": "auto",
+                        "tooltip": "auto: measured on this device, once for each size. sdpa: PyTorch's, which picks "
+                        "its kernel; sdpa_*: that kernel alone. sub_quadratic, split: least memory. "
+                        "xformers, flash_attn, sage: where installed.",
+                    },
+                ),
+            },
+        }
+
+    def apply(self, model: Any, backend: str) -> tuple[Any]:
+        return (attach_attention(model, AttentionConfig(backend)),)
+
+
+def _switch(tooltip: str) -> tuple[list[str], dict[str, Any]]:
+    return list(SWITCHES), {"default": "keep", "tooltip": f"{tooltip} keep: as ComfyUI has it."}
+
+
+class Precision:
+    """Trade exactness for speed in the arithmetic of one model's runs."""
+
+    NODE_ID = "SpeedLabPrecision"
+    DISPLAY_NAME = "Precision (SpeedLab)"
+    CATEGORY = _CATEGORY
+    DESCRIPTION = (
+        "Sets PyTorch's speed flags, the layout of convolution weights and autocast while this model samples, and puts "
+        "everything back afterwards, also after an error or a cancel."
+    )
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = ("A patched clone. The input model is untouched, and comes back itself where nothing is set.",)
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model whose runs are to use these settings."}),
+                "tf32": _switch("TensorFloat-32 for matrix products of fp32 models (NVIDIA, Ampere or newer)."),
+                "cudnn_tf32": _switch("TensorFloat-32 for convolutions of fp32 models; PyTorch has it on by itself."),
+                "cudnn_benchmark": _switch("Try several convolution algorithms at each new size and keep the fastest."),
+                "fp16_accumulation": _switch("Sum up in fp16 in matrix products of fp16 models: faster, less exact."),
+                "memory_format": (
+                    list(MEMORY_FORMATS),
+                    {
+                        "default": "keep",
+                        "tooltip": "Layout of convolution weights and pictures during a run. channels_last suits "
+                        "tensor cores.",
+                    },
+                ),
+                "autocast": (
+                    list(AUTOCASTS),
+                    {
+                        "default": "off",
+                        "tooltip": "Compute matrix products, convolutions and attention of an fp32 model in this type.",
+                    },
+                ),
+            },
+        }
+
+    def apply(
+        self,
+        model: Any,
+        tf32: Any,
+        cudnn_tf32: Any,
+        cudnn_benchmark: Any,
+        fp16_accumulation: Any,
+        memory_format: Any,
+        autocast: Any,
+    ) -> tuple[Any]:
+        config = PrecisionConfig(tf32, cudnn_tf32, cudnn_benchmark, fp16_accumulation, memory_format, autocast)
+        return (attach_precision(model, config),)
+
+
+NODES = (AttentionBackend, Precision)

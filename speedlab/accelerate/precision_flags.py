@@ -1,0 +1,167 @@
+"""Precision: PyTorch's speed flags, the layout of convolution weights, and autocast, for the runs of one model.
+
+The flags hold for the whole process and the weights are shared by all clones of a model, so both are set when a run
+begins and put back when it ends, however it ends. A run inside another finds and leaves what the outer one has set.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..errors import UnavailableError, first_line
+from ..precision import cpu_computes_bf16, torch_dtype
+from .patching import Accelerator, Site, Wrapper, attach, declare
+from .run_notes import report_note
+from .torch_flags import FLAGS, flags_set
+from .weight_layout import conv_weights_in
+
+KEY = "speedlab.precision"
+Switch = Literal["keep", "on", "off"]
+MemoryFormat = Literal["keep", "contiguous", "channels_last"]
+Autocast = Literal["off", "fp16", "bf16"]
+SWITCHES, MEMORY_FORMATS, AUTOCASTS = get_args(Switch), get_args(MemoryFormat), get_args(Autocast)
+_LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """What the Precision node sets; the defaults change nothing. Raises ValueError for an unknown word."""
+
+    tf32: Switch = "keep"
+    cudnn_tf32: Switch = "keep"
+    cudnn_benchmark: Switch = "keep"
+    fp16_accumulation: Switch = "keep"
+    memory_format: MemoryFormat = "keep"
+    autocast: Autocast = "off"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            words = {"memory_format": MEMORY_FORMATS, "autocast": AUTOCASTS}.get(field.name, SWITCHES)
+            if getattr(self, field.name) not in words:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}; choose one of {', '.join(words)}")
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """The settings that are not at their default."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        """The flags to set, and to what."""
+        return {name: value == "on" for name, value in self.changes.items() if name in FLAGS}
+
+
+def attach_precision(model: Any, config: PrecisionConfig) -> Any:
+    """A clone of MODEL `model` that runs as `config` says; `model` itself where `config` changes nothing.
+
+    Of several Precision nodes in a row the later ones win where they set something. A flag for GPUs is set on other
+    devices too, where it does nothing, and a warning says so. Raises UnavailableError, with the remedy, for a flag
+    that this PyTorch does not have, and for an autocast that the device does not do.
+    """
+    if not config.changes:
+        return model
+    _check(config, model.load_device)
+    earlier: PrecisionConfig = model.get_attachment(KEY) or PrecisionConfig()
+    config = replace(earlier, **config.changes)  # type: ignore[arg-type]
+    clone = attach(model, KEY, _wrappers(config))
+    clone.set_attachments(KEY, config)
+    declare(clone, Accelerator("precision", config.changes))
+    return clone
+
+
+def _check(config: PrecisionConfig, device: torch.device) -> None:
+    for name in config.flags:
+        if not FLAGS[name].exists():
+            raise UnavailableError(
+                f"Precision cannot set {name}: PyTorch {torch.__version__} does not have this flag. "
+                f"Update PyTorch, or set {name} to keep."
+            )
+    if config.flags and device.type != "cuda":
+        logging.warning(
+            "Precision: %s has no effect here: this model runs on %s, and it is for GPUs that CUDA or ROCm drives.",
+            ", ".join(config.flags),
+            device.type,
+        )
+    if config.autocast != "off":
+        _check_autocast(config.autocast, device)
+
+
+def _check_autocast(word: Autocast, device: torch.device) -> None:
+    try:
+        context = torch.autocast(device.type, dtype=torch_dtype(word))
+    except RuntimeError as error:
+        raise UnavailableError(
+            f"Precision cannot autocast to {word} on {device.type}: {first_line(error)}. "
+            "Set autocast to off, or to the other type."
+        ) from error
+    if not context._enabled:  # where PyTorch only warns and goes on without
+        raise UnavailableError(
+            f"Precision cannot autocast to {word}: PyTorch does not support it on {device.type}. "
+            "Set autocast to off, or to the other type."
+        )
+    if device.type == "cpu" and not (word == "bf16" and cpu_computes_bf16()):
+        logging.warning("Precision: this processor has no instructions for %s, so autocast may cost time.", word)
+
+
+def _wrappers(config: PrecisionConfig) -> Mapping[Site, Wrapper]:
+    """The closures hold frozen values alone: clones of a model share them."""
+    wrappers: dict[Site, Wrapper] = {}
+    if config.flags:
+        wrappers[Site.OUTER_SAMPLE] = _with_flags(config.flags)
+    if config.memory_format != "keep":
+        layout = _LAYOUTS[config.memory_format]
+        wrappers[Site.SAMPLER_SAMPLE] = _with_weights_in(layout)
+        wrappers[Site.DIFFUSION_MODEL] = _with_input_in(layout)
+    if config.autocast != "off":
+        wrappers[Site.APPLY_MODEL] = _with_autocast(torch_dtype(config.autocast))
+    return wrappers
+
+
+def _with_flags(flags: Mapping[str, bool]) -> Wrapper:
+    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with flags_set(flags):
+            return executor(*args, **kwargs)
+
+    return outer_sample
+
+
+def _with_weights_in(layout: torch.memory_format) -> Wrapper:
+    """Here and not earlier, for only now the weights are where they will be for the run."""
+
+    def sampler_sample(
+        executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        network, device = model_wrap.inner_model.diffusion_model, model_wrap.model_patcher.load_device
+        if not any(isinstance(part, torch.nn.Conv2d) for part in network.modules()):
+            text = f"Precision: memory_format has no effect: {type(network).__name__} has no 2-D convolutions."
+            logging.warning(text)
+            report_note(extra_args.get("model_options", {}).get("transformer_options", {}), text)
+        with conv_weights_in(network, layout, device):
+            return executor(model_wrap, sigmas, extra_args, *args, **kwargs)
+
+    return sampler_sample
+
+
+def _with_input_in(layout: torch.memory_format) -> Wrapper:
+    """The first convolution passes the layout on; what comes out is laid out as ComfyUI expects."""
+
+    def diffusion_model(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if x.ndim != 4:
+            return executor(x, *args, **kwargs)
+        out = executor(x.contiguous(memory_format=layout), *args, **kwargs)
+        return out.contiguous() if isinstance(out, torch.Tensor) else out
+
+    return diffusion_model
+
+
+def _with_autocast(dtype: torch.dtype | None) -> Wrapper:
+    def apply_model(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(x.device.type, dtype=dtype):
+            return executor(x, *args, **kwargs)
+
+    return apply_model

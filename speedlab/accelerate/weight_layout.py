@@ -1,0 +1,44 @@
+"""The memory layout of convolution weights, changed for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def conv_weights_in(module: torch.nn.Module, layout: torch.memory_format, device: torch.device) -> Iterator[int]:
+    """Keep the 2-D convolution weights of `module` in `layout`; yields how many had to be changed.
+
+    Only weights that lie on `device`: those that ComfyUI copies there for each call may be pinned, which a copy is
+    not, and the convolution converts them by itself. One weight at a time is held twice, so memory does not double.
+    Afterwards every weight has the strides it had, wherever it lies by then, and the numbers that it has by then,
+    since hooks may change weights during a run.
+    """
+    changed: list[tuple[torch.nn.Conv2d, tuple[int, ...]]] = []
+    try:
+        for part in module.modules():
+            if isinstance(part, torch.nn.Conv2d) and _wants(part.weight, layout, device):
+                changed.append((part, part.weight.stride()))
+                _lay_out(part, torch.empty_like(part.weight, memory_format=layout).stride())
+        yield len(changed)
+    finally:
+        for part, strides in changed:
+            if part.weight.stride() != strides:
+                _lay_out(part, strides)
+
+
+def _wants(weight: torch.Tensor, layout: torch.memory_format, device: torch.device) -> bool:
+    # Quantised weights are tensors of a class of their own.
+    is_plain = type(weight.data) is torch.Tensor
+    return is_plain and weight.device == device and not weight.is_contiguous(memory_format=layout)
+
+
+def _lay_out(part: torch.nn.Conv2d, strides: tuple[int, ...]) -> None:
+    weight = part.weight
+    # A weight loaded outside of inference mode must stay one that may be used outside.
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        laid_out = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device)
+        weight.data = laid_out.copy_(weight)

@@ -1,0 +1,188 @@
+"""The translations name every node, input and output that is registered, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LANGUAGES = ("en", "zh")
+CJK = re.compile("[\u4e00-\u9fff]")
+# Characters that the frontend's translation library reads as syntax: placeholders, links, plurals.
+MESSAGE_SYNTAX = re.compile(r"[{}@|]")
+NODE_ID = re.compile(r'NODE_ID = "(\w+)"')
+# The widget that ComfyUI's frontend puts behind a seed; it is translated like an input of the node.
+SEED_CONTROL = "control_after_generate"
+
+Leaves = dict[str, str]
+
+
+def inputs_of(cls: Any) -> dict[str, Any]:
+    types = cls.INPUT_TYPES()
+    return {**types.get("required", {}), **types.get("optional", {})}
+
+
+def english_inputs(cls: Any) -> dict[str, dict[str, str]]:
+    entries: dict[str, dict[str, str]] = {}
+    for name, spec in inputs_of(cls).items():
+        entries[name] = {"name": name, "tooltip": spec[1]["tooltip"]}
+        if spec[1].get(SEED_CONTROL):
+            entries[SEED_CONTROL] = {"name": "control after generate"}
+    return entries
+
+
+def english(pack: ModuleType) -> dict[str, Any]:
+    """What locales/en/nodeDefs.json has to hold: the texts of the registered node classes."""
+    return {
+        node_id: {
+            "display_name": pack.NODE_DISPLAY_NAME_MAPPINGS[node_id],
+            "description": cls.DESCRIPTION,
+            "inputs": english_inputs(cls),
+            "outputs": {
+                str(slot): {"name": name, "tooltip": tooltip}
+                for slot, (name, tooltip) in enumerate(zip(cls.RETURN_NAMES, cls.OUTPUT_TOOLTIPS, strict=True))
+            },
+        }
+        for node_id, cls in pack.NODE_CLASS_MAPPINGS.items()
+    }
+
+
+def written_nodes() -> set[str]:
+    """The ids of all node classes in nodes/, registered or not yet: texts may come before the registration."""
+    sources = (file.read_text(encoding="utf-8") for file in (ROOT / "nodes").glob("*.py"))
+    return {node_id for source in sources for node_id in NODE_ID.findall(source)}
+
+
+def node_defs(language: str) -> dict[str, Any]:
+    return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def registered_defs(pack: ModuleType, language: str) -> dict[str, Any]:
+    return {node_id: entry for node_id, entry in node_defs(language).items() if node_id in pack.NODE_CLASS_MAPPINGS}
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Leaves:
+    """Every text under its dotted key."""
+    found: Leaves = {}
+    for key, value in tree.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def differences(expected: Leaves, actual: Leaves) -> list[str]:
+    """One line a key: what the file should hold there, as JSON to paste, and what it holds."""
+    lines = []
+    for key in sorted(expected.keys() | actual.keys()):
+        if key not in actual:
+            lines.append(f"{key}: missing, should be {json.dumps(expected[key], ensure_ascii=False)}")
+        elif key not in expected:
+            lines.append(f"{key}: to be removed, the class has no such input or output")
+        elif expected[key] != actual[key]:
+            wanted, held = (json.dumps(side[key], ensure_ascii=False) for side in (expected, actual))
+            lines.append(f"{key}: should be {wanted}, is {held}")
+    return lines
+
+
+def test_english_says_what_the_node_classes_say(pack: ModuleType, model_files: Path) -> None:
+    found = differences(leaves(english(pack)), leaves(registered_defs(pack, "en")))
+    assert not found, "locales/en/nodeDefs.json differs from the node classes:\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_language_has_every_text_and_no_leftovers(pack: ModuleType, model_files: Path, language: str) -> None:
+    expected, actual = leaves(english(pack)), leaves(registered_defs(pack, language))
+    missing = [f"{key}: {expected[key]}" for key in expected if key not in actual]
+    assert not missing, f"locales/{language}/nodeDefs.json lacks:\n" + "\n".join(missing)
+    leftover = [key for key in actual if key not in expected]
+    leftover += sorted(node_defs(language).keys() - written_nodes())
+    assert not leftover, f"locales/{language}/nodeDefs.json names what no node has:\n" + "\n".join(leftover)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_texts_are_filled_and_plain(language: str) -> None:
+    for key, text in leaves(node_defs(language)).items():
+        assert text.strip() == text != "", key
+        assert not MESSAGE_SYNTAX.search(text), f"{key} holds a character that the frontend reads as syntax: {text}"
+
+
+def test_nodes_and_inputs_keep_one_order_in_all_languages() -> None:
+    assert list(leaves(node_defs("zh"))) == list(leaves(node_defs("en")))
+
+
+def test_chinese_is_translated() -> None:
+    texts, original = leaves(node_defs("zh")), leaves(node_defs("en"))
+    for key, text in texts.items():
+        if key.endswith((".description", ".tooltip")):
+            assert text != original[key], f"{key} is still English"
+            assert CJK.search(text), f"{key} holds no Chinese: {text}"
+
+
+def test_display_names_keep_the_packs_name() -> None:
+    for language in LANGUAGES:
+        for node_id, entry in node_defs(language).items():
+            assert entry["display_name"].endswith(" (SpeedLab)"), (language, node_id)
+
+
+def test_display_names_are_distinct() -> None:
+    for language in LANGUAGES:
+        names = [entry["display_name"] for entry in node_defs(language).values()]
+        assert len(names) == len(set(names)), language
+
+
+def test_comfyui_serves_the_translations(comfy: ModuleType, tmp_path: Path) -> None:
+    """ComfyUI's own collector, in a fresh process as its server is, finds the files in a pack folder of any name."""
+    shutil.copytree(ROOT / "locales", tmp_path / "a-pack" / "locales")
+    script = f"""
+import json, sys
+sys.path.insert(0, {str(Path(comfy.__path__[0]).parent)!r})
+import folder_paths
+folder_paths.folder_names_and_paths["custom_nodes"] = ([{str(tmp_path)!r}], set())
+from app.custom_node_manager import CustomNodeManager
+print(json.dumps(CustomNodeManager().build_translations()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    collected = json.loads(done.stdout.splitlines()[-1])
+    for language in LANGUAGES:
+        assert collected[language]["nodeDefs"] == node_defs(language)
+
+
+def test_every_node_has_a_chinese_help_page(pack: ModuleType, model_files: Path) -> None:
+    """A page names each input twice: as it is called in files, and as the canvas shows it in Chinese."""
+    labels = node_defs("zh")
+    for node_id, cls in pack.NODE_CLASS_MAPPINGS.items():
+        page = ROOT / "js" / "docs" / node_id / "zh.md"
+        assert page.is_file(), f"{page.relative_to(ROOT)} is missing"
+        text = page.read_text(encoding="utf-8")
+        assert CJK.search(text), page
+        for name in inputs_of(cls):
+            assert f"`{name}`" in text, f"{node_id}/zh.md does not mention {name}"
+            label = labels[node_id]["inputs"][name]["name"]
+            assert label in text, f"{node_id}/zh.md does not mention {label}, the Chinese name of {name}"
+
+
+def test_chinese_help_pages_have_the_tables_of_the_english_ones(pack: ModuleType) -> None:
+    def shape(text: str) -> tuple[int, int, int]:
+        lines = text.splitlines()
+        tables = sum(line.startswith("|--") for line in lines)
+        headings = sum(line.startswith("#") for line in lines)
+        return tables, headings, sum(line.startswith("```") for line in lines)
+
+    for node_id in pack.NODE_CLASS_MAPPINGS:
+        docs = ROOT / "js" / "docs"
+        original = (docs / f"{node_id}.md").read_text(encoding="utf-8")
+        translated = (docs / node_id / "zh.md").read_text(encoding="utf-8")
+        assert shape(translated) == shape(original), node_id
+
+
+def test_no_help_page_is_left_of_a_removed_node() -> None:
+    docs, known = ROOT / "js" / "docs", written_nodes()
+    pages = {page.stem for page in docs.glob("*.md")} | {page.parent.name for page in docs.glob("*/*.md")}
+    assert pages <= known, sorted(pages - known)

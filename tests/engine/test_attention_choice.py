@@ -1,0 +1,100 @@
+"""How `auto` chooses: by measurement, in favour of SDPA, once for each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speedlab.accelerate.attention_choice import ChoiceTable, Shape, bucket, candidates, measure, pick
+
+
+class Workshop:
+    """A clock that only the work moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def work(self, name: str, *seconds: float) -> Callable[[], None]:
+        """Takes each of `seconds` in turn, the last one from then on."""
+        left = list(seconds)
+
+        def run() -> None:
+            self.log.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_a_cpu_never_compares_sub_quadratic_attention() -> None:
+    assert "sub_quadratic" not in candidates("cpu")
+    assert all(candidates(device)[0] == "sdpa" for device in ("cpu", "cuda", "mps", "xpu"))
+    assert all("sage" not in candidates(device) for device in ("cpu", "cuda", "mps"))
+
+
+@given(st.integers(1, 10**6), st.sampled_from(["cpu", "cuda", "mps"]))
+def test_buckets(length: int, device: str) -> None:
+    found = bucket(length, device)
+    assert found & (found - 1) == 0
+    assert bucket(found, device) == found
+    assert found >= min(length, bucket(10**9, device))
+    assert found < 2 * max(length, 16)
+
+
+def test_pick() -> None:
+    assert pick({"sdpa": 1.0, "split": 0.5}).name == "split"
+    assert pick({"sdpa": 1.0, "split": 0.95}).name == "sdpa", "about as fast: no change by chance"
+    assert pick({"sdpa": 1.0, "split": 3.0}).name == "sdpa"
+    assert pick({"split": 2.0, "sub_quadratic": 1.0}).name == "sub_quadratic"
+    assert pick({}).name == "sdpa"
+
+
+def test_the_first_call_and_busy_moments_do_not_count() -> None:
+    shop = Workshop()
+    runners = {"sdpa": shop.work("sdpa", 9.0, 0.7, 0.02, 0.5), "split": shop.work("split", 0.1, 0.3, 0.03, 0.03)}
+    assert measure(runners, shop.clock) == pytest.approx({"sdpa": 0.02, "split": 0.03})
+    assert shop.log == ["sdpa", "split"] * 4, "in turns, and no more than needed"
+
+
+def test_quick_ones_are_measured_more_often() -> None:
+    shop = Workshop()
+    measure({"sdpa": shop.work("sdpa", 1e-4)}, shop.clock)
+    assert len(shop.log) == 1 + 10
+
+
+def test_a_hopeless_one_is_dropped() -> None:
+    shop = Workshop()
+    found = measure({"sdpa": shop.work("sdpa", 1.0), "split": shop.work("split", 4.0)}, shop.clock)
+    assert found == {"sdpa": 1.0, "split": 4.0}
+    assert shop.log.count("split") == 2
+
+
+def test_one_that_fails_is_no_candidate() -> None:
+    def fail() -> None:
+        raise RuntimeError("no kernel")
+
+    shop = Workshop()
+    assert list(measure({"sdpa": shop.work("sdpa", 1.0), "split": fail}, shop.clock)) == ["sdpa"]
+    assert pick(measure({"sdpa": fail}, shop.clock)).name == "sdpa"
+
+
+def test_a_shape_is_measured_once() -> None:
+    table, asked = ChoiceTable(), []
+
+    def runners() -> dict[str, Callable[[], None]]:
+        asked.append(1)
+        return {"sdpa": lambda: None}
+
+    shape = Shape("cpu", "float32", 40, 1024, 128, False)
+    first = table.choose(shape, runners)
+    assert table.choose(Shape("cpu", "float32", 40, 1024, 128, False), runners) is first
+    assert len(asked) == 1
+    table.choose(Shape("cpu", "float32", 40, 1024, 128, True), runners)
+    assert len(asked) == 2
+    assert str(shape) == "1024x128 tokens, head size 40, float32"
