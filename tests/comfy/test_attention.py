@@ -339,6 +339,23 @@ def test_compiled(tiny: TinyUNet, attach: Any, backend: str) -> None:
     assert graphs == [1, 1]
 
 
+def test_nan_in_a_compiled_model(tiny: TinyUNet, attach: Any, modules: SimpleNamespace, monkeypatch: Any) -> None:
+    import comfy_api.torch_helpers
+
+    backends = modules.attention_backends
+    sdpa = backends.BACKENDS["sdpa"].run
+    always_nan = backends.Backend(lambda *args, **options: sdpa(*args, **options) * float("nan"), always=True)
+    monkeypatch.setitem(backends.BACKENDS, "sage", always_nan)
+    reference = tiny.sample(attach(tiny.model, "sdpa"), steps=2)
+    torch._dynamo.reset()
+    compiled = tiny.model.clone()
+    comfy_api.torch_helpers.set_torch_compile_wrapper(compiled, backend="eager", fullgraph=True)
+    try:
+        assert relative(tiny.sample(attach(compiled, "sage"), steps=2), reference) < 1e-5
+    finally:
+        torch._dynamo.reset()
+
+
 # Calling convention ---------------------------------------------------------------------------------------------------
 
 

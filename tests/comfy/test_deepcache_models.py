@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 from types import ModuleType
@@ -63,8 +64,12 @@ def _flux() -> Any:
     import comfy.model_patcher
     import comfy.supported_models
 
+    # Newer ComfyUI asks for a few parameters more; those that this one does not know are left out.
+    known = {f.name for f in dataclasses.fields(importlib.import_module("comfy.ldm.flux.model").FluxParams)}
+    newer = {"txt_ids_dims": [], "global_modulation": False, "mlp_silu_act": False, "ops_bias": True}
     config = comfy.supported_models.Flux(
-        {
+        {name: value for name, value in newer.items() if name in known}
+        | {
             "image_model": "flux",
             "in_channels": 16,
             "out_channels": 16,
