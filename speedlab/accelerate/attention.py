@@ -21,7 +21,7 @@ import torch
 from comfy.ldm.modules.attention import CrossAttention
 
 from .attention_backends import BACKENDS, COMMON_HEAD_DIM, require, unavailable, why_not
-from .attention_choice import ChoiceTable, Shape, bucket, candidates
+from .attention_choice import ChoiceTable, Shape, bucket, candidates, measured_length
 from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
 from .run_notes import report_note
 
@@ -30,8 +30,10 @@ AUTO = "auto"
 CHOICES = (AUTO, *BACKENDS)
 SAFE = "sdpa"
 _OVERRIDE = "optimized_attention_override"
-_PROBE_HEADS = {"cpu": 2}
-_PROBE_HEADS_ELSEWHERE = 32
+# Heads of a measurement, at most. With very few, what split attention writes would fit into a CPU's cache, unlike in a
+# model.
+_MEASURED_HEADS = {"cpu": 16}
+_MEASURED_HEADS_ELSEWHERE = 32
 
 TABLE = ChoiceTable()
 
@@ -176,9 +178,9 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _measured(run: Run, q: torch.Tensor, k: torch.Tensor, heads: int, head_dim: int, masked: bool) -> str:
     kind = q.device.type
-    shape = Shape(str(q.device), q.dtype, head_dim, bucket(q.shape[-2], kind), bucket(k.shape[-2], kind), masked)
+    shape = Shape(str(q.device), q.dtype, head_dim, bucket(q.shape[-2]), bucket(k.shape[-2]), masked)
     if shape not in run.chosen:
-        limit = _PROBE_HEADS.get(kind, _PROBE_HEADS_ELSEWHERE)
+        limit = _MEASURED_HEADS.get(kind, _MEASURED_HEADS_ELSEWHERE)
         rows = min(q.shape[0] * heads, limit)
         run.chosen[shape] = TABLE.choose(shape, lambda: _runners(shape, rows, q.device)).name
     return run.chosen[shape]
@@ -187,11 +189,12 @@ def _measured(run: Run, q: torch.Tensor, k: torch.Tensor, heads: int, head_dim: 
 def _runners(shape: Shape, heads: int, device: torch.device) -> dict[str, Callable[[], object]]:
     """The candidates on numbers of their own: ComfyUI's random generator stays as it is."""
     generator = torch.Generator(device).manual_seed(0)
+    queries, keys = (measured_length(tokens, device.type) for tokens in (shape.queries, shape.keys))
     q, k, v = (
         torch.randn(1, heads, tokens, shape.head_dim, generator=generator, device=device).to(shape.dtype)
-        for tokens in (shape.queries, shape.keys, shape.keys)
+        for tokens in (queries, keys, keys)
     )
-    mask = torch.zeros(shape.queries, shape.keys, device=device, dtype=shape.dtype) if shape.masked else None
+    mask = torch.zeros(queries, keys, device=device, dtype=shape.dtype) if shape.masked else None
     synchronize = getattr(torch, device.type).synchronize
 
     def runner(name: str) -> Callable[[], object]:

@@ -149,15 +149,27 @@ def _sdpa_kernel(name: str) -> Backend:
     return Backend(_sdpa_with(lambda: torch_attention.sdpa_kernel(kernel), upcasts=name == "MATH"), missing)
 
 
+def _core_function(name: str, missing: Missing = _nothing_missing, package: str | None = None) -> Backend:
+    """One of ComfyUI's own, if it has it; without `missing` it runs everywhere."""
+    function: Attention | None = getattr(core, name, None)
+    if function is None:
+
+        def absent(*args: Any, **kwargs: Any) -> torch.Tensor:
+            raise RuntimeError(f"this ComfyUI has no function {name}")
+
+        return Backend(absent, lambda device: f"this ComfyUI has no function {name}", package)
+    return Backend(function, missing, package, always=missing is _nothing_missing)
+
+
 BACKENDS: dict[str, Backend] = {
     "sdpa": Backend(core.attention_pytorch, always=True),
     "sdpa_flash": _sdpa_kernel("FLASH_ATTENTION"),
     "sdpa_mem_efficient": _sdpa_kernel("EFFICIENT_ATTENTION"),
     "sdpa_cudnn": _sdpa_kernel("CUDNN_ATTENTION"),
     "sdpa_math": _sdpa_kernel("MATH"),
-    "sub_quadratic": Backend(core.attention_sub_quad, always=True),
-    "split": Backend(core.attention_split, always=True),
-    "xformers": Backend(core.attention_xformers, _xformers_missing, "xformers"),
+    "sub_quadratic": _core_function("attention_sub_quad"),
+    "split": _core_function("attention_split"),
+    "xformers": _core_function("attention_xformers", _xformers_missing, "xformers"),
     "flash_attn": Backend(_flash_attn, _package("flash_attn"), "flash-attn", takes_masks=False),
     "sage": Backend(_sage, _package("sageattention"), "sageattention", takes_masks=False),
 }

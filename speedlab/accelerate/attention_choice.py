@@ -17,13 +17,16 @@ PREFERRED = "sdpa"
 # Another backend must beat `PREFERRED` by this factor: two that are equally fast must not change places by chance, for
 # then the same seed would give pictures that differ in the last bits.
 _MARGIN = 0.85
-_ROUNDS = (3, 10)
+_ROUNDS = (5, 10)
 _BUDGET_S = 0.1
-_HOPELESS = 3.0
+_HOPELESS = 2.0
 _SHORTEST = 16
-# Longer sequences do not change the order, but the time that a measurement takes.
+# Longer sequences would not change the choice, only the time that measuring takes: what attention without a fused
+# kernel reads and writes grows with the square of the length, so it falls behind further.
 _LONGEST = {"cpu": 1024}
 _LONGEST_ELSEWHERE = 4096
+# Fewer pairs of query and key take little time, whatever computes them: attention to a prompt, and the inner layers.
+_WORTH_MEASURING = 1024 * 1024
 
 _CANDIDATES = {
     # Sub-quadratic attention saves memory that a CPU does not lack, and takes 1.7 times as long there.
@@ -38,10 +41,14 @@ def candidates(device_type: str) -> tuple[str, ...]:
     return _CANDIDATES.get(device_type, _CANDIDATES_ELSEWHERE)
 
 
-def bucket(length: int, device_type: str) -> int:
-    """The power of two that stands for a sequence of `length` tokens in a measurement."""
-    longest = _LONGEST.get(device_type, _LONGEST_ELSEWHERE)
-    return min(longest, max(_SHORTEST, 1 << max(0, length - 1).bit_length()))
+def bucket(length: int) -> int:
+    """The power of two that stands for sequences of about `length` tokens."""
+    return max(_SHORTEST, 1 << max(0, length - 1).bit_length())
+
+
+def measured_length(tokens: int, device_type: str) -> int:
+    """How many tokens to measure with, to choose for sequences of `tokens`."""
+    return min(tokens, _LONGEST.get(device_type, _LONGEST_ELSEWHERE))
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class Shape:
     queries: int
     keys: int
     masked: bool
+
+    @property
+    def is_worth_measuring(self) -> bool:
+        """Whether the choice of a backend matters at this size."""
+        return self.queries * self.keys >= _WORTH_MEASURING
 
     def __str__(self) -> str:
         masked = ", masked" if self.masked else ""
@@ -76,10 +88,12 @@ class ChoiceTable:
     _choices: dict[Shape, Choice] = field(default_factory=dict)
 
     def choose(self, shape: Shape, runners: Callable[[], Mapping[str, Callable[[], object]]]) -> Choice:
-        """The choice for `shape`; measured now where it is the first time.
+        """The choice for `shape`; measured now where it is the first time, and where it matters.
 
         `runners` makes what is measured: for each candidate a function that runs it once to the end.
         """
+        if not shape.is_worth_measuring:
+            return Choice(PREFERRED)
         known = self._choices.get(shape)
         if known is None:
             known = self._choices[shape] = pick(measure(runners()))
@@ -104,7 +118,7 @@ def measure(
 ) -> dict[str, float]:
     """The least seconds that each of `runners` took, in turns, so that a busy moment hits all alike.
 
-    One that fails is left out, and so is one that takes several times as long as the best of the first turn.
+    One that fails is left out. One that takes several times as long as the best gets one turn, but for `PREFERRED`.
     """
     running = dict(runners)
     for name, run in runners.items():
@@ -121,9 +135,8 @@ def measure(
             start = clock()
             run()
             best[name] = min(best[name], clock() - start)
-        if turn == 0 and best:
-            limit = _HOPELESS * min(best.values())
-            running = {name: run for name, run in running.items() if best[name] <= limit}
-        if turn + 1 >= least and clock() - began > _BUDGET_S:
+        limit = _HOPELESS * min(best.values(), default=0.0)
+        running = {name: run for name, run in running.items() if name == PREFERRED or best[name] <= limit}
+        if len(running) < 2 or (turn + 1 >= least and clock() - began > _BUDGET_S):
             break
     return best

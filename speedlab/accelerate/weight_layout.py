@@ -20,9 +20,13 @@ def conv_weights_in(module: torch.nn.Module, layout: torch.memory_format, device
     changed: list[tuple[torch.nn.Conv2d, tuple[int, ...]]] = []
     try:
         for part in module.modules():
-            if isinstance(part, torch.nn.Conv2d) and _wants(part.weight, layout, device):
-                changed.append((part, part.weight.stride()))
-                _lay_out(part, torch.empty_like(part.weight, memory_format=layout).stride())
+            if isinstance(part, torch.nn.Conv2d) and _can_change(part.weight, device):
+                # Strides and not is_contiguous: a 1x1 weight is contiguous in both layouts, but its strides decide
+                # which one the convolution computes in.
+                wanted = torch.empty_like(part.weight, device="meta", memory_format=layout).stride()
+                if part.weight.stride() != wanted:
+                    changed.append((part, part.weight.stride()))
+                    _lay_out(part, wanted)
         yield len(changed)
     finally:
         for part, strides in changed:
@@ -30,10 +34,9 @@ def conv_weights_in(module: torch.nn.Module, layout: torch.memory_format, device
                 _lay_out(part, strides)
 
 
-def _wants(weight: torch.Tensor, layout: torch.memory_format, device: torch.device) -> bool:
+def _can_change(weight: torch.Tensor, device: torch.device) -> bool:
     # Quantised weights are tensors of a class of their own.
-    is_plain = type(weight.data) is torch.Tensor
-    return is_plain and weight.device == device and not weight.is_contiguous(memory_format=layout)
+    return type(weight.data) is torch.Tensor and weight.device == device
 
 
 def _lay_out(part: torch.nn.Conv2d, strides: tuple[int, ...]) -> None:

@@ -22,8 +22,8 @@ EXTRA: Mapping[str, tuple[int, int]] = {
     "PreviewImage": (20, 260),
     "CLIPTextEncode": (60, 0),
     "SpeedLabTextEncode": (60, 0),
-    "SpeedLabProfileReport": (140, 340),
-    "SpeedLabProfileSampler": (20, 0),
+    "SpeedLabProfileReport": (220, 660),
+    "SpeedLabProfileSampler": (20, 110),
 }
 
 

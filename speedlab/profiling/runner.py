@@ -184,6 +184,7 @@ def _record(
             phases_ms=phases,
             steps=tuple(step_dict(row) for row in rows[0]) if rows else (),
             summary=summary,
+            warnings=tuple(dict.fromkeys(note for trace in session.traces for note in trace.notes)),
             memory=_memory(entries, context.concerning(entries), session.peak),
         )
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..accelerate.patching import Site, Wrapper, attach
 from ..accelerate.reporting import REPORT_CACHED
+from ..accelerate.run_notes import REPORT_NOTE
 from ..schedule import step_of
 from . import nvtx
 from .clock import Clock, Mark, host_ms
@@ -66,6 +67,7 @@ class SamplingTrace:
     start: Mark | None = None
     end: Mark | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     _current: Evaluation | None = None
     _open_step: bool = False
 
@@ -118,6 +120,11 @@ class SamplingTrace:
         if self._current is not None:
             self._current.cached = True
 
+    def add_note(self, text: str) -> None:
+        """Something that a technique decided or gave up in this run; said once in the record."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def _push_step(self, index: int) -> None:
         self.emitter.push(nvtx.STEP, index)
         self._open_step = True
@@ -137,12 +144,14 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
         # ComfyUI makes these options anew for every run, so what is added here dies with the run.
         options = extra_args["model_options"].setdefault("transformer_options", {})
         options[REPORT_CACHED] = trace.mark_cached
+        options[REPORT_NOTE] = trace.add_note
         trace.begin(sigmas.detach().float().cpu().tolist())
         try:
             return executor(model_wrap, sigmas, extra_args, _observed(callback, trace), *args, **kwargs)
         finally:
             trace.finish()
             options.pop(REPORT_CACHED, None)
+            options.pop(REPORT_NOTE, None)
 
     def prepare_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
         start = trace.clock.mark()

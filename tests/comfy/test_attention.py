@@ -18,6 +18,7 @@ from .tiny_unet import TinyUNet, build, relative
 ON_CPU = ("sdpa", "sdpa_flash", "sub_quadratic", "split", "auto")
 NOT_ON_CPU = ("sdpa_mem_efficient", "sdpa_cudnn", "xformers", "flash_attn", "sage")
 NAN_FROM_CALL = 20
+LARGE = (32, 32)  # large enough for a choice to matter
 OVERRIDE = "optimized_attention_override"
 
 
@@ -114,6 +115,13 @@ def test_a_missing_package_names_itself(modules: SimpleNamespace) -> None:
     assert "`pip install sageattention`" in error
 
 
+def test_a_function_that_this_comfyui_lacks(modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = modules.attention_backends
+    monkeypatch.setitem(backends.BACKENDS, "split", backends._core_function("attention_of_tomorrow"))
+    with pytest.raises(modules.errors.UnavailableError, match="this ComfyUI has no function attention_of_tomorrow"):
+        backends.require("split", torch.device("cpu"), torch.float32, [64])
+
+
 def test_a_dtype_that_a_kernel_refuses(modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A node may be right about the device, and the model then runs in a type that the kernel does not do."""
 
@@ -136,11 +144,11 @@ def test_auto_on_a_cpu(tiny: TinyUNet, attach: Any, modules: SimpleNamespace, ca
                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(modules.attention, "TABLE", modules.attention_choice.ChoiceTable())
     with caplog.at_level(logging.INFO):
-        tiny.sample(attach(tiny.model, "auto"), steps=1)
+        tiny.sample(attach(tiny.model, "auto"), steps=1, size=LARGE)
         assert "sub_quadratic" not in calls
         measured = caplog.text.count("auto picked")
         first = len(calls)
-        tiny.sample(attach(tiny.model, "auto"), steps=1)
+        tiny.sample(attach(tiny.model, "auto"), steps=1, size=LARGE)
     assert measured > 0
     assert caplog.text.count("auto picked") == measured, "the second run measures nothing"
     layers = sum(type(part).__name__ == "CrossAttention" for part in tiny.unet.modules())
@@ -151,18 +159,14 @@ def test_auto_on_a_cpu(tiny: TinyUNet, attach: Any, modules: SimpleNamespace, ca
 def test_auto_leaves_the_random_numbers_alone(
     tiny: TinyUNet, attach: Any, modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = attach(tiny.model, "auto")
-    tiny.sample(model, sampler="euler_ancestral")
-    before = tiny.sample(model, sampler="euler_ancestral")
-    choices = dict(modules.attention.TABLE._choices)
-    forgetful = modules.attention_choice.ChoiceTable()
-    monkeypatch.setattr(modules.attention, "TABLE", forgetful)
+    """What is measured with, must not come out of the generator that a sampler draws its noise from."""
+    options = {"sampler": "euler_ancestral", "steps": 2, "size": LARGE}
     monkeypatch.setattr(modules.attention_choice, "pick", lambda seconds: modules.attention_choice.Choice("sdpa"))
-    again = tiny.sample(model, sampler="euler_ancestral")
-    assert forgetful._choices
-    if all(choice.name == "sdpa" for choice in choices.values()):
-        assert torch.equal(again, before)
-    assert relative(again, before) < 1e-5
+    monkeypatch.setattr(modules.attention, "TABLE", modules.attention_choice.ChoiceTable())
+    measuring = tiny.sample(attach(tiny.model, "auto"), **options)
+    assert modules.attention.TABLE._choices
+    assert torch.equal(measuring, tiny.sample(attach(tiny.model, "auto"), **options))
+    assert torch.equal(measuring, tiny.sample(attach(tiny.model, "sdpa"), **options))
 
 
 def test_inputs_and_clones_are_untouched(tiny: TinyUNet, attach: Any, calls: list[str]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.accelerate.attention_choice import ChoiceTable, Shape, bucket, candidates, measure, pick
+from speedlab.accelerate.attention_choice import ChoiceTable, Shape, bucket, candidates, measure, measured_length, pick
 
 
 class Workshop:
@@ -38,13 +38,18 @@ def test_a_cpu_never_compares_sub_quadratic_attention() -> None:
     assert all("sage" not in candidates(device) for device in ("cpu", "cuda", "mps"))
 
 
-@given(st.integers(1, 10**6), st.sampled_from(["cpu", "cuda", "mps"]))
-def test_buckets(length: int, device: str) -> None:
-    found = bucket(length, device)
+@given(st.integers(1, 10**6))
+def test_buckets(length: int) -> None:
+    found = bucket(length)
     assert found & (found - 1) == 0
-    assert bucket(found, device) == found
-    assert found >= min(length, bucket(10**9, device))
-    assert found < 2 * max(length, 16)
+    assert bucket(found) == found
+    assert length <= found < 2 * max(length, 16)
+
+
+def test_long_sequences_are_measured_by_shorter_ones() -> None:
+    assert measured_length(64, "cpu") == 64
+    assert measured_length(4096, "cpu") == measured_length(16384, "cpu") == 1024
+    assert measured_length(4096, "cuda") == 4096
 
 
 def test_pick() -> None:
@@ -59,20 +64,32 @@ def test_the_first_call_and_busy_moments_do_not_count() -> None:
     shop = Workshop()
     runners = {"sdpa": shop.work("sdpa", 9.0, 0.7, 0.02, 0.5), "split": shop.work("split", 0.1, 0.3, 0.03, 0.03)}
     assert measure(runners, shop.clock) == pytest.approx({"sdpa": 0.02, "split": 0.03})
-    assert shop.log == ["sdpa", "split"] * 4, "in turns, and no more than needed"
+    assert shop.log == ["sdpa", "split"] * 6, "in turns, and no more than needed"
 
 
 def test_quick_ones_are_measured_more_often() -> None:
     shop = Workshop()
-    measure({"sdpa": shop.work("sdpa", 1e-4)}, shop.clock)
-    assert len(shop.log) == 1 + 10
+    measure({"sdpa": shop.work("sdpa", 1e-4), "split": shop.work("split", 1e-4)}, shop.clock)
+    assert shop.log.count("sdpa") == shop.log.count("split") == 1 + 10
 
 
 def test_a_hopeless_one_is_dropped() -> None:
     shop = Workshop()
-    found = measure({"sdpa": shop.work("sdpa", 1.0), "split": shop.work("split", 4.0)}, shop.clock)
-    assert found == {"sdpa": 1.0, "split": 4.0}
-    assert shop.log.count("split") == 2
+    runners = {name: shop.work(name, seconds) for name, seconds in (("sdpa", 1.0), ("split", 4.0))}
+    assert measure(runners, shop.clock) == {"sdpa": 1.0, "split": 4.0}
+    assert shop.log == ["sdpa", "split"] * 2, "nothing left to compare"
+
+
+def test_a_busy_moment_does_not_drop_the_preferred_one() -> None:
+    shop = Workshop()
+    runners = {"sdpa": shop.work("sdpa", 1.0, 9.0, 0.1), "split": shop.work("split", 0.2)}
+    assert pick(measure(runners, shop.clock)).name == "sdpa"
+
+
+def test_small_ones_are_not_measured() -> None:
+    table = ChoiceTable()
+    shape = Shape("cpu", "float32", 40, 256, 128, False)
+    assert table.choose(shape, lambda: pytest.fail("measured")).name == "sdpa"
 
 
 def test_one_that_fails_is_no_candidate() -> None:
@@ -91,10 +108,10 @@ def test_a_shape_is_measured_once() -> None:
         asked.append(1)
         return {"sdpa": lambda: None}
 
-    shape = Shape("cpu", "float32", 40, 1024, 128, False)
+    shape = Shape("cpu", "float32", 40, 1024, 1024, False)
     first = table.choose(shape, runners)
-    assert table.choose(Shape("cpu", "float32", 40, 1024, 128, False), runners) is first
+    assert table.choose(Shape("cpu", "float32", 40, 1024, 1024, False), runners) is first
     assert len(asked) == 1
-    table.choose(Shape("cpu", "float32", 40, 1024, 128, True), runners)
+    table.choose(Shape("cpu", "float32", 40, 1024, 1024, True), runners)
     assert len(asked) == 2
-    assert str(shape) == "1024x128 tokens, head size 40, float32"
+    assert str(shape) == "1024x1024 tokens, head size 40, float32"
