@@ -9,9 +9,10 @@ import struct
 import pytest
 
 from speedlab.bench import __main__ as cli
-from speedlab.bench import errors, files
+from speedlab.bench import cmd_demo, errors, files
 from speedlab.bench.events import Event
 from speedlab.bench.overrides import Overrides, adapt
+from speedlab.bench.plans import STOCK
 from speedlab.bench.progress import ProgressLine, progress_text
 from speedlab.bench.scenarios import find
 from speedlab.bench.tables import format_table, seconds
@@ -244,3 +245,9 @@ def test_failures_name_node_title_and_reason():
     )
     assert str(error) == "node 4, My sampler (KSampler), failed: too small"
     assert error.trace == "ab"
+
+
+@pytest.mark.parametrize(("totals", "expected"), [([5.0], 5.0), ([9.0, 4.0], 4.0), ([9.0, 4.0, 6.0], 6.0)])
+def test_the_demo_keeps_the_middle_run(make_record, totals, expected):
+    runs = [cmd_demo.DemoRun(STOCK, make_record(phases_ms={"total": seconds * 1000.0}), ()) for seconds in totals]
+    assert cmd_demo.middle(runs).total_s == expected
