@@ -70,7 +70,7 @@ class VAEDecode:
         config = decoding.DecodeConfig(slicing, tile_size, overlap, precision)
         with phase("decode", vae.device) as info:  # type: ignore[attr-defined]
             decoded = decoding.decode(vae, samples, config)
-            info.update(decoded.info)
+            info.update(decoded.info, run_id=tiny_vae.run_of(samples))
         return (decoded.images,)
 
 
@@ -136,7 +136,7 @@ class TinyVAEDecode:
         config = tiny_vae.TinyDecodeConfig(decoder, slice_size, tile_size)
         with phase("decode", tiny_vae.decode_device()) as info:
             decoded = tiny_vae.decode_tiny(samples, config, model)
-            info.update(decoded.info)
+            info.update(decoded.info, run_id=tiny_vae.run_of(samples))
         return (decoded.images,)
 
 

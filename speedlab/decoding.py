@@ -18,6 +18,8 @@ from .precision import short_name, torch_dtype
 
 log = logging.getLogger(__name__)
 
+_SMALLEST_TILE = 64
+
 _siblings: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _not_finite_in: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
 
@@ -53,15 +55,15 @@ def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded
     dtype = torch_dtype(config.precision) or _auto_dtype(vae)
     chosen = sibling(vae, dtype)
     images = _decode_with(chosen, samples, config)
-    info: dict[str, Any] = {"decoder": "vae", "precision": short_name(chosen.vae_dtype)}
+    info: dict[str, Any] = {"decoder": _decoder_name(chosen), "precision": short_name(chosen.vae_dtype)}
     if config.slicing:
         info["slicing"] = True
     if config.tile_size:
         info["tile_size"] = config.tile_size
-    if is_finite(images):
-        return Decoded(images, info)
     if not is_finite(samples):
         return Decoded(images, {**info, "warning": report_bad_latents()})
+    if is_finite(images):
+        return Decoded(images, info)
     _not_finite_in.setdefault(vae.first_stage_model, set()).add(chosen.vae_dtype)
     if chosen.vae_dtype == torch.float32:
         return Decoded(
@@ -119,7 +121,11 @@ def _decode_with(vae: Any, samples: Any, config: DecodeConfig) -> Any:
     if config.slicing and samples.shape[0] > 1:
         images = _sliced(vae, samples, config)
     elif config.tile_size > 0:
-        scale = 8
+        scale = _compression(vae)
+        if config.tile_size < _SMALLEST_TILE:
+            raise SpeedLabError(
+                f"tile_size is {config.tile_size}: choose {_SMALLEST_TILE} pixels or more, or 0 for whole pictures."
+            )
         overlap = min(config.overlap, config.tile_size // 4)
         images = vae.decode_tiled(
             samples, tile_x=config.tile_size // scale, tile_y=config.tile_size // scale, overlap=overlap // scale
@@ -143,6 +149,18 @@ def _sliced(vae: Any, samples: Any, config: DecodeConfig) -> Any:
         images.append(_decode_with(vae, samples[index : index + 1], one))
         progress.update(1)
     return torch.cat(images)
+
+
+def _decoder_name(vae: Any) -> str:
+    """`vae`, or `taesd` where a Tiny VAE came in through a VAE input."""
+    kind = type(vae.first_stage_model).__name__
+    return kind.lower() if kind.startswith("TAE") else "vae"
+
+
+def _compression(vae: Any) -> int:
+    """Pixels to each side that one latent pixel becomes."""
+    factor = getattr(vae, "spacial_compression_decode", None)
+    return int(factor()) if factor is not None else 8
 
 
 def _auto_dtype(vae: Any) -> Any:

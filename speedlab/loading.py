@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelFileError, SpeedLabError, first_line
-from .precision import CheckpointPrecision, describe_parts, unet_options
+from .precision import CheckpointPrecision, describe_parts, torch_dtype, unet_options
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +114,10 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
         )[:3]
         if model is None:
             raise ModelFileError(f"{path.name} holds no diffusion model.")
+        wanted = torch_dtype(precision)
+        if clip is None and wanted is not None and model.model_dtype() != wanted:
+            # Core loads a file that holds a UNet alone without looking at the options.
+            model = comfy.sd.load_diffusion_model(str(path), model_options=model_options)
         if precision == "fp32":
             vae = _vae_from_checkpoint(path, torch.float32)
         vae = vae if vae is not None and getattr(vae, "first_stage_model", None) is not None else None
@@ -151,12 +155,14 @@ def load_vae(name: str, precision: str) -> Any:
 
     Raises ModelFileError for a file that is missing, truncated, unsafe or no VAE.
     """
+    import folder_paths
+
     from .core import core_nodes
-    from .precision import torch_dtype
 
     dtype = torch_dtype(precision)
     loader = core_nodes().VAELoader
-    if name in getattr(loader, "image_taes", ()) or name == "pixel_space":
+    # Core lists more than the files in models/vae: tiny VAE pairs, video TAEs and a pass-through.
+    if name in loader.INPUT_TYPES()["required"]["vae_name"][0] and name not in folder_paths.get_filename_list("vae"):
         vae = loader().load_vae(name)[0]
         return vae if dtype is None else vae_in(vae, dtype)
     path = find_model_file("vae", name)
@@ -217,7 +223,7 @@ def describe_checkpoint(loaded: LoadedCheckpoint) -> str:
     for part, dtypes in source.parts.items():
         weight, compute = dtypes.get("weight"), dtypes.get("compute")
         line = f"{part}: weights {weight}, computes in {compute}"
-        if weight != compute:
+        if part == "unet" and weight != compute and not str(weight).startswith("fp8"):
             line += f" (this device does not compute in {weight})"
         lines.append(line)
     asked = source.precision
@@ -323,6 +329,10 @@ def _format_note(path: Path) -> str:
 def _explain(path: Path, what: str, size_mb: float, error: Exception) -> str:
     text, kind = str(error), type(error).__name__
     name = f"{path} ({size_mb:.1f} MB)"
+    if size_mb == 0:
+        return f"{path} is empty. Download or copy the {what} again."
+    if isinstance(error, KeyError):
+        return f"{name} lacks the tensor {text}: it is incomplete or of a kind that ComfyUI does not know."
     if "incomplete" in text.lower() or "unexpected EOF" in text or _ends_in_its_header(path):
         return f"{name} is truncated: the file ends too early. Download or copy the {what} again."
     if path.suffix.lower() in SAFETENSORS and ("Header" in text or kind == "SafetensorError"):

@@ -73,7 +73,8 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
     progress = _progress(sum(len(boxes) for boxes in tiles))
     images = torch.cat([_decode_part(vae, part, boxes, progress) for part, boxes in zip(parts, tiles, strict=True)])
     info: dict[str, Any] = {"decoder": stem, "slice_size": config.slice_size, "tile_size": config.tile_size}
-    if not is_finite(images):
+    # The decoder squashes its input, so Inf in the latents can come out as finite pixels.
+    if not is_finite(samples) or not is_finite(images):
         info["warning"] = report_bad_latents()
     return Decoded(images, info)
 
@@ -106,6 +107,13 @@ def decode_device() -> Any:
 def latent_mark(model: Any) -> dict[str, str]:
     """What this pack's samplers leave in a LATENT, so that a later decode knows its family."""
     return {"latent_format": type(model.get_model_object("latent_format")).__name__}
+
+
+def run_of(latent: Mapping[str, Any]) -> str | None:
+    """The id of the profiled run that made a LATENT, if one did."""
+    mark = latent.get(LATENT_MARK)
+    run_id = mark.get("run_id") if isinstance(mark, Mapping) else None
+    return run_id if isinstance(run_id, str) else None
 
 
 def load_tiny_vae(stem: str, latent_format: Any | None = None) -> Any:

@@ -56,6 +56,11 @@ def middle(runs: Sequence[DemoRun]) -> DemoRun:
     return sorted(runs, key=lambda run: run.total_s)[(len(runs) - 1) // 2]
 
 
+def _with_picture(chosen: DemoRun, first: DemoRun) -> DemoRun:
+    artifacts = {"images": [path.name for path in first.pictures]}
+    return DemoRun(chosen.plan, chosen.record.changed(artifacts=artifacts), first.pictures)
+
+
 def demo_scenario() -> Scenario:
     """What the demo needs, as a scenario: the plain picture, with a Tiny VAE."""
     return dataclasses.replace(find(BASE), plan=TINY_VAE)
@@ -123,8 +128,8 @@ class Demo:
     checkpoint: str
     out: Path
 
-    async def measure(self, plan: Plan) -> DemoRun:
-        """Warm up, run once, fetch the picture."""
+    async def measure(self, plan: Plan, with_picture: bool) -> DemoRun:
+        """Warm up, run once, fetch the picture: it is the same in every round."""
         on_cpu = self.env["device_type"] == "cpu"
         warm_up = _graph(warm_up_settings(self.settings, on_cpu), self.checkpoint, plan)
         async with watch(self.client, self.pid, with_vram=not on_cpu) as tuning:
@@ -133,11 +138,11 @@ class Demo:
             result = await _queue(self.client, _graph(self.settings, self.checkpoint, plan), plan.name)
         seen.vram = tuning.vram
         name = "demo_stock" if plan is STOCK else "demo_best"
-        pictures = await fetch_pictures(self.client, result, self.out, name)
+        pictures = await fetch_pictures(self.client, result, self.out, name) if with_picture else []
         record = outside_record(
             result, request=_request(self.settings, plan, self.checkpoint), env=self.env, memory=seen
         )
-        return DemoRun(plan, record.changed(artifacts={"images": [path.name for path in pictures]}), tuple(pictures))
+        return DemoRun(plan, record, tuple(pictures))
 
     async def in_turn(self, plans: Sequence[Plan]) -> list[DemoRun]:
         """Measure the plans in turn, as many rounds as there is time for, and keep the middle run of each.
@@ -149,7 +154,7 @@ class Demo:
         while len(rounds) < MOST_ROUNDS:
             measured = []
             for plan in plans:
-                measured.append(await self.measure(plan))
+                measured.append(await self.measure(plan, with_picture=not rounds))
                 # The next one must not be measured beside this one's models.
                 await self.client.free()
             rounds.append(measured)
@@ -157,7 +162,7 @@ class Demo:
             if spent_s * (len(rounds) + 1) / len(rounds) > ROUNDS_SECONDS:
                 break
         print(f"{len(rounds)} round{'s' if len(rounds) > 1 else ''} in turn.", flush=True)
-        return [middle([measured[index] for measured in rounds]) for index in range(len(plans))]
+        return [_with_picture(middle(runs), runs[0]) for runs in zip(*rounds, strict=True)]
 
     async def compare(self, runs: Sequence[DemoRun]) -> str:
         """How far the second run's picture is from the first one's, in words."""
@@ -173,7 +178,8 @@ async def _both(
         env = server_env(await client.system_stats())
         settings = settings_of(args, env["device_type"] == "cpu")
         print(
-            f"Sampling {settings.width}x{settings.height}, {settings.steps} steps, both ways in turn, on {env['device']}.",
+            f"Sampling {settings.width}x{settings.height}, {settings.steps} steps, both ways in turn, "
+            f"on {env['device']}.",
             flush=True,
         )
         checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())

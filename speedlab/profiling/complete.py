@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .context import NodeContext
 from .memory import MemoryPeak, measure_peak
 from .record import RunRecord, memory_dict, total_ms
 from .runner import with_rates
-from .store import RunStore
+from .store import RunStore, new_run_id
 
 _MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "device_used_gb")
 
@@ -32,11 +32,15 @@ class Completed:
 
 def complete(record: RunRecord, images: Any | None, context: NodeContext) -> Completed:
     """Add everything that happened since sampling and write it all. Raises ResultsError naming the path."""
+    reached_ns = time.perf_counter_ns()
     store = RunStore(output_directory())
     store.check_writable()
     with measure_peak(compute_device()) as reading:
         timeline.note_between(reading.before)
-    record = _with_decode(record, context)
+    if store.was_reported(record.run_id):
+        # A second report on one profile, of another decoder say, is a result of its own.
+        record = record.changed(run_id=new_run_id())
+    record = _with_decode(record, images is not None, reached_ns, context)
     if images is not None:
         record = _with_images(record, images, context, store)
     record = with_rates(record.changed(phases_ms={**record.phases_ms, "total": _total(record)}))
@@ -47,12 +51,15 @@ def complete(record: RunRecord, images: Any | None, context: NodeContext) -> Com
     return Completed(record, chart)
 
 
-def _with_decode(record: RunRecord, context: NodeContext) -> RunRecord:
-    entries = timeline.entries(timeline.executing().prompt_id)
-    decodes = [e for e in context.concerning(entries) if e.phase == "decode"]
-    decoders = [str(e.info["decoder"]) for e in decodes if e.info.get("decoder") not in (None, "vae")]
-    techniques = [*record.request.get("accelerators", ()), *(f"tiny_vae({name})" for name in dict.fromkeys(decoders))]
-    request = {**record.request, "accelerators": techniques, "decode": [dict(e.info) for e in decodes]}
+def _with_decode(record: RunRecord, has_images: bool, reached_ns: int, context: NodeContext) -> RunRecord:
+    now = timeline.executing()
+    entries = timeline.entries(now.prompt_id)
+    source = record.request.get("sampled_as", record.run_id)
+    decodes = _decodes_of(source, context, entries, now.list_index) if has_images else []
+    infos = [{key: value for key, value in e.info.items() if key != "run_id"} for e in decodes]
+    tiny = dict.fromkeys(str(info["decoder"]) for info in infos if info.get("decoder") not in (None, "vae"))
+    techniques = [*record.request.get("accelerators", ()), *(f"tiny_vae({name})" for name in tiny)]
+    request = {**record.request, "accelerators": techniques, "decode": infos, "precision": _precision(record, infos)}
     if not record.request.get("plan_named"):
         request["plan"] = "+".join(techniques) or "stock"
     peak, since = MemoryPeak(), MemoryPeak()
@@ -61,13 +68,42 @@ def _with_decode(record: RunRecord, context: NodeContext) -> RunRecord:
     for entry in entries:
         since = since.merged(entry.peak)
     memory = merge_memory(record.memory, "decode", memory_dict(peak)) if decodes else dict(record.memory)
-    warnings = [e.info["warning"] for e in decodes if "warning" in e.info]
+    phases = dict(record.phases_ms)
+    phases["decode"] = round(sum(e.ms for e in decodes), 3) if decodes else None
+    if has_images and not decodes:
+        phases["after_sampling"] = _since_sampling_ms(source, entries, reached_ns)
+    warnings = [info["warning"] for info in infos if "warning" in info]
     return record.changed(
         request=request,
-        phases_ms={**record.phases_ms, "decode": context.phase_ms("decode", entries)},
+        phases_ms=phases,
         memory=merge_memory(memory, None, memory_dict(since)),
         warnings=(*record.warnings, *warnings),
     )
+
+
+def _decodes_of(
+    run_id: str, context: NodeContext, entries: Sequence[timeline.PhaseEntry], list_index: int | None
+) -> list[timeline.PhaseEntry]:
+    """The decodes upstream that decoded this run's latent, for this item of a list."""
+    upstream = [e for e in context.concerning(entries) if e.phase == "decode"]
+    mine = [e for e in upstream if e.info.get("run_id") == run_id]
+    # A node between sampler and decoder may have dropped the mark; then every unmarked decode upstream counts.
+    return mine or [e for e in upstream if e.info.get("run_id") is None and e.list_index in (None, list_index, 0)]
+
+
+def _since_sampling_ms(run_id: str, entries: Sequence[timeline.PhaseEntry], reached_ns: int) -> float | None:
+    """From the end of sampling to the report: where a core node decodes, this is all that is known of it."""
+    ends = [e.end_ns for e in entries if e.phase == "sample" and e.info.get("run_id") == run_id]
+    return round((reached_ns - ends[-1]) / 1e6, 3) if ends else None
+
+
+def _precision(record: RunRecord, infos: Sequence[Mapping[str, Any]]) -> Any:
+    """The record's precision with the VAE that really decoded in place of the checkpoint's own."""
+    precision = record.request.get("precision")
+    used = [info["precision"] for info in infos if info.get("precision")]
+    if not isinstance(precision, Mapping) or not used:
+        return precision
+    return {**precision, "vae": {"weight": used[-1], "compute": used[-1]}}
 
 
 def merge_memory(
@@ -85,13 +121,18 @@ def merge_memory(
 def _with_images(record: RunRecord, images: Any, context: NodeContext, store: RunStore) -> RunRecord:
     """Save the pictures beside the records, with the workflow in them, and time it: text to saved picture ends here."""
     started = time.perf_counter_ns()
-    paths = _save_pngs(images, record.run_id, context, store.root / "images")
+    paths = _save_pngs(images, record.run_id, context, store)
     ms = (time.perf_counter_ns() - started) / 1e6
     relative = [path.relative_to(store.root.parent).as_posix() for path in paths]
     return record.changed(
         phases_ms={**record.phases_ms, "save": round(ms, 3)},
         artifacts={**record.artifacts, "images": relative},
-        request={**record.request, "width": int(images.shape[2]), "height": int(images.shape[1])},
+        request={
+            **record.request,
+            "width": int(images.shape[2]),
+            "height": int(images.shape[1]),
+            "pictures": int(images.shape[0]),
+        },
     )
 
 
@@ -100,7 +141,7 @@ def _with_chart(record: RunRecord, chart: Any, store: RunStore) -> RunRecord:
 
     path = store.root / "charts" / f"{record.run_id}.png"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        store.folder("charts")
         Image.fromarray(_to_bytes(chart)[0]).save(path)
     except OSError as error:
         raise ResultsError(f"The chart could not be saved to {path}: {first_line(error)}") from error
@@ -108,13 +149,13 @@ def _with_chart(record: RunRecord, chart: Any, store: RunStore) -> RunRecord:
     return record.changed(artifacts={**record.artifacts, "chart": relative})
 
 
-def _save_pngs(images: Any, run_id: str, context: NodeContext, folder: Path) -> list[Path]:
+def _save_pngs(images: Any, run_id: str, context: NodeContext, store: RunStore) -> list[Path]:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    paths = []
+    paths, folder = [], store.root / "images"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        store.folder("images")
         for index, pixels in enumerate(_to_bytes(images)):
             path = folder / f"{run_id}_{index:03d}.png"
             Image.fromarray(pixels).save(path, pnginfo=_metadata(PngInfo(), context), compress_level=4)

@@ -16,6 +16,7 @@ _PHASE_NODES = {
     "text_encode": ("SpeedLabTextEncode",),
     "decode": ("SpeedLabVAEDecode", "SpeedLabTinyVAEDecode"),
 }
+_CORE_PHASE_NODES = {"text_encode": ("CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner")}
 _MAX_NAME = 120
 
 
@@ -84,16 +85,19 @@ class NodeContext:
                     return str(inputs[key])
         return None
 
-    def phase_ms(self, phase: str, entries: Iterable[PhaseEntry]) -> float | str | None:
-        """Milliseconds that this pack's nodes upstream spent in a phase.
+    def phase_ms(self, phase: str, entries: Iterable[PhaseEntry], list_index: int | None = None) -> float | str | None:
+        """Milliseconds that this pack's nodes upstream spent in a phase, for item `list_index` of a list.
 
-        `cached` where such a node is upstream but was not executed for this prompt, None where there is none.
+        `cached` where such a node is upstream but was not executed for this prompt, None where there is none, or
+        where a core node did part of it.
         """
         upstream = self.ancestors()
+        classes = {_path(self.prompt.get(node_id), "class_type") for node_id in upstream}
+        if classes & set(_CORE_PHASE_NODES.get(phase, ())):
+            return None
         mine = [e for e in entries if e.phase == phase and self._concerns(e, upstream)]
         if mine:
-            return round(sum(e.ms for e in mine), 3)
-        classes = {_path(self.prompt.get(node_id), "class_type") for node_id in upstream}
+            return round(sum(e.ms for e in _of_item(mine, list_index)), 3)
         return "cached" if classes & set(_PHASE_NODES.get(phase, ())) else None
 
     def concerning(self, entries: Iterable[PhaseEntry]) -> list[PhaseEntry]:
@@ -104,6 +108,16 @@ class NodeContext:
     def _concerns(self, entry: PhaseEntry, upstream: frozenset[str]) -> bool:
         # A node made by another node while the prompt runs is not in the prompt; its time still belongs to it.
         return entry.node_id in upstream or entry.node_id not in self.prompt
+
+
+def _of_item(entries: Sequence[PhaseEntry], list_index: int | None) -> list[PhaseEntry]:
+    """Of each node's entries the one for this item of a list; ComfyUI repeats the last one of a shorter list."""
+    by_node: dict[str | None, list[PhaseEntry]] = {}
+    for entry in entries:
+        by_node.setdefault(entry.node_id, []).append(entry)
+    if list_index is None:
+        return list(entries)
+    return [items[min(list_index, len(items) - 1)] for items in by_node.values()]
 
 
 def _links(node: Any) -> Sequence[str]:

@@ -96,16 +96,19 @@ def memory_dict(peak: MemoryPeak) -> dict[str, float | None]:
 
 
 def summarise(
-    runs_ms: Sequence[float], steps: Sequence[Sequence[StepRow]], first_eval_ms: float | None
+    runs_ms: Sequence[float],
+    steps: Sequence[Sequence[StepRow]],
+    first_eval_ms: float | None,
+    first_step_ms: float | None,
 ) -> dict[str, Any]:
     """The record's `summary` from every measured run.
 
-    `steps` holds the step rows of each run. Steady steps are all but the first of each run, which carries compilation
-    and warm-up; a run of a single step is its own steady step.
+    `steps` holds the step rows of each measured run; `first_eval_ms` and `first_step_ms` are of the very first run,
+    warm-up included, which pays for compilation. Steady steps are all but the first of each run; a run of a single
+    step is its own steady step.
     """
     steady = [row.ms for rows in steps for row in (rows[1:] or rows) if row.evals]
     per_step, per_run = spread(steady), spread(list(runs_ms))
-    first = steps[0][0].ms if steps and steps[0] else None
     return {
         "repeats": len(runs_ms),
         "runs_ms": [round(ms, 3) for ms in runs_ms],
@@ -117,18 +120,27 @@ def summarise(
         "step_p90_ms": _of(per_step, "p90"),
         "step_std_ms": _of(per_step, "std"),
         "first_eval_ms": _round(first_eval_ms),
-        "first_step_excess_ms": _round(first - per_step.median if first is not None and per_step else None),
+        "first_step_excess_ms": _round(
+            first_step_ms - per_step.median if first_step_ms is not None and per_step else None
+        ),
         "it_per_s": _round(1000.0 / per_step.median if per_step and per_step.median > 0 else None),
         "images_per_min": None,
     }
 
 
 def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | None) -> float | None:
-    """Text encoding to saved picture without load; a phase that did not run here (None or `cached`) adds nothing."""
-    if sample_ms is None:
+    """Text encoding to saved picture, without load; None while a part of that is unknown.
+
+    A phase that ComfyUI answered from its cache took no time. `after_sampling` is the span from sampling to the
+    report where a core node decoded in it.
+    """
+    decode = phases_ms.get("decode")
+    after = phases_ms.get("after_sampling") if decode is None else decode
+    parts = (phases_ms.get("text_encode"), sample_ms, after)
+    if any(part is None for part in parts):
         return None
-    others = (phases_ms.get(name) for name in ("text_encode", "prepare", "decode", "save"))
-    return sample_ms + sum(ms for ms in others if isinstance(ms, (int, float)))
+    extras = (phases_ms.get("prepare"), phases_ms.get("save"))
+    return sum(float(ms) for ms in (*parts, *extras) if isinstance(ms, (int, float)))
 
 
 def csv_row(record: RunRecord) -> dict[str, str]:
@@ -184,7 +196,9 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
-    return str(value).replace("\r", " ").replace("\n", " ")
+    text = str(value).replace("\r", " ").replace("\n", " ")
+    # A spreadsheet would run a text that begins like a formula.
+    return f"'{text}" if isinstance(value, str) and text[:1] in ("=", "+", "-", "@", "\t") else text
 
 
 def _of(values: Spread | None, name: str) -> float | None:

@@ -26,6 +26,8 @@ def summary_text(record: RunRecord) -> str:
     if record.status != "ok":
         return f"{record.status}: {record.error or 'no message'} (run {record.run_id})"
     run = summary.get("run") or {}
+    if not record.steps:
+        return "\n".join(["nothing was sampled: denoise leaves no step to take", *record.warnings])
     lines = [
         f"{request.get('plan')}: {request.get('steps')} steps in {_s(run.get('median'))}, "
         f"{summary.get('it_per_s') or 0:.2f} it/s, a step {_ms(summary.get('step_median_ms'))} "

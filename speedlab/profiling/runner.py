@@ -12,6 +12,7 @@ from ..accelerate.patching import accelerators
 from ..core import core_nodes, output_directory
 from ..errors import ResultsError, SpeedLabError, UnavailableError, first_line
 from ..loading import SOURCE, CheckpointSource, file_hash
+from ..lora import LORAS
 from ..precision import unet_dtypes
 from ..tiny_vae import LATENT_MARK, latent_mark
 from . import nvtx, timeline
@@ -98,10 +99,16 @@ def profile_sampling(
     except BaseException as error:
         session.status, session.error = _classify(error), _message(error)
         session.peak = reading.peak
-        _keep_failed(store, _record(model, request, latent, session, context))
+        _keep_failed(store, model, request, latent, session, context)
         raise
     session.peak = reading.peak
-    timeline.note(timeline.PhaseEntry("sample", timeline.executing().node_id, 0.0, reading.peak))
+    now = timeline.executing()
+    done_ns = time.perf_counter_ns()
+    timeline.note(
+        timeline.PhaseEntry(
+            "sample", now.node_id, 0.0, reading.peak, {"run_id": session.run_id}, now.list_index, done_ns
+        )
+    )
     record = _record(model, request, latent, session, context)
     try:
         store.write(record)
@@ -128,11 +135,14 @@ def _run_all(
             trace = SamplingTrace(clock_for(model.load_device), emitter)
             session.traces.append(trace)
             trace.called = Mark(time.perf_counter_ns())
-            (result,) = core_nodes().common_ksampler(
-                traced(model, trace), request.seed, request.steps, request.cfg, request.sampler_name,
-                request.scheduler, positive, negative, latent, denoise=request.denoise,
-            )  # fmt: skip
-            trace.clock.settle()
+            try:
+                (result,) = core_nodes().common_ksampler(
+                    traced(model, trace), request.seed, request.steps, request.cfg, request.sampler_name,
+                    request.scheduler, positive, negative, latent, denoise=request.denoise,
+                )  # fmt: skip
+            finally:
+                # Events of a run that was cancelled cannot be read before the device has come to them either.
+                trace.clock.settle()
             if index >= options.warmup:
                 session.measured.append(trace)
                 first = result if first is None else first
@@ -156,12 +166,14 @@ def _record(
     rows = _rows(session.measured)
     runs = [ms for ms in (sampling_ms(t) for t in session.measured) if ms is not None]
     first_eval = first_eval_ms(session.traces[0]) if session.traces else None
-    summary = summarise(runs, rows, first_eval)
-    entries = timeline.entries(timeline.executing().prompt_id)
+    first_rows = step_rows(session.traces[0]) if session.traces else ()
+    summary = summarise(runs, rows, first_eval, first_rows[0].ms if first_rows else None)
+    now = timeline.executing()
+    entries = timeline.entries(now.prompt_id)
     run = summary["run"]
     phases: dict[str, float | str | None] = {
-        "load": context.phase_ms("load", entries),
-        "text_encode": context.phase_ms("text_encode", entries),
+        "load": context.phase_ms("load", entries, now.list_index),
+        "text_encode": context.phase_ms("text_encode", entries, now.list_index),
         "to_device": _to_device_ms(session),
         "prepare": _prepare_ms(session),
         "first_eval": summary["first_eval_ms"],
@@ -171,7 +183,7 @@ def _record(
     }
     phases["total"] = total_ms(phases, run and run["median"])
     env = environment(model.load_device)
-    described = _request(model, request, latent, context, with_hash=session.status == "ok")
+    described = _request(model, request, latent, context, session)
     return with_rates(
         RunRecord(
             run_id=session.run_id,
@@ -184,16 +196,26 @@ def _record(
             phases_ms=phases,
             steps=tuple(step_dict(row) for row in rows[0]) if rows else (),
             summary=summary,
-            warnings=tuple(dict.fromkeys(note for trace in session.traces for note in trace.notes)),
+            warnings=_warnings(model, session, phases),
             memory=_memory(entries, context.concerning(entries), session.peak),
         )
     )
 
 
+def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | None]) -> tuple[str, ...]:
+    notes = [note for trace in session.traces for note in trace.notes]
+    notes += [match.warning() for match in model.get_attachment(LORAS) or () if match.matched < match.total]
+    if phases["text_encode"] is None:
+        notes.append("A core node encoded the text, so the time from text to picture is not known.")
+    elif phases["text_encode"] == "cached":
+        notes.append("ComfyUI had the encoded text in its cache; text encoding is not in the total.")
+    return tuple(dict.fromkeys(notes))
+
+
 def with_rates(record: RunRecord) -> RunRecord:
     """The record with images a minute from its present total."""
     total = record.phases_ms.get("total")
-    batch = record.request.get("batch")
+    batch = record.request.get("pictures", record.request.get("batch"))
     rate = 60000.0 * batch / total if isinstance(total, (int, float)) and total > 0 and batch else None
     return record.changed(summary={**record.summary, "images_per_min": rate and round(rate, 4)})
 
@@ -216,7 +238,7 @@ def _prepare_ms(session: _Session) -> float | None:
 
 
 def _request(
-    model: Any, request: SamplingRequest, latent: Mapping[str, Any], context: NodeContext, with_hash: bool
+    model: Any, request: SamplingRequest, latent: Mapping[str, Any], context: NodeContext, session: _Session
 ) -> dict[str, Any]:
     samples = latent["samples"]
     shape = tuple(samples.shape) if not getattr(samples, "is_nested", False) else tuple(samples.unbind()[0].shape)
@@ -224,10 +246,11 @@ def _request(
     named = context.scenario()
     source: CheckpointSource | None = model.get_attachment(SOURCE)
     return {
+        "sampled_as": session.run_id,
         "scenario": named.get("scenario"),
         "plan": named.get("plan") or "+".join(techniques) or "stock",
         "plan_named": "plan" in named,
-        "checkpoint": _checkpoint(source, context, with_hash),
+        "checkpoint": _checkpoint(source, context, with_hash=session.status == "ok"),
         "model": type(model.model).__name__,
         "sampler": request.sampler_name,
         "scheduler": request.scheduler,
@@ -240,6 +263,7 @@ def _request(
         "seed": request.seed,
         "precision": {**(source.parts if source else {}), "unet": unet_dtypes(model)},
         "accelerators": techniques,
+        "loras": [match.describe() for match in model.get_attachment(LORAS) or ()],
     }
 
 
@@ -285,10 +309,18 @@ def _message(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _keep_failed(store: RunStore, record: RunRecord) -> None:
-    """Record a run that did not end well; its own error matters more than one of writing it down."""
+def _keep_failed(
+    store: RunStore,
+    model: Any,
+    request: SamplingRequest,
+    latent: Mapping[str, Any],
+    session: _Session,
+    context: NodeContext,
+) -> None:
+    """Record a run that did not end well; its own error matters more than any of writing it down."""
     try:
+        record = _record(model, request, latent, session, context)
         store.write(record)
         store.append_csv(record)
-    except ResultsError as error:
-        log.error("SpeedLab: the failed run %s could not be recorded: %s", record.run_id, error)
+    except Exception as error:  # a device that failed may refuse anything, and the first error is the one to show
+        log.error("SpeedLab: the failed run %s could not be recorded: %s", session.run_id, first_line(error))

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 from ..errors import ResultsError, first_line
 from .record import CSV_COLUMNS, RUN_ID, RunRecord, csv_row, from_json
@@ -92,6 +93,7 @@ class RunStore:
                 return False
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self._refuse_symlink_out()
             with FileLock(str(self.root / "results.csv.lock"), timeout=_LOCK_TIMEOUT_S):
                 self._check_header()
                 _append(
@@ -112,7 +114,7 @@ class RunStore:
 
     def _check_header(self) -> None:
         try:
-            with self.csv_path.open(encoding="utf-8", newline="") as file:
+            with self.csv_path.open(encoding="utf-8-sig", newline="") as file:
                 header = next(csv.reader(file), None)
         except FileNotFoundError:
             return
@@ -124,11 +126,24 @@ class RunStore:
                 "table can be started; it was not touched."
             )
 
+    def folder(self, name: str) -> Path:
+        """A folder for pictures or charts, made if it is not there. Raises ResultsError, OSError."""
+        path = self.root / name
+        path.mkdir(parents=True, exist_ok=True)
+        self._refuse_symlink_out()
+        return path
+
+    def was_reported(self, run_id: str) -> bool:
+        """Whether this process wrote the run's row."""
+        with self._appended_lock:
+            return run_id in self._appended
+
     def _refuse_symlink_out(self) -> None:
         base = self.root.parent.resolve()
-        for folder in (self.root, self.runs):
-            if not folder.resolve().is_relative_to(base):
-                raise ResultsError(f"{folder} is a link that leads out of {base}; SpeedLab does not write through it.")
+        names = ("runs", "images", "charts", "results.csv", "results.csv.lock", "hashes.json")
+        for path in (self.root, *(self.root / name for name in names)):
+            if not path.resolve().is_relative_to(base):
+                raise ResultsError(f"{path} is a link that leads out of {base}; SpeedLab does not write through it.")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -156,7 +171,8 @@ def _append(path: Path, line: bytes, header: bytes) -> None:
             file.seek(end - 1)
             if file.read(1) != b"\n":
                 log.warning("SpeedLab: %s ends in half a row, left by a crash; new rows start on a new line.", path)
-                line = b"\r\n" + line
+                # A quote that the half row left open would swallow the rows behind it.
+                line = (b'"' if _last_line(file, end).count(b'"') % 2 else b"") + b"\r\n" + line
         try:
             if file.write(line) != len(line):
                 raise OSError("the disk is full")
@@ -164,6 +180,13 @@ def _append(path: Path, line: bytes, header: bytes) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def _last_line(file: Any, end: int) -> bytes:
+    """What stands behind the last line break, of the last 64 KiB."""
+    start = max(end - 65536, 0)
+    file.seek(start)
+    return bytes(file.read(end - start).rpartition(b"\n")[2])
 
 
 def _csv_line(row: dict[str, str]) -> bytes:

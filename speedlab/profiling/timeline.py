@@ -34,14 +34,17 @@ class PhaseEntry:
     ms: float
     peak: MemoryPeak
     info: dict[str, Any] = field(default_factory=dict)
+    list_index: int | None = None
+    end_ns: int = 0
 
 
 @dataclass(frozen=True)
 class Executing:
-    """The node that ComfyUI is executing; both ids are None outside of a prompt."""
+    """The node that ComfyUI is executing, and which item of a list; all are None outside of a prompt."""
 
     prompt_id: str | None = None
     node_id: str | None = None
+    list_index: int | None = None
 
 
 _lock = threading.Lock()
@@ -57,7 +60,7 @@ def executing() -> Executing:
     context = get_executing_context()
     if context is None:
         return Executing()
-    return Executing(str(context.prompt_id), str(context.node_id))
+    return Executing(str(context.prompt_id), str(context.node_id), context.list_index)
 
 
 def entries(prompt_id: str | None) -> tuple[PhaseEntry, ...]:
@@ -72,10 +75,18 @@ def note(entry: PhaseEntry) -> None:
     if prompt_id is None:
         return
     with _lock:
-        _prompts.setdefault(prompt_id, []).append(entry)
+        known = _prompts.setdefault(prompt_id, [])
+        # A client may queue again under an id that it used before: what is known then belongs to the earlier run.
+        if entry.node_id is not None and any(_same_work(entry, other) for other in known):
+            known.clear()
+        known.append(entry)
         _prompts.move_to_end(prompt_id)
         while len(_prompts) > _KEPT_PROMPTS:
             _prompts.popitem(last=False)
+
+
+def _same_work(a: PhaseEntry, b: PhaseEntry) -> bool:
+    return (a.phase, a.node_id, a.list_index) == (b.phase, b.node_id, b.list_index)
 
 
 def note_between(peak: MemoryPeak) -> None:
@@ -98,5 +109,6 @@ def phase(name: Phase, device: Any = "cpu") -> Iterator[dict[str, Any]]:
         with nvtx.nvtx_range(nvtx.emitter(name in _RANGES), _RANGES.get(name, nvtx.RUN)):
             yield info
             synchronize(device)
-        ms = (time.perf_counter_ns() - start) / 1e6
-    note(PhaseEntry(name, executing().node_id, ms, reading.peak, info))
+        end = time.perf_counter_ns()
+    now = executing()
+    note(PhaseEntry(name, now.node_id, (end - start) / 1e6, reading.peak, info, now.list_index, end))

@@ -222,7 +222,7 @@ def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
                 evals=len(mine),
                 cond_rows=sum(e.cond_rows for e in evaluations),
                 uncond_rows=sum(e.uncond_rows for e in evaluations),
-                cached=any(e.cached for e in evaluations),
+                cached=any(e.cached or (e.end is not None and e.forwards == 0) for e in evaluations),
                 model=trace.model_role,
             )
         )

@@ -88,6 +88,27 @@ def test_latents_that_are_not_finite_are_blamed_on_the_sampler(decode, caplog, n
     assert "latents have NaN" in caplog.text
 
 
+@pytest.mark.parametrize("size", [1, 8, 63])
+def test_a_tile_that_is_too_small_is_refused(decode, engine, size):
+    with pytest.raises(engine("errors").SpeedLabError, match="64 pixels or more"):
+        decode(latent(), tile_size=size)
+
+
+def test_infinite_latents_are_noticed_although_pixels_come_out_finite(tiny_decode, decode, caplog):
+    samples = latent()
+    samples["samples"] *= float("inf")
+    tiny_decode(samples)
+    assert caplog.text.count("latents have NaN or Inf") == 1
+    decode(samples)
+    assert caplog.text.count("latents have NaN or Inf") == 2
+
+
+def test_the_record_learns_which_decoder_it_was(engine, core, model_files, taesd_files):
+    decoding = engine("decoding")
+    through_input = decoding.decode(core.VAELoader().load_vae("taesd")[0], latent(), decoding.DecodeConfig())
+    assert through_input.info["decoder"] == "taesd"
+
+
 def test_a_latent_of_another_family_or_an_empty_batch_is_refused(decode, engine, node):
     with pytest.raises(engine("errors").SpeedLabError, match="16 channels"):
         decode(latent(channels=16))

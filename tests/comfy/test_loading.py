@@ -206,6 +206,55 @@ def test_a_lora_for_another_model_is_refused(node, loaded, lora_files, engine):
         stack(node, model, clip, ("cut.safetensors", 1.0))
 
 
+def test_a_lora_of_the_same_names_but_another_width_is_refused(node, loaded, lora_files, engine):
+    synthetic.write_lora(lora_files / "vega.safetensors", synthetic.CheckpointSpec(family="vega", size="small"))
+    model, clip = loaded[:2]
+    with pytest.raises(engine("errors").ModelFileError, match=r"vega\.safetensors was made for another model family"):
+        stack(node, model, clip, ("vega.safetensors", 1.0))
+
+
+def test_the_counts_reach_the_record(node, loaded, lora_files):
+    import torch
+
+    model, clip = stack(node, *loaded[:2], ("half.safetensors", 0.5), ("first.safetensors", 1.0))
+    cond = node("SpeedLabTextEncode").encode(clip, "x")[0]
+    record = node("SpeedLabProfileSampler").sample(
+        model, 1, 1, 1.0, "euler", "normal", cond, cond, {"samples": torch.zeros(1, 4, 8, 8)}
+    )["result"][1]
+    assert [text.split(" at ")[0] for text in record.request["loras"]] == ["half.safetensors", "first.safetensors"]
+    assert any("half.safetensors" in warning for warning in record.warnings)
+    assert not any("first.safetensors" in warning for warning in record.warnings)
+
+
+def test_a_file_with_a_unet_alone_keeps_the_precision_asked_for(node, checkpoints, demo_checkpoint, engine):
+    from safetensors.torch import load_file, save_file
+
+    prefix = "model.diffusion_model."
+    unet = {k.removeprefix(prefix): v for k, v in load_file(demo_checkpoint).items() if k.startswith(prefix)}
+    save_file(unet, checkpoints / "bare.safetensors")
+    model, clip, _, info = node("SpeedLabCheckpointLoader").load("bare.safetensors", "bf16", "contiguous")
+    assert clip is None
+    assert engine("precision").short_name(model.model_dtype()) == "bf16"
+    assert "no text encoder" in info
+
+
+def test_info_blames_the_device_only_where_it_is_the_devices_fault(loaded):
+    assert "text_encoder: weights fp16, computes in fp32\n" in loaded[3]
+
+
+def test_an_empty_file_and_one_that_lacks_tensors_are_told(node, checkpoints, demo_checkpoint, engine):
+    from safetensors.torch import load_file, save_file
+
+    (checkpoints / "nothing.ckpt").write_bytes(b"")
+    with pytest.raises(engine("errors").ModelFileError, match="is empty"):
+        node("SpeedLabCheckpointLoader").load("nothing.ckpt", "auto", "contiguous")
+    weights = load_file(demo_checkpoint)
+    holes = {k: v for k, v in weights.items() if not k.startswith("model.diffusion_model.input_blocks.0.")}
+    save_file(holes, checkpoints / "holes.safetensors")
+    with pytest.raises(engine("errors").ModelFileError, match=r"holes\.safetensors"):
+        node("SpeedLabCheckpointLoader").load("holes.safetensors", "auto", "contiguous")
+
+
 def test_a_text_encoder_that_is_not_there_is_told(node, engine):
     with pytest.raises(engine("errors").SpeedLabError, match="no text encoder"):
         node("SpeedLabTextEncode").encode(None, "x")

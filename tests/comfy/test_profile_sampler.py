@@ -261,6 +261,51 @@ def test_out_of_memory_and_errors_are_told_apart(sample, tiny, comfy, base_dir):
         assert f",{status}," in row
 
 
+def test_a_record_that_cannot_be_made_never_hides_why_the_run_failed(sample, engine, tiny, monkeypatch, caplog):
+    """A device that failed may refuse to be asked for times: the run's own error is the one to show."""
+    import torch
+
+    runner = engine("profiling.runner")
+    patched = tiny.model.clone()
+
+    def fail(executor, *args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("the run's own error")
+
+    def refuse(trace):
+        raise RuntimeError("CUDA error: device not ready")
+
+    patched.add_wrapper_with_key("apply_model", "fail", fail)
+    monkeypatch.setattr(runner, "first_eval_ms", refuse)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="own error"):
+        sample(model=patched)
+    assert "could not be recorded" in caplog.text
+
+
+def test_the_clock_settles_before_a_failed_run_is_read(sample, engine, tiny, monkeypatch):
+    """Device events cannot be read before the device has come to them, in a cancelled run too."""
+    runner, clocks = engine("profiling.runner"), engine("profiling.clock")
+    settled = []
+
+    class Waiting(clocks.HostClock):
+        def settle(self):
+            settled.append(1)
+
+        def device_ms(self, start, end):
+            assert settled, "read before the device was done"
+            return clocks.host_ms(start, end)
+
+    monkeypatch.setattr(runner, "clock_for", Waiting)
+    patched = tiny.model.clone()
+
+    def fail(executor, *args, **kwargs):
+        raise ValueError("stop")
+
+    patched.add_wrapper_with_key("apply_model", "fail", fail)
+    with pytest.raises(ValueError, match="stop"):
+        sample(model=patched)
+    assert settled
+
+
 def test_nvtx_ranges_have_fixed_names_and_close(sample, engine, tiny, monkeypatch):
     nvtx = engine("profiling.nvtx")
     calls, depth = [], []

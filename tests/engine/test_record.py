@@ -71,10 +71,19 @@ def test_csv_row_of_a_failed_run_has_its_error_on_one_line(make_record):
     assert row["time_s"] == ""
 
 
-def test_cached_and_foreign_phases_add_nothing():
+def test_cached_phases_add_nothing_and_unknown_ones_leave_the_total_unknown():
     phases = {"text_encode": "cached", "prepare": None, "decode": 10.0, "save": None}
     assert records.total_ms(phases, 100.0) == 110.0
     assert records.total_ms(phases, None) is None
+    assert records.total_ms({**phases, "text_encode": None}, 100.0) is None
+    assert records.total_ms({**phases, "decode": None}, 100.0) is None
+    assert records.total_ms({**phases, "decode": None, "after_sampling": 30.0}, 100.0) == 130.0
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+x", "-x", "@x"])
+def test_no_cell_is_read_as_a_formula(make_record, text):
+    assert records.csv_row(make_record(request={"plan": text}))["plan"] == "'" + text
+    assert records.csv_row(make_record(request={"cfg": -1.5}))["cfg"] == "-1.5"
 
 
 def _row(index, ms, evals=1):
@@ -83,7 +92,7 @@ def _row(index, ms, evals=1):
 
 def test_summary_leaves_the_first_step_out_of_the_steady_ones():
     steps = [[_row(0, 500.0), _row(1, 100.0), _row(2, 110.0), _row(3, 90.0)]]
-    summary = records.summarise([800.0], steps, 480.0)
+    summary = records.summarise([800.0], steps, 480.0, 500.0)
     assert summary["step_median_ms"] == 100.0
     assert summary["step_min_ms"] == 90.0
     assert summary["step_max_ms"] == 110.0
@@ -93,7 +102,7 @@ def test_summary_leaves_the_first_step_out_of_the_steady_ones():
 
 
 def test_summary_of_nothing_is_all_unknown():
-    summary = records.summarise([], [], None)
+    summary = records.summarise([], [], None, None)
     assert summary["step_median_ms"] is None
     assert summary["run"] is None
     assert summary["it_per_s"] is None

@@ -89,6 +89,24 @@ def test_a_folder_that_cannot_be_written_is_named(make_record, tmp_path):
             act()
 
 
+def test_half_a_row_that_ends_in_a_quote_swallows_no_later_row(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    store.append_csv(make_record(run_id=stores.new_run_id()))
+    with store.csv_path.open("ab") as file:
+        file.write(b'"deepcache(interval=3, bra')
+    last = make_record(run_id=stores.new_run_id())
+    store.append_csv(last)
+    assert rows(store.csv_path)[-1]["run_id"] == last.run_id
+
+
+def test_a_table_that_a_spreadsheet_saved_is_still_ours(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    store.append_csv(make_record(run_id=stores.new_run_id()))
+    store.csv_path.write_bytes(b"\xef\xbb\xbf" + store.csv_path.read_bytes())
+    store.check_writable()
+    assert store.append_csv(make_record(run_id=stores.new_run_id()))
+
+
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links on this system")
 def test_a_link_that_leads_out_is_refused(make_record, tmp_path):
     outside = tmp_path / "outside"
@@ -99,6 +117,20 @@ def test_a_link_that_leads_out_is_refused(make_record, tmp_path):
     store = stores.RunStore(output)
     with pytest.raises(ResultsError, match="leads out"):
         store.write(make_record())
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links on this system")
+@pytest.mark.parametrize("name", ["images", "charts", "results.csv", "results.csv.lock"])
+def test_every_target_is_checked_for_links(make_record, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    store = stores.RunStore(tmp_path / "output")
+    store.check_writable()
+    (store.root / name).symlink_to(outside / name)
+    for act in (store.check_writable, lambda: store.append_csv(make_record(run_id=stores.new_run_id()))):
+        with pytest.raises(ResultsError, match="leads out"):
+            act()
     assert not list(outside.iterdir())
 
 

@@ -96,6 +96,65 @@ def test_core_loaders_and_decoders_work_with_the_sampler(server, graph):
     assert record["phases_ms"]["decode"] is None
     assert record["request"]["checkpoint"]["name"] == "speedlab_demo_sd15.safetensors"
     assert record["request"]["plan"] == "stock"
+    assert record["phases_ms"]["after_sampling"] > 0, "core's decode lies in the span after sampling"
+    assert record["phases_ms"]["total"] is None, "nobody saw how long core encoded the text"
+    assert any("core node encoded" in warning for warning in record["warnings"])
+
+
+def test_a_core_decoder_counts_for_the_total(server, graph):
+    prompt = graph(tiny=False, text="core decodes")
+    prompt["6"] = {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}}
+    phases = server.record(profile_of(server.run(prompt))["run_id"])["phases_ms"]
+    assert phases["decode"] is None
+    parts = [phases[name] for name in ("text_encode", "prepare", "sample", "after_sampling", "save")]
+    assert phases["total"] == pytest.approx(sum(part for part in parts if not isinstance(part, str)), abs=0.01)
+
+
+def test_two_reports_on_one_profile_are_two_results(server, graph):
+    prompt = graph(seed=31)
+    prompt["16"] = {
+        "class_type": "SpeedLabVAEDecode",
+        "inputs": {
+            "samples": ["5", 0],
+            "vae": ["1", 2],
+            "slicing": False,
+            "tile_size": 0,
+            "overlap": 64,
+            "precision": "auto",
+        },
+    }
+    prompt["17"] = {"class_type": "SpeedLabProfileReport", "inputs": {"profile": ["5", 1], "images": ["16", 0]}}
+    entry = server.run(prompt)
+    records = [server.record(entry["outputs"][node]["speedlab"][0]["run_id"]) for node in ("7", "17")]
+    assert {record["request"]["plan"] for record in records} == {"tiny_vae(taesd)", "stock"}
+    assert len({record["artifacts"]["images"][0] for record in records}) == 2
+    by_id = {row["run_id"]: row for row in rows(server)}
+    assert all(by_id[record["run_id"]]["plan"] == record["request"]["plan"] for record in records)
+
+
+def test_items_of_a_list_have_records_of_their_own(server, graph):
+    prompt = graph(batch=2, seed=32)
+    prompt["14"] = {"class_type": "RebatchLatents", "inputs": {"latents": ["4", 0], "batch_size": 1}}
+    prompt["5"]["inputs"]["latent_image"] = ["14", 0]
+    shown = server.run(prompt)["outputs"]["7"]["speedlab"]
+    records = [server.record(item["run_id"]) for item in shown]
+    assert len(records) == 2
+    assert all(len(record["request"]["decode"]) == 1 for record in records)
+
+
+def test_chained_samplers_count_their_own_decode_only(server, graph):
+    prompt = graph(seed=33)
+    encode = {"class_type": "VAEEncode", "inputs": {"pixels": ["6", 0], "vae": ["1", 2]}}
+    again = {
+        "class_type": "SpeedLabProfileSampler",
+        "inputs": {**prompt["5"]["inputs"], "latent_image": ["20", 0], "denoise": 0.5},
+    }
+    prompt |= {"20": encode, "21": again}
+    prompt["22"] = {"class_type": "SpeedLabTinyVAEDecode", "inputs": {**prompt["6"]["inputs"], "samples": ["21", 0]}}
+    prompt["23"] = {"class_type": "SpeedLabProfileReport", "inputs": {"profile": ["21", 1], "images": ["22", 0]}}
+    entry = server.run(prompt)
+    second = server.record(entry["outputs"]["23"]["speedlab"][0]["run_id"])
+    assert len(second["request"]["decode"]) == 1
 
 
 def test_repeats_give_a_spread(server, graph):
