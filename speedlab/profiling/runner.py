@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -102,13 +103,6 @@ def profile_sampling(
         _keep_failed(store, model, request, latent, session, context)
         raise
     session.peak = reading.peak
-    now = timeline.executing()
-    done_ns = time.perf_counter_ns()
-    timeline.note(
-        timeline.PhaseEntry(
-            "sample", now.node_id, 0.0, reading.peak, {"run_id": session.run_id}, now.list_index, done_ns
-        )
-    )
     record = _record(model, request, latent, session, context)
     try:
         store.write(record)
@@ -116,7 +110,17 @@ def profile_sampling(
         # The picture is worth more than its record: say what happened and let the graph go on.
         log.error("SpeedLab: %s", error)
         record = record.changed(warnings=(*record.warnings, str(error)))
+    _note_sampling(session)
     return ProfiledLatent({**out, LATENT_MARK: {**latent_mark(model), "run_id": session.run_id}}, record)
+
+
+def _note_sampling(session: _Session) -> None:
+    """Note when sampling and its record were done: what follows, a core decoder say, is timed from here."""
+    now = timeline.executing()
+    told = {"run_id": session.run_id}
+    timeline.note(
+        timeline.PhaseEntry("sample", now.node_id, 0.0, session.peak, told, now.list_index, time.perf_counter_ns())
+    )
 
 
 def _run_all(
@@ -140,9 +144,13 @@ def _run_all(
                     traced(model, trace), request.seed, request.steps, request.cfg, request.sampler_name,
                     request.scheduler, positive, negative, latent, denoise=request.denoise,
                 )  # fmt: skip
-            finally:
-                # Events of a run that was cancelled cannot be read before the device has come to them either.
-                trace.clock.settle()
+            except BaseException:
+                # Events of a cancelled run cannot be read either before the device has come to them. A device that
+                # failed refuses to be waited for; why the run failed is the error to show.
+                with contextlib.suppress(RuntimeError):
+                    trace.clock.settle()
+                raise
+            trace.clock.settle()
             if index >= options.warmup:
                 session.measured.append(trace)
                 first = result if first is None else first
