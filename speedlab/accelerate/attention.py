@@ -162,6 +162,8 @@ def _backend_for(
         if torch.compiler.is_compiling() or _is_capturing(q.device):
             return SAFE
         return _measured(run, q, k, heads, head_dim, mask is not None)
+    if BACKENDS[run.backend].always:
+        return run.backend
     reason = why_not(run.backend, q.device, q.dtype, head_dim, mask is not None)
     if reason is None:
         return run.backend

@@ -8,17 +8,19 @@ evaluate twice a step, and an evaluation belongs to the last step whose sigma is
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .cond_identity import with_unique_uuids
-from .deepcache_features import Evaluation, Run, chunk_keys
-from .deepcache_forward import cut, largest_branch, shallow_forward
+from .deepcache_features import Run, chunk_keys
+from .deepcache_forward import largest_branch
 from .deepcache_schedule import DeepCacheConfig
+from .deepcache_wrapper import keeping, partial_forward, reusing
 from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
+from .position import StepFinder
 from .reporting import report_cached
 from .unet import require_unet
 
@@ -66,7 +68,7 @@ def _wrappers(config: DeepCacheConfig) -> Mapping[Site, Wrapper]:
     """The closures hold the frozen `config` alone: clones of a model share them, so state lives in the run."""
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        run = Run(config)
+        run = Run(config, StepFinder.of_run(*args, **kwargs))
         try:
             with run_state(executor.class_obj, KEY, run):
                 return executor(*args, **kwargs)
@@ -77,7 +79,8 @@ def _wrappers(config: DeepCacheConfig) -> Mapping[Site, Wrapper]:
         Site.OUTER_SAMPLE: outer_sample,
         Site.PREDICT_NOISE: _predict_noise,
         Site.CALC_COND_BATCH: _calc_cond_batch,
-        Site.DIFFUSION_MODEL: _diffusion_model,
+        Site.APPLY_MODEL: _apply_model,
+        Site.DIFFUSION_MODEL: partial_forward(config.branch),
     }
 
 
@@ -102,65 +105,35 @@ def _calc_cond_batch(executor: Any, model: Any, conds: list, *args: Any, **kwarg
     return executor(model, with_unique_uuids(conds), *args, **kwargs)
 
 
-def _diffusion_model(
+def _apply_model(
     executor: Any,
     x: torch.Tensor,
-    timesteps: Any = None,
-    context: Any = None,
-    y: Any = None,
+    timestep: Any,
+    c_concat: Any = None,
+    c_crossattn: Any = None,
     control: Any = None,
     transformer_options: dict | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
+    """Decides, around the model that may be compiled, what its forward does: all of it, or the outer blocks."""
     options = {} if transformer_options is None else transformer_options
-    inputs = (x, timesteps, context, y, control)
+    inputs = (x, timestep, c_concat, c_crossattn, control, options)
     run: Run | None = state_of(options, KEY)
     evaluation = None if run is None else run.current
     if run is None or evaluation is None or evaluation.source is None:
-        return executor(*inputs, options, **kwargs)
+        return executor(*inputs, **kwargs)
     keys = chunk_keys(x, options, evaluation)
     if keys is None:
-        return executor(*inputs, options, **kwargs)
+        return executor(*inputs, **kwargs)
     if evaluation.step != evaluation.source:
         features = run.recall(keys, evaluation)
         if features is not None:
             report_cached(options)
-            return _cached(executor, run.config.branch, features, inputs, options, kwargs)
-    return _full(executor, run, evaluation, keys, inputs, options, kwargs)
-
-
-def _full(
-    executor: Any,
-    run: Run,
-    evaluation: Evaluation,
-    keys: tuple[Hashable, ...],
-    inputs: tuple[Any, ...],
-    options: dict,
-    kwargs: dict,
-) -> torch.Tensor:
-    """The whole forward, as it would run without DeepCache; a patch that changes nothing looks on."""
-    place, rows = ("output", cut(executor.class_obj, run.config.branch)), inputs[0].shape[0]
-
-    def look(h: torch.Tensor, skip: torch.Tensor, extra: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        if extra.get("block") == place and h.shape[0] == rows:
-            run.store(keys, evaluation.step, h)
-        return h, skip
-
-    # Before all other patches: on cached steps those run on the kept features again. The copy keeps the caller's own
-    # options as they are.
-    patches = dict(options.get("patches", {}))
-    patches["output_block_patch"] = [look, *patches.get("output_block_patch", ())]
-    return executor(*inputs, {**options, "patches": patches}, **kwargs)
-
-
-def _cached(
-    executor: Any, branch: int, features: torch.Tensor, inputs: tuple[Any, ...], options: dict, kwargs: dict
-) -> torch.Tensor:
-    """The outer blocks only, inside the wrappers that other nodes put between this one and the model."""
-    unet = executor.class_obj
-
-    def outer_blocks(x: Any, timesteps: Any, context: Any, y: Any, control: Any, extra: dict, **_: Any) -> torch.Tensor:
-        return shallow_forward(unet, branch, features, x, timesteps, context, y, control, extra)
-
-    inner = type(executor).new_class_executor(outer_blocks, unet, executor.wrappers, executor.idx + 1)
-    return inner.execute(*inputs, options, **kwargs)
+            with reusing(options, features):
+                return executor(*inputs, **kwargs)
+    with keeping(options) as kept:
+        result = executor(*inputs, **kwargs)
+    # More than one forward, or one of other rows: another node evaluates in its own way, and nothing here names its parts.
+    if len(kept) == 1 and kept[0].shape[0] == x.shape[0]:
+        run.store(keys, evaluation.step, kept[0])
+    return result

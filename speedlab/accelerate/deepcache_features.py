@@ -48,7 +48,7 @@ class Run:
     def evaluating(self, position: Position) -> Iterator[None]:
         """Everything inside belongs to the step at `position`."""
         if len(self._plan) != position.steps:
-            self._plan = sources(self.config, position.steps)
+            self._plan = sources(self.config, position.steps, position.part)
         outer, self.current = self.current, Evaluation(position.step, self._plan[position.step])
         try:
             yield
@@ -63,7 +63,7 @@ class Run:
     def store(self, keys: Sequence[Hashable], step: int, features: torch.Tensor) -> None:
         """Keep `features` [chunks * B, C, H, W], one chunk a key, as those of `step`.
 
-        Each chunk is copied: patches work on the tensor in place later in the same forward.
+        Each chunk is copied: what a CUDA graph returns is overwritten by its next replay.
         """
         for key, chunk in zip(keys, features.chunk(len(keys)), strict=True):
             self._entries[key] = _Entry(step, chunk.clone())

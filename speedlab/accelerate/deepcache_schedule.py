@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from ..schedule import steps_before
+from .whole_schedule import Part
 
 Schedule = Literal["uniform", "nonuniform"]
 _POWER_DECREMENT = 0.02
@@ -20,7 +21,7 @@ class DeepCacheConfig:
 
     interval: one full step in this many; 1 is off.
     branch: 0 caches deepest; cached steps run input blocks 0..branch and the last branch + 1 output blocks.
-    start, end: the window as fractions of the schedule's n steps, floor(start * n) <= step < floor(end * n).
+    start, end: the window as fractions of the whole schedule's n steps, floor(start * n) <= step < floor(end * n).
     schedule: `uniform`, or `nonuniform` with full steps denser around step `center`, the more so the larger `power`.
     Raises ValueError for a value out of range.
     """
@@ -52,13 +53,17 @@ class DeepCacheConfig:
         return self.interval == 1 or self.start >= self.end
 
 
-def sources(config: DeepCacheConfig, steps: int) -> tuple[int | None, ...]:
-    """For each of `steps` steps the full step whose features serve it.
+def sources(config: DeepCacheConfig, steps: int, part: Part | None = None) -> tuple[int | None, ...]:
+    """For each of a run's `steps` steps the full step whose features serve it.
 
     A step that is its own source is evaluated in full and its features are kept; None is a step outside the window,
-    evaluated in full without keeping anything. The first step of the window is always its own source.
+    evaluated in full without keeping anything. The run's first step in the window is always its own source. `part` is
+    the run's place in the whole schedule; without it the run is the whole.
     """
-    first, end = steps_before(config.start, steps), steps_before(config.end, steps)
+    part = part or Part(0, steps)
+    first, end = (
+        min(max(steps_before(fraction, part.total) - part.first, 0), steps) for fraction in (config.start, config.end)
+    )
     if config.interval == 1 or first >= end:
         return (None,) * steps
     full = full_steps(config, first, end)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ..errors import UnavailableError
 from ..schedule import steps_before
 from .guidance import UncondReadError, evaluate_without_uncond, is_guided, obstacle, with_observer
 from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
@@ -29,7 +30,7 @@ Mode = Literal["fixed", "adaptive"]
 class DynamicCFGConfig:
     """What the Dynamic CFG node sets.
 
-    fixed: of n steps, step i keeps uncond when i < floor(stop_at * n).
+    fixed: of the n steps of the whole schedule, step i keeps uncond when i < floor(stop_at * n).
     adaptive: uncond goes once the cosine similarity of the two noise predictions exceeds `similarity`, in every latent
     of the batch. Raises ValueError for a value out of range.
     """
@@ -90,10 +91,24 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
     """The closure holds the frozen `config` alone: clones of a model share it, so state lives in the run."""
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        with run_state(executor.class_obj, KEY, Run(config)):
+        _refuse_easy_cache(executor.class_obj.model_options)
+        with run_state(executor.class_obj, KEY, Run(config, StepFinder.of_run(*args, **kwargs))):
             return executor(*args, **kwargs)
 
     return {Site.OUTER_SAMPLE: outer_sample, Site.PREDICT_NOISE: _predict_noise}
+
+
+def _refuse_easy_cache(model_options: Mapping[str, Any]) -> None:
+    """ComfyUI's EasyCache starts anew when the batch loses uncond, with a rate of change of 0: it would then skip every
+    evaluation to the end of its window.
+    """
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    if wrappers.get(Site.DIFFUSION_MODEL.value, {}).get("easycache"):
+        raise UnavailableError(
+            "Dynamic CFG and EasyCache cannot work on one model: when Dynamic CFG leaves out the negative prompt, "
+            "EasyCache loses its bearings and skips all that follows. Take one of the two nodes out of the graph; "
+            "DeepCache and LazyCache do go with Dynamic CFG."
+        )
 
 
 def _predict_noise(
@@ -125,7 +140,7 @@ def _keeps_uncond(run: Run, model_options: dict, timestep: Any) -> bool:
     if position is None:
         run.step_aside("this sampler gives no schedule of sigmas")
         return True
-    return position.step < steps_before(run.config.stop_at, position.steps)
+    return position.part.first + position.step < steps_before(run.config.stop_at, position.part.total)
 
 
 def _compare(run: Run, predictions: Mapping[str, Any]) -> None:

@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 from ..schedule import step_of
+from .whole_schedule import Part, part_of
 
 
 class Position(NamedTuple):
-    """Step `step` of a schedule of `steps` steps."""
+    """Step `step` of a run of `steps` steps, which is a `part` of a schedule."""
 
     step: int
     steps: int
+    part: Part
 
 
 @dataclass
@@ -24,7 +28,13 @@ class StepFinder:
     the queued work, once an evaluation, which costs the launch latency of the next kernels and nothing more.
     """
 
+    part: Part | None = None
     _sigmas: tuple[float, ...] = field(default=())
+
+    @classmethod
+    def of_run(cls, noise: Any, latent: Any, sampler: Any, sigmas: Any, *_: Any, **__: Any) -> StepFinder:
+        """From the arguments of OUTER_SAMPLE, which gets the sigmas as they were cut."""
+        return cls(part_of(sigmas) if isinstance(sigmas, torch.Tensor) else None)
 
     def locate(self, model_options: Mapping[str, Any], timestep: Any) -> Position | None:
         """Where the evaluation at `timestep` (a tensor of sigmas, one a latent) stands.
@@ -37,4 +47,5 @@ class StepFinder:
                 return None
             self._sigmas = tuple(schedule.detach().float().cpu().tolist())
         sigma = float(timestep.detach().reshape(-1)[0])
-        return Position(step_of(sigma, self._sigmas), len(self._sigmas) - 1)
+        steps = len(self._sigmas) - 1
+        return Position(step_of(sigma, self._sigmas), steps, self.part or Part(0, steps))

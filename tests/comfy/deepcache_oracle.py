@@ -16,7 +16,7 @@ def with_oracle(tiny: Any, model: Any, *, interval: int = 3, branch: int = 0, fi
     from comfy.patcher_extension import WrappersMP
 
     place = ("output", len(tiny.unet.output_blocks) - 1 - branch)
-    kept: dict[tuple, torch.Tensor] = {}
+    kept: dict[tuple, tuple[int, torch.Tensor]] = {}
 
     def wrapper(executor: Any, x: Any, t: Any, context: Any, y: Any, control: Any, options: dict, **kwargs: Any) -> Any:
         step = _step(options)
@@ -28,10 +28,12 @@ def with_oracle(tiny: Any, model: Any, *, interval: int = 3, branch: int = 0, fi
             if extra["block"] != place or not first <= step < end:
                 return h, skip
             keys = [(uuid, replaced) for uuid in uuids]
-            if (step - first) % interval == 0 or not all(key in kept for key in keys):
-                kept.update({key: part.clone() for key, part in zip(keys, h.chunk(len(keys)), strict=True)})
+            source = step - (step - first) % interval
+            # Another cache may have left out the full step; what is older than that is stale.
+            if step == source or not all(key in kept and kept[key][0] >= source for key in keys):
+                kept.update({key: (step, part.clone()) for key, part in zip(keys, h.chunk(len(keys)), strict=True)})
                 return h, skip
-            return torch.cat([kept[key] for key in keys]), skip
+            return torch.cat([kept[key][1] for key in keys]), skip
 
         patches = dict(options.get("patches", {}))
         patches["output_block_patch"] = [swap, *patches.get("output_block_patch", [])]

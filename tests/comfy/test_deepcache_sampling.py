@@ -111,6 +111,23 @@ def test_full_steps(tiny: TinyUNet, attach: Attach, options: dict, full: set[int
     assert {step for step, (_, deep) in enumerate(calls) if deep} == full
 
 
+@pytest.mark.parametrize(
+    ("options", "run", "full"),
+    [
+        ({"interval": 3}, {"start_step": 4}, {0, 3}),
+        ({"interval": 3, "start": 0.5}, {"start_step": 4}, {0, 1, 4}),
+        ({"interval": 2, "end": 0.5}, {"denoise": 0.5}, set(range(5))),  # steps 5 to 9 of 10
+        ({"interval": 2, "start": 0.7}, {"denoise": 0.5}, {0, 1, 2, 4}),
+    ],
+)
+def test_full_steps_of_partial_runs(tiny: TinyUNet, attach: Attach, options: dict, run: dict, full: set[int]) -> None:
+    """A window counts the steps of the whole schedule; the first step of a run that lies in it is a full one."""
+    steps = 5 if "denoise" in run else 10
+    with tiny.counted() as calls:
+        tiny.sample(attach(tiny.model, **options), steps=steps, latent=torch.randn(1, 4, 8, 8), **run)
+    assert {step for step, (_, deep) in enumerate(calls) if deep} == full
+
+
 def test_all_evaluations_of_a_step_are_alike(tiny: TinyUNet, attach: Attach) -> None:
     with tiny.counted() as calls:
         tiny.sample(attach(tiny.model, interval=3), steps=6, sampler="heun")

@@ -57,6 +57,50 @@ def test_rows(tiny: TinyUNet, attach: Any, steps: int, stop_at: float, uncond: i
     assert [rows for rows, _ in calls] == [2] * uncond + [1] * (steps - uncond)
 
 
+@pytest.mark.parametrize(
+    ("options", "uncond"),
+    [
+        ({"denoise": 0.5}, 10),  # steps 20 to 39 of 40, uncond up to 30
+        ({"denoise": 0.2}, 0),  # steps 80 to 99 of 100
+        ({"start_step": 10}, 5),
+        ({"start_step": 16}, 0),
+        ({"last_step": 12}, 12),
+        ({"last_step": 18, "force_full_denoise": True}, 15),
+        ({"start_step": 5, "last_step": 18, "force_full_denoise": True}, 10),
+    ],
+)
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
+def test_rows_of_partial_runs(tiny: TinyUNet, attach: Any, options: dict, uncond: int, sampler: str) -> None:
+    """Fractions count the steps of the whole schedule, of which a partial run sees a part."""
+    latent = torch.randn(1, 4, 8, 8)
+    with tiny.counted() as calls:
+        tiny.sample(attach(tiny.model, stop_at=0.75), steps=20, sampler=sampler, latent=latent, **options)
+    assert sum(rows == 2 for rows, _ in calls) == uncond
+    assert [rows for rows, _ in calls] == sorted((rows for rows, _ in calls), reverse=True)
+
+
+def test_rows_of_split_sigmas(tiny: TinyUNet, attach: Any) -> None:
+    """The samplers for custom sigmas cut the same way."""
+    import comfy.samplers
+
+    model = attach(tiny.model, stop_at=0.75)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 20)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(tiny.cond(1), tiny.cond(2))
+    guider.set_cfg(5.0)
+    with tiny.counted() as calls, torch.inference_mode():
+        latent = torch.randn(1, 4, 8, 8)
+        guider.sample(latent, latent, comfy.samplers.sampler_object("euler"), sigmas[12:], disable_pbar=True, seed=0)
+    assert [rows for rows, _ in calls] == [2] * 3 + [1] * 5
+
+
+def test_easy_cache_is_refused(tiny: TinyUNet, attach: Any) -> None:
+    easy = _node("nodes_easycache", "EasyCacheNode", 0.2, 0.15, 0.95, False)
+    for model in (attach(easy(tiny.model)), easy(attach(tiny.model))):
+        with pytest.raises(Exception, match="Dynamic CFG and EasyCache"):
+            tiny.sample(model)
+
+
 def test_rows_of_heun(tiny: TinyUNet, attach: Any) -> None:
     with tiny.counted() as calls:
         tiny.sample(attach(tiny.model, stop_at=0.5), steps=6, sampler="heun")
@@ -73,11 +117,10 @@ def test_picture(tiny: TinyUNet, attach: Any, sampler: str) -> None:
 def test_partial_runs_and_masks(tiny: TinyUNet, attach: Any) -> None:
     latent, mask = torch.randn(1, 4, 9, 13), torch.zeros(1, 1, 9, 13)
     mask[..., :5] = 1.0
-    for options in ({"denoise": 0.5}, {"start_step": 2}, {"noise_mask": mask}):
-        # A partial run has fewer steps: what counts is its own list of sigmas.
-        steps = STEPS - options.get("start_step", 0)
-        ours = tiny.sample(attach(tiny.model, stop_at=0.5), latent=latent, **options)
-        assert relative(ours, tiny.sample(_cond_only_from(tiny.model, steps // 2), latent=latent, **options)) < SAME
+    # Of 16, 8 and 8 steps of the whole schedule uncond goes after 12, 6 and 6; the runs begin at 8, 2 and 0.
+    for options, first in (({"denoise": 0.5}, 4), ({"start_step": 2}, 4), ({"noise_mask": mask}, 6)):
+        ours = tiny.sample(attach(tiny.model, stop_at=0.75), latent=latent, **options)
+        assert relative(ours, tiny.sample(_cond_only_from(tiny.model, first), latent=latent, **options)) < SAME
 
 
 def test_off_is_the_same_object(tiny: TinyUNet, attach: Any) -> None:

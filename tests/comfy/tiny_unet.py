@@ -33,8 +33,18 @@ _XL = {
     "num_classes": "sequential",
     "adm_in_channels": 2816,
 }
+# Two levels, one residual block a level: what is compiled many times should be small.
+_MINI = {
+    **_SD,
+    "model_channels": 32,
+    "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("SD15", _SD),
+    "mini": ("SD15", _MINI),
     "inpaint": ("SD15", {**_SD, "in_channels": 9}),
     "sd2": ("SD20", {**_SD, "model_channels": 64, "use_linear_in_transformer": True}),
     "sdxl": ("SDXL", _XL),

@@ -1,0 +1,274 @@
+"""What the accelerating nodes gain on a CPU: stock ComfyUI and this pack in turn, in one process, on full-size SD 1.5.
+
+    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/accelerate.py
+
+`diffusers` and `DeepCache` must be installed beside it, as they are where `python run.py test` has run. Each run is one row of `..._accelerate-runs.csv`, written when it ends; a series that was cut off goes on where it
+stopped. After `--minutes` no further repeat begins. `..._accelerate.csv` holds the figures: medians over the repeats,
+ratios against stock ComfyUI of the same series, and limits counted in FLOPs. Weights are random: times are real, the
+latent error says how far a latent is from stock's and nothing about how a picture looks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import inprocess
+from accelerate_jobs import Bench, Plan, prepare
+
+COLUMNS = ["part", "job", "size", "steps", "round", "seconds", "latent_error", "threshold", "device", "torch"]
+FIGURES = ["figure", "measured", "limit", "share_of_limit", "target", "reached", "device", "torch", "date"]
+EVERYTHING_OFF = Plan()
+SAMPLING = {
+    "stock": EVERYTHING_OFF,
+    "DeepCache 3": Plan(interval=3),
+    "DeepCache 5": Plan(interval=5),
+    "Dynamic CFG 0.5": Plan(stop_at=0.5),
+    "Dynamic CFG 0.75": Plan(stop_at=0.75),
+    "DeepCache 3 + Dynamic CFG 0.75": Plan(interval=3, stop_at=0.75),
+    "DeepCache 5 + Dynamic CFG 0.5": Plan(interval=5, stop_at=0.5),
+}
+INTERVAL_3, INTERVAL_5 = (Plan("auto", interval, 0.75) for interval in (3, 5))
+PICTURE_STEPS = 20
+EASY_CACHE = "stock + EasyCache"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One timed call. `run` gives a latent, which is compared with the latent of `against`, a job of the same part."""
+
+    part: str
+    name: str
+    size: int
+    steps: int
+    run: Callable[[], Any]
+    rounds: int
+    against: str = "stock"
+
+
+class Series:
+    """Runs jobs in turn, keeps each result on disk, and leaves out what is there already."""
+
+    def __init__(self, path: Path, facts: dict[str, str], minutes: float) -> None:
+        self.path, self.facts = path, facts
+        self.deadline = time.monotonic() + 60 * minutes
+        self.latents: dict[tuple[str, int, str], Any] = {}
+        self.rows: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def done(self, job: Job, number: int) -> bool:
+        return any(
+            (row["part"], row["job"], row["size"], row["round"]) == (job.part, job.name, str(job.size), str(number))
+            for row in self.rows
+        )
+
+    def run(self, job: Job, number: int, threshold: float | None = None) -> None:
+        """One timed run of a job, unless it was done before or the time for repeats is over."""
+        reference = (job.part, job.size, job.against)
+        if self.done(job, number) or (number > 0 and time.monotonic() > self.deadline):
+            return
+        start = time.perf_counter()
+        latent = job.run()
+        seconds = time.perf_counter() - start
+        if job.name == job.against:
+            self.latents[reference] = latent
+        known = self.latents.get(reference)
+        error = "" if known is None else f"{relative_error(latent, known):.6f}"
+        row = {
+            "part": job.part, "job": job.name, "size": str(job.size), "steps": str(job.steps), "round": str(number),
+            "seconds": f"{seconds:.3f}", "latent_error": error,
+            "threshold": "" if threshold is None else f"{threshold:g}", **self.facts,
+        }  # fmt: skip
+        self.rows.append(row)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(f"{job.part} {job.size}: {job.name}, round {number}: {seconds:.2f} s, latent error {error or '-'}")
+
+    def all_in_turn(self, jobs: list[Job]) -> None:
+        """Round by round, so that a drift of the machine meets all jobs alike."""
+        for number in range(max(job.rounds for job in jobs)):
+            turned = jobs[number % len(jobs) :] + jobs[: number % len(jobs)] if number else jobs
+            for job in turned:
+                if number < job.rounds:
+                    self.run(job, number)
+
+    def median(self, part: str, job: str, size: int, column: str = "seconds") -> float | None:
+        values = [
+            float(row[column])
+            for row in self.rows
+            if (row["part"], row["job"], row["size"]) == (part, job, str(size)) and row[column]
+        ]
+        return statistics.median(values) if values else None
+
+
+def relative_error(latent: Any, reference: Any) -> float:
+    """Root mean square of the difference over that of the reference."""
+    return float((latent - reference).double().pow(2).mean().sqrt() / reference.double().pow(2).mean().sqrt())
+
+
+def sampling_jobs(bench: Bench, sizes: dict[int, tuple[int, int]]) -> list[Job]:
+    return [
+        Job("sampling", name, size, steps, bench.sampling(plan, size, steps), rounds)
+        for size, (steps, rounds) in sizes.items()
+        for name, plan in SAMPLING.items()
+    ]
+
+
+def attention_jobs(bench: Bench, size: int, rounds: int) -> list[Job]:
+    return [
+        Job("attention", name, size, 2, bench.sampling(Plan(attention), size, 2), rounds)
+        for name, attention in (("stock", None), ("Attention auto", "auto"))
+    ]
+
+
+def picture_jobs(bench: Bench, size: int, rounds: int) -> list[Job]:
+    steps = PICTURE_STEPS
+    from_here = {
+        "stock": lambda: bench.stock_picture(size, steps),
+        "interval 3": lambda: bench.our_picture(INTERVAL_3, size, steps),
+        "interval 5": lambda: bench.our_picture(INTERVAL_5, size, steps),
+        "diffusers + DeepCache 3": lambda: bench.diffusers_picture(3, size, steps),
+        "interval 3, bf16": lambda: bench.our_picture(INTERVAL_3, size, steps, bf16=True),
+        "interval 5, bf16": lambda: bench.our_picture(INTERVAL_5, size, steps, bf16=True),
+    }
+    return [Job("picture", name, size, steps, run, rounds) for name, run in from_here.items()]
+
+
+def easy_cache(series: Series, bench: Bench, search_size: int, size: int) -> None:
+    """Core's EasyCache at the latent error of `interval 3`: the threshold is searched where a run is short."""
+    target = series.median("picture", "interval 3", search_size, "latent_error")
+    if target is None:
+        return
+    low, high = 0.0, 3.0
+    for number in range(4):
+        middle = (low + high) / 2 if number else 0.4
+        name = f"{EASY_CACHE}, search {number}"
+        job = Job("picture", name, search_size, PICTURE_STEPS, _with_easy_cache(bench, middle, search_size), 1)
+        series.run(job, 0, middle)
+        error = series.median("picture", name, search_size, "latent_error")
+        if error is None:
+            return
+        low, high = (middle, high) if error < target else (low, middle)
+    for where in (search_size, size):
+        series.run(Job("picture", EASY_CACHE, where, PICTURE_STEPS, _with_easy_cache(bench, low, where), 1), 0, low)
+
+
+def _with_easy_cache(bench: Bench, threshold: float, size: int) -> Callable[[], Any]:
+    return lambda: bench.stock_picture(size, PICTURE_STEPS, bench.easy_cache(threshold))
+
+
+def figures(series: Series, bench: Bench, sizes: dict[int, tuple[int, int]], size: int, small: int) -> Iterator[tuple]:
+    """(figure, measured, limit or None, target or None): what the rows say."""
+    import accelerate_limits
+
+    for where, (steps, _) in sizes.items():
+        cost = accelerate_limits.count(bench.stock[0].model.diffusion_model, where)
+        yield f"FLOP share of a cached step at {where}x{where}", cost.cached / cost.full, None, None
+        stock = series.median("sampling", "stock", where)
+        for name, plan in SAMPLING.items():
+            seconds = series.median("sampling", name, where)
+            if name == "stock" or stock is None or seconds is None:
+                continue
+            share = 0.97 if plan.interval == 1 else 0.95
+            limit = cost.limit(plan, steps)
+            yield f"sampling {where}x{where}, {steps} steps: {name}", stock / seconds, limit, share * limit
+    yield _ratio(series, "attention", "Attention auto", size, 1.6)
+    for name, target in (("interval 3", 5.5), ("interval 5", 8.0), ("interval 3, bf16", None),
+                         ("interval 5, bf16", 10.0), ("diffusers + DeepCache 3", None), (EASY_CACHE, None)):  # fmt: skip
+        for where in (small, size):
+            yield _ratio(series, "picture", name, where, target if where == size else None)
+            error = series.median("picture", name, where, "latent_error")
+            yield f"picture {where}x{where}: latent error of {name}", error, None, None
+
+
+def _ratio(series: Series, part: str, job: str, size: int, target: float | None) -> tuple:
+    stock, ours = series.median(part, "stock", size), series.median(part, job, size)
+    ratio = None if stock is None or ours is None else stock / ours
+    return f"{part} {size}x{size}: {job}, speed-up over stock", ratio, None, target
+
+
+def everything_off(bench: Bench) -> tuple:
+    """Nodes that are off add not one wrapper: they return the very object."""
+    model = bench.stock[0]
+    off = bench.node("SpeedLabDeepCache").apply(model, 1, 0, 0.0, 1.0, "uniform")[0]
+    off = bench.node("SpeedLabDynamicCFG").apply(off, "fixed", 1.0, 0.99)[0]
+    off = bench.node("SpeedLabPrecision").apply(off, "keep", "keep", "keep", "keep", "keep", "off")[0]
+    return "everything off: the same object, no wrapper (1 is yes)", float(off is model), None, 1.0
+
+
+def write(path: Path, rows: Iterator[tuple] | list[tuple], facts: dict[str, str]) -> None:
+    """The figures as CSV and on the screen."""
+    date = time.strftime("%Y-%m-%d")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIGURES)
+        writer.writeheader()
+        for figure, measured, limit, target in rows:
+            if measured is None:
+                continue
+            row = {
+                "figure": figure, "measured": f"{measured:.4f}", "limit": "" if limit is None else f"{limit:.4f}",
+                "share_of_limit": "" if limit is None else f"{measured / limit:.3f}",
+                "target": "" if target is None else f"{target:.3f}",
+                "reached": "" if target is None else ("yes" if measured >= target else "no"), **facts, "date": date,
+            }  # fmt: skip
+            writer.writerow(row)
+            shown = [f"{row['measured']:>9}", f"limit {row['limit']:>7}" if limit else " " * 13]
+            print(f"{figure:<75} {' '.join(shown)} {'target ' + row['target'] if target else '':<14} {row['reached']}")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--size", type=int, default=512, help="the large size, in pixels")
+    options.add_argument("--small", type=int, default=256, help="the small size")
+    options.add_argument("--steps", type=int, nargs=2, default=(5, 15), help="sampling steps at each size")
+    options.add_argument("--rounds", type=int, nargs=2, default=(2, 3), help="repeats at each size")
+    options.add_argument("--minutes", type=float, default=34.0, help="no repeat begins later; first runs always do")
+    options.add_argument("--base", type=Path, default=Path.home() / ".cache" / "speedlab" / "benchmarks")
+    options.add_argument("--results", type=Path, default=inprocess.ROOT / "benchmarks" / "results")
+    args = options.parse_args()
+    pack = inprocess.start(args.base)
+    import torch
+
+    from speedlab.profiling.environment import device_name
+
+    prepare(args.base)
+    device = device_name(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
+    facts = {"device": device, "torch": torch.__version__}
+    args.results.mkdir(parents=True, exist_ok=True)
+
+    def result(what: str) -> Path:
+        return args.results / inprocess.result_name(what, device, torch.__version__, time.strftime("%Y-%m-%d"))
+
+    series = Series(result("accelerate-runs"), facts, args.minutes)
+    sizes = dict(zip((args.size, args.small), zip(args.steps, args.rounds, strict=True), strict=True))
+    with torch.inference_mode():
+        bench = Bench(pack, args.base)
+        bench.sample(bench.patched(Plan("auto")), args.size, 1)  # warm: memory, kernels, the choice of `auto`
+        off = everything_off(bench)
+        series.all_in_turn(picture_jobs(bench, args.small, 1))
+        bench.forget("diffusers_unet")
+        series.all_in_turn(attention_jobs(bench, args.size, args.rounds[1]))
+        series.all_in_turn(picture_jobs(bench, args.size, 1))
+        bench.forget("diffusers_unet", "bf16")
+        easy_cache(series, bench, args.small, args.size)
+        for where, (steps, rounds) in sizes.items():
+            series.all_in_turn(sampling_jobs(bench, {where: (steps, rounds)}))
+        write(result("accelerate"), [off, *figures(series, bench, sizes, args.size, args.small)], facts)
+
+
+if __name__ == "__main__":
+    main()

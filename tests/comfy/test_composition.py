@@ -1,0 +1,264 @@
+"""Every pair of techniques, in both orders: it equals a plain reference, or it is refused by a message naming both.
+
+A technique has a `node`, as a user puts it on a model, and an `oracle`: the same picture made another way. Attention,
+Precision and compiling change no picture, so theirs is the bare model; what a test sees of them is what they do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from .deepcache_oracle import with_oracle
+from .tiny_unet import TinyUNet, build, fill, relative
+
+Patch = Callable[[Any], Any]
+STEPS, STOP_AT = 8, 0.5
+# One row alone, another kernel or another layout against the same row: rounding, carried through eight steps.
+SAME = 3e-5
+DIFFERENT = 1e-4
+REFUSED = {frozenset({"Dynamic CFG", "EasyCache"})}
+OURS = ("DeepCache", "Dynamic CFG", "Attention", "Precision")
+CORE = ("LoRA", "ControlNet", "FreeU", "TorchCompileModel", "EasyCache", "PerturbedAttention")
+
+
+@dataclass(frozen=True)
+class Technique:
+    """`changes`: whether the picture is another one with it. `watch` yields a check that it was at work."""
+
+    node: Patch
+    oracle: Patch
+    changes: bool = True
+    conds: Callable[[list], list] = lambda cond: cond
+    watch: Callable[[], Any] = nullcontext
+
+
+@pytest.fixture(scope="module")
+def tiny(comfy: ModuleType) -> TinyUNet:
+    return build("mini")
+
+
+def _same(model: Any) -> Any:
+    return model
+
+
+def _core_node(module: str, name: str, *values: Any) -> Patch:
+    def patch(model: Any) -> Any:
+        node = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+        if hasattr(node, "execute"):
+            return node.execute(model, *values).args[0]
+        return getattr(node(), node.FUNCTION)(model, *values)[0]
+
+    return patch
+
+
+def _lora_state(tiny: TinyUNet) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for name, weight in tiny.unet.state_dict().items():
+        if name.endswith(("attn1.to_q.weight", "attn2.to_v.weight", "out_layers.3.weight")):
+            key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            state[f"{key}.lora_up.weight"] = 0.3 * torch.randn(weight.shape[0], 2, generator=generator)
+            size = weight[0].numel()
+            state[f"{key}.lora_down.weight"] = size**-0.5 * torch.randn(2, size, generator=generator)
+    return state
+
+
+def _with_lora(tiny: TinyUNet) -> Patch:
+    import comfy.sd
+
+    return lambda model: comfy.sd.load_lora_for_models(model, None, _lora_state(tiny), 1.0, 0.0)[0]
+
+
+def _merged(tiny: TinyUNet) -> Patch:
+    """The LoRA multiplied into the weights of a model of its own."""
+    merged = build("mini")
+    state = _lora_state(tiny)
+    for name, weight in merged.unet.named_parameters():
+        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        if f"{key}.lora_up.weight" in state:
+            delta = state[f"{key}.lora_up.weight"] @ state[f"{key}.lora_down.weight"]
+            weight.data.add_(delta.reshape(weight.shape))
+
+    def patch(model: Any) -> Any:
+        clone = merged.model.clone()
+        clone.model_options = model.clone().model_options
+        clone.wrappers, clone.attachments = model.clone().wrappers, dict(model.attachments)
+        return clone
+
+    return patch
+
+
+def _control(tiny: TinyUNet) -> Callable[[list], list]:
+    import comfy.cldm.cldm
+    import comfy.controlnet
+
+    config = dict(tiny.model.model.model_config.unet_config)
+    config.pop("out_channels")
+    lists = {key: list(value) if isinstance(value, list) else value for key, value in config.items()}
+    network = comfy.cldm.cldm.ControlNet(**{**lists, "hint_channels": 3, "device": torch.device("cpu")})
+    fill(network, 5)
+    net = comfy.controlnet.ControlNet(network.eval(), load_device=torch.device("cpu"))
+    hint = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(2))
+
+    def controlled(cond: list) -> list:
+        applied = net.copy().set_cond_hint(hint, 0.6)
+        return [[tensor, {**extra, "control": applied, "control_apply_to_uncond": True}] for tensor, extra in cond]
+
+    return controlled
+
+
+def _compiled(model: Any) -> Any:
+    """Core's TorchCompileModel, traced by the real compiler front end and run without generated code, for speed."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    clone = model.clone()
+    set_torch_compile_wrapper(clone, backend="eager")
+    return clone
+
+
+@contextmanager
+def _counting_graphs() -> Iterator[Callable[[], bool]]:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        yield lambda: counters["stats"]["unique_graphs"] > 0
+    finally:
+        torch._dynamo.reset()
+
+
+def _cond_only_later(model: Any) -> Any:
+    """Uncond is evaluated at every step and not used from STOP_AT on."""
+
+    def post_cfg(args: dict) -> torch.Tensor:
+        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"][:-1]
+        step = int((sigmas >= args["sigma"][0] * (1 - 1e-5)).sum()) - 1
+        if step < STOP_AT * STEPS:
+            return args["denoised"]
+        # What later post-CFG functions add (perturbed attention) comes on top; they are given this result.
+        return args["cond_denoised"]
+
+    clone = model.clone()
+    functions = clone.model_options.get("sampler_post_cfg_function", [])
+    clone.model_options = {
+        **clone.model_options,
+        "sampler_post_cfg_function": [post_cfg, *functions],
+        "disable_cfg1_optimization": True,
+    }
+    return clone
+
+
+@pytest.fixture(scope="module")
+def techniques(tiny: TinyUNet, pack: ModuleType) -> dict[str, Technique]:
+    def engine(name: str) -> ModuleType:
+        return importlib.import_module(f"{pack.__name__}.speedlab.accelerate.{name}")
+
+    deepcache, dynamic_cfg = engine("deepcache"), engine("dynamic_cfg")
+    attention, precision = engine("attention"), engine("precision_flags")
+    backends = engine("attention_backends").BACKENDS
+
+    @contextmanager
+    def split_at_work() -> Iterator[Callable[[], bool]]:
+        calls: list[int] = []
+        real = backends["split"]
+        object.__setattr__(real, "run", _counted(real.run, calls))
+        try:
+            yield lambda: bool(calls)
+        finally:
+            object.__setattr__(real, "run", real.run.inner)
+
+    @contextmanager
+    def channels_last_at_work() -> Iterator[Callable[[], bool]]:
+        layouts: list[bool] = []
+        conv = tiny.unet.out[2]
+
+        def note(module: Any, inputs: tuple) -> None:
+            layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+
+        handle = conv.register_forward_pre_hook(note)
+        try:
+            yield lambda: bool(layouts) and all(layouts)
+        finally:
+            handle.remove()
+
+    return {
+        "DeepCache": Technique(
+            lambda model: deepcache.attach_deepcache(model, deepcache.DeepCacheConfig(interval=3, branch=1)),
+            lambda model: with_oracle(tiny, model, interval=3, branch=1),
+        ),
+        "Dynamic CFG": Technique(
+            lambda model: dynamic_cfg.attach_dynamic_cfg(model, dynamic_cfg.DynamicCFGConfig(stop_at=STOP_AT)),
+            _cond_only_later,
+        ),
+        "Attention": Technique(
+            lambda model: attention.attach_attention(model, attention.AttentionConfig("split")),
+            _same, changes=False, watch=split_at_work,
+        ),
+        "Precision": Technique(
+            lambda model: precision.attach_precision(model, precision.PrecisionConfig(memory_format="channels_last")),
+            _same, changes=False, watch=channels_last_at_work,
+        ),
+        "LoRA": Technique(_with_lora(tiny), _merged(tiny)),
+        "ControlNet": Technique(_same, _same, conds=_control(tiny)),
+        "FreeU": Technique(*[_core_node("nodes_freelunch", "FreeU", 1.3, 1.4, 0.9, 0.2)] * 2),
+        "TorchCompileModel": Technique(_compiled, _same, changes=False, watch=_counting_graphs),
+        "EasyCache": Technique(*[_core_node("nodes_easycache", "EasyCacheNode", 1.0, 0.1, 0.95, False)] * 2),
+        "PerturbedAttention": Technique(*[_core_node("nodes_pag", "PerturbedAttentionGuidance", 3.0)] * 2),
+    }  # fmt: skip
+
+
+def _counted(function: Callable[..., Any], calls: list[int]) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    counted.inner = function  # type: ignore[attr-defined]
+    return counted
+
+
+def _sample(tiny: TinyUNet, model: Any, *used: Technique) -> torch.Tensor:
+    positive = tiny.cond(1)
+    for technique in used:
+        positive = technique.conds(positive)
+    # Self-attention needs more than one pixel in the middle block to choose from.
+    return tiny.sample(model, steps=STEPS, size=(16, 16), positive=positive)
+
+
+def _reference(tiny: TinyUNet, first: Technique, second: Technique) -> torch.Tensor:
+    """Oracles that patch weights go first, as a checkpoint would bring them."""
+    return _sample(tiny, second.oracle(first.oracle(tiny.model)), first, second)
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.permutations((*OURS, *CORE), 2))
+def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], first: str, second: str) -> None:
+    a, b = techniques[first], techniques[second]
+    model = b.node(a.node(tiny.model))
+    if frozenset({first, second}) in REFUSED:
+        with pytest.raises(Exception, match=rf"(?s){first}.*{second}|{second}.*{first}"):
+            _sample(tiny, model, a, b)
+        return
+    with a.watch() as a_works, b.watch() as b_works:
+        picture = _sample(tiny, model, a, b)
+        assert a_works is None or a_works(), f"{first} did nothing"
+        assert b_works is None or b_works(), f"{second} did nothing"
+    lora_first = sorted((first, second), key=lambda name: name != "LoRA")
+    reference = _reference(tiny, *(techniques[name] for name in lora_first))
+    assert relative(picture, reference) < SAME
+    for one, other in ((a, b), (b, a)):
+        if one.changes:
+            assert relative(picture, _sample(tiny, other.node(tiny.model), other)) > DIFFERENT, "one does nothing"
+
+
+def test_every_pair_is_in_the_matrix() -> None:
+    """45 pairs, and the readme's table says of each what the tests show."""
+    assert len(list(itertools.combinations((*OURS, *CORE), 2))) == 45
