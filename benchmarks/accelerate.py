@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import accelerate_limits
 import inprocess
 from accelerate_jobs import Bench, Plan, prepare
 
@@ -173,8 +174,6 @@ def _with_easy_cache(bench: Bench, threshold: float, size: int) -> Callable[[], 
 
 def figures(series: Series, bench: Bench, sizes: dict[int, tuple[int, int]], size: int, small: int) -> Iterator[tuple]:
     """(figure, measured, limit or None, target or None): what the rows say."""
-    import accelerate_limits
-
     for where, (steps, _) in sizes.items():
         cost = accelerate_limits.count(bench.stock[0].model.diffusion_model, where)
         yield f"FLOP share of a cached step at {where}x{where}", cost.cached / cost.full, None, None

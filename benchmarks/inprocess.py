@@ -32,7 +32,9 @@ def start(base: Path) -> ModuleType:
     for kind in ("checkpoints", "loras", "vae", "vae_approx"):
         (base / "models" / kind).mkdir(parents=True, exist_ok=True)
     (base / "output").mkdir(exist_ok=True)
-    sys.path[:] = [comfyui, *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+    # Neither `nodes/` nor a script of this folder (`accelerate.py`) may stand for a package of the same name.
+    ours = (ROOT, Path(__file__).resolve().parent)
+    sys.path[:] = [comfyui, *(p for p in sys.path if Path(p or ".").resolve() not in ours)]
     import torch
 
     args = importlib.import_module("comfy.cli_args").args

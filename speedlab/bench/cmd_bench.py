@@ -27,7 +27,7 @@ async def _run_all(
     async with ComfyClient(target.url) as client:
         for scenario in scenarios:
             checkpoint = choice.checkpoints.get(scenario.id) or await server_checkpoint(client, scenario)
-            wanted = adapt(scenario, overrides, checkpoint, choice.vae)
+            wanted = adapt(scenario, overrides, checkpoint, choice.others)
             outcome = await run_scenario(client, wanted, args.out)
             report(outcome, scenario)
             outcomes.append(outcome)

@@ -117,6 +117,13 @@ def demo_tiny_vae(family: str) -> list[Path]:
     return [folder / f"{name}_{part}.safetensors" for part in ("encoder", "decoder")]
 
 
+def demo_controlnet() -> Path:
+    """A ControlNet with random weights for the SD 1.5 demo checkpoint, in the cache."""
+    path = cache_root() / "demo-models" / "controlnet" / "speedlab_demo_controlnet.safetensors"
+    _synthetic("controlnet", str(path), "--family", DEMO_FAMILIES["sd15"], "--size", "small")
+    return path
+
+
 def has_tiny_vae(family: str, folders: Iterable[Path]) -> bool:
     """Whether a Tiny VAE decoder that fits the family lies in `vae_approx` of one of the models folders."""
     stem = "taesd_decoder" if family == "sd15" else "taesdxl_decoder"

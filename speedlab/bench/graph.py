@@ -92,6 +92,8 @@ class Graph:
     """Nodes in the order they were added. Ids are 1, 2, 3 ... so that the same definition gives the same files."""
 
     nodes: list[Node] = field(default_factory=list)
+    # Names of plans by the sampler that runs them, where a graph holds several; others run the scenario's plan.
+    plans: dict[int, str] = field(default_factory=dict)
 
     def add(self, class_type: str, /, *, group: str, lane: int = 0, title: str | None = None, **inputs: Any) -> Node:
         """Add a node and return it. Inputs are links or values; a widget left out gets its default."""

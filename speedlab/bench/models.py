@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .client import ComfyClient
 from .errors import BenchError
-from .files import check_model_file, demo_checkpoint, demo_tiny_vae, has_tiny_vae, looks_like_path
+from .files import check_model_file, demo_checkpoint, demo_controlnet, demo_tiny_vae, has_tiny_vae, looks_like_path
 from .scenario import Scenario
 from .session import model_folders
 
@@ -19,12 +19,18 @@ NOISE = (
 )
 
 
+# Options that name a model beside the checkpoint, and the folder below `models/` that holds such files.
+OTHER_MODELS = {"vae": "vae", "controlnet": "controlnet"}
+
+
 @dataclass(frozen=True)
 class ModelChoice:
-    """The names that the graph uses, by scenario id, and the files that a started server must be shown."""
+    """The names that the graph uses (checkpoints by scenario id, others by kind), and the files that a started server
+    must be shown.
+    """
 
     checkpoints: dict[str, str]
-    vae: str | None
+    others: dict[str, str]
     files: dict[str, list[Path]]
     notes: tuple[str, ...] = ()
 
@@ -34,7 +40,7 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
     files: dict[str, list[Path]] = {}
     notes: list[str] = []
     named: dict[str, str | None] = {}
-    for option, folder in (("checkpoint", "checkpoints"), ("vae", "vae")):
+    for option, folder in (("checkpoint", "checkpoints"), *OTHER_MODELS.items()):
         value = getattr(args, option)
         if value is None or not looks_like_path(value):
             named[option] = value
@@ -55,7 +61,13 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
     if not args.server:
         files["vae_approx"], more = tiny_vae_files(scenarios)
         notes += more
-    return ModelChoice({key: name for key, name in checkpoints.items() if name}, named["vae"], files, tuple(notes))
+        if named["controlnet"] is None and any(entry.file("controlnet") for entry in scenarios):
+            path = demo_controlnet()
+            files["controlnet"], named["controlnet"] = [path], path.name
+            notes.append(f"No ControlNet given with --controlnet: using random weights ({path.name}).")
+    known = {key: name for key, name in checkpoints.items() if name}
+    others = {kind: name for kind in OTHER_MODELS if (name := named[kind])}
+    return ModelChoice(known, others, files, tuple(notes))
 
 
 def tiny_vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]]:

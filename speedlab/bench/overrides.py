@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import BenchError
@@ -59,12 +60,20 @@ def with_file(scenario: Scenario, kind: str, name: str) -> Scenario:
     return dataclasses.replace(scenario, files=files)
 
 
-def adapt(scenario: Scenario, overrides: Overrides, checkpoint: str | None = None, vae: str | None = None) -> Scenario:
-    """The scenario as the user wants it run. `checkpoint` and `vae` are names that the server knows."""
+def adapt(
+    scenario: Scenario, overrides: Overrides, checkpoint: str | None = None, others: Mapping[str, str] | None = None
+) -> Scenario:
+    """The scenario as the user wants it run, with model files that the server knows by these names.
+
+    `others` are by kind. A VAE takes the place of any checkpoint's own; other kinds go where a scenario needs them.
+    """
     scenario = scenario.with_settings(_with_overrides(scenario.settings, overrides))
     if checkpoint is not None:
         scenario = with_file(scenario, "checkpoint", checkpoint)
-    return scenario if vae is None else with_file(scenario, "vae", vae)
+    for kind, name in (others or {}).items():
+        if kind == "vae" or scenario.file(kind) is not None:
+            scenario = with_file(scenario, kind, name)
+    return scenario
 
 
 def overrides_of(args: argparse.Namespace) -> Overrides:

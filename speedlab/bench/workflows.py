@@ -39,16 +39,22 @@ def note_text(scenario: Scenario) -> str:
 
 def ui_graph(scenario: Scenario) -> UiGraph:
     """The drag-in workflow. Its `extra.speedlab` names scenario and plan, for the record of each run."""
-    extra = {"speedlab": {"scenario": scenario.id, "plan": scenario.plan.name}}
-    return to_ui(scenario.graph(), name=scenario.id, note=note_text(scenario), note_title=scenario.title, extra=extra)
+    graph = scenario.graph()
+    named: dict[str, object] = {"scenario": scenario.id, "plan": scenario.plan.name}
+    if graph.plans:
+        named["plans"] = {str(node): plan for node, plan in graph.plans.items()}
+    extra = {"speedlab": named}
+    return to_ui(graph, name=scenario.id, note=note_text(scenario), note_title=scenario.title, extra=extra)
 
 
 def api_graph(scenario: Scenario) -> ApiGraph:
     """The same graph for `/prompt`. The samplers' `_meta` names scenario and plan: a bare prompt has no workflow."""
-    api = scenario.graph().to_api()
-    for node in api.values():
+    graph = scenario.graph()
+    api = graph.to_api()
+    for node_id, node in api.items():
         if node["class_type"] in SAMPLERS:
-            node["_meta"]["speedlab"] = {"scenario": scenario.id, "plan": scenario.plan.name}
+            plan = graph.plans.get(int(node_id), scenario.plan.name)
+            node["_meta"]["speedlab"] = {"scenario": scenario.id, "plan": plan}
     return api
 
 

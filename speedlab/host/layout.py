@@ -40,6 +40,17 @@ def make_base(base: Path) -> None:
             raise ServerError(f"The folder {folder} cannot be made ({error.strerror}).") from error
 
 
+def bring_pictures(comfyui: Path, base: Path) -> None:
+    """Copy the pictures that ComfyUI ships for Load Image into the base directory's input, where they are missing."""
+    for picture in (comfyui / "input").glob("*.png"):
+        target = base / "input" / picture.name
+        if not target.exists():
+            try:
+                shutil.copyfile(picture, target)
+            except OSError as error:
+                raise ServerError(f"The file {target} cannot be written ({error.strerror}).") from error
+
+
 def link_pack(pack: Path, base: Path) -> Path:
     """Make the pack appear in the base directory's custom_nodes, once. Returns where it appears.
 

@@ -85,6 +85,7 @@ class ComfyServer:
         if self._port_given:
             ports.require_free(self.port)
         layout.make_base(self.base)
+        layout.bring_pictures(self.host.comfyui, self.base)
         layout.link_pack(self.pack, self.base)
         arguments = self._arguments()
         for attempt in range(3):

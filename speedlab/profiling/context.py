@@ -69,6 +69,10 @@ class NodeContext:
             _path(self.prompt.get(self.node_id or ""), "_meta", "speedlab"),
         ]
         named: dict[str, str] = {}
+        for place in places:  # a workflow of several plans names each by its sampler
+            plan = _path(place, "plans", self.node_id or "")
+            if isinstance(plan, str) and plan and "plan" not in named:
+                named["plan"] = plan[:_MAX_NAME]
         for place in places:
             for key in ("scenario", "plan"):
                 value = place.get(key) if isinstance(place, Mapping) else None

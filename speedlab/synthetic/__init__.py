@@ -6,6 +6,7 @@ Times and memory measured on them are those of a real model of that layout; the 
 from __future__ import annotations
 
 from .checkpoint import build_state_dict, shapes, write_checkpoint
+from .controlnet import controlnet_layout, write_controlnet
 from .lora import lora_state_dict, write_lora
 from .spec import FAMILY_NAMES, CheckpointSpec
 from .taesd import taesd_state_dicts, write_taesd
@@ -14,10 +15,12 @@ __all__ = [
     "FAMILY_NAMES",
     "CheckpointSpec",
     "build_state_dict",
+    "controlnet_layout",
     "lora_state_dict",
     "shapes",
     "taesd_state_dicts",
     "write_checkpoint",
+    "write_controlnet",
     "write_lora",
     "write_taesd",
 ]

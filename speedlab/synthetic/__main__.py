@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from . import FAMILY_NAMES, CheckpointSpec, write_checkpoint, write_lora, write_taesd
+from . import FAMILY_NAMES, CheckpointSpec, write_checkpoint, write_controlnet, write_lora, write_taesd
 from .files import Progress
 from .lora import Keys
 from .spec import DTYPES, Size
@@ -38,6 +38,8 @@ def _write(options: argparse.Namespace) -> Sequence[Path]:
         text = not options.no_text_encoder
         return [write_lora(options.path, spec, options.rank, options.seed, options.scale, text, options.keys)]
     spec = CheckpointSpec(options.family, options.size, options.dtype, options.seed)
+    if options.what == "controlnet":
+        return [write_controlnet(options.path, spec)]
     return [write_checkpoint(options.path, spec, _progress(options.path.name))]
 
 
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--size", choices=get_args(Size), default="small")
     model.add_argument("--dtype", choices=tuple(DTYPES), default="fp16")
     kinds.add_parser("checkpoint", parents=[common, model], help="UNet, VAE and text encoders in one file")
+    kinds.add_parser("controlnet", parents=[common, model], help="a ControlNet for the checkpoint of the same options")
     lora = kinds.add_parser("lora", parents=[common, model], help="a LoRA that fits the checkpoint of the same options")
     lora.add_argument("--rank", type=int, default=4)
     lora.add_argument("--scale", type=float, default=0.1, help="change at strength 1 relative to the weights")

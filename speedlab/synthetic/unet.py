@@ -14,18 +14,7 @@ _TIME_GAIN, _LABEL_GAIN = 1.41, 1.2
 def unet_layout(config: UNetConfig) -> Layout:
     """Every parameter of the UNet, without prefix."""
     layout = Layout()
-    channels, emb = config.model_channels, 4 * config.model_channels
-    _embedding_mlp(layout, "time_embed", channels, emb, _TIME_GAIN)
-    if config.adm_channels is not None:
-        _embedding_mlp(layout, "label_emb.0", config.adm_channels, emb, _LABEL_GAIN)
-
-    layout.conv("input_blocks.0.0", IN_CHANNELS, channels)
-    skips = _input_half(layout, config)
-    channels = skips[-1]
-    _res_block(layout, "middle_block.0", channels, channels, emb)
-    if config.depth_middle >= 0:
-        _transformer(layout, "middle_block.1", channels, config.depth_middle, config)
-        _res_block(layout, "middle_block.2", channels, channels, emb)
+    skips = input_half(layout, config)
     _output_half(layout, config, skips)
 
     layout.norm("out.0", config.model_channels)
@@ -34,7 +23,23 @@ def unet_layout(config: UNetConfig) -> Layout:
     return layout
 
 
-def _input_half(layout: Layout, config: UNetConfig) -> list[int]:
+def input_half(layout: Layout, config: UNetConfig) -> list[int]:
+    """Adds embeddings, input blocks and middle block; returns the channels that every input block hands on."""
+    channels, emb = config.model_channels, 4 * config.model_channels
+    _embedding_mlp(layout, "time_embed", channels, emb, _TIME_GAIN)
+    if config.adm_channels is not None:
+        _embedding_mlp(layout, "label_emb.0", config.adm_channels, emb, _LABEL_GAIN)
+    layout.conv("input_blocks.0.0", IN_CHANNELS, channels)
+    skips = _input_blocks(layout, config)
+    channels = skips[-1]
+    _res_block(layout, "middle_block.0", channels, channels, emb)
+    if config.depth_middle >= 0:
+        _transformer(layout, "middle_block.1", channels, config.depth_middle, config)
+        _res_block(layout, "middle_block.2", channels, channels, emb)
+    return skips
+
+
+def _input_blocks(layout: Layout, config: UNetConfig) -> list[int]:
     """Adds the input blocks after the first; returns the channels that every input block hands to the other half."""
     channels, depths = config.model_channels, iter(config.depth_in)
     skips = [channels]

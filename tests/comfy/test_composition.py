@@ -259,6 +259,48 @@ def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], first: str, seco
             assert relative(picture, _sample(tiny, other.node(tiny.model), other)) > DIFFERENT, "one does nothing"
 
 
+@pytest.mark.parametrize("order", ["compiled last", "compiled first"])
+def test_graphs_of_a_compiled_model(tiny: TinyUNet, techniques: dict[str, Technique], order: str) -> None:
+    """A whole-model graph for full steps and one for cached steps; Dynamic CFG adds one of each with half the rows."""
+    from torch._dynamo.utils import counters
+
+    stack = [techniques[name].node for name in ("DeepCache", "Dynamic CFG")]
+
+    def graphs(patches: list[Patch]) -> int:
+        model = _sdpa(tiny.model)
+        for patch in [*patches, _compiled] if order == "compiled last" else [_compiled, *patches]:
+            model = patch(model)
+        with _counting_graphs():
+            for _ in range(2):  # a second run needs none anew
+                tiny.sample(model, steps=STEPS, size=(16, 16))
+            assert not counters["graph_break"]
+            return int(counters["stats"]["unique_graphs"])
+
+    assert [graphs(stack[:1]), graphs(stack[1:]), graphs(stack)] == [2, 2, 4]
+
+
+def _sdpa(model: Any) -> Any:
+    """ComfyUI's default attention on a CPU breaks graphs by itself."""
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    def override(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.pop("transformer_options", None)
+        return attention_pytorch(*args, **kwargs)
+
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = override
+    return clone
+
+
+def test_with_the_node_itself(tiny: TinyUNet, techniques: dict[str, Technique]) -> None:
+    """TorchCompileModel as a user has it: generated code."""
+    deepcache = techniques["DeepCache"].node
+    plain = tiny.sample(deepcache(tiny.model), steps=4, size=(16, 16))
+    model = _core_node("nodes_torch_compile", "TorchCompileModel", "inductor")(deepcache(_sdpa(tiny.model)))
+    with _counting_graphs():
+        assert relative(tiny.sample(model, steps=4, size=(16, 16)), plain) < SAME
+
+
 def test_every_pair_is_in_the_matrix() -> None:
     """45 pairs, and the readme's table says of each what the tests show."""
     assert len(list(itertools.combinations((*OURS, *CORE), 2))) == 45

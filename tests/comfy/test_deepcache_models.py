@@ -108,6 +108,33 @@ def test_another_network_is_refused(pack: ModuleType, node: str) -> None:
     assert technique.apply(flux, *off[node]) == (flux,)
 
 
+def _video() -> Any:
+    """A Stable Video Diffusion model: a UNetModel too, but one that works across frames."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.SVD_img2vid(
+        {
+            "image_size": 32, "in_channels": 8, "out_channels": 4, "legacy": False, "use_spatial_transformer": True,
+            "model_channels": 64, "channel_mult": [1, 2], "num_res_blocks": [1, 1], "transformer_depth": [1, 1],
+            "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1, "context_dim": 64,
+            "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 768,
+            "use_temporal_attention": True, "use_temporal_resblock": True, "video_kernel_size": [3, 1, 1],
+            "extra_ff_mix_layer": True, "merge_strategy": "learned_with_images",
+        }
+    )  # fmt: skip
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=cpu), load_device=cpu, offload_device=cpu)
+
+
+@pytest.mark.parametrize("node", ["DeepCache", "DynamicCFG"])
+def test_a_video_model_is_refused(pack: ModuleType, node: str) -> None:
+    nodes = importlib.import_module(f"{pack.__name__}.nodes.accelerate")
+    on = {"DeepCache": (3, 0, 0.0, 1.0, "uniform"), "DynamicCFG": ("fixed", 0.75, 0.99)}
+    with pytest.raises(Exception, match=r"SVD_img2vid with a UNetModel network.*image UNets"):
+        getattr(nodes, node)().apply(_video(), *on[node])
+
+
 def test_node(pack: ModuleType, deepcache: ModuleType) -> None:
     node = importlib.import_module(f"{pack.__name__}.nodes.accelerate").DeepCache
     tiny = build("sd15")

@@ -102,13 +102,13 @@ def test_pictures_never_replace_each_other(tmp_path):
 
 
 def test_overrides_change_the_settings_and_files():
-    scenario = adapt(find("sdxl-tiny-vae"), Overrides(width=64, steps=2, seed=5, repeats=3), "mine.safetensors", "v.pt")
+    scenario = adapt(find("sdxl-tiny-vae"), Overrides(width=64, steps=2, seed=5, repeats=3), "mine.safetensors", {"vae": "v.pt"})
     assert (scenario.settings.width, scenario.settings.height, scenario.settings.steps) == (64, 1024, 2)
     assert {prompt.seed for prompt in scenario.settings.prompts} == {5}
     api = scenario.graph().to_api()
     loader = next(node for node in api.values() if node["class_type"] == "SpeedLabCheckpointLoader")
     assert loader["inputs"]["ckpt_name"] == "mine.safetensors"
-    plain = adapt(find("txt2img-default"), Overrides(), None, "v.pt").graph().to_api()
+    plain = adapt(find("txt2img-default"), Overrides(), None, {"vae": "v.pt"}).graph().to_api()
     vae = next(key for key, node in plain.items() if node["class_type"] == "SpeedLabVAELoader")
     assert next(n for n in plain.values() if n["class_type"] == "SpeedLabVAEDecode")["inputs"]["vae"] == [vae, 0]
 

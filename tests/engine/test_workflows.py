@@ -112,7 +112,11 @@ def test_the_table_row_is_sound(scenario):
     assert scenario.source in SOURCES
     assert scenario.family in FAMILIES
     assert scenario.file("checkpoint") is not None
-    assert ui_extra(scenario) == {"scenario": scenario.id, "plan": scenario.plan.name}
+    extra = ui_extra(scenario)
+    plans = extra.pop("plans", {})
+    assert extra == {"scenario": scenario.id, "plan": scenario.plan.name}
+    samplers = [str(node.id) for node in scenario.graph().nodes if node.class_type == "SpeedLabProfileSampler"]
+    assert not plans or list(plans) == samplers
     for node in scenario.graph().to_api().values():
         for value in node["inputs"].values():
             assert is_link(value) or isinstance(value, (int, float, str, bool))
