@@ -78,8 +78,6 @@ class Bench:
     def sampling(self, plan: Plan, size: int, steps: int) -> Callable[[], Any]:
         return lambda: self.sample(self.patched(plan), size, steps)
 
-    # Text to picture ---------------------------------------------------------------------------------------------------
-
     def stock_picture(self, size: int, steps: int, model: Any = None) -> Any:
         """Stock ComfyUI from text to picture; returns the latent."""
         conds = self.encode()

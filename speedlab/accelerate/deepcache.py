@@ -133,7 +133,7 @@ def _apply_model(
                 return executor(*inputs, **kwargs)
     with keeping(options) as kept:
         result = executor(*inputs, **kwargs)
-    # More than one forward, or one of other rows: another node evaluates in its own way, and nothing here names its parts.
+    # More than one forward, or one of other rows: another node evaluates in a way of its own, with parts unnamed here.
     if len(kept) == 1 and kept[0].shape[0] == x.shape[0]:
         run.store(keys, evaluation.step, kept[0])
     return result

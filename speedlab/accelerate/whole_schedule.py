@@ -1,7 +1,7 @@
 """Where the steps of one run stand in the schedule that they were cut from.
 
-ComfyUI's samplers, its schedulers and SplitSigmas cut a partial run (denoise below 1, start_at_step, end_at_step) out of
-the whole schedule as a view of one tensor, so the whole is still there behind it.
+ComfyUI's samplers, its schedulers and SplitSigmas cut a partial run (denoise below 1, start_at_step, end_at_step) out
+of the whole schedule as a view of one tensor, so the whole is still there behind it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def part_of(sigmas: torch.Tensor) -> Part:
     if rest or entries <= len(sigmas):
         return own
     whole = torch.as_strided(sigmas, (entries,), (1,), 0).detach().double().cpu()
-    first, end = sigmas.storage_offset(), sigmas.storage_offset() + own.total
+    first = int(sigmas.storage_offset())
+    end = first + own.total
     # KSampler (Advanced) sets the last sigma of a run that ends early to 0, in the whole schedule too.
     kept = torch.cat([whole[:end], whole[end + 1 :]]) if whole[end] == 0 else whole
     falls = bool(torch.isfinite(whole).all() and (kept.diff() <= 0).all() and whole[0] > whole[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .catalog_common import ASTRONAUT, CHECKPOINT_SD15, CHECKPOINT_SDXL, FOUR_PROMPTS, RTX_3090, S1_SETTINGS
+from .catalog_common import ASTRONAUT, CHECKPOINT_SD15, CHECKPOINT_SDXL, RTX_3090, S1_SETTINGS
 from .plans import Plan, Technique
 from .recipes_variants import ALONE, Variant, in_variants, lanes_of, with_control
 from .scenario import NeededFile, Prompt, Published, Scenario, Settings
@@ -41,7 +41,9 @@ def _scenario(
 
 
 def _precision(name: str, weights: str, **options: str) -> Variant:
-    return Variant(Plan(name, (Technique("Precision", "SpeedLabPrecision", dict(options)),) if options else ()), weights)
+    return Variant(
+        Plan(name, (Technique("Precision", "SpeedLabPrecision", dict(options)),) if options else ()), weights
+    )
 
 
 def _sampler(name: str, sampler: str, scheduler: str, steps: int) -> Variant:
