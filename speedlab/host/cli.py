@@ -23,7 +23,8 @@ from .serve import serve
 BENCH_COMMANDS = {
     "demo": "stock KSampler and the best plan, side by side, with a picture and both table rows",
     "bench": "run scenarios on a real server and measure them: bench SCENARIO... [--checkpoint FILE]",
-    "scenarios": "list the scenarios and what each needs",
+    "scenarios": "list the scenarios, what each needs and whether that is there",
+    "compare": "two results tables: ratio of times with a confidence interval, regressions named",
 }
 OWN_COMMANDS = {
     "test": "run the tests; arguments go to pytest",

@@ -1,0 +1,39 @@
+"""Every scenario of the table on one real server, cut down by `--small`, as `run.py bench all --small` does it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from speedlab.bench.client import ComfyClient
+from speedlab.bench.overrides import Overrides, adapt
+from speedlab.bench.runner import run_scenario
+from speedlab.bench.scenarios import SCENARIOS
+
+pytestmark = pytest.mark.server
+DEMOS = {"sd15": "speedlab_demo_sd15.safetensors", "sdxl": "speedlab_demo_vega.safetensors"}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
+def test_every_scenario_runs_small(server, vega_checkpoint, taesd_files, scenario, tmp_path):
+    if scenario.family not in DEMOS or scenario.packages:
+        pytest.skip("needs more than the demo checkpoints")
+    target = server.models / "checkpoints" / vega_checkpoint.name
+    if not target.exists():
+        target.symlink_to(vega_checkpoint)
+
+    async def work():
+        async with ComfyClient(server.url) as client:
+            wanted = adapt(scenario, Overrides(), DEMOS[scenario.family])
+            return await run_scenario(client, wanted, tmp_path, small=True)
+
+    outcome = asyncio.run(work())
+    assert outcome.error is None
+    assert outcome.rows and outcome.pictures
+    assert [row["error"] for row in outcome.rows if row["status"] != "ok"] == []
+    for path in outcome.records:
+        assert json.loads(Path(path).read_text())["request"]["scenario"] == f"{scenario.id}@small"
+    assert len({row["run_id"] for row in outcome.rows}) == len(outcome.rows)
