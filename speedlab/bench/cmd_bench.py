@@ -143,27 +143,32 @@ def run(args: argparse.Namespace) -> int:
     series = Series(scenarios, choice, args, overrides)
     if series.journal.done:
         print(f"Going on with an interrupted series: {len(series.journal.done)} parts are done. --restart begins anew.")
-    run_series(series, lambda: open_server(ServerOptions(args.server, args.port, args.out), choice.files))
+    gone = run_series(series, lambda: open_server(ServerOptions(args.server, args.port, args.out), choice.files))
     outcomes = series.outcomes
     failed = [scenario.id for scenario in scenarios if scenario.id not in outcomes or outcomes[scenario.id].error]
     if failed:
         print(f"\n{len(failed)} of {len(scenarios)} scenarios failed: {', '.join(failed)}")
     else:
         series.journal.close()
+    if gone is not None:
+        raise gone
     return 1 if failed else 0
 
 
-def run_series(series: Series, connect: Callable[[], Any]) -> None:
-    """Run everything; a server started here that dies is started again for the rest. Raises ServerGone at the end."""
+def run_series(series: Series, connect: Callable[[], Any]) -> ServerGone | None:
+    """Run everything; a server started here that dies is started again for the rest. What ended it early, or None."""
     for attempt in range(MOST_RESTARTS + 1):
         with connect() as target:
             try:
                 asyncio.run(series.run_on(target))
-                return
-            except ServerGone:
-                if target.process is None or attempt == MOST_RESTARTS or not series.waiting:
-                    break
-        print("Starting ComfyUI again for the scenarios that are left.")
+                return None
+            except ServerGone as error:
+                gone, again = error, target.process is not None and attempt < MOST_RESTARTS
+        if not series.waiting:
+            return gone
+        if not again:
+            break
+        print("Starting ComfyUI again for the scenarios that are left.", flush=True)
     left = ", ".join(scenario.id for scenario in series.waiting)
-    if left:
-        print(f"Not run, since the server is gone: {left}. The same command goes on with them.")
+    print(f"Not run, since the server is gone: {left}. The same command goes on with them.")
+    return gone

@@ -159,9 +159,9 @@ def test_out_of_memory_is_a_row_and_the_largest_batch_is_found(bench, engine, mo
 
 
 def test_on_a_cpu_the_search_stops_by_prediction(bench, engine, monkeypatch):
-    ram, runner = engine("bench.sweep.ram"), engine("bench.sweep.runner")
+    ram = engine("bench.sweep.ram")
     monkeypatch.setattr(ram, "free_ram_bytes", lambda: 10_000_000_000)
-    monkeypatch.setattr(runner, "predicted_bytes", lambda peaks, start, batch: 3_000_000_000 * batch)
+    monkeypatch.setattr(ram, "predicted_bytes", lambda peaks, start, batch: 3_000_000_000 * batch)
     (table, *_), rows, _ = bench(axis_x="batch", values_x="1, max", steps=1)
     assert {int(row["batch"]): row["status"] for row in rows} == {1: "ok", 2: "ok", 4: "oom", 3: "oom"}
     assert all("by prediction" in row["error"] for row in rows if row["status"] == "oom")

@@ -182,6 +182,14 @@ def parse_axis(name: str, text: str) -> Axis:
     return Axis(name, values, marked[0] if marked else None, open_end, most)
 
 
+def with_batch(axis: Axis, batch: int) -> tuple[Axis, int]:
+    """An open batch axis that has `batch` among its values, and the place of it."""
+    labels = [value.label for value in axis.values]
+    if str(batch) in labels:
+        return axis, labels.index(str(batch))
+    return replace(axis, values=(*axis.values, _batch(str(batch)))), len(labels)
+
+
 def _value(name: str, text: str) -> AxisValue:
     value = _PARSERS[name](text)
     # What no setting of ours can be is an error here, before anything runs.

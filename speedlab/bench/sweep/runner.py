@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...core import output_directory
@@ -16,15 +16,16 @@ from ...profiling.context import NodeContext
 from ...profiling.memory import rss_bytes
 from ...profiling.runner import failure_message, failure_status
 from ...profiling.store import RunStore, new_run_id
-from . import ram
-from .axes import Axis, AxisValue, parse_axis
-from .batch_search import BatchSearch, predicted_bytes, saturation_point
+from .axes import Axis, parse_axis, with_batch
+from .batch_search import BatchSearch
 from .cell_record import CellRuns, SweepFacts, failed_record, measured_record
 from .cells import Cell, baseline_of, make_cell, make_cells
 from .measure import OneRun, Prepared, Prompt, check_sampler, prepare, run_once
+from .notes import largest_note, notes_of
 from .plan_text import parse_plan
 from .progress import SweepProgress
 from .quality import quality_of
+from .ram import refuse_too_large
 from .reload import Reloader
 from .settings import CellSettings
 from .sheet import save_picture, thumbnail
@@ -100,7 +101,7 @@ class Sweep:
             if self.result.axis_x.open_end or self.result.axis_y.open_end:
                 self._search_batches()
         wall_ms = (time.perf_counter() - started) * 1000.0
-        self._tell(wall_ms)
+        self.result.notes += notes_of(self.result.cells, self._measured_ms, wall_ms)
         return self.result
 
     def _in_order(self) -> list[CellRuns]:
@@ -128,7 +129,7 @@ class Sweep:
 
         self._running = runs
         try:
-            self._refuse_too_large(runs)
+            refuse_too_large(runs.cell, self.result.cells, self.parts.model.load_device, self._start_rss)
             prepared = self._prepare(runs.cell)
             made: list[OneRun] = []
             for prompt in self.request.prompts:
@@ -192,76 +193,38 @@ class Sweep:
                 name = f"{runs.run_id}_difference.png"
                 runs.difference = save_picture(self.store, "images", name, runs.quality.difference[:1])
 
-    def _refuse_too_large(self, runs: CellRuns) -> None:
-        """On a CPU, a batch that will not fit by prediction is not tried: running out of RAM kills the process."""
-        batch = runs.cell.settings.batch
-        peaks = self._peaks(runs.cell)
-        smaller = {size: peak for size, peak in peaks.items() if size < batch}
-        if self.parts.model.load_device.type != "cpu" or not smaller or batch in peaks:
-            return
-        growth = predicted_bytes(smaller, self._start_rss, batch)
-        reason = ram.too_large(growth, rss_bytes() or 0, self._start_rss, ram.free_ram_bytes())
-        if reason is not None:
-            raise MemoryError(f"batch {batch} {reason}")
-
-    def _peaks(self, cell: Cell) -> dict[int, int]:
-        """Peak resident bytes by batch size, of the cells that differ from this one in the batch alone."""
-        peaks: dict[int, int] = {}
-        for runs in self.result.cells:
-            same = [pair for pair in runs.cell.labels if pair[0] != "batch"]
-            peak = runs.first and runs.first.record.memory.get("overall", {}).get("peak_rss_gb")
-            if peak and same == [pair for pair in cell.labels if pair[0] != "batch"]:
-                peaks[runs.cell.settings.batch] = int(peak * 1e9)
-        return peaks
-
     def _search_batches(self) -> None:
         """Double and halve the batch along the open axis, once for each value of the other one."""
-        along_x = self.result.axis_x.open_end
-        others = self.result.axis_y if along_x else self.result.axis_x
-        for index in range(len(others.values)):
-            mine = [r for r in self.result.cells if (r.cell.y if along_x else r.cell.x) == index]
-            axis = self.result.axis_x if along_x else self.result.axis_y
-            search = BatchSearch(most=axis.most)
-            for runs in mine:
-                if runs.status in ("ok", "oom"):
+        result = self.result
+        others = result.axis_y if result.axis_x.open_end else result.axis_x
+        for index, other in enumerate(others.values):
+            search = BatchSearch(most=(result.axis_x if result.axis_x.open_end else result.axis_y).most)
+            for runs in result.cells:
+                if (runs.cell.y if result.axis_x.open_end else runs.cell.x) == index and runs.status in ("ok", "oom"):
                     search.tried(runs.cell.settings.batch, runs.status == "ok")
             while (batch := search.next()) is not None:
-                runs = self._add_batch(batch, index, along_x)
+                runs = self._add_batch(batch, index)
                 self.progress.more(self._steps(runs))
                 self._rounds([runs])
                 if runs.status not in ("ok", "oom"):
                     break
                 search.tried(batch, runs.status == "ok")
-            self._note_largest(search, others.values[index])
+            result.notes.append(largest_note(search, other.label))
 
-    def _add_batch(self, batch: int, other: int, along_x: bool) -> CellRuns:
+    def _add_batch(self, batch: int, other: int) -> CellRuns:
         """A cell for one more batch size, at the end of the open axis or where an earlier search put that size."""
-        axis = self.result.axis_x if along_x else self.result.axis_y
-        labels = [value.label for value in axis.values]
-        if str(batch) not in labels:
-            grown = replace(axis, values=(*axis.values, *parse_axis("batch", str(batch)).values))
-            if along_x:
-                self.result.axis_x = grown
-            else:
-                self.result.axis_y = grown
-            labels.append(str(batch))
-        place = labels.index(str(batch))
-        x, y = (place, other) if along_x else (other, place)
-        runs = CellRuns(make_cell(self.base, self.result.axis_x, self.result.axis_y, x, y), new_run_id())
-        self.result.cells.append(runs)
+        result = self.result
+        axis, place = with_batch(result.axis_x if result.axis_x.open_end else result.axis_y, batch)
+        if result.axis_x.open_end:
+            result.axis_x, x, y = axis, place, other
+        else:
+            result.axis_y, x, y = axis, other, place
+        runs = CellRuns(make_cell(self.base, result.axis_x, result.axis_y, x, y), new_run_id())
+        result.cells.append(runs)
         self._of[(x, y)] = runs
-        # An open end is added behind the marked or first value, so that the baseline is known by now.
-        runs.baseline = self._of[baseline_of(runs.cell, self.result.axis_x, self.result.axis_y)].cell
+        # The open end lies behind the marked or first value, so the baseline is there by now.
+        runs.baseline = self._of[baseline_of(runs.cell, result.axis_x, result.axis_y)].cell
         return runs
-
-    def _note_largest(self, search: BatchSearch, other: AxisValue) -> None:
-        where = f"{other.label}: " if other.label else ""
-        if not search.fits:
-            self.result.notes.append(f"{where}No batch size fits.")
-            return
-        largest = max(search.fits)
-        limit = f" (the limit given, {search.most})" if search.most is not None and largest >= search.most else ""
-        self.result.notes.append(f"{where}The largest batch that fits is {largest}{limit}.")
 
     def _write(self, runs: CellRuns) -> None:
         """Write the cell's record and its one row, once."""
@@ -289,37 +252,6 @@ class Sweep:
                 with suppress(ResultsError):
                     self._write(runs)
             raise
-
-    def _tell(self, wall_ms: float) -> None:
-        """Notes on what the table cannot show: what failed, where throughput saturates, what measuring cost."""
-        ok = [runs for runs in self.result.cells if runs.status == "ok"]
-        for runs in self.result.cells:
-            if runs.status != "ok":
-                self.result.notes.append(f"{runs.cell.name}: {runs.status}: {runs.error}")
-        if "batch" in (self.result.axis_x.name, self.result.axis_y.name):
-            self._note_saturation(ok)
-        if wall_ms > 0 and ok:
-            share = max(1.0 - self._measured_ms / wall_ms, 0.0)
-            self.result.notes.append(
-                f"{share:.1%} of the {wall_ms / 1000.0:.1f} s was neither encoding, sampling, decoding, saving nor "
-                "moving weights."
-            )
-
-    def _note_saturation(self, ok: Sequence[CellRuns]) -> None:
-        groups: dict[str, dict[int, float]] = {}
-        for runs in ok:
-            rate = runs.record.summary.get("images_per_min") if runs.record is not None else None
-            if rate:
-                other = ", ".join(f"{axis} {label}" for axis, label in runs.cell.labels if axis != "batch")
-                groups.setdefault(other, {})[runs.cell.settings.batch] = float(rate)
-        for other, rates in groups.items():
-            point = saturation_point(rates)
-            if point is not None:
-                where = f"{other}: " if other else ""
-                self.result.notes.append(
-                    f"{where}Throughput saturates at batch {point}: {rates[point]:.1f} images a minute, best "
-                    f"{max(rates.values()):.1f}."
-                )
 
 
 def _light(run: OneRun) -> OneRun:
