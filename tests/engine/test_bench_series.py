@@ -125,7 +125,8 @@ def test_small_cuts_every_scenario_and_says_so(scenario):
 
 
 def test_small_axis_values():
-    assert axis_values("steps", "10, 50") == "1, *2"
+    assert axis_values("steps", "10, 50") == "1, 2"
+    assert axis_values("steps", "10, *20, 50") == "1, *2"
     assert axis_values("batch", "1, 2, max") == "1, max@2"
     assert axis_values("cfg", "5, 6, *7, 8").split(",")[0].strip() == "*7"
     assert axis_values("sampler", "euler@30, heun/karras@12") == "euler@2, heun/karras@2"

@@ -14,10 +14,7 @@ def notes_of(cells: Sequence[CellRuns], measured_ms: float, wall_ms: float) -> l
     notes += saturation_notes([runs for runs in cells if runs.status == "ok"])
     if wall_ms > 0 and measured_ms > 0:
         share = max(1.0 - measured_ms / wall_ms, 0.0)
-        notes.append(
-            f"{share:.1%} of the {wall_ms / 1000.0:.1f} s was neither encoding, sampling, decoding, saving nor moving "
-            "weights."
-        )
+        notes.append(f"{share:.1%} of the {wall_ms / 1000.0:.1f} s was neither loading nor anything that a row counts.")
     return notes
 
 

@@ -20,15 +20,14 @@ _MOST_PIXELS = 16000
 
 def thumbnail(pictures: Any) -> Any:
     """Up to four pictures [B, H, W, 3] side by side in a square of 256 pixels, as a PIL image."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     pixels = to_bytes(pictures[:4])
     columns = 1 if len(pixels) == 1 else 2
     side = SIDE // columns
     sheet = Image.new("RGB", (SIDE, SIDE if len(pixels) != 2 else side), _PAPER)
     for index, array in enumerate(pixels):
-        picture = Image.fromarray(array)
-        picture.thumbnail((side, side))
+        picture = ImageOps.contain(Image.fromarray(array), (side, side))
         sheet.paste(picture, (index % columns * side, index // columns * side))
     return sheet
 
