@@ -46,7 +46,10 @@ class Series:
     def _key(self) -> str:
         args, choice = self.args, self.choice
         models = {"checkpoints": choice.checkpoints, "others": choice.others, "server": args.server}
-        return series_key({"ids": [s.id for s in self.scenarios], "settings": vars(self.overrides),
+        files = [
+            (str(path), path.stat().st_size, path.stat().st_mtime_ns) for some in choice.files.values() for path in some
+        ]
+        return series_key({"files": files, "ids": [s.id for s in self.scenarios], "settings": vars(self.overrides),
                            "models": models, "small": args.small})  # fmt: skip
 
     @property

@@ -12,7 +12,7 @@ from ..profiling.record import CSV_COLUMNS
 from .errors import BenchError
 
 KEY = ("scenario", "plan", "batch", "width", "height", "steps", "cfg", "sampler", "scheduler", "precision",
-       "accelerators", "seed")  # fmt: skip
+       "accelerators", "seed", "checkpoint")  # fmt: skip
 CONFIDENCE = 0.95
 THRESHOLD = 0.03
 

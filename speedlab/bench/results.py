@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..errors import ResultsError
 from ..profiling.record import csv_row, from_json
 from ..profiling.store import RunStore
 from .client import ComfyClient, ImageRef, RunResult
+from .errors import BenchError
 from .files import save_picture
 
 REPORT = "SpeedLabProfileReport"
@@ -44,7 +46,10 @@ async def fetch_records(client: ComfyClient, result: RunResult, out: Path, outco
     failures: list[str] = []
     run_ids = report_ids(result)
     for run_id in run_ids:
-        record = from_json((await client.view(ImageRef(f"{run_id}.json", RUNS, "output"))).decode())
+        try:
+            record = from_json((await client.view(ImageRef(f"{run_id}.json", RUNS, "output"))).decode())
+        except ResultsError as error:
+            raise BenchError(f"the server's record of run {run_id} is {error}") from error
         path = store.json_path(record.run_id)
         if not path.is_file():
             store.write(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import first_line
 from .client import ComfyClient
 from .errors import BenchError, ServerGone
 from .graph import ApiGraph, split_lanes
@@ -49,6 +50,9 @@ async def run_scenario(
             raise
         except BenchError as error:
             outcome.error = str(error)
+            return outcome
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            outcome.error = f"the server's answer makes no sense: {type(error).__name__}: {first_line(error)}"
             return outcome
         finally:
             line.done()

@@ -51,7 +51,7 @@ def _quality(row: Mapping[str, str]) -> tuple[str, str]:
 
 
 def format_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """The rows under a header, columns aligned. RAM appears where a row has no VRAM figure, quality where one has it."""
+    """The rows under a header, columns aligned. RAM appears where a row has no VRAM, quality where one has it."""
     with_ram = any(not row.get("max_vram_gb") for row in rows)
     lines: list[tuple[str, ...]] = [(*HEADER, RAM_COLUMN), *(cells(row) for row in rows)]
     if not with_ram:

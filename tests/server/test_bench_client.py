@@ -25,10 +25,9 @@ from speedlab.bench.signatures import signature_from_info, snapshot
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "speedlab_demo_sd15.safetensors"
 TINY = DemoSettings(text="a tree", negative="", seed=1, width=64, height=64, steps=2)
-# Sweeps and repeats take long at any size: test_scenarios_small.py runs every scenario cut down.
-PLAIN = [entry for entry in SCENARIOS.values() if entry.settings.repeats == 1 and entry.plan.decoder == "tiny"] + [
-    SCENARIOS["txt2img-default"],
-    SCENARIOS["profile-nvtx"],
+# Repeats take long at any size: test_scenarios_small.py runs every scenario cut down.
+PLAIN = [
+    entry for entry in SCENARIOS.values() if entry.settings.repeats == 1 and entry.graph().find("SpeedLabProfileReport")
 ]
 pytestmark = pytest.mark.server
 

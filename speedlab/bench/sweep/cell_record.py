@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ...loading import SOURCE
 from ...precision import unet_dtypes
 from ...profiling.complete import merge_memory
 from ...profiling.environment import environment, environment_hash
@@ -94,7 +95,9 @@ def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     """The record of a cell that has no measured repeat: its settings, status and error."""
     env = environment(facts.parts.model.load_device)
     settings = runs.cell.settings
+    source = facts.parts.model.get_attachment(SOURCE)
     request = {
+        "checkpoint": None if source is None else {"name": source.name, "family": source.family},
         "sampler": settings.sampler,
         "scheduler": settings.scheduler,
         "steps": settings.steps,

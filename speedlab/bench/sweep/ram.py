@@ -48,7 +48,7 @@ def too_large(growth: int, resident_now: int, start: int, free: int) -> str | No
     if needed <= RAM_SHARE * free:
         return None
     return (
-        f"not tried: it would take {needed / 1e9:.1f} GB by prediction, more than {RAM_SHARE:.0%} of the "
+        f"not tried: it would run out of memory: {needed / 1e9:.1f} GB by prediction, more than {RAM_SHARE:.0%} of the "
         f"{free / 1e9:.1f} GB of RAM that are free"
     )
 

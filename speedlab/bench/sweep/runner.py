@@ -153,7 +153,8 @@ class Sweep:
             log.warning("SpeedLab: %s ended with %s: %s", runs.cell.name, runs.status, runs.error)
             self.progress.more(-self._steps(runs) * (self.request.repeats - len(runs.repeats)) // self._rounds_a_cell())
             self._prepared.pop((runs.cell.x, runs.cell.y), None)
-            del error
+        if runs.status != "ok":
+            # Not inside the handler: there the error's frames still hold what did not fit.
             _free_memory(runs.status == "oom")
         self._running = None
 
