@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import csv
 import json
 from pathlib import Path
 
 import pytest
 
 from speedlab.bench.client import ComfyClient
+from speedlab.bench.journal import Journal
 from speedlab.bench.overrides import Overrides, adapt
 from speedlab.bench.runner import run_scenario
 from speedlab.bench.scenarios import SCENARIOS
@@ -43,3 +45,20 @@ def test_every_scenario_runs_small(server, vega_checkpoint, taesd_files, scenari
     for path in outcome.records:
         assert json.loads(Path(path).read_text())["request"]["scenario"] == f"{scenario.id}@small"
     assert len({row["run_id"] for row in outcome.rows}) == len(outcome.rows)
+
+
+def test_a_finished_part_is_not_run_again(server, tmp_path):
+    wanted = adapt(SCENARIOS["xy-grid"], Overrides(), DEMOS["sd15"])
+
+    async def work():
+        async with ComfyClient(server.url) as client:
+            return [
+                await run_scenario(client, wanted, tmp_path, small=True, journal=Journal(tmp_path, "series"))
+                for _ in range(2)
+            ]
+
+    first, second = asyncio.run(work())
+    assert (first.recalled, second.recalled) == (0, 1)
+    assert first.rows == second.rows and first.pictures == second.pictures
+    with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
+        assert [row["run_id"] for row in csv.DictReader(file)] == [row["run_id"] for row in first.rows]

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...core import output_directory
@@ -66,8 +66,7 @@ class Sweep:
 
     def __init__(self, parts: Parts, request: SweepRequest, nodes: NodeTable, context: NodeContext) -> None:
         plan = parse_plan(request.plan)
-        base = request.base.with_stack(plan.techniques)
-        base = CellSettings(**{**vars(base), "plan": plan.name})
+        base = replace(request.base.with_stack(plan.techniques), plan=plan.name)
         axis_x, axis_y = parse_axis(request.axis_x, request.values_x), parse_axis(request.axis_y, request.values_y)
         self.request, self.parts, self.nodes, self.context, self.base = request, parts, nodes, context, base
         self.store = RunStore(output_directory())
@@ -259,7 +258,7 @@ class Sweep:
 
 def _light(run: OneRun) -> OneRun:
     """A run without its pictures, of which only the first repeat's are looked at."""
-    return OneRun(**{**vars(run), "pictures": None})
+    return replace(run, pictures=None)
 
 
 def _free_memory(everything: bool) -> None:
