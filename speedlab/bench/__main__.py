@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SpeedLabError
+from ..host.base import CALLED_FROM
 from . import cmd_bench, cmd_compare, cmd_demo, cmd_tables
 from .files import ROOT
 from .scenarios import UnknownScenarioError
@@ -72,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2: wrong arguments, 130: interrupted)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parser().parse_args(arguments)
+    called_from = os.environ.get(CALLED_FROM)
+    if called_from is not None and Path(called_from).is_dir():
+        os.chdir(called_from)
     try:
         return int(args.run(args))
     except UnknownScenarioError as error:
