@@ -134,7 +134,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--small", action="store_true", help="only try it out")
     options.add_argument("--restart", action="store_true", help="begin anew")
     args = options.parse_args(argv)
-    args.vae = args.port = None
+    args.port = None
     args.out = prepare_output(args.out)
     args.csv, args.html = args.out / f"{args.name}_series.csv", args.out / f"{args.name}_series.html"
     return args

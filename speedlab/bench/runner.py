@@ -64,5 +64,6 @@ async def run_scenario(
 
 def extra_data(scenario: Scenario, small: bool) -> dict[str, object]:
     """What a prompt carries beside its graph: the workflow, and the scenario's name for the record."""
-    named = {"scenario": scenario.id + (MARK if small else ""), "plan": scenario.plan.name}
-    return {"extra_pnginfo": {"workflow": ui_graph(scenario), "speedlab": named}}
+    workflow = ui_graph(scenario)
+    named = {**workflow["extra"]["speedlab"], "scenario": scenario.id + (MARK if small else "")}
+    return {"extra_pnginfo": {"workflow": workflow, "speedlab": named}}

@@ -102,7 +102,9 @@ def test_pictures_never_replace_each_other(tmp_path):
 
 
 def test_overrides_change_the_settings_and_files():
-    scenario = adapt(find("sdxl-tiny-vae"), Overrides(width=64, steps=2, seed=5, repeats=3), "mine.safetensors", {"vae": "v.pt"})
+    scenario = adapt(
+        find("sdxl-tiny-vae"), Overrides(width=64, steps=2, seed=5, repeats=3), "mine.safetensors", {"vae": "v.pt"}
+    )
     assert (scenario.settings.width, scenario.settings.height, scenario.settings.steps) == (64, 1024, 2)
     assert {prompt.seed for prompt in scenario.settings.prompts} == {5}
     api = scenario.graph().to_api()

@@ -174,7 +174,7 @@ def arguments(out: Path, **changes: object) -> SimpleNamespace:
 def test_a_series_goes_on_after_its_server_died_and_after_an_interrupt(tmp_path, monkeypatch, capsys):
     """Only the server is pretended here; the client's own handling of a lost one is tested against a real server."""
     scenarios = [find(name) for name in ("txt2img-default", "sweep-steps", "sweep-cfg")]
-    choice = ModelChoice({s.id: "demo.safetensors" for s in scenarios}, None, {})
+    choice = ModelChoice({s.id: "demo.safetensors" for s in scenarios}, {}, {})
     ran: list[str] = []
 
     async def one(client, scenario, out, *, small, journal):

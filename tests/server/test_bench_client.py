@@ -221,6 +221,8 @@ def test_adapted_scenarios_are_valid_with_another_vae(server):
     info = talk(server.url, lambda client: client.object_info("SpeedLabVAELoader"))
     names = info["SpeedLabVAELoader"]["input"]["required"]["vae_name"][0]
     overrides = Overrides(width=64, height=64, steps=1)
-    scenario = adapt(SCENARIOS["txt2img-default"], overrides, CHECKPOINT, {"vae": next(n for n in names if n == "taesd")})
+    scenario = adapt(
+        SCENARIOS["txt2img-default"], overrides, CHECKPOINT, {"vae": next(n for n in names if n == "taesd")}
+    )
     result = talk(server.url, lambda client: client.run(scenario.graph().to_api(), timeout_s=600))
     assert result.images("SpeedLabProfileReport")
