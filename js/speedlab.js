@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 
 const HEIGHTS = {
+  SpeedLabBenchmark: 320,
   SpeedLabProfileReport: 320,
   SpeedLabProfileSampler: 90,
   SpeedLabCompareImages: 60,
@@ -11,7 +12,7 @@ const WIDGET = "speedlab_text";
 
 function textWidget(node, height) {
   // The report is a table, whose columns must stay under each other; the other texts are sentences.
-  const wrap = node.comfyClass === "SpeedLabProfileReport" ? "pre" : "pre-wrap";
+  const wrap = ["SpeedLabProfileReport", "SpeedLabBenchmark"].includes(node.comfyClass) ? "pre" : "pre-wrap";
   const known = node.widgets?.find((widget) => widget.name === WIDGET);
   if (known) return known;
   const element = document.createElement("pre");

@@ -1,15 +1,17 @@
-"""Command line: `python -m speedlab.bench bench|demo|scenarios|workflows`. `run.py` calls it with the host's Python."""
+"""Command line: `python -m speedlab.bench bench|demo|scenarios|compare|workflows`, which `run.py` calls."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SpeedLabError
-from . import cmd_bench, cmd_demo, cmd_tables
+from ..host.base import CALLED_FROM
+from . import cmd_bench, cmd_compare, cmd_demo, cmd_tables
 from .files import ROOT
 from .scenarios import UnknownScenarioError
 
@@ -42,12 +44,25 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python run.py", description="SpeedLab's benchmarks on a real ComfyUI.")
     commands = top.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", parents=[_run_options()], help="run scenarios and print their rows")
-    bench.add_argument("scenarios", nargs="+", metavar="SCENARIO", help="ids, as 'scenarios' lists them")
+    bench.add_argument("scenarios", nargs="+", metavar="SCENARIO", help="ids, as 'scenarios' lists them, or 'all'")
+    for name in ("refiner", "lora"):
+        bench.add_argument(f"--{name}", metavar="FILE", help=f"{name} file, or a name the server knows")
+    bench.add_argument("--csv", type=Path, metavar="FILE", help="write this series' rows into a table of its own too")
+    bench.add_argument("--html", type=Path, metavar="FILE", help="write one HTML page with tables and pictures")
+    bench.add_argument(
+        "--small", action="store_true", help="cut sizes, steps and repeats to try it out; records say so"
+    )
+    bench.add_argument("--restart", action="store_true", help="run everything again, also what an earlier call did")
     bench.set_defaults(run=cmd_bench.run)
     demo = commands.add_parser("demo", parents=[_run_options()], help="stock nodes and the best plan side by side")
     demo.set_defaults(run=cmd_demo.run)
     listing = commands.add_parser("scenarios", help="list the scenarios and what they need")
     listing.set_defaults(run=cmd_tables.run_scenarios)
+    compare = commands.add_parser("compare", help="two results tables: ratio of times, regressions named")
+    compare.add_argument("a", metavar="A.csv", help="the earlier table")
+    compare.add_argument("b", metavar="B.csv", help="the later one")
+    compare.add_argument("--strict", action="store_true", help="exit with code 3 where something became slower")
+    compare.set_defaults(run=cmd_compare.run)
     files = commands.add_parser("workflows", help="write the workflow files from the scenarios")
     files.add_argument("--check", action="store_true", help="only say which committed files differ")
     files.add_argument("--signatures", metavar="URL", help="first renew signatures.json from a running ComfyUI")
@@ -59,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2: wrong arguments, 130: interrupted)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parser().parse_args(arguments)
+    called_from = os.environ.get(CALLED_FROM)
+    if called_from is not None and Path(called_from).is_dir():
+        os.chdir(called_from)
     try:
         return int(args.run(args))
     except UnknownScenarioError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,12 +23,28 @@ def located(entry: NeededFile, folders: Sequence[Path]) -> Path | None:
     return next((path for folder in folders if (path := folder / kind / entry.default).is_file()), None)
 
 
+def missing(scenario: Scenario, folders: Sequence[Path]) -> list[str]:
+    """What this machine lacks for a scenario: files and Python packages. Empty where it is ready."""
+    files = [f"{e.folder}/{e.default}" for e in scenario.files if not e.optional and located(e, folders) is None]
+    return files + [f"package {name}" for name in scenario.packages if not _has_package(name)]
+
+
+def _has_package(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def describe(scenario: Scenario, folders: Sequence[Path]) -> str:
-    """A scenario in a few lines: id, title, what it needs and whether that is there."""
-    lines = [f"{scenario.id}  ({scenario.source})  {scenario.title}"]
+    """A scenario in a few lines: id, title, status, and what it needs."""
+    lacking = missing(scenario, folders)
+    status = f"missing: {', '.join(lacking)}" if lacking else "ready"
+    lines = [f"{scenario.id}  ({scenario.source})  {scenario.title}", f"    {status}"]
     for entry in scenario.files:
         found = "there" if located(entry, folders) else "not there"
         lines.append(f"    {entry.folder}/{entry.default}: {found}")
+    lines += [f"    package {name}: {'there' if _has_package(name) else 'not there'}" for name in scenario.packages]
     return "\n".join(lines)
 
 
@@ -36,8 +53,10 @@ def run_scenarios(args: argparse.Namespace) -> int:
     folders = model_folders()
     for scenario in SCENARIOS.values():
         print(describe(scenario, folders))
-    print("\nmodels folders: " + (", ".join(str(folder) for folder in folders) or "none known"))
-    print("A file that is not there is replaced by a demo with random weights; --checkpoint FILE names your own.")
+    ready = sum(1 for scenario in SCENARIOS.values() if not missing(scenario, folders))
+    print(f"\n{len(SCENARIOS)} scenarios, {ready} ready with their own files")
+    print("models folders: " + (", ".join(str(folder) for folder in folders) or "none known"))
+    print("A checkpoint that is not there is replaced by a demo with random weights; --checkpoint FILE names your own.")
     return 0
 
 

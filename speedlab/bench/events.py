@@ -19,7 +19,9 @@ LOADERS = frozenset(
     }
 )
 SAVERS = frozenset({"SaveImage", "PreviewImage"})
-SAMPLERS = frozenset({"KSampler", "KSamplerAdvanced", "SpeedLabProfileSampler", "SpeedLabEnsembleSampler"})
+SAMPLERS = frozenset(
+    {"KSampler", "KSamplerAdvanced", "SpeedLabProfileSampler", "SpeedLabEnsembleSampler", "SpeedLabBenchmark"}
+)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ EXTRA: Mapping[str, tuple[int, int]] = {
     "SpeedLabTextEncode": (60, 0),
     "SpeedLabProfileReport": (220, 660),
     "SpeedLabProfileSampler": (20, 110),
+    "SpeedLabBenchmark": (220, 420),
 }
 
 

@@ -20,7 +20,7 @@ NOISE = (
 
 
 # Options that name a model beside the checkpoint, and the folder below `models/` that holds such files.
-OTHER_MODELS = {"vae": "vae", "controlnet": "controlnet"}
+OTHER_MODELS = {"vae": "vae", "controlnet": "controlnet", "refiner": "checkpoints", "lora": "loras"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
     notes: list[str] = []
     named: dict[str, str | None] = {}
     for option, folder in (("checkpoint", "checkpoints"), *OTHER_MODELS.items()):
-        value = getattr(args, option)
+        value = getattr(args, option, None)
         if value is None or not looks_like_path(value):
             named[option] = value
         elif args.server:

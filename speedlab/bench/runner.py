@@ -4,33 +4,66 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import first_line
 from .client import ComfyClient
 from .errors import BenchError, ServerGone
-from .graph import split_lanes
+from .graph import ApiGraph, split_lanes
+from .journal import Journal
 from .progress import ProgressLine
 from .results import Outcome, fetch_pictures, fetch_records
 from .scenario import Scenario
+from .small import MARK, PROMPTS, shrink
 from .workflows import ui_graph
 
 
-async def run_scenario(client: ComfyClient, scenario: Scenario, out: Path) -> Outcome:
-    """Queue a scenario picture by picture; its outcome holds what was reached before an error."""
-    outcome = Outcome(scenario.id)
-    extra = {"extra_pnginfo": {"workflow": ui_graph(scenario)}}
+def parts_of(scenario: Scenario, small: bool = False) -> list[tuple[str, ApiGraph]]:
+    """The graphs that are queued one by one, each with the name of what it makes."""
     lanes = split_lanes(scenario.graph())
-    for number, (graph, prompt) in enumerate(zip(lanes, scenario.settings.prompts, strict=True), start=1):
-        several = len(lanes) > 1
-        line = ProgressLine(f"{scenario.id}{f' {number}/{len(lanes)}' if several else ''}", graph)
+    prompts = scenario.settings.prompts
+    # One lane a prompt where their numbers agree; any other graph has lanes of its own meaning.
+    named = [f"{scenario.id}_{prompt.name}" for prompt in prompts] if len(prompts) == len(lanes) > 1 else []
+    names = named or [f"{scenario.id}_{n}" if len(lanes) > 1 else scenario.id for n in range(1, len(lanes) + 1)]
+    parts = list(zip(names, lanes, strict=True))
+    return [(name, shrink(lane)) for name, lane in parts[:PROMPTS]] if small else parts
+
+
+async def run_scenario(
+    client: ComfyClient, scenario: Scenario, out: Path, *, small: bool = False, journal: Journal | None = None
+) -> Outcome:
+    """Queue a scenario picture by picture; its outcome holds what was reached before an error.
+
+    Parts that `journal` holds are not run again. Raises ServerGone where the server died.
+    """
+    outcome = Outcome(scenario.id)
+    parts = parts_of(scenario, small)
+    for number, (name, graph) in enumerate(parts, start=1):
+        if journal is not None and journal.recall(name, out, outcome):
+            outcome.recalled += 1
+            continue
+        line = ProgressLine(f"{scenario.id}{f' {number}/{len(parts)}' if len(parts) > 1 else ''}", graph)
+        before = len(outcome.records), len(outcome.pictures)
         try:
-            result = await client.run(graph, extra_data=extra, listener=line)
+            result = await client.run(graph, extra_data=extra_data(scenario, small), listener=line)
+            outcome.pictures += await fetch_pictures(client, result, out, name)
+            await fetch_records(client, result, out, outcome)
         except ServerGone:
             raise
         except BenchError as error:
             outcome.error = str(error)
             return outcome
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            outcome.error = f"the server's answer makes no sense: {type(error).__name__}: {first_line(error)}"
+            return outcome
         finally:
             line.done()
-        name = f"{scenario.id}_{prompt.name}" if several else scenario.id
-        outcome.pictures += await fetch_pictures(client, result, out, name)
-        await fetch_records(client, result, out, outcome)
+        if journal is not None and outcome.error is None:
+            runs = [path.stem for path in outcome.records[before[0] :]]
+            journal.finished(name, runs, outcome.pictures[before[1] :])
     return outcome
+
+
+def extra_data(scenario: Scenario, small: bool) -> dict[str, object]:
+    """What a prompt carries beside its graph: the workflow, and the scenario's name for the record."""
+    workflow = ui_graph(scenario)
+    named = {**workflow["extra"]["speedlab"], "scenario": scenario.id + (MARK if small else "")}
+    return {"extra_pnginfo": {"workflow": workflow, "speedlab": named}}

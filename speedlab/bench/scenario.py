@@ -67,7 +67,10 @@ class Published:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One row of the table: a drag-in workflow, the same graph headless, and what both need."""
+    """One row of the table: a drag-in workflow, the same graph headless, and what both need.
+
+    `packages` are Python modules beside ComfyUI's own that it cannot run without.
+    """
 
     id: str
     source: str
@@ -79,6 +82,7 @@ class Scenario:
     published: tuple[Published, ...]
     plan: Plan
     build: Callable[[Scenario], Graph]
+    packages: tuple[str, ...] = ()
 
     def graph(self) -> Graph:
         """The scenario's graph with its own settings."""

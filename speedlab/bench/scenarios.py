@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .catalog_accelerate import ACCELERATE_SCENARIOS
+from .catalog_bench import BENCH_SCENARIOS
 from .catalog_common import (
     A100,
     CHECKPOINT_ANY,
@@ -66,6 +67,7 @@ _TABLE = (
         build=text_to_image,
     ),
     *ACCELERATE_SCENARIOS,
+    *BENCH_SCENARIOS,
 )
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({entry.id: entry for entry in _TABLE})

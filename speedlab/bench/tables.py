@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 HEADER = ("plan", "max VRAM", "time", "step time", "batch", "resolution", "steps", "cfg")
 RAM_COLUMN = "max RSS"
+QUALITY = ("PSNR", "SSIM")
 NOTHING = "-"
 
 
@@ -44,12 +45,19 @@ def cells(row: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
+def _quality(row: Mapping[str, str]) -> tuple[str, str]:
+    psnr, ssim = _number(row, "psnr"), _number(row, "ssim")
+    return NOTHING if psnr is None else f"{psnr:.1f} dB", NOTHING if ssim is None else f"{ssim:.4f}"
+
+
 def format_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """The rows under a header, columns aligned. The RAM column appears where a row has no VRAM figure."""
+    """The rows under a header, columns aligned. RAM appears where a row has no VRAM, quality where one has it."""
     with_ram = any(not row.get("max_vram_gb") for row in rows)
-    lines = [(*HEADER, RAM_COLUMN), *(cells(row) for row in rows)]
+    lines: list[tuple[str, ...]] = [(*HEADER, RAM_COLUMN), *(cells(row) for row in rows)]
     if not with_ram:
         lines = [line[:-1] for line in lines]
+    if any(row.get("psnr") for row in rows):
+        lines = [(*line, *more) for line, more in zip(lines, (QUALITY, *map(_quality, rows)), strict=True)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))

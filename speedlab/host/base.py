@@ -12,6 +12,8 @@ from pathlib import Path
 from ..errors import SpeedLabError
 
 CACHE_VARIABLE = "SPEEDLAB_CACHE"
+# Where the user called run.py from.
+CALLED_FROM = "SPEEDLAB_CALLED_FROM"
 COMFYUI_VARIABLE = "COMFYUI_PATH"
 
 

@@ -8,10 +8,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from ..errors import SpeedLabError
-from .base import COMFYUI_VARIABLE, cache_root, child_environment, pack_locations, pack_root
+from .base import CALLED_FROM, COMFYUI_VARIABLE, cache_root, child_environment, pack_locations, pack_root
 from .commands import CHECKS, INTERRUPTED, PYTEST, run_checks, run_child
 from .managed import ManagedHost
 from .progress import Reporter
@@ -23,7 +24,8 @@ from .serve import serve
 BENCH_COMMANDS = {
     "demo": "stock KSampler and the best plan, side by side, with a picture and both table rows",
     "bench": "run scenarios on a real server and measure them: bench SCENARIO... [--checkpoint FILE]",
-    "scenarios": "list the scenarios and what each needs",
+    "scenarios": "list the scenarios, what each needs and whether that is there",
+    "compare": "two results tables: ratio of times with a confidence interval, regressions named",
 }
 OWN_COMMANDS = {
     "test": "run the tests; arguments go to pytest",
@@ -146,7 +148,8 @@ def _run(call: Call, reporter: Reporter) -> int:
     if call.command == "test":
         return run_child([str(host.python), "-c", PYTEST, *call.arguments], cwd=root, env=env)
     command = [str(host.python), "-m", "speedlab.bench", call.command, *call.arguments]
-    return run_child(command, cwd=root, env=env)
+    # Python finds the pack from its root, but file names on the command line are relative to where the user stands.
+    return run_child(command, cwd=root, env={**env, CALLED_FROM: str(Path.cwd())})
 
 
 def _help_without_host(call: Call) -> bool:

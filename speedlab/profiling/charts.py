@@ -32,12 +32,12 @@ def run_chart(record: RunRecord) -> Any:
 
     Raises UnavailableError without matplotlib.
     """
-    figure = _new_figure(9.0, 5.2)
+    figure = new_figure(9.0, 5.2)
     steps_axes, phase_axes = figure.subplots(2, 1, height_ratios=(4, 1))
     _draw_steps(steps_axes, record)
     _draw_phases(phase_axes, record)
     figure.tight_layout()
-    return _to_image(figure)
+    return to_image(figure)
 
 
 def _draw_steps(axes: Axes, record: RunRecord) -> None:
@@ -99,7 +99,8 @@ def _step_ms(step: Any) -> float:
     return float(step["cpu_ms"] if step["gpu_ms"] is None else step["gpu_ms"])
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, inches at 100 dots each, drawn without a display. Raises UnavailableError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -110,7 +111,8 @@ def _new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _to_image(figure: Figure) -> Any:
+def to_image(figure: Figure) -> Any:
+    """A figure as an IMAGE tensor [1, H, W, 3] in 0..1."""
     import numpy
     import torch
 

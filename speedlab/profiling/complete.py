@@ -121,7 +121,7 @@ def merge_memory(
 def _with_images(record: RunRecord, images: Any, context: NodeContext, store: RunStore) -> RunRecord:
     """Save the pictures beside the records, with the workflow in them, and time it: text to saved picture ends here."""
     started = time.perf_counter_ns()
-    paths = _save_pngs(images, record.run_id, context, store)
+    paths = save_pngs(images, record.run_id, context, store)
     ms = (time.perf_counter_ns() - started) / 1e6
     relative = [path.relative_to(store.root.parent).as_posix() for path in paths]
     return record.changed(
@@ -142,21 +142,22 @@ def _with_chart(record: RunRecord, chart: Any, store: RunStore) -> RunRecord:
     path = store.root / "charts" / f"{record.run_id}.png"
     try:
         store.folder("charts")
-        Image.fromarray(_to_bytes(chart)[0]).save(path)
+        Image.fromarray(to_bytes(chart)[0]).save(path)
     except OSError as error:
         raise ResultsError(f"The chart could not be saved to {path}: {first_line(error)}") from error
     relative = path.relative_to(store.root.parent).as_posix()
     return record.changed(artifacts={**record.artifacts, "chart": relative})
 
 
-def _save_pngs(images: Any, run_id: str, context: NodeContext, store: RunStore) -> list[Path]:
+def save_pngs(images: Any, run_id: str, context: NodeContext, store: RunStore, first: int = 0) -> list[Path]:
+    """Save IMAGEs [B, H, W, 3] as `<run id>_<number>.png`, numbered from `first`. Raises ResultsError."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     paths, folder = [], store.root / "images"
     try:
         store.folder("images")
-        for index, pixels in enumerate(_to_bytes(images)):
+        for index, pixels in enumerate(to_bytes(images), start=first):
             path = folder / f"{run_id}_{index:03d}.png"
             Image.fromarray(pixels).save(path, pnginfo=_metadata(PngInfo(), context), compress_level=4)
             paths.append(path)
@@ -165,7 +166,8 @@ def _save_pngs(images: Any, run_id: str, context: NodeContext, store: RunStore) 
     return paths
 
 
-def _to_bytes(images: Any) -> Any:
+def to_bytes(images: Any) -> Any:
+    """IMAGEs in 0..1 as 8-bit pixels (numpy [B, H, W, 3]); NaN is black."""
     import torch
 
     finite = torch.nan_to_num(images.float(), nan=0.0, posinf=1.0, neginf=0.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,7 +147,8 @@ def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | Non
 def csv_row(record: RunRecord) -> dict[str, str]:
     """The record's row in results.csv; an unknown value is an empty cell."""
     request, summary, phases = record.request, record.summary, record.phases_ms
-    runs = [total_ms(phases, ms) for ms in summary.get("runs_ms", ())]
+    # A benchmark times every repeat from text to picture; a sampler repeats only the sampling.
+    runs = summary.get("totals_ms") or [total_ms(phases, ms) for ms in summary.get("runs_ms", ())]
     times = spread([ms / 1000.0 for ms in runs if ms is not None])
     overall = record.memory.get("overall", {})
     quality = record.quality or {}
@@ -167,7 +169,7 @@ def csv_row(record: RunRecord) -> dict[str, str]:
         "accelerators": "+".join(request.get("accelerators", ())),
         "checkpoint": (request.get("checkpoint") or {}).get("name"),
         "peak_rss_gb": overall.get("peak_rss_gb"),
-        "psnr": quality.get("psnr"),
+        "psnr": math.inf if quality.get("identical") else quality.get("psnr"),
         "ssim": quality.get("ssim"),
         "status": record.status,
         "error": record.error,

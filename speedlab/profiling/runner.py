@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,12 +45,18 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What to measure: `warmup` runs that do not count, `repeats` that do, and whether NVTX ranges are emitted."""
+    """What to measure: `warmup` runs that do not count, `repeats` that do, and whether NVTX ranges are emitted.
+
+    `part`: one part of a larger measurement, whose owner writes the record; nothing is written or noted here.
+    `on_step` is called with the number of each finished step in place of ComfyUI's own progress bar and preview.
+    """
 
     detail: str = "timing"
     warmup: int = 0
     repeats: int = 1
     nvtx: bool = True
+    part: bool = False
+    on_step: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,15 +101,21 @@ def profile_sampling(
     reading = PeakReading()
     try:
         with measure_peak(model.load_device) as reading:
-            timeline.note_between(reading.before)
+            if not options.part:
+                timeline.note_between(reading.before)
             out = _run_all(model, request, positive, negative, latent, options, session)
     except BaseException as error:
-        session.status, session.error = _classify(error), _message(error)
+        session.status, session.error = failure_status(error), failure_message(error)
         session.peak = reading.peak
+        if options.part:
+            raise
         _keep_failed(store, model, request, latent, session, context)
         raise
     session.peak = reading.peak
     record = _record(model, request, latent, session, context)
+    marked = {**out, LATENT_MARK: {**latent_mark(model), "run_id": session.run_id}}
+    if options.part:
+        return ProfiledLatent(marked, record)
     try:
         store.write(record)
     except ResultsError as error:
@@ -111,7 +123,7 @@ def profile_sampling(
         log.error("SpeedLab: %s", error)
         record = record.changed(warnings=(*record.warnings, str(error)))
     _note_sampling(session)
-    return ProfiledLatent({**out, LATENT_MARK: {**latent_mark(model), "run_id": session.run_id}}, record)
+    return ProfiledLatent(marked, record)
 
 
 def _note_sampling(session: _Session) -> None:
@@ -136,7 +148,7 @@ def _run_all(
     first: dict[str, Any] | None = None
     with nvtx.nvtx_range(emitter, nvtx.RUN, options.repeats):
         for index in range(options.warmup + options.repeats):
-            trace = SamplingTrace(clock_for(model.load_device), emitter)
+            trace = SamplingTrace(clock_for(model.load_device), emitter, on_step=options.on_step)
             session.traces.append(trace)
             trace.called = Mark(time.perf_counter_ns())
             try:
@@ -302,7 +314,8 @@ def _memory(
     return {**{name: memory_dict(peak) for name, peak in by_phase.items()}, "overall": memory_dict(overall)}
 
 
-def _classify(error: BaseException) -> str:
+def failure_status(error: BaseException) -> str:
+    """The record's status for what ended a run: cancelled, oom or error."""
     import comfy.model_management as mm
 
     if isinstance(error, (mm.InterruptProcessingException, KeyboardInterrupt)):
@@ -313,7 +326,8 @@ def _classify(error: BaseException) -> str:
     return "oom" if "out of memory" in text or "defaultcpuallocator" in text else "error"
 
 
-def _message(error: BaseException) -> str:
+def failure_message(error: BaseException) -> str:
+    """The record's error text: type and first line."""
     return f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -95,20 +95,40 @@ def note_between(peak: MemoryPeak) -> None:
         note(PhaseEntry("between", None, 0.0, peak))
 
 
+@dataclass
+class Block:
+    """A measured block of work: filled when it ends well. Times in milliseconds."""
+
+    info: dict[str, Any] = field(default_factory=dict)
+    ms: float = 0.0
+    end_ns: int = 0
+    peak: MemoryPeak = field(default_factory=MemoryPeak)
+    before: MemoryPeak = field(default_factory=MemoryPeak)
+
+
+@contextmanager
+def measured(name: Phase, device: Any = "cpu") -> Iterator[Block]:
+    """Time a block and its memory peaks, synchronised at both ends, under the phase's NVTX range."""
+    block = Block()
+    synchronize(device)
+    with measure_peak(device) as reading:
+        block.before = reading.before
+        start = time.perf_counter_ns()
+        with nvtx.nvtx_range(nvtx.emitter(name in _RANGES), _RANGES.get(name, nvtx.RUN)):
+            yield block
+            synchronize(device)
+        block.end_ns = time.perf_counter_ns()
+    block.ms, block.peak = (block.end_ns - start) / 1e6, reading.peak
+
+
 @contextmanager
 def phase(name: Phase, device: Any = "cpu") -> Iterator[dict[str, Any]]:
     """Time a block as a phase of the executing prompt, synchronised at both ends; yields a dict for extra facts.
 
     A block that fails is not noted: its time would describe nothing that the user can use.
     """
-    info: dict[str, Any] = {}
-    synchronize(device)
-    with measure_peak(device) as reading:
-        note_between(reading.before)
-        start = time.perf_counter_ns()
-        with nvtx.nvtx_range(nvtx.emitter(name in _RANGES), _RANGES.get(name, nvtx.RUN)):
-            yield info
-            synchronize(device)
-        end = time.perf_counter_ns()
+    with measured(name, device) as block:
+        note_between(block.before)
+        yield block.info
     now = executing()
-    note(PhaseEntry(name, now.node_id, (end - start) / 1e6, reading.peak, info, now.list_index, end))
+    note(PhaseEntry(name, now.node_id, block.ms, block.peak, block.info, now.list_index, block.end_ns))

@@ -68,6 +68,7 @@ class SamplingTrace:
     end: Mark | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    on_step: Callable[[int], None] | None = None
     _current: Evaluation | None = None
     _open_step: bool = False
 
@@ -179,7 +180,11 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
 
 def _observed(callback: Callable[..., Any] | None, trace: SamplingTrace) -> Callable[..., Any]:
     def observed(step: int, *args: Any, **kwargs: Any) -> Any:
-        result = callback(step, *args, **kwargs) if callback is not None else None
+        if trace.on_step is not None:
+            trace.on_step(int(step) + 1)
+            result = None
+        else:
+            result = callback(step, *args, **kwargs) if callback is not None else None
         trace.step_done(int(step))
         return result
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from speedlab.bench import workflows
-from speedlab.bench.graph import is_link
+from speedlab.bench.events import SAMPLERS
+from speedlab.bench.graph import GROUPS, is_link
 from speedlab.bench.layout import Box
 from speedlab.bench.plans import Plan, best_plan
 from speedlab.bench.scenario import FAMILIES, SOURCES
@@ -47,7 +48,7 @@ def test_both_formats_are_the_same_graph(scenario):
     ui, api = committed(scenario)
     for node in api.values():
         named = node["_meta"].pop("speedlab", None)
-        assert (named == ui["extra"]["speedlab"]) == (node["class_type"] == "SpeedLabProfileSampler")
+        assert (named == ui["extra"]["speedlab"]) == (node["class_type"] in SAMPLERS)
     assert ui_to_api(ui) == api
 
 
@@ -76,7 +77,8 @@ def test_no_two_nodes_overlap_and_groups_hold_their_nodes(scenario):
     pairs = [(a, b) for a in boxes for b in boxes if a < b and boxes[a].overlaps(boxes[b])]
     assert pairs == []
     groups = [Box(*group["bounding"]) for group in ui["groups"]]
-    assert [group["title"] for group in ui["groups"]] == ["Load", "Prompt", "Sample", "Decode", "Measure"]
+    used = {node.group for node in scenario.graph().nodes}
+    assert [group["title"] for group in ui["groups"]] == [name for name in GROUPS if name in used]
     for node in ui["nodes"]:
         box = boxes[node["id"]]
         around = [

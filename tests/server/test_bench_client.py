@@ -25,6 +25,10 @@ from speedlab.bench.signatures import signature_from_info, snapshot
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "speedlab_demo_sd15.safetensors"
 TINY = DemoSettings(text="a tree", negative="", seed=1, width=64, height=64, steps=2)
+# Repeats take long at any size: test_scenarios_small.py runs every scenario cut down.
+PLAIN = [
+    entry for entry in SCENARIOS.values() if entry.settings.repeats == 1 and entry.graph().find("SpeedLabProfileReport")
+]
 pytestmark = pytest.mark.server
 
 
@@ -61,7 +65,7 @@ def test_the_signature_snapshot_is_what_the_server_says(server):
     assert {node_id for node_id in info if node_id.startswith("SpeedLab")} <= set(snapshot())
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
+@pytest.mark.parametrize("scenario", PLAIN, ids=[scenario.id for scenario in PLAIN])
 def test_every_workflow_runs(server, scenario, request):
     if scenario.plan.decoder == "tiny":
         request.getfixturevalue("taesd_files")

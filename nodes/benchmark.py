@@ -1,0 +1,111 @@
+"""Measure one graph over one or two axes of settings."""
+
+from __future__ import annotations
+
+import comfy.samplers
+
+from ..speedlab.bench.sweep.axes import AXES, NO_AXIS
+from ..speedlab.bench.sweep.output import read_prompts, write_output
+from ..speedlab.bench.sweep.runner import Sweep, SweepRequest
+from ..speedlab.bench.sweep.settings import CellSettings
+from ..speedlab.bench.sweep.techniques import Parts
+from ..speedlab.core import core_nodes
+from ..speedlab.profiling.context import NodeContext
+
+_HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"}
+_VALUES = (
+    "One a line or between commas; * before a value makes it the baseline. batch: 1, 2, 4, max. resolution: 768x512. "
+    "sampler: dpmpp_2m/karras@20. deepcache_interval, cfg_stop_at, compile, attention: off too. plan, one a line: "
+    "fast=attention(sdpa)+deepcache(cache_interval=3)+tiny."
+)
+
+
+def _text(default: str, tooltip: str, multiline: bool = True) -> tuple[str, dict]:
+    return "STRING", {"default": default, "multiline": multiline, "tooltip": tooltip}
+
+
+def _int(default: int, low: int, high: int, tooltip: str, step: int = 1) -> tuple[str, dict]:
+    return "INT", {"default": default, "min": low, "max": high, "step": step, "tooltip": tooltip}
+
+
+class Benchmark:
+    """Every value of one or two axes, measured in turn."""
+
+    NODE_ID = "SpeedLabBenchmark"
+    DISPLAY_NAME = "Benchmark (SpeedLab)"
+    CATEGORY = "SpeedLab/measure"
+    DESCRIPTION = (
+        "Makes the same picture with every value of one or two axes and tells what each costs: time with its spread, "
+        "peak memory, and how far the picture is from the baseline's. Cells run in turn, so that drift of the machine "
+        "hits them all; what fails is a row. Every cell becomes a row of output/speedlab/results.csv."
+    )
+    RETURN_TYPES = ("STRING", "IMAGE", "IMAGE", "STRING")
+    RETURN_NAMES = ("table", "plot", "contact_sheet", "csv_path")
+    OUTPUT_TOOLTIPS = (
+        "The results as a Markdown table.",
+        "Time, memory, throughput and quality over the first axis.",
+        "The picture of every cell with time, memory and quality under it.",
+        "Where results.csv lies.",
+    )
+    FUNCTION = "benchmark"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "The model to measure, with any accelerations attached."}),
+                "clip": ("CLIP", {"tooltip": "The text encoder: the benchmark encodes the prompts itself."}),
+                "vae": ("VAE", {"tooltip": "The VAE that decodes where no tiny decoder is chosen."}),
+                "positive": _text("a lighthouse on a rocky coast at dawn", "One prompt, or one a line: averaged."),
+                "negative": _text("", "What the pictures shall not show. Blank on SDXL: zeroed conditioning."),
+                "axis_x": (list(AXES), {"default": "steps", "tooltip": "What to vary, from left to right."}),
+                "values_x": _text("10, 20, 30", f"The values of axis_x. {_VALUES}"),
+                "axis_y": ([NO_AXIS, *AXES], {"default": NO_AXIS, "tooltip": "A second thing to vary, or none."}),
+                "values_y": _text("", "The values of axis_y, written like those of axis_x."),
+                "width": _int(512, 64, 16384, "Width in pixels, where no axis or plan sets it.", 8),
+                "height": _int(512, 64, 16384, "Height in pixels, where no axis or plan sets it.", 8),
+                "batch": _int(1, 1, 4096, "Pictures at once, where no axis or plan sets them."),
+                "steps": _int(20, 1, 10000, "Sampling steps, where no axis or plan sets them."),
+                "cfg": (
+                    "FLOAT",
+                    {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01,
+                     "tooltip": "Guidance, where no axis or plan sets it."},
+                ),
+                "sampler_name": (comfy.samplers.KSampler.SAMPLERS, {"tooltip": "The sampler, where no axis sets it."}),
+                "scheduler": (comfy.samplers.KSampler.SCHEDULERS, {"tooltip": "The scheduler, where no axis sets it."}),
+                "seed": _text("0", "One seed for all prompts, or one a line. Every cell uses the same."),
+                "warmup": _int(1, 0, 100, "Rounds before the measured ones; the very first run is told apart."),
+                "repeats": _int(5, 1, 1000, "Measured rounds: the table shows their median and spread."),
+                "plan": _text(
+                    "", "Techniques for every cell, such as attention(sdpa)+tiny; blank: the graph as it is.", False
+                ),
+            },
+            "hidden": _HIDDEN,
+        }  # fmt: skip
+
+    @classmethod
+    def IS_CHANGED(cls, **_: object) -> float:
+        """A measurement is never taken from the cache."""
+        return float("nan")
+
+    def benchmark(
+        self, model: object, clip: object, vae: object, positive: str, negative: str, axis_x: str, values_x: str,
+        axis_y: str, values_y: str, width: int, height: int, batch: int, steps: int, cfg: float, sampler_name: str,
+        scheduler: str, seed: str, warmup: int = 1, repeats: int = 5, plan: str = "", prompt: object = None,
+        extra_pnginfo: object = None, unique_id: object = None,
+    ) -> dict:  # fmt: skip
+        from . import NODE_CLASS_MAPPINGS
+
+        request = SweepRequest(
+            axis_x, values_x, axis_y, values_y,
+            CellSettings(width, height, batch, steps, cfg, sampler_name, scheduler),
+            plan, read_prompts(positive, negative, seed), warmup, repeats,
+        )  # fmt: skip
+        nodes = {**core_nodes().NODE_CLASS_MAPPINGS, **NODE_CLASS_MAPPINGS}
+        sweep = Sweep(Parts(model, clip, vae), request, nodes, NodeContext.of(prompt, extra_pnginfo, unique_id))
+        output = write_output(sweep.run(), sweep.store)
+        return {"ui": output.ui, "result": (output.table, output.plot, output.sheet, output.csv_path)}
+
+
+NODES = (Benchmark,)

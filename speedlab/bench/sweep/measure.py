@@ -1,0 +1,153 @@
+"""One run of one cell on one prompt: encode, sample, decode, save, through the engine behind the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ... import conditioning, decoding, tiny_vae
+from ...core import core_nodes
+from ...errors import SpeedLabError
+from ...loading import family_of
+from ...profiling.complete import merge_memory, save_pngs
+from ...profiling.context import NodeContext
+from ...profiling.memory import MemoryPeak
+from ...profiling.record import RunRecord, memory_dict
+from ...profiling.runner import ProfileOptions, SamplingRequest, profile_sampling
+from ...profiling.store import RunStore
+from ...profiling.timeline import Block, measured
+from .plan_text import SweepTextError
+from .reload import Reloader
+from .settings import CellSettings
+from .techniques import DECODERS, WEIGHTS, NodeTable, Parts, attach, options_of
+from .tokens import prompt_of_length
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text with its seed; a blank `negative` is none."""
+
+    text: str
+    negative: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A cell ready to run: its parts with every technique attached, and the decoder's options."""
+
+    parts: Parts
+    settings: CellSettings
+    decoder: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OneRun:
+    """One picture's (or batch's) times in milliseconds. `record` is the sampler's, with memory over all phases."""
+
+    record: RunRecord
+    encode_ms: float
+    sample_ms: float
+    decode_ms: float
+    save_ms: float
+    pictures: Any
+    decode_info: dict[str, Any]
+    files: tuple[str, ...]
+
+    @property
+    def total_ms(self) -> float:
+        """Text to saved picture, without moving weights to the device."""
+        prepare = self.record.phases_ms.get("prepare")
+        extra = float(prepare) if isinstance(prepare, (int, float)) else 0.0
+        return self.encode_ms + extra + self.sample_ms + self.decode_ms + self.save_ms
+
+
+def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Reloader) -> Prepared:
+    """Load and attach what the settings ask for. Raises SpeedLabError where this graph or this machine cannot."""
+    if settings.handoff is not None:
+        raise SpeedLabError(
+            "The handoff axis needs a refiner, and Benchmark has no input for one. Measure a hand-over with Ensemble "
+            "Sampler (SpeedLab)."
+        )
+    if settings.weights is not None:
+        wanted = options_of(settings.weights, WEIGHTS, nodes)
+        parts = reloader.parts_in(wanted.get("precision", "auto"), wanted.get("memory_format"))
+    for technique in settings.techniques:
+        parts = attach(parts, technique, nodes)
+    if settings.decoder.name == "full" and parts.vae is None:
+        raise SpeedLabError("There is no VAE: the checkpoint file holds none. Load one with Load VAE.")
+    conditioning.require_clip(parts.clip)
+    return Prepared(parts, settings, options_of(settings.decoder, DECODERS[settings.decoder.name], nodes))
+
+
+def check_sampler(settings: CellSettings) -> None:
+    """Raise SweepTextError for a sampler or scheduler that this ComfyUI does not have."""
+    import difflib
+
+    import comfy.samplers
+
+    known = comfy.samplers.KSampler
+    for what, name, names in (
+        ("sampler", settings.sampler, known.SAMPLERS), ("scheduler", settings.scheduler, known.SCHEDULERS),
+    ):  # fmt: skip
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3)
+            raise SweepTextError(f"There is no {what} '{name}'. Choose {', '.join(close or names)}.")
+
+
+def run_once(
+    prepared: Prepared, prompt: Prompt, context: NodeContext, store: RunStore, picture_id: str, first_picture: int,
+    on_step: Callable[[int], None],
+) -> OneRun:  # fmt: skip
+    """Make one prompt's pictures and measure each phase. Pictures of a later repeat replace those of an earlier one."""
+    parts, settings = prepared.parts, prepared.settings
+    text = prompt.text
+    if settings.prompt_tokens is not None:
+        text = prompt_of_length(parts.clip, text, settings.prompt_tokens)
+    with measured("text_encode", conditioning.device_of(parts.clip)) as encoded:
+        positive = conditioning.encode(parts.clip, text)
+        negative = _negative(parts, prompt, positive)
+    latent = core_nodes().EmptyLatentImage().generate(settings.width, settings.height, settings.batch)[0]
+    sampled = profile_sampling(
+        parts.model,
+        SamplingRequest(prompt.seed, settings.steps, settings.cfg, settings.sampler, settings.scheduler),
+        positive, negative, latent, ProfileOptions(part=True, on_step=on_step), context,
+    )  # fmt: skip
+    device = tiny_vae.decode_device() if settings.decoder.name == "tiny" else parts.vae.device
+    with measured("decode", device) as decoded:
+        result = _decode(prepared, sampled.latent)
+    with measured("save") as saved:
+        files = save_pngs(result.images, picture_id, context, store, first_picture)
+    run = (sampled.record.summary.get("run") or {}).get("median")
+    return OneRun(
+        record=_with_memory(sampled.record, encoded, decoded),
+        encode_ms=encoded.ms,
+        sample_ms=float(run or 0.0),
+        decode_ms=decoded.ms,
+        save_ms=saved.ms,
+        pictures=result.images[:1].float().cpu(),
+        decode_info=dict(result.info),
+        files=tuple(path.relative_to(store.root.parent).as_posix() for path in files),
+    )
+
+
+def _negative(parts: Parts, prompt: Prompt, positive: Any) -> Any:
+    """No negative prompt is zeroed conditioning on SDXL, and the encoded empty text elsewhere."""
+    if not prompt.negative.strip() and family_of(parts.model).startswith("SDXL"):
+        return core_nodes().ConditioningZeroOut().zero_out(positive)[0]
+    return conditioning.encode(parts.clip, prompt.negative)
+
+
+def _decode(prepared: Prepared, latent: dict[str, Any]) -> decoding.Decoded:
+    parts = prepared.parts
+    if prepared.settings.decoder.name == "tiny":
+        return tiny_vae.decode_tiny(latent, tiny_vae.TinyDecodeConfig(**prepared.decoder), parts.model)
+    return decoding.decode(parts.vae, latent, decoding.DecodeConfig(**prepared.decoder))
+
+
+def _with_memory(record: RunRecord, encoded: Block, decoded: Block) -> RunRecord:
+    memory = merge_memory(record.memory, "text_encode", memory_dict(encoded.peak))
+    between: MemoryPeak = decoded.before
+    memory = merge_memory(merge_memory(memory, "decode", memory_dict(decoded.peak)), None, memory_dict(between))
+    return replace(record, memory=memory)

@@ -1,0 +1,272 @@
+"""Benchmark on small real models: rows, order, quality, failures, cancel, and nothing left behind."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+SETTINGS = {
+    "positive": "a tree", "negative": "", "axis_x": "steps", "values_x": "1, 2", "axis_y": "none", "values_y": "",
+    "width": 64, "height": 64, "batch": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal",
+    "seed": "7", "warmup": 0, "repeats": 1, "plan": "",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded(pack, base_dir, demo_checkpoint):
+    folder = base_dir / "models" / "checkpoints"
+    target = folder / demo_checkpoint.name
+    if not target.exists():
+        target.symlink_to(demo_checkpoint)
+    import torch
+
+    with torch.inference_mode():
+        loader = pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]()
+        return loader.load(demo_checkpoint.name, "fp32", "contiguous")[:3]
+
+
+@pytest.fixture
+def output(tmp_path, comfy):
+    """An output folder of the test's own."""
+    folder_paths = importlib.import_module("folder_paths")
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+    yield tmp_path
+    folder_paths.set_output_directory(before)
+
+
+@pytest.fixture
+def bench(node, loaded, output):
+    """Run the node; keyword arguments override the settings. Gives outputs, rows of the CSV and records by run id."""
+
+    def run(**changes):
+        model, clip, vae = loaded
+        settings = {"model": model, "clip": clip, "vae": vae, **SETTINGS, **changes}
+        result = node("SpeedLabBenchmark").benchmark(**settings)
+        return result["result"], rows_of(output), result["ui"]
+
+    return run
+
+
+def rows_of(output: Path) -> list[dict[str, str]]:
+    path = output / "speedlab" / "results.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def record_of(output: Path, row: dict[str, str]) -> dict:
+    return json.loads((output / "speedlab" / "runs" / f"{row['run_id']}.json").read_text())
+
+
+def test_two_axes_make_a_row_a_cell_with_quality_against_the_baseline(bench, output):
+    (table, plot, sheet, csv_path), rows, ui = bench(values_x="*2, 1", axis_y="cfg", values_y="*4, 6", repeats=2)
+    assert len(rows) == 4
+    assert {(row["steps"], row["cfg"]) for row in rows} == {("2", "4"), ("1", "4"), ("2", "6"), ("1", "6")}
+    first = rows[0]
+    assert (first["steps"], first["cfg"], first["psnr"]) == ("2", "4", "")
+    assert all(0 < float(row["psnr"]) < 100 and -1 <= float(row["ssim"]) < 1 for row in rows[1:])
+    assert all(row["status"] == "ok" and row["repeats"] == "2" and float(row["time_s"]) > 0 for row in rows)
+    assert all(float(row["time_min_s"]) <= float(row["time_s"]) <= float(row["time_max_s"]) for row in rows)
+    assert csv_path == str(output / "speedlab" / "results.csv")
+    assert table.count("\n| stock |") == 4 and "baseline" in table
+    assert plot.shape[-1] == 3 and sheet.shape[1] > 2 * 256 and sheet.shape[2] > 2 * 256
+    assert {entry["run_id"] for entry in ui["speedlab"]} == {row["run_id"] for row in rows}
+    for row in rows:
+        record = record_of(output, row)
+        assert len(record["summary"]["totals_ms"]) == len(record["summary"]["runs_ms"]) == 2
+        assert all((output / name).is_file() for name in record["artifacts"]["images"])
+    assert len(list((output / "speedlab" / "runs").glob("*.json"))) == 4
+
+
+def test_cells_take_turns(bench, engine, monkeypatch):
+    runner = engine("bench.sweep.runner")
+    order, real = [], runner.run_once
+
+    def noted(prepared, *args):
+        order.append(prepared.settings.steps)
+        return real(prepared, *args)
+
+    monkeypatch.setattr(runner, "run_once", noted)
+    bench(values_x="1, 2", warmup=1, repeats=2)
+    assert order == [1, 2, 1, 2, 1, 2]
+
+
+def test_the_picture_is_profile_samplers_decoded_by_vae_decode(bench, node, loaded, core, output):
+    import numpy
+    from PIL import Image
+
+    model, clip, vae = loaded
+    _, rows, _ = bench(values_x="2")
+    encode, zero = node("SpeedLabTextEncode").encode, node("SpeedLabTextEncode").encode(clip, "")[0]
+    latent = core.EmptyLatentImage().generate(64, 64, 1)[0]
+    sampled = core.KSampler().sample(model, 7, 2, 4.0, "euler", "normal", encode(clip, "a tree")[0], zero, latent)[0]
+    wanted = (vae.decode(sampled["samples"]).clamp(0, 1) * 255).to(dtype=importlib.import_module("torch").uint8)
+    file = output / record_of(output, rows[0])["artifacts"]["images"][0]
+    assert numpy.array_equal(numpy.asarray(Image.open(file)), wanted[0].numpy())
+
+
+def test_plans_change_techniques_decoder_and_settings(bench, output, taesd_files, base_dir):
+    for file in taesd_files.glob("taesd_decoder*"):
+        target = base_dir / "models" / "vae_approx" / file.name
+        if not target.exists():
+            target.symlink_to(file)
+    plans = "base=stock\nfast=attention(sdpa)+deepcache(2)+dynamic_cfg(stop_at=0.5)+tiny+settings(steps=4)\n*same=stock"
+    (table, *_), rows, _ = bench(axis_x="plan", values_x=plans)
+    by_plan = {row["plan"]: row for row in rows}
+    assert by_plan["base"]["psnr"] == "inf" and by_plan["base"]["ssim"] == "1"
+    assert by_plan["fast"]["steps"] == "4"
+    for word in ("attention", "deepcache(cache_interval=2", "dynamic_cfg", "tiny_vae(taesd)"):
+        assert word in by_plan["fast"]["accelerators"]
+    steps = record_of(output, by_plan["fast"])["steps"]
+    assert [step["cached"] for step in steps] == [False, True, False, True]
+    assert [step["uncond_rows"] for step in steps] == [1, 1, 0, 0]
+    assert by_plan["base"]["accelerators"] == ""
+    assert "| fast |" in table
+
+
+def test_what_cannot_run_is_a_row_and_the_rest_goes_on(bench):
+    (table, *_), rows, _ = bench(axis_x="compile", values_x="off, no_such_backend", values_y="")
+    states = {row["plan"]: (row["status"], row["error"]) for row in rows}
+    assert states["compile=off"] == ("ok", "")
+    status, error = states["compile=no_such_backend"]
+    assert status == "error" and "SpeedLabCompileModel" in error
+    assert "no_such_backend: error" in table
+    _, rows, _ = bench(axis_x="handoff", values_x="0.8")
+    assert rows[-1]["status"] == "error" and "refiner" in rows[-1]["error"]
+
+
+def test_out_of_memory_is_a_row_and_the_largest_batch_is_found(bench, engine, monkeypatch):
+    runner = engine("bench.sweep.runner")
+    real = runner.run_once
+
+    def small_card(prepared, *args):
+        if prepared.settings.batch > 5:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(prepared, *args)
+
+    monkeypatch.setattr(runner, "run_once", small_card)
+    (table, _, sheet, _), rows, _ = bench(axis_x="batch", values_x="1, 2, max", steps=1)
+    states = {int(row["batch"]): row["status"] for row in rows}
+    assert states == {1: "ok", 2: "ok", 4: "ok", 8: "oom", 6: "oom", 5: "ok"}
+    assert "The largest batch that fits is 5" in table and "Throughput saturates at batch" in table
+    assert sheet.shape[2] > 6 * 256
+
+
+def test_on_a_cpu_the_search_stops_by_prediction(bench, engine, monkeypatch):
+    ram = engine("bench.sweep.ram")
+    monkeypatch.setattr(ram, "free_ram_bytes", lambda: 10_000_000_000)
+    monkeypatch.setattr(ram, "predicted_bytes", lambda peaks, start, batch: 3_000_000_000 * batch)
+    (table, *_), rows, _ = bench(axis_x="batch", values_x="1, max", steps=1)
+    assert {int(row["batch"]): row["status"] for row in rows} == {1: "ok", 2: "ok", 4: "oom", 3: "oom"}
+    assert all("by prediction" in row["error"] for row in rows if row["status"] == "oom")
+    assert "80% of the 10.0 GB" in table
+
+
+def test_a_cancel_keeps_what_is_done(bench, engine, comfy, output, monkeypatch):
+    runner, mm = engine("bench.sweep.runner"), importlib.import_module("comfy.model_management")
+    real, calls = runner.run_once, []
+
+    def cancelling(prepared, *args):
+        calls.append(prepared.settings.steps)
+        if len(calls) == 5:
+            mm.interrupt_current_processing()
+        return real(prepared, *args)
+
+    monkeypatch.setattr(runner, "run_once", cancelling)
+    with pytest.raises(mm.InterruptProcessingException):
+        bench(values_x="1, 2, 3", repeats=3)
+    rows = rows_of(output)
+    assert [(row["steps"], row["repeats"], row["status"]) for row in rows] == [
+        ("1", "2", "ok"), ("2", "1", "ok"), ("3", "1", "ok")
+    ]  # fmt: skip
+    assert all("stopped after" in row["error"] for row in rows)
+    monkeypatch.undo()
+
+
+def test_a_cancel_in_the_first_cell_says_so(node, loaded, output, engine, comfy, monkeypatch):
+    runner, mm = engine("bench.sweep.runner"), importlib.import_module("comfy.model_management")
+    real = runner.run_once
+
+    def cancelling(*args):
+        mm.interrupt_current_processing()
+        return real(*args)
+
+    monkeypatch.setattr(runner, "run_once", cancelling)
+    model, clip, vae = loaded
+    with pytest.raises(mm.InterruptProcessingException):
+        node("SpeedLabBenchmark").benchmark(model=model, clip=clip, vae=vae, **SETTINGS)
+    assert [row["status"] for row in rows_of(output)] == ["cancelled"]
+
+
+def test_several_prompts_and_seeds_are_averaged(bench, output):
+    _, rows, _ = bench(positive="a tree\na stone", seed="1\n2", values_x="1, 2")
+    record = record_of(output, rows[1])
+    assert rows[1]["seed"] == "1 2" and record["request"]["prompts"] == 2
+    assert len(record["artifacts"]["images"]) == 2
+    assert float(rows[1]["psnr"]) > 0
+
+
+def test_precision_reloads_the_checkpoint_and_keeps_patches(bench, output, loaded, engine):
+    before = loaded[0]
+    attach = engine("accelerate.deepcache").attach_deepcache
+    patched = attach(before, engine("accelerate.deepcache").DeepCacheConfig(interval=2))
+    _, rows, _ = bench(model=patched, axis_x="precision", values_x="*fp32, fp16", values_y="")
+    assert [row["precision"] for row in rows] == ["fp32", "fp16 computed in fp32"]
+    assert all("deepcache(cache_interval=2" in row["accelerators"] for row in rows)
+    assert record_of(output, rows[1])["steps"][1]["cached"]
+    assert float(rows[1]["psnr"]) > 20
+    assert importlib.import_module("torch").float32 == before.model_dtype()
+
+
+def test_precision_without_the_loaders_mark_is_an_error_row(bench, tiny):
+    _, rows, _ = bench(model=tiny.model, axis_x="precision", values_x="fp32")
+    assert rows[0]["status"] == "error" and "Load Checkpoint (SpeedLab)" in rows[0]["error"]
+
+
+def test_prompt_tokens_are_exact(bench, loaded, engine):
+    tokens = engine("bench.sweep.tokens")
+    for wanted in (2, 8, 77, 154, 231):
+        text = tokens.prompt_of_length(loaded[1], "a lighthouse on a rocky coast at dawn", wanted)
+        assert tokens.count_tokens(loaded[1], text) + 2 * -(-wanted // 77) == wanted
+    _, rows, _ = bench(axis_x="prompt_tokens", values_x="8, 154", steps=1)
+    assert [row["plan"] for row in rows] == ["prompt_tokens=8", "prompt_tokens=154"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"axis_x": "step"}, "Did you mean steps"),
+        ({"values_x": ""}, "no values"),
+        ({"values_x": "2, two"}, "'two' is no whole number"),
+        ({"values_x": "0"}, "choose 1 to 10000"),
+        ({"values_x": "2, 2"}, "more than once"),
+        ({"axis_y": "steps", "values_y": "3"}, "Both axes"),
+        ({"axis_x": "resolution", "values_x": "65x64"}, "multiples of 8"),
+        ({"axis_x": "sampler", "values_x": "eulr"}, "no sampler 'eulr'"),
+        ({"axis_x": "cfg_stop_at", "values_x": "1.5"}, "choose 0 to 1"),
+        ({"axis_x": "plan", "values_x": "a=warp(9)"}, "no technique 'warp'"),
+        ({"axis_x": "plan", "values_x": "a=deepcache(cache_interval=0)"}, "out of range"),
+        ({"axis_x": "plan", "values_x": "a=deepcache(speed=3)"}, "no option 'speed'"),
+        ({"axis_x": "attention", "values_x": "fastest"}, "no choice"),
+        ({"plan": "tiny(decoder"}, "without its partner"),
+        ({"seed": "x"}, "no whole number"),
+        ({"positive": "a\nb", "seed": "1\n2\n3"}, "2 prompts and 3 seeds"),
+    ],
+)
+def test_bad_settings_are_errors_before_anything_runs(bench, output, engine, changes, words):
+    with pytest.raises(engine("errors").SpeedLabError, match=words):
+        bench(**changes)
+    assert rows_of(output) == []
+
+
+def test_the_model_given_is_untouched(bench, loaded):
+    model = loaded[0]
+    before = (dict(model.wrappers), dict(model.attachments), dict(model.object_patches), str(model.model_options))
+    bench(axis_x="plan", values_x="a=deepcache(2)+attention(sdpa)")
+    assert before == (model.wrappers, model.attachments, model.object_patches, str(model.model_options))

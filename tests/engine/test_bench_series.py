@@ -1,0 +1,253 @@
+"""Comparing tables, cutting scenarios down, remembering what a series did, and the page."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from speedlab.bench import __main__ as cli
+from speedlab.bench import cmd_bench, compare_csv
+from speedlab.bench.errors import BenchError, ServerGone
+from speedlab.bench.html import html_page
+from speedlab.bench.journal import Journal, series_key
+from speedlab.bench.models import ModelChoice
+from speedlab.bench.overrides import Overrides
+from speedlab.bench.results import Outcome
+from speedlab.bench.runner import extra_data, parts_of
+from speedlab.bench.scenarios import SCENARIOS, find
+from speedlab.bench.small import axis_values, shrink
+from speedlab.bench.sweep.axes import parse_axis
+from speedlab.profiling.record import CSV_COLUMNS, RunRecord, csv_row
+from speedlab.profiling.store import RunStore, new_run_id
+
+
+def row(**changes: object) -> dict[str, str]:
+    known = {
+        "plan": "stock", "time_s": "2", "time_mean_s": "2", "time_std_s": "0.02", "batch": "1", "width": "512",
+        "height": "512", "steps": "20", "cfg": "8", "repeats": "5", "status": "ok", "scenario": "txt2img-default",
+    }  # fmt: skip
+    return {**dict.fromkeys(CSV_COLUMNS, ""), **known, **{k: str(v) for k, v in changes.items()}}
+
+
+def table(path: Path, *rows: dict[str, str]) -> Path:
+    cmd_bench.write_rows(path, rows)
+    return path
+
+
+def compared(tmp_path: Path, a: list[dict[str, str]], b: list[dict[str, str]]) -> list[compare_csv.Comparison]:
+    paths = table(tmp_path / "a.csv", *a), table(tmp_path / "b.csv", *b)
+    return compare_csv.compare(*(compare_csv.samples(compare_csv.read_table(path), path) for path in paths))
+
+
+def test_a_slower_run_is_a_regression_and_noise_is_none(tmp_path):
+    (slow,) = compared(tmp_path, [row()], [row(time_mean_s=2.3)])
+    assert slow.ratio == pytest.approx(1.15) and slow.low is not None and 1.1 < slow.low < 1.15 < slow.high
+    assert slow.is_regression
+    (noisy,) = compared(tmp_path, [row(time_std_s=0.5)], [row(time_mean_s=2.3, time_std_s=0.5)])
+    assert noisy.low < 1 < noisy.high and not noisy.is_regression
+    (single,) = compared(tmp_path, [row(repeats=1)], [row(time_mean_s=9, repeats=1)])
+    assert single.low is None and not single.is_regression
+    (tiny,) = compared(tmp_path, [row(time_std_s=0.0001)], [row(time_mean_s=2.02, time_std_s=0.0001)])
+    assert tiny.low > 1 and not tiny.is_regression
+
+
+def test_rows_of_one_setting_are_pooled_and_failed_rows_left_out(tmp_path):
+    parts = [row(time_mean_s=1.9, repeats=1, time_std_s=0), row(time_mean_s=2.1, repeats=1, time_std_s=0)]
+    (entry,) = compared(tmp_path, [*parts, row(status="oom", time_mean_s=99)], [row()])
+    assert entry.a.count == 2 and entry.a.mean == pytest.approx(2.0)
+    assert entry.a.std == pytest.approx(0.1414, rel=1e-3)
+
+
+def test_tables_that_are_none_are_named(tmp_path, capsys):
+    good = table(tmp_path / "good.csv", row())
+    other = tmp_path / "other.csv"
+    other.write_text("plan,time\nstock,1\n")
+    cut = tmp_path / "cut.csv"
+    cut.write_bytes(good.read_bytes()[:-20])
+    binary = tmp_path / "binary.csv"
+    binary.write_bytes(b"\xff\xfe\x00rubbish")
+    empty = tmp_path / "empty.csv"
+    empty.touch()
+    for path, words in (
+        (other, "it lacks max_vram_gb"), (cut, "line 2"), (binary, "cannot be read"), (empty, "is empty"),
+        (tmp_path / "none.csv", "there is no file"),
+    ):  # fmt: skip
+        assert cli.main(["compare", str(good), str(path)]) == 1
+        assert words in capsys.readouterr().err
+    assert "unknown are time" in _error(other)
+    strange = table(tmp_path / "strange.csv", row(time_mean_s="soon"))
+    assert cli.main(["compare", str(good), str(strange)]) == 1
+    assert "no number" in capsys.readouterr().err
+    foreign = table(tmp_path / "foreign.csv", row(plan="else"))
+    assert cli.main(["compare", str(good), str(foreign)]) == 1
+    assert "no setting in common" in capsys.readouterr().err
+
+
+def _error(path: Path) -> str:
+    with pytest.raises(BenchError) as caught:
+        compare_csv.read_table(path)
+    return str(caught.value)
+
+
+def test_the_compare_command_names_regressions(tmp_path, capsys):
+    a, b = table(tmp_path / "a.csv", row(), row(steps=30)), table(tmp_path / "b.csv", row(time_mean_s=3))
+    assert cli.main(["compare", str(a), str(b)]) == 0
+    text = capsys.readouterr().out
+    assert "REGRESSION: txt2img-default: stock, 512x512 batch 1, 20 steps, cfg 8 takes 1.500 times" in text
+    assert "1 settings are in A alone" in text
+    assert cli.main(["compare", str(a), str(b), "--strict"]) == 3
+    assert cli.main(["compare", str(a), str(a), "--strict"]) == 0
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
+def test_small_cuts_every_scenario_and_says_so(scenario):
+    parts = parts_of(scenario, small=True)
+    assert 1 <= len(parts) <= 2
+    for _, graph in parts:
+        for node in graph.values():
+            inputs = node["inputs"]
+            assert not isinstance(inputs.get("width"), int) or inputs["width"] <= 64
+            assert not isinstance(inputs.get("steps"), int) or inputs["steps"] <= 2
+            assert not isinstance(inputs.get("repeats"), int) or inputs["repeats"] == 1
+            for axis in ("x", "y"):
+                if f"axis_{axis}" in inputs:
+                    assert len(parse_axis(inputs[f"axis_{axis}"], inputs[f"values_{axis}"]).values) <= 8
+    named = extra_data(scenario, small=True)["extra_pnginfo"]["speedlab"]
+    assert named["scenario"] == f"{scenario.id}@small"
+    assert (
+        parts_of(scenario) == parts_of(scenario) and shrink(parts_of(scenario)[0][1]) == parts_of(scenario, True)[0][1]
+    )
+
+
+def test_small_axis_values():
+    assert axis_values("steps", "10, 50") == "1, 2"
+    assert axis_values("steps", "10, *20, 50") == "1, *2"
+    assert axis_values("batch", "1, 2, max") == "1, max@2"
+    assert axis_values("cfg", "5, 6, *7, 8").split(",")[0].strip() == "*7"
+    assert axis_values("sampler", "euler@30, heun/karras@12") == "euler@2, heun/karras@2"
+    assert (
+        axis_values("plan", "a=tiny+settings(steps=30, cfg=3)\nb=stock") == "a=tiny+settings(steps=2, cfg=3)\nb=stock"
+    )
+
+
+def stored(out: Path, **changes: object) -> RunRecord:
+    record = RunRecord(
+        new_run_id(), "2026-01-01T00:00:00+0000", "ok", None, {"device": "<b>card</b>"}, "e" * 12,
+        {"plan": "<script>alert(1)</script>", "batch": 1, "width": 64, "height": 64, "steps": 2, "cfg": 8.0,
+         "scenario": "txt2img-default", **changes},
+        {"text_encode": 1.0, "sample": 2.0, "decode": 3.0}, (), {"runs_ms": [2.0]}, {},
+    )  # fmt: skip
+    store = RunStore(out)
+    store.write(record)
+    store.append_csv(record)
+    return record
+
+
+def test_the_journal_recalls_only_what_is_whole(tmp_path):
+    record = stored(tmp_path)
+    picture = tmp_path / "p.png"
+    picture.write_bytes(b"png")
+    key = series_key({"ids": ["a"]})
+    Journal(tmp_path, key).finished("a", [record.run_id], [picture])
+    outcome = Outcome("a")
+    assert Journal(tmp_path, key).recall("a", tmp_path, outcome)
+    assert outcome.rows == [csv_row(record)] and outcome.pictures == [picture]
+    assert not Journal(tmp_path, key).recall("b", tmp_path, Outcome("b"))
+    assert not Journal(tmp_path, series_key({"ids": ["b"]})).done
+    RunStore(tmp_path).json_path(record.run_id).unlink()
+    lost = Outcome("a")
+    assert not Journal(tmp_path, key).recall("a", tmp_path, lost) and lost.rows == []
+    Journal(tmp_path, key).path.write_text("{broken")
+    assert Journal(tmp_path, key).done == {}
+
+
+def arguments(out: Path, **changes: object) -> SimpleNamespace:
+    known = {"out": out, "server": None, "small": True, "restart": False, "csv": out / "s.csv", "html": out / "s.html"}
+    return SimpleNamespace(**{**known, **changes})
+
+
+def test_a_series_goes_on_after_its_server_died_and_after_an_interrupt(tmp_path, monkeypatch, capsys):
+    """Only the server is pretended here; the client's own handling of a lost one is tested against a real server."""
+    scenarios = [find(name) for name in ("txt2img-default", "sweep-steps", "sweep-cfg")]
+    choice = ModelChoice({s.id: "demo.safetensors" for s in scenarios}, {}, {})
+    ran: list[str] = []
+
+    async def one(client, scenario, out, *, small, journal):
+        outcome = Outcome(scenario.id)
+        if journal.recall(scenario.id, out, outcome):
+            outcome.recalled = 1
+            return outcome
+        ran.append(scenario.id)
+        if scenario.id == "sweep-steps" and ran.count("sweep-steps") == 1:
+            raise ServerGone("no answer")
+        if scenario.id == "sweep-cfg" and ran.count("sweep-cfg") == 1:
+            raise KeyboardInterrupt
+        record = stored(out, scenario=scenario.id)
+        outcome.rows.append(csv_row(record))
+        outcome.records.append(RunStore(out).json_path(record.run_id))
+        journal.finished(scenario.id, [record.run_id], [])
+        return outcome
+
+    monkeypatch.setattr(cmd_bench, "run_scenario", one)
+
+    @contextlib.contextmanager
+    def connect():
+        yield SimpleNamespace(url="http://127.0.0.1:9", process=object(), tail=lambda: "last words")
+
+    series = cmd_bench.Series(scenarios, choice, arguments(tmp_path), Overrides())
+    with pytest.raises(KeyboardInterrupt):
+        cmd_bench.run_series(series, connect)
+    assert ran == ["txt2img-default", "sweep-steps", "sweep-cfg"]
+    assert "last words" in series.outcomes["sweep-steps"].error
+    again = cmd_bench.Series(scenarios, choice, arguments(tmp_path), Overrides())
+    cmd_bench.run_series(again, connect)
+    assert ran[3:] == ["sweep-steps", "sweep-cfg"]
+    with (tmp_path / "s.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["scenario"] for r in rows] == ["txt2img-default", "sweep-steps", "sweep-cfg"]
+    assert len({r["run_id"] for r in rows}) == 3
+    with RunStore(tmp_path).csv_path.open(newline="") as file:
+        assert sorted(r["run_id"] for r in csv.DictReader(file)) == sorted(r["run_id"] for r in rows)
+    assert "were done by an earlier call" in capsys.readouterr().out
+
+
+def test_the_page_escapes_everything_and_needs_nothing_else(tmp_path):
+    record = stored(tmp_path)
+    picture = tmp_path / "sheet.png"
+    picture.write_bytes(b"\x89PNG")
+    scenario = replace(find("txt2img-default"), title="<i>title</i>")
+    outcome = Outcome(
+        scenario.id, [csv_row(record)], [picture], [RunStore(tmp_path).json_path(record.run_id)], error="a < b & c"
+    )
+    page = html_page([scenario], [outcome], ["<note>"])
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "<i>title" not in page and "a &lt; b &amp; c" in page and "&lt;note&gt;" in page
+    assert "&lt;b&gt;card&lt;/b&gt;" in page
+    assert "data:image/png;base64," in page and "http" not in page.replace("http-equiv", "")
+    assert "3.72 s, 0.147 s a step, 7.4 GB (A100-PCIE-40GB)" in page
+
+
+def test_all_is_every_scenario_once():
+    assert [s.id for s in cmd_bench.chosen(["xy-grid", "all"])][:1] == ["xy-grid"]
+    assert len(cmd_bench.chosen(["all", "xy-grid"])) == len(SCENARIOS)
+
+
+def test_scenarios_say_what_is_missing(tmp_path, monkeypatch, capsys):
+    from speedlab.bench import cmd_tables
+
+    monkeypatch.setattr(cmd_tables, "model_folders", lambda: [tmp_path])
+    scenario = replace(find("sd15-precision"), packages=("json", "no_such_package_anywhere"))
+    assert cmd_tables.missing(scenario, [tmp_path]) == [
+        "models/checkpoints/v1-5-pruned-emaonly.safetensors", "package no_such_package_anywhere"
+    ]  # fmt: skip
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "v1-5-pruned-emaonly.safetensors").touch()
+    assert "ready" in cmd_tables.describe(find("sd15-precision"), [tmp_path])
+    assert cli.main(["scenarios"]) == 0
+    text = capsys.readouterr().out
+    assert "missing: models/checkpoints/sd_xl_base_1.0.safetensors" in text and "xy-grid" in text

@@ -1,0 +1,193 @@
+"""The texts of the Benchmark node, its grid and the search for the largest batch: properties and the errors."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speedlab.bench.sweep.axes import AXES, NONE, parse_axis
+from speedlab.bench.sweep.batch_search import BatchSearch, predicted_bytes, saturation_point
+from speedlab.bench.sweep.cells import baseline_of, make_cells
+from speedlab.bench.sweep.plan_text import (
+    MAIN,
+    PlanText,
+    SweepTextError,
+    TechniqueText,
+    parse_plan,
+    parse_stack,
+    parse_technique,
+)
+from speedlab.bench.sweep.ram import too_large
+from speedlab.bench.sweep.settings import CellSettings
+
+names = st.from_regex(r"[a-z_][a-z0-9_]{0,12}", fullmatch=True)
+values = st.from_regex(r"[A-Za-z0-9_.:/-]{1,12}", fullmatch=True)
+techniques = st.builds(TechniqueText, names, st.dictionaries(st.one_of(st.just(MAIN), names), values, max_size=4))
+plans = st.builds(PlanText, names, st.lists(techniques, min_size=1, max_size=4).map(tuple))
+GIB = 2**30
+
+
+@given(plans)
+def test_a_plan_reads_back_what_it_says(plan):
+    if plan.techniques == (TechniqueText("stock"),):
+        return
+    assert parse_plan(plan.words()) == plan
+
+
+@given(techniques, st.sampled_from([" ", "  ", "\t"]))
+def test_blanks_do_not_matter(technique, blank):
+    spaced = (
+        technique.words()
+        .replace("(", f"{blank}({blank}")
+        .replace(",", f"{blank},{blank}")
+        .replace("=", f"{blank}={blank}")
+    )
+    assert parse_technique(blank + spaced + blank) == technique
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_read_or_refused_with_a_message(text):
+    for parse in (parse_plan, parse_stack, parse_technique, *(lambda t, a=axis: parse_axis(a, t) for axis in AXES)):
+        try:
+            parse(text)
+        except SweepTextError as error:
+            assert str(error)
+
+
+@given(st.lists(st.integers(1, 10000), min_size=1, max_size=20, unique=True), st.sampled_from([",", "\n", " ,\n "]))
+def test_numbers_keep_their_order_whatever_parts_them(numbers, separator):
+    axis = parse_axis("steps", separator.join(map(str, numbers)))
+    assert [value.apply(CellSettings()).steps for value in axis.values] == numbers
+    assert axis.baseline is None
+
+
+@given(st.integers(8, 2048), st.integers(8, 2048))
+def test_resolutions(width, height):
+    (value,) = parse_axis("resolution", f"{8 * width}x{8 * height}").values
+    settings = value.apply(CellSettings())
+    assert (settings.width, settings.height) == (8 * width, 8 * height)
+
+
+def test_what_each_axis_sets():
+    def only(axis: str, text: str) -> CellSettings:
+        (value,) = parse_axis(axis, text).values
+        return value.apply(CellSettings())
+
+    sampled = only("sampler", "dpmpp_2m/karras@20")
+    assert (sampled.sampler, sampled.scheduler, sampled.steps) == ("dpmpp_2m", "karras", 20)
+    assert only("sampler", "euler").steps == CellSettings().steps
+    assert only("precision", "fp16").weights == TechniqueText("weights", {MAIN: "fp16"})
+    assert only("deepcache_interval", "3").techniques == (TechniqueText("deepcache", {MAIN: "3"}),)
+    assert only("deepcache_interval", "off") == CellSettings()
+    assert only("cfg_stop_at", "0.5").techniques[0].name == "dynamic_cfg"
+    assert only("offload", "model").techniques[0].name == "memory_plan"
+    assert only("compile", "(backend=inductor, mode=default)").techniques[0].options["mode"] == "default"
+    assert only("decoder", "taesd").decoder == TechniqueText("tiny", {MAIN: "taesd"})
+    assert only("decoder", "full(tile_size=512, overlap=32)").decoder.options == {"tile_size": "512", "overlap": "32"}
+    assert only("handoff", "0.8").handoff == 0.8
+    assert only("prompt_tokens", "77").prompt_tokens == 77
+    fast = only("plan", "fast=weights(fp16)+attention(sdpa)+tiny+settings(steps=30, sampler=ddim)")
+    assert (fast.plan, fast.steps, fast.sampler, fast.decoder.name) == ("fast", 30, "ddim", "tiny")
+    assert fast.weights is not None and [t.name for t in fast.techniques] == ["attention"]
+
+
+@pytest.mark.parametrize(
+    ("axis", "text", "words"),
+    [
+        ("nonsense", "1", "The axes are batch"),
+        ("steps", " , \n", "no values"),
+        ("steps", "1.5", "no whole number"),
+        ("cfg", "nan", "no number"),
+        ("cfg", "101", "choose 0 to 100"),
+        ("batch", "0", "choose 1 to 4096"),
+        ("batch", "max, 4", "'max' is no whole number"),
+        ("resolution", "512x", "no resolution"),
+        ("resolution", "32x64", "multiples of 8 from 64"),
+        ("steps", "*1, *2", "more than one baseline"),
+        ("deepcache_interval", "0", "choose 1 to 100"),
+        ("handoff", "2", "0 to 1"),
+        ("prompt_tokens", "1", "choose 2 to"),
+        ("plan", "=deepcache", "no name before"),
+        ("plan", "a=deepcache(3", "without its partner"),
+        ("plan", "a=deepcache(3)+", "is no technique"),
+        ("plan", "a=deepcache(x=1,x=2)", "more than one option"),
+        ("plan", "a=settings(speed=2)", "the settings of a plan are"),
+    ],
+)
+def test_what_cannot_be_is_said(axis, text, words):
+    with pytest.raises(SweepTextError, match=words):
+        parse_axis(axis, text)
+
+
+def test_an_open_end():
+    axis = parse_axis("batch", "1, 2, max")
+    assert axis.open_end and axis.most is None and [v.label for v in axis.values] == ["1", "2"]
+    assert parse_axis("batch", "max@16").most == 16
+    assert [v.label for v in parse_axis("batch", "max").values] == ["1"]
+
+
+def test_the_grid_and_its_baselines():
+    x, y = parse_axis("steps", "1, 2, *3"), parse_axis("cfg", "5, 6")
+    cells = make_cells(CellSettings(), x, y)
+    assert [(c.settings.steps, c.settings.cfg) for c in cells] == [(1, 5), (2, 5), (3, 5), (1, 6), (2, 6), (3, 6)]
+    # A mark on one axis alone compares along that axis.
+    assert [baseline_of(c, x, y) for c in cells] == [(2, 0)] * 3 + [(2, 1)] * 3
+    both = parse_axis("cfg", "5, *6")
+    assert {baseline_of(c, x, both) for c in cells} == {(2, 1)}
+    none = parse_axis("steps", "1, 2")
+    assert {baseline_of(c, none, NONE) for c in make_cells(CellSettings(), none, NONE)} == {(0, 0)}
+    with pytest.raises(SweepTextError, match="Both axes"):
+        make_cells(CellSettings(), x, x)
+
+
+def test_plan_names_tell_cells_apart():
+    cells = make_cells(
+        CellSettings(), parse_axis("plan", "a=deepcache\nb=stock"), parse_axis("attention", "sdpa, split")
+    )
+    assert [c.settings.plan for c in cells] == [
+        "a, attention=sdpa", "b, attention=sdpa", "a, attention=split", "b, attention=split"
+    ]  # fmt: skip
+    # The axis is applied behind the plan whichever axis it stands on.
+    flipped = make_cells(CellSettings(), parse_axis("attention", "sdpa"), parse_axis("plan", "a=attention(split)"))
+    assert flipped[0].settings.techniques == (TechniqueText("attention", {MAIN: "sdpa"}),)
+
+
+@given(st.integers(1, 3000), st.lists(st.integers(1, 64), max_size=4))
+def test_the_search_finds_the_largest_that_fits(largest, first):
+    search = BatchSearch()
+    for batch in first:
+        search.tried(batch, batch <= largest)
+    tries = 0
+    while (batch := search.next()) is not None:
+        assert batch not in search.fits | search.fails
+        search.tried(batch, batch <= largest)
+        tries += 1
+    assert max(search.fits) == largest
+    assert tries <= 2 * largest.bit_length() + 8
+
+
+def test_the_search_ends_where_nothing_fits_and_at_a_limit():
+    search = BatchSearch()
+    search.tried(2, False)
+    assert search.next() == 1
+    search.tried(1, False)
+    assert search.next() is None
+    limited = BatchSearch(most=6)
+    for batch in (1, 2, 4, 6):
+        limited.tried(batch, True)
+    assert limited.next() is None
+
+
+def test_memory_is_predicted_by_a_line():
+    assert predicted_bytes({1: 3 * GIB}, GIB, 4) == 8 * GIB
+    assert predicted_bytes({1: 3 * GIB, 2: 4 * GIB}, GIB, 4) == 5 * GIB
+    assert predicted_bytes({1: 3 * GIB, 2: 3 * GIB}, GIB, 4) == 4 * GIB
+    assert predicted_bytes({}, GIB, 4) == 0
+    assert too_large(7 * GIB, GIB, GIB, 10 * GIB) is None
+    assert "more than 80% of the 10.7 GB" in (too_large(9 * GIB, GIB, GIB, 10 * GIB) or "")
+
+
+def test_the_saturation_point():
+    assert saturation_point({1: 10.0, 2: 19.0, 4: 20.0, 8: 19.9}) == 2
+    assert saturation_point({1: 10.0}) is None
