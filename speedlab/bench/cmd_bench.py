@@ -10,7 +10,7 @@ from ..profiling.store import RunStore
 from .client import ComfyClient
 from .errors import BenchError, ServerGone
 from .files import prepare_output
-from .models import ModelChoice, choose_models, server_checkpoint
+from .models import ModelChoice, choose_models, server_checkpoint, server_refiner
 from .overrides import Overrides, adapt, overrides_of
 from .results import Outcome
 from .runner import run_scenario
@@ -27,7 +27,10 @@ async def _run_all(
     async with ComfyClient(target.url) as client:
         for scenario in scenarios:
             checkpoint = choice.checkpoints.get(scenario.id) or await server_checkpoint(client, scenario)
-            wanted = adapt(scenario, overrides, checkpoint, choice.others)
+            others = dict(choice.others)
+            if "refiner" not in others and scenario.file("refiner") is not None:
+                others["refiner"] = await server_refiner(client, scenario)
+            wanted = adapt(scenario, overrides, checkpoint, others)
             outcome = await run_scenario(client, wanted, args.out)
             report(outcome, scenario)
             outcomes.append(outcome)

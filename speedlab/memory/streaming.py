@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .units import Unit, aligned, movable, units_of
+from .units import Unit, aligned, is_movable, movable, units_of
 
 Restored = list[tuple[torch.nn.Module, str, torch.nn.Parameter]]
 
@@ -85,6 +85,7 @@ class NetworkStream:
         self._slots: tuple[_Slot, _Slot] | None = None
         self._working: _Slot | None = None
         self._home: Restored = []
+        self._uncast: list[torch.nn.Module] = []
         self._depth = 0
         self._handles: list[Any] = []
 
@@ -181,12 +182,20 @@ class NetworkStream:
         for (module, name, home), view in zip(weights, slot.views, strict=True):
             self._home.append((module, name, home))
             module._parameters[name] = view
+        for module in {module for module, *_ in weights}:
+            if _is_whole(module):
+                # On the device they are what a loaded model's are, and so is the way they are used.
+                module.comfy_cast_weights = module.prev_comfy_cast_weights
+                self._uncast.append(module)
 
     def _leave(self) -> None:
         """Bring the working unit's weights home and free its slot."""
         for module, name, home in self._home:
             module._parameters[name] = home
         self._home.clear()
+        for module in self._uncast:
+            module.comfy_cast_weights = True  # type: ignore[assignment]
+        self._uncast.clear()
         if self._working is not None:
             self._drop(self._working)
             self._working = None
@@ -195,6 +204,13 @@ class NetworkStream:
         slot.unit, slot.views = None, []
         if self._queue is not None:
             slot.released = self._queue.mark(copied=False)
+
+
+def _is_whole(module: torch.nn.Module) -> bool:
+    """Whether ComfyUI casts a module's weights because they are offloaded, and all of them are streamed instead."""
+    return hasattr(module, "prev_comfy_cast_weights") and all(
+        weight is None or is_movable(weight) for weight in module._parameters.values()
+    )
 
 
 def _copied(unit: Unit, buffer: torch.Tensor) -> list[torch.nn.Parameter]:

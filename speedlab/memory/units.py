@@ -93,8 +93,13 @@ def _weights(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[torch.nn.Modu
         parts = top.modules() if type(top).__name__ in _LAYERS else (top,)
         for part in parts:
             for name, weight in part._parameters.items():
-                if weight is not None and type(weight.data) is torch.Tensor and not weight.is_meta:
+                if weight is not None and is_movable(weight):
                     yield part, name, weight
+
+
+def is_movable(weight: torch.Tensor) -> bool:
+    """Whether a weight is bytes in memory, and not a quantised tensor of a class of its own or a placeholder."""
+    return type(weight.data) is torch.Tensor and not weight.is_meta
 
 
 def aligned(nbytes: int) -> int:
