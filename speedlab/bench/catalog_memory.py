@@ -55,8 +55,8 @@ def _within(budget: float, published: str, memory_plan: str) -> Scenario:
         PlanOptions("auto", budget),
         plan,
         f"SDXL under {budget:g} GB",
-        f"Four prompts under a budget of {budget:g} GB, with the fastest plan that fits: the Memory Plan node tells its "
-        f"prediction and which way of offloading it picked. On a larger card start ComfyUI with --reserve-vram to "
+        f"Four prompts under a budget of {budget:g} GB, with the fastest plan that fits: the Memory Plan node tells "
+        f"its prediction and which way of offloading it picked. On a larger card start ComfyUI with --reserve-vram to "
         f"leave it {budget:g} GB.{_NO_COMPILE}",
         Published(published, RTX_3090),
     )

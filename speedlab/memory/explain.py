@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..accelerate.patching import Site
 from ..errors import SpeedLabError, first_line
-from .patcher import Group, Offload
+from .patcher import Group, Offload, refusal_of_compiled
 
 _NEXT = {
     "none": "Set offload of Memory Plan to model, or to auto with a budget_gb below what the device has.",
@@ -64,10 +65,18 @@ def explaining_out_of_memory(offload: Offload, group: Group) -> Callable[..., An
     """An OUTER_SAMPLE wrapper."""
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        if offload == "sequential" and _is_compiled(executor.class_obj):
+            raise refusal_of_compiled()
         with explained("sampling", offload, group):
             return executor(*args, **kwargs)
 
     return outer_sample
+
+
+def _is_compiled(guider: Any) -> bool:
+    """Whether ComfyUI swaps compiled modules in for this run: it does so by a wrapper under a key of that name."""
+    wrappers = guider.model_options.get("transformer_options", {}).get("wrappers", {})
+    return any("compile" in str(key) and found for key, found in wrappers.get(Site.APPLY_MODEL.value, {}).items())
 
 
 _classes: dict[type, type] = {}

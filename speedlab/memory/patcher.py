@@ -11,6 +11,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..errors import UnavailableError
 from .streaming import ModelStream
 from .units import networks
 
@@ -52,6 +53,20 @@ def _weights(loaded: Any) -> Any:
     return None if patcher is None else getattr(patcher, "model", None)
 
 
+def _refuse_compiled(model: Any) -> None:
+    for network in networks(model):
+        if any(getattr(part, "_compiled_call_impl", None) is not None for part in network.modules()):
+            raise refusal_of_compiled()
+
+
+def refusal_of_compiled() -> UnavailableError:
+    """Compiled code guards the device of each weight: it would be compiled anew at every layer."""
+    return UnavailableError(
+        "Memory Plan's sequential offload and a compiled model (Compile Model, TorchCompileModel) exclude each other: "
+        "compiled code holds on to where its weights are. Set offload to model, or take the compile node out."
+    )
+
+
 @dataclass(frozen=True)
 class Placement:
     """What a plan says about one model: how it is offloaded, and with which others it takes turns."""
@@ -91,6 +106,7 @@ class _Planned(_Patcher):
     ) -> Any:  # fmt: skip
         if not self._streams():
             return super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
+        _refuse_compiled(self.model)
         # Patches go into the weights at home, once, so that what is streamed is what a loaded model has.
         result = super().load(device_to, _NO_ROOM, True, False, **kwargs)
         self._patch_all()
