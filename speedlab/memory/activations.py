@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from ..accelerate.unet import require_unet
+from ..errors import UnavailableError
 from .live_bytes import fused_attention, on_meta, peak_bytes
-from .units import networks
+from .units import networks, weight_bytes
 
 _TOKENS = 77
 _PIXELS_PER_LATENT = 8
@@ -26,6 +28,20 @@ class PictureSize:
     def latent(self) -> tuple[int, int]:
         """Height and width of the latent."""
         return self.height // _PIXELS_PER_LATENT, self.width // _PIXELS_PER_LATENT
+
+
+def sampling_bytes(model: Any, size: PictureSize) -> int:
+    """Bytes of one evaluation of a MODEL with guidance: cond and uncond of all pictures in one forward.
+
+    Networks other than image UNets are not counted; for them it is ComfyUI's own estimate.
+    """
+    rows = 2 * size.batch
+    try:
+        require_unet(model, "Memory Plan")
+    except UnavailableError:
+        channels = getattr(model.model.latent_format, "latent_channels", 4)
+        return int(model.model.memory_required([rows, channels, *size.latent]))
+    return unet_bytes(model.model, size, rows)
 
 
 def unet_bytes(base: Any, size: PictureSize, rows: int) -> int:
@@ -52,8 +68,13 @@ def unet_bytes(base: Any, size: PictureSize, rows: int) -> int:
 
 
 def decode_bytes(vae: Any, size: PictureSize) -> int:
-    """Bytes of decoding `size.batch` pictures in one piece with a ComfyUI VAE."""
+    """Bytes of decoding `size.batch` pictures in one piece with a ComfyUI VAE.
+
+    A VAE for video or sound is not counted; for that it is ComfyUI's own estimate.
+    """
     stage = vae.first_stage_model
+    if getattr(vae, "latent_dim", 2) != 2:
+        return int(vae.memory_used_decode((size.batch, vae.latent_channels, 1, *size.latent), vae.vae_dtype))
     decoder: Any = on_meta(stage)
     for part in decoder.modules():
         if hasattr(part, "optimized_attention"):
@@ -73,6 +94,8 @@ def text_bytes(clip: Any) -> int:
 
 
 def _encoder_bytes(transformer: Any) -> int:
+    if type(transformer).__name__ not in ("CLIPTextModel", "T5"):
+        return weight_bytes(transformer) // 10  # language models as text encoders: an allowance
     width = transformer.get_input_embeddings().weight.shape[1]
     embeds = torch.empty((1, _TOKENS, width), dtype=torch.float32, device="meta")
     network = on_meta(transformer)

@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..accelerate.patching import Accelerator, Site, attach, declare
+from ..accelerate.patching import Accelerator, Site, accelerators, attach, declare
 from ..errors import SpeedLabError, UnavailableError
 from .activations import PictureSize
 from .explain import explained_clip, explained_vae, explaining_out_of_memory
@@ -71,7 +71,7 @@ def plan_memory(
     chosen = _choose(config, predictions, budget)
     text = plan_text(
         predictions, chosen, size, budget, config.budget_gb > 0, model.load_device.type, is_dynamic(model),
-        is_measured(model.load_device.type),
+        is_measured(model.load_device.type), is_attention_fused(model),
     )  # fmt: skip
     log.info("SpeedLab: %s", text)
     if chosen == "none" and config.offload == "none" and not any(map(is_planned, _patchers(model, clip, vae))):
@@ -103,6 +103,17 @@ def free_bytes(model: Any, clip: Any | None, vae: Any | None) -> int:
     if on_cpu:
         loaded = sum(one.model_size() for one in patchers)
     return int(mm.get_free_memory(model.load_device) + loaded - mm.extra_reserved_memory())
+
+
+def is_attention_fused(model: Any) -> bool:
+    """Whether attention keeps no scores in memory: a backend chosen for this model, or ComfyUI's own where it is."""
+    import comfy.ldm.modules.attention as attention
+
+    chosen = [one.options.get("backend") for one in accelerators(model) if one.name == "attention"]
+    if chosen:
+        return chosen[-1] not in ("sub_quadratic", "split")
+    scored = [getattr(attention, name, None) for name in ("attention_basic", "attention_sub_quad", "attention_split")]
+    return not any(attention.optimized_attention is function for function in scored)
 
 
 def _patchers(model: Any, clip: Any | None, vae: Any | None) -> list[Any]:

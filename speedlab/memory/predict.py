@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .activations import PictureSize, decode_bytes, text_bytes, unet_bytes
+from .activations import PictureSize, decode_bytes, sampling_bytes, text_bytes
 from .patcher import Offload
 from .units import streamed_bytes, weight_bytes
 
@@ -71,7 +71,7 @@ def parts_of(model: Any, clip: Any | None, vae: Any | None, size: PictureSize) -
         parts.append(
             _part("text encoding", "text", stage, text_bytes(clip), device, clip.patcher.load_device == device)
         )
-    parts.append(_part("sampling", "unet", model.model, unet_bytes(model.model, size, 2 * size.batch), device))
+    parts.append(_part("sampling", "unet", model.model, sampling_bytes(model, size), device))
     if vae is not None:
         stage = vae.first_stage_model
         parts.append(_part("decoding", "vae", stage, decode_bytes(vae, size), device, vae.device == device))

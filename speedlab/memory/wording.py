@@ -22,7 +22,7 @@ def gigabytes(nbytes: float) -> str:
 
 def plan_text(
     predictions: Mapping[Offload, Any], chosen: Offload, size: PictureSize, budget: float, given: bool,
-    device_type: str, dynamic: bool, measured: bool,
+    device_type: str, dynamic: bool, measured: bool, fused: bool,
 ) -> str:  # fmt: skip
     """Every phase of the chosen plan, the peaks of the others, and what the numbers leave out."""
     plan = predictions[chosen]
@@ -50,7 +50,11 @@ def plan_text(
             "free. Start ComfyUI with --reserve-vram to keep it below a budget."
         )
     if not measured:
-        lines.append(f"Activations are counted, with fused attention; they were never measured on {device_type}.")
+        lines.append(f"Activations are counted from tensors; they were never measured on {device_type}.")
+    if not fused:
+        lines.append(
+            "ComfyUI's attention here keeps scores beside what is predicted. Attention Backend with sdpa does not."
+        )
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from speedlab.bench import workflows
+from speedlab.bench.events import SAMPLERS
 from speedlab.bench.graph import is_link
 from speedlab.bench.layout import Box
 from speedlab.bench.plans import Plan, best_plan
@@ -47,7 +48,7 @@ def test_both_formats_are_the_same_graph(scenario):
     ui, api = committed(scenario)
     for node in api.values():
         named = node["_meta"].pop("speedlab", None)
-        assert (named == ui["extra"]["speedlab"]) == (node["class_type"] == "SpeedLabProfileSampler")
+        assert (named == ui["extra"]["speedlab"]) == (node["class_type"] in SAMPLERS)
     assert ui_to_api(ui) == api
 
 
