@@ -4,8 +4,9 @@
 
 Each row is a process of its own: the model is made with random weights, one small forward warms up, and then the peak
 of the resident set during one forward (on a GPU: of the allocator) is read against what there was before it. Beside it
-stands the same forward counted on the `meta` device. Attention is SDPA. Rows that the table has are kept, so a run that
-was cut off goes on where it stopped. `--full` adds the UNets of full width, which want 10 GB and time.
+stands the same forward counted on the `meta` device. Text encoders take a few MB and are left to the count. Attention
+is SDPA. Rows that the table has are kept, so a run that was cut off goes on where it stopped. `--full` adds the UNets
+of full width, which want 10 GB and time.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ KEY = COLUMNS[:7]
 SMALL = [
     ("vae", "sd15", "fp32", 256, 1), ("unet", "sd15-small", "fp32", 256, 2), ("unet", "vega-small", "fp32", 512, 2),
     ("vae", "sd15", "fp32", 512, 1), ("unet", "sd15-small", "fp32", 512, 2), ("unet", "vega-small", "fp32", 1024, 2),
-    ("text", "sd15", "fp32", 512, 1), ("unet", "sdxl_refiner-small", "fp32", 512, 2),
-    ("unet", "sd15-small", "fp32", 512, 8), ("vae", "sd15", "fp32", 256, 4), ("text", "vega", "fp32", 512, 1),
+    ("unet", "sdxl_refiner-small", "fp32", 512, 2),
+    ("unet", "sd15-small", "fp32", 512, 8), ("vae", "sd15", "fp32", 256, 4),
     ("vae", "sd15", "fp32", 768, 1), ("vae", "sd15", "fp32", 1024, 1),
 ]  # fmt: skip
 FULL = [("unet", "sd15", "fp32", 512, 2), ("unet", "sdxl", "bf16", 1024, 2), ("unet", "sdxl_refiner", "bf16", 1024, 2)]
@@ -92,7 +93,7 @@ def measure(part: str, family: str, dtype: str, side: int, rows: int) -> tuple[s
     from comfy.model_management import get_torch_device
 
     device = get_torch_device()
-    forward, counted = {"unet": _unet, "vae": _vae, "text": _text}[part](engine, family, dtype, side, rows, device)
+    forward, counted = {"unet": _unet, "vae": _vae}[part](engine, family, dtype, side, rows, device)
     with torch.inference_mode():
         forward(64)
         gc.collect()
@@ -181,20 +182,6 @@ def _vae_weights() -> dict[str, Any]:
         "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
     }  # fmt: skip
     return dict(_filled(AutoencoderKL(ddconfig=shape, embed_dim=4)).state_dict())
-
-
-def _text(engine: Any, family: str, dtype: str, side: int, rows: int, device: Any) -> tuple[Any, int]:
-    from types import SimpleNamespace
-
-    import comfy.sd1_clip
-    import comfy.sdxl_clip
-
-    kind = comfy.sd1_clip.SD1ClipModel if family == "sd15" else comfy.sdxl_clip.SDXLClipModel
-    stage = _filled(kind(device=device, dtype=_dtype(dtype)))
-    tokenizer = comfy.sd1_clip.SD1Tokenizer() if family == "sd15" else comfy.sdxl_clip.SDXLTokenizer()
-    tokens = tokenizer.tokenize_with_weights("a lighthouse on a rocky coast at dawn")
-    counted = engine("memory.activations").text_bytes(SimpleNamespace(cond_stage_model=stage))
-    return lambda _: stage.encode_token_weights(tokens), counted
 
 
 if __name__ == "__main__":

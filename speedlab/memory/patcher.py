@@ -116,12 +116,12 @@ class _Planned(_Patcher):
         return result
 
     def patch_weight_to_device(self, key: str, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not self._streams():
+        if not self._streams() or key not in self.patches:
             return super().patch_weight_to_device(key, device_to, *args, **kwargs)
-        if key not in self.patches or key in self.backup:
-            return None  # patched already: ComfyUI would patch what it has patched
         import comfy.utils
 
+        if key in self.backup:  # patched already: ComfyUI would patch what it has patched
+            return comfy.utils.get_attr(self.model, key)
         # Computed where a loaded model's patches are, one weight at a time: the same bits.
         result = super().patch_weight_to_device(key, self.load_device, *args, **kwargs)
         weight = comfy.utils.get_attr(self.model, key)

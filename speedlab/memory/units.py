@@ -12,7 +12,7 @@ import torch
 _LAYERS = frozenset(
     {"ResBlock", "BasicTransformerBlock", "CLIPLayer", "T5Block", "TransformerBlock", "ResnetBlock", "AttnBlock"}
 )
-_ALIGNMENT = 64  # what PyTorch's own allocations on a CPU have; a GPU needs less
+_ALIGNMENT = 512  # what PyTorch gives allocations of their own on a GPU: kernels are chosen by alignment too
 # Small modules in a row go together up to this, so that a network without known layers is cut as well.
 _LARGEST_GROUP = 48_000_000
 

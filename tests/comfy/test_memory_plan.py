@@ -277,3 +277,75 @@ def test_the_record_names_the_plan(node, checkpoint):
     cond = [[torch.zeros(1, 77, 768), {}]]
     result = node("SpeedLabProfileSampler").sample(model, 1, 2, 2.0, "euler", "normal", cond, cond, latent())["result"]
     assert result[1].request["accelerators"] == ["memory_plan(offload=sequential, budget_gb=3.5)"]
+
+
+@pytest.mark.parametrize("layout", ["sd15", "sdxl", "refiner"])
+@pytest.mark.parametrize(("side", "batch"), [(128, 1), (256, 1), (128, 3)])
+def test_the_count_without_memory_is_that_of_a_real_forward(memory, engine, layout, side, batch):
+    """Bytes of live tensors, counted during a real forward on the CPU, against the forward on `meta`."""
+    live = engine("memory.live_bytes")
+    attention = importlib.import_module("comfy.ldm.modules.attention")
+    tiny = build(layout)
+    size, rows = memory.activations.PictureSize(side, side, batch), 2 * batch
+    height, width = size.latent
+    options = {"optimized_attention_override": lambda _function, *a, **k: attention.attention_pytorch(*a, **k)}
+    adm = tiny.model.model.model_config.unet_config["adm_in_channels"]
+    latent, context = torch.randn(rows, 4, height, width), torch.randn(rows, 77, 64)
+    label = torch.randn(rows, adm) if adm else None
+    measured = live.peak_bytes(
+        lambda: tiny.unet(latent, torch.ones(rows), context=context, y=label, control=None, transformer_options=options)
+    )
+    predicted = memory.activations.unet_bytes(tiny.model.model, size, rows)
+    held = latent.nbytes + context.nbytes + 6 * batch * 4 * height * width * 4
+    assert predicted - held == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("side", "batch"), [(64, 1), (128, 2)])
+def test_the_count_of_a_decode_is_that_of_a_real_one(memory, engine, checkpoint, side, batch):
+    live = engine("memory.live_bytes")
+    stage = checkpoint.vae.first_stage_model
+    latent = torch.randn(batch, 4, side // 8, side // 8, dtype=checkpoint.vae.vae_dtype)
+    measured = live.peak_bytes(lambda: stage.decode(latent))
+    predicted = memory.activations.decode_bytes(checkpoint.vae, memory.activations.PictureSize(side, side, batch))
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_live_bytes_are_counted_and_forgotten(engine):
+    live = engine("memory.live_bytes")
+    with live.LiveBytes() as count:
+        one = torch.ones(1000)
+        two = one + 1
+        one.add_(1)
+        view = two.view(10, 100)
+        assert (count.alive, count.peak) == (8000, 8000)
+        del two
+        assert count.alive == 8000, "a view keeps its memory"
+        del view
+        assert (count.alive, count.peak) == (4000, 8000)
+
+
+def test_counting_a_model_that_streams_or_is_patched_in_use_changes_nothing(memory, engine):
+    tiny = build("sd15")
+    before = memory.activations.sampling_bytes(tiny.model, memory.activations.PictureSize(64, 64))
+    streamed = memory.plan.plan_memory(tiny.model, None, None, memory.plan.MemoryPlanConfig("sequential")).model
+    expected = tiny.sample(streamed)
+    in_use = tiny.unet.middle_block[0].in_layers[2]
+    in_use.weight_function = [lambda weight: weight.cpu()]
+    try:
+        assert memory.activations.sampling_bytes(tiny.model, memory.activations.PictureSize(64, 64)) == before
+    finally:
+        in_use.weight_function = []
+    assert torch.equal(tiny.sample(streamed), expected)
+
+
+def test_other_networks_are_predicted_by_comfyuis_own_estimate(memory):
+    tiny = build("sd15")
+
+    class Other(torch.nn.Module):
+        pass
+
+    model = tiny.model.clone()
+    model.add_object_patch("diffusion_model", Other())
+    size = memory.activations.PictureSize(64, 64, 2)
+    expected = tiny.model.model.memory_required([4, 4, 8, 8])
+    assert memory.activations.sampling_bytes(model, size) == int(expected)
