@@ -63,9 +63,12 @@ def on_meta(network: torch.nn.Module) -> torch.nn.Module:
         memo[id(weight)] = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
     for buffer in network.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    hooks = [(part, part._forward_hooks, part._forward_pre_hooks) for part in network.modules()]
-    for _part, after, before in hooks:
-        memo[id(after)], memo[id(before)] = type(after)(), type(before)()
+    for part in network.modules():
+        # Neither hooks, nor what ComfyUI does to offloaded weights in use: that holds patches with tensors of its own.
+        left_out = [part._forward_hooks, part._forward_pre_hooks]
+        left_out += [getattr(part, name) for name in ("weight_function", "bias_function") if hasattr(part, name)]
+        for thing in left_out:
+            memo[id(thing)] = type(thing)()
     return copy.deepcopy(network, memo)
 
 
