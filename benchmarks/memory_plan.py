@@ -5,9 +5,9 @@
 Every plan runs in a process of its own: load, encode, sample two steps, decode. On a GPU the peak is the allocator's,
 against what `plan` says. On a CPU it is the resident set over what there was before loading, and all weights lie in
 there whatever the plan, so that the prediction is: weights of all parts, two layers where weights are streamed, and the
-phase's activations. Without a checkpoint the demo ones are used. Attention is SDPA. Free memory
-of the C library is given back between phases. Rows that the file has are kept, so
-a run that was cut off goes on where it stopped. Target: within 10 %.
+phase's activations. Without a checkpoint the demo ones are used. Attention is SDPA. Free memory of the C library is
+given back between phases. Rows that the file has are kept, so a run that was cut off goes on where it stopped. Target:
+within 10 %.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def measure(args: argparse.Namespace, family: str, offload: str, side: int, batc
 
 
 def trim() -> None:
-    """Give back what is free: the C library keeps freed memory, which the resident set then counts for the next phase."""
+    """Give back what is free: the C library keeps it, and the resident set of the next phase would count it."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
