@@ -20,11 +20,6 @@ class PlanOptions:
     offload: str = "auto"
     budget_gb: float = 0.0
 
-    def words(self) -> str:
-        """As a result's `accelerators` column names it."""
-        budget = f",budget_gb={self.budget_gb:g}" if self.budget_gb else ""
-        return f"memory_plan(offload={self.offload}{budget})"
-
 
 def load(graph: Graph, scenario: Scenario, kind: str, lane: int = 0, title: str = "Load Checkpoint") -> Loaded:
     """A checkpoint loader for the needed file of that kind, without the scenario's techniques."""
