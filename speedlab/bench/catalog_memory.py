@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .catalog_common import CHECKPOINT_SDXL, FOUR_PROMPTS, RTX_3090, S1_SETTINGS, TINY_VAE_SDXL
 from .memory_graphs import Build, PlanOptions, RefinerLane, ensemble, prompts_of, refined, text_to_image_within
-from .plans import STOCK, Plan, Technique
+from .plans import Plan, Technique
 from .recipes import text_to_image
 from .scenario import NeededFile, Published, Scenario, Settings
 
@@ -71,12 +71,12 @@ def _fastest(name: str, plan: Plan, shows: str, *published: Published) -> Scenar
 
 
 def _two_models(
-    name: str, title: str, shows: str, lanes: tuple[RefinerLane, ...], build: Build, *published: Published
+    name: str, title: str, shows: str, plan: str, lanes: tuple[RefinerLane, ...], build: Build, *published: Published
 ) -> Scenario:
     settings: Settings = replace(S1_SETTINGS, prompts=prompts_of(lanes, FOUR_PROMPTS[0]))
     return Scenario(
         id=name, source="S1", title=title, shows=shows, family="sdxl", files=(CHECKPOINT_SDXL, REFINER_SDXL),
-        settings=settings, published=published, plan=STOCK, build=build,
+        settings=settings, published=published, plan=Plan(plan), build=build,
     )  # fmt: skip
 
 
@@ -104,6 +104,7 @@ MEMORY_SCENARIOS = (
         "SDXL base and refiner as an ensemble",
         "One prompt, handed over to the refiner after 90 % and after 80 % of 50, 40, 30 and 20 steps: one schedule of "
         "noise for both models.",
+        "base to refiner",
         _HAND_OVERS,
         ensemble(_HAND_OVERS),
         Published("best at 0.9; 17.38 GB together", RTX_3090),
@@ -113,6 +114,7 @@ MEMORY_SCENARIOS = (
         "SDXL base, then refiner as image to image",
         "One prompt, finished by the base in 50, 40, 30 and 20 steps; then the refiner takes it at denoise 0.3 through "
         "the last 3 of 10 steps, or the last 6 of 20. Base and refiner have a report each.",
+        "base, then refiner",
         _REFINED,
         refined(_REFINED, _DENOISE),
     ),
