@@ -77,7 +77,9 @@ def test_image_to_image_runs_the_last_3_of_10_and_6_of_20_steps():
 
 
 def test_overrides_scale_the_steps_of_each_lane():
-    small = adapt(SCENARIOS["sdxl-refiner-ensemble"], Overrides(width=256, height=256, steps=5, seed=1), "a", None, "b")
+    small = adapt(
+        SCENARIOS["sdxl-refiner-ensemble"], Overrides(width=256, height=256, steps=5, seed=1), "a", {"refiner": "b"}
+    )
     graph = small.graph().to_api()
     samplers = nodes(graph, "SpeedLabEnsembleSampler")
     assert [sampler["steps"] for sampler in samplers] == [5, 4, 3, 2] * 2
@@ -87,7 +89,7 @@ def test_overrides_scale_the_steps_of_each_lane():
 
 
 def test_a_refiner_goes_to_the_scenarios_that_need_one():
-    plain = adapt(SCENARIOS["sdxl-fastest"], Overrides(), None, None, "refiner.safetensors")
+    plain = adapt(SCENARIOS["sdxl-fastest"], Overrides(), None, {"refiner": "refiner.safetensors"})
     assert plain.file("refiner") is None
     assert plain == SCENARIOS["sdxl-fastest"]
 
@@ -100,10 +102,10 @@ def test_a_demo_refiner_is_written_where_none_is_given(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "demo_checkpoint", lambda family: tmp_path / f"demo_{family}.safetensors")
     monkeypatch.setattr(models, "model_folders", list)
     choice = models.choose_models(arguments(), [SCENARIOS["sdxl-refiner-ensemble"]])
-    assert choice.refiner == "demo_refiner.safetensors"
+    assert choice.others == {"refiner": "demo_refiner.safetensors"}
     assert tmp_path / "demo_refiner.safetensors" in choice.files["checkpoints"]
     assert any("--refiner" in note for note in choice.notes)
-    assert models.choose_models(arguments(), [SCENARIOS["sdxl-model-offload"]]).refiner is None
+    assert models.choose_models(arguments(), [SCENARIOS["sdxl-model-offload"]]).others == {}
 
 
 def test_a_refiner_that_is_no_file_is_named_with_its_option(tmp_path):
