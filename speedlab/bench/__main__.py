@@ -26,6 +26,7 @@ def _run_options() -> argparse.ArgumentParser:
         "--vae", metavar="FILE", help="VAE file, or a name the server knows, in place of the checkpoint's"
     )
     models.add_argument("--controlnet", metavar="FILE", help="ControlNet, for the scenarios that use one")
+    models.add_argument("--refiner", metavar="FILE", help="refiner checkpoint, for the scenarios with two models")
     sampling = options.add_argument_group("sampling")
     for name, what in (
         ("width", "pixels"), ("height", "pixels"), ("steps", "sampling steps"), ("batch", "pictures at once"),

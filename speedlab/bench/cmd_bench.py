@@ -17,7 +17,7 @@ from .errors import BenchError, ServerGone
 from .files import prepare_output
 from .html import html_page, write_html
 from .journal import Journal, series_key
-from .models import ModelChoice, choose_models, server_checkpoint
+from .models import ModelChoice, choose_models, server_checkpoint, server_refiner
 from .overrides import Overrides, adapt, overrides_of
 from .results import Outcome
 from .runner import run_scenario
@@ -74,7 +74,10 @@ class Series:
 
     async def _run(self, client: ComfyClient, scenario: Scenario) -> Outcome:
         checkpoint = self.choice.checkpoints.get(scenario.id) or await server_checkpoint(client, scenario)
-        wanted = adapt(scenario, self.overrides, checkpoint, self.choice.others)
+        others = dict(self.choice.others)
+        if "refiner" not in others and scenario.file("refiner") is not None:
+            others["refiner"] = await server_refiner(client, scenario)
+        wanted = adapt(scenario, self.overrides, checkpoint, others)
         return await run_scenario(client, wanted, self.args.out, small=self.args.small, journal=self.journal)
 
     def _keep(self, outcome: Outcome, scenario: Scenario) -> None:

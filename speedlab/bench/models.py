@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,11 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
             path = demo_controlnet()
             files["controlnet"], named["controlnet"] = [path], path.name
             notes.append(f"No ControlNet given with --controlnet: using random weights ({path.name}).")
+        if named["refiner"] is None and any(entry.file("refiner") for entry in scenarios):
+            path = demo_checkpoint("refiner")
+            files.setdefault("checkpoints", []).append(path)
+            named["refiner"] = path.name
+            notes.append(f"No refiner given with --refiner: using random weights ({path.name}).")
     known = {key: name for key, name in checkpoints.items() if name}
     others = {kind: name for kind in OTHER_MODELS if (name := named[kind])}
     return ModelChoice(known, others, files, tuple(notes))
@@ -84,14 +89,23 @@ def tiny_vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]
 
 async def server_checkpoint(client: ComfyClient, scenario: Scenario) -> str:
     """The checkpoint of a running server where none was named: the scenario's own, else its demo, else an error."""
+    return await _on_server(client, scenario, "checkpoint", lambda name: not name.endswith("refiner.safetensors"))
+
+
+async def server_refiner(client: ComfyClient, scenario: Scenario) -> str:
+    """The refiner of a running server where none was named: the scenario's own, else a demo one, else an error."""
+    return await _on_server(client, scenario, "refiner", lambda name: name.endswith("refiner.safetensors"))
+
+
+async def _on_server(client: ComfyClient, scenario: Scenario, kind: str, is_demo: Callable[[str], bool]) -> str:
     info = await client.object_info("SpeedLabCheckpointLoader")
     if not info:
         raise BenchError(f"the server at {client.url} has no SpeedLab nodes: install the pack there and restart it")
     spec = info["SpeedLabCheckpointLoader"]["input"]["required"]["ckpt_name"]
     names = spec[0] if isinstance(spec[0], list) else spec[1].get("options", [])
-    wanted = scenario.file("checkpoint")
-    demos = [name for name in names if name.startswith("speedlab_demo_")]
+    wanted = scenario.file(kind)
+    demos = [name for name in names if name.startswith("speedlab_demo_") and is_demo(name)]
     for name in ([wanted.default] if wanted else []) + demos:
         if name in names:
             return str(name)
-    raise BenchError(f"name a checkpoint with --checkpoint; the server has: {', '.join(names) or 'none'}")
+    raise BenchError(f"name a {kind} with --{kind}; the server has: {', '.join(names) or 'none'}")

@@ -33,7 +33,7 @@ _PIXELS_PER_LATENT = 8
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """KSampler's settings."""
+    """KSampler's settings. `more` goes into the record as it is: what a sampler of another kind has beside them."""
 
     seed: int
     steps: int
@@ -41,6 +41,7 @@ class SamplingRequest:
     sampler_name: str
     scheduler: str
     denoise: float = 1.0
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class ProfiledLatent:
     record: RunRecord
 
 
+# One whole run under a fresh trace; gives the LATENT.
+Sampling = Callable[[SamplingTrace], dict[str, Any]]
+
+
 @dataclass
 class _Session:
     """What one call gathers until its record is written."""
@@ -88,7 +93,27 @@ def profile_sampling(
     options: ProfileOptions,
     context: NodeContext,
 ) -> ProfiledLatent:
-    """Sample as core's KSampler does and measure it. The model given is not changed.
+    """Sample as core's KSampler does and measure it; see `profile_run`. The model given is not changed."""
+
+    def sample(trace: SamplingTrace) -> dict[str, Any]:
+        (result,) = core_nodes().common_ksampler(
+            traced(model, trace), request.seed, request.steps, request.cfg, request.sampler_name,
+            request.scheduler, positive, negative, latent, denoise=request.denoise,
+        )  # fmt: skip
+        return dict(result)
+
+    return profile_run(model, request, latent, options, context, sample)
+
+
+def profile_run(
+    model: Any,
+    request: SamplingRequest,
+    latent: Mapping[str, Any],
+    options: ProfileOptions,
+    context: NodeContext,
+    sample: Sampling,
+) -> ProfiledLatent:
+    """Measure the runs that `sample` makes; `model` is the one that the record describes.
 
     Writes the run's JSON however it ends, and the CSV row itself when it did not end well. Raises ResultsError before
     sampling when results cannot be written, UnavailableError for a detail that cannot run here, and whatever the
@@ -103,7 +128,7 @@ def profile_sampling(
         with measure_peak(model.load_device) as reading:
             if not options.part:
                 timeline.note_between(reading.before)
-            out = _run_all(model, request, positive, negative, latent, options, session)
+            out = _run_all(model, options, session, sample)
     except BaseException as error:
         session.status, session.error = failure_status(error), failure_message(error)
         session.peak = reading.peak
@@ -135,15 +160,7 @@ def _note_sampling(session: _Session) -> None:
     )
 
 
-def _run_all(
-    model: Any,
-    request: SamplingRequest,
-    positive: Any,
-    negative: Any,
-    latent: Mapping[str, Any],
-    options: ProfileOptions,
-    session: _Session,
-) -> dict[str, Any]:
+def _run_all(model: Any, options: ProfileOptions, session: _Session, sample: Sampling) -> dict[str, Any]:
     emitter = nvtx.emitter(options.nvtx)
     first: dict[str, Any] | None = None
     with nvtx.nvtx_range(emitter, nvtx.RUN, options.repeats):
@@ -152,10 +169,7 @@ def _run_all(
             session.traces.append(trace)
             trace.called = Mark(time.perf_counter_ns())
             try:
-                (result,) = core_nodes().common_ksampler(
-                    traced(model, trace), request.seed, request.steps, request.cfg, request.sampler_name,
-                    request.scheduler, positive, negative, latent, denoise=request.denoise,
-                )  # fmt: skip
+                result = sample(trace)
             except BaseException:
                 # Events of a cancelled run cannot be read either before the device has come to them. A device that
                 # failed refuses to be waited for; why the run failed is the error to show.
@@ -223,7 +237,7 @@ def _record(
 
 
 def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | None]) -> tuple[str, ...]:
-    notes = [note for trace in session.traces for note in trace.notes]
+    notes = [note for trace in session.traces for part in trace.parts() for note in part.notes]
     notes += [match.warning() for match in model.get_attachment(LORAS) or () if match.matched < match.total]
     if phases["text_encode"] is None:
         notes.append("A core node encoded the text, so the time from text to picture is not known.")
@@ -246,7 +260,7 @@ def _rows(traces: list[SamplingTrace]) -> list[tuple[StepRow, ...]]:
 
 def _to_device_ms(session: _Session) -> float | None:
     """Moving weights to the device and patching LoRAs into them, of the first run: later ones find all in place."""
-    return round(session.traces[0].to_device_ms, 3) if session.traces else None
+    return round(sum(part.to_device_ms for part in session.traces[0].parts()), 3) if session.traces else None
 
 
 def _prepare_ms(session: _Session) -> float | None:
@@ -284,6 +298,7 @@ def _request(
         "precision": {**(source.parts if source else {}), "unet": unet_dtypes(model)},
         "accelerators": techniques,
         "loras": [match.describe() for match in model.get_attachment(LORAS) or ()],
+        **request.more,
     }
 
 

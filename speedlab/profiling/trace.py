@@ -56,7 +56,10 @@ class StepRow:
 
 @dataclass
 class SamplingTrace:
-    """Marks and counts of one run of a sampler."""
+    """Marks and counts of one run of a sampler.
+
+    Where a run goes on with another model, `then` is the trace of that part and `first_step` its place in the schedule.
+    """
 
     clock: Clock
     emitter: nvtx.Emitter
@@ -69,8 +72,21 @@ class SamplingTrace:
     evaluations: list[Evaluation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     on_step: Callable[[int], None] | None = None
+    first_step: int = 0
+    then: SamplingTrace | None = None
     _current: Evaluation | None = None
     _open_step: bool = False
+
+    def parts(self) -> Iterator[SamplingTrace]:
+        """This trace and those that follow it in the same run."""
+        yield self
+        if self.then is not None:
+            yield from self.then.parts()
+
+    def follow(self, model_role: str, first_step: int) -> SamplingTrace:
+        """A trace for the part of the run that another model goes on with."""
+        self.then = SamplingTrace(self.clock, self.emitter, model_role, first_step=first_step)
+        return self.then
 
     def begin(self, sigmas: Sequence[float]) -> None:
         self.sigmas = list(sigmas)
@@ -193,9 +209,10 @@ def _observed(callback: Callable[..., Any] | None, trace: SamplingTrace) -> Call
 
 def sampling_ms(trace: SamplingTrace) -> float | None:
     """Milliseconds inside the sampler; None if it never started or never ended. Call after the clock settled."""
-    if trace.start is None or trace.end is None:
+    spans = [(part.start, part.end) for part in trace.parts()]
+    if any(start is None or end is None for start, end in spans):
         return None
-    return _span_ms(trace.clock, trace.start, trace.end)
+    return sum(_span_ms(trace.clock, start, end) for start, end in spans if start is not None and end is not None)
 
 
 def first_eval_ms(trace: SamplingTrace) -> float | None:
@@ -207,6 +224,10 @@ def first_eval_ms(trace: SamplingTrace) -> float | None:
 
 def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
     """One row a step of the schedule. Call after the clock settled: sigmas are read here, in one transfer."""
+    return tuple(row for part in trace.parts() for row in _rows_of_part(part))
+
+
+def _rows_of_part(trace: SamplingTrace) -> tuple[StepRow, ...]:
     if trace.start is None or trace.end is None or len(trace.sigmas) < 2:
         return ()
     owners = [step_of(sigma, trace.sigmas) for sigma in _host_sigmas(trace.evaluations)]
@@ -220,7 +241,7 @@ def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
         evaluations = [trace.evaluations[n] for n in mine]
         rows.append(
             StepRow(
-                index=index,
+                index=trace.first_step + index,
                 sigma=sigma,
                 gpu_ms=None if device is None else sum(ms for ms in device if ms is not None),
                 cpu_ms=sum(host_ms(starts[n], ends[n]) for n in mine),

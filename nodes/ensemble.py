@@ -1,0 +1,130 @@
+"""Two models on one schedule: base, then refiner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+
+from ..speedlab.ensemble import EnsembleRequest, Expert, sample_ensemble
+from ..speedlab.profiling import browser, report
+from ..speedlab.profiling.context import NodeContext
+from ..speedlab.profiling.runner import DETAILS, ProfileOptions
+
+
+class EnsembleSampler:
+    """Base and refiner as an ensemble of expert denoisers (Balaji et al., 2022; SDXL, Podell et al., 2023)."""
+
+    NODE_ID = "SpeedLabEnsembleSampler"
+    DISPLAY_NAME = "Ensemble Sampler (SpeedLab)"
+    CATEGORY = "SpeedLab/sample"
+    DESCRIPTION = (
+        "Denoises with the base model down to a step and with the refiner from there on, on one noise schedule: the "
+        "latent of two chained KSampler (Advanced), bit for bit, and measured. Each step of the profile says which "
+        "model took it."
+    )
+    RETURN_TYPES = ("LATENT", "SPEEDLAB_PROFILE")
+    RETURN_NAMES = ("latent", "profile")
+    OUTPUT_TOOLTIPS = (
+        "The denoised latent.",
+        "The measurements; connect Profile Report to save them.",
+    )
+    FUNCTION = "sample"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "base_model": ("MODEL", {"tooltip": "Denoises first, with any accelerations attached."}),
+                "base_positive": ("CONDITIONING", {"tooltip": "What the picture shall show, by the base's encoders."}),
+                "base_negative": ("CONDITIONING", {"tooltip": "What it shall not show, by the base's encoders."}),
+                "refiner_model": ("MODEL", {"tooltip": "Denoises the rest, with any accelerations attached."}),
+                "refiner_positive": (
+                    "CONDITIONING",
+                    {"tooltip": "What the picture shall show, by the refiner's own text encoder."},
+                ),
+                "refiner_negative": (
+                    "CONDITIONING",
+                    {"tooltip": "What it shall not show, by the refiner's own text encoder."},
+                ),
+                "latent": ("LATENT", {"tooltip": "Where to start: an empty latent of the picture's size."}),
+                **_settings(),
+            },
+            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **_: object) -> float:
+        """A measurement is never taken from the cache."""
+        return float("nan")
+
+    def sample(
+        self, base_model: Any, base_positive: Any, base_negative: Any, refiner_model: Any, refiner_positive: Any,
+        refiner_negative: Any, latent: dict, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
+        handoff: float, detail: str = "timing", prompt: object = None, extra_pnginfo: object = None,
+        unique_id: object = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        result = sample_ensemble(
+            Expert(base_model, base_positive, base_negative),
+            Expert(refiner_model, refiner_positive, refiner_negative),
+            latent,
+            EnsembleRequest(seed, steps, cfg, sampler_name, scheduler, handoff),
+            ProfileOptions(detail),
+            NodeContext.of(prompt, extra_pnginfo, unique_id),
+        )
+        return {
+            "ui": {
+                "text": [report.summary_text(result.record)],
+                "speedlab": [browser.browser_summary(result.record)],
+            },
+            "result": (result.latent, result.record),
+        }
+
+
+def _settings() -> dict[str, Any]:
+    return {
+        "seed": (
+            "INT",
+            {
+                "default": 0,
+                "min": 0,
+                "max": 0xFFFFFFFFFFFFFFFF,
+                "control_after_generate": True,
+                "tooltip": "The random seed of the noise: the same seed gives the same picture.",
+            },
+        ),
+        "steps": (
+            "INT",
+            {"default": 30, "min": 1, "max": 10000, "tooltip": "Denoising steps of both models together."},
+        ),
+        "cfg": (
+            "FLOAT",
+            {
+                "default": 5.0,
+                "min": 0.0,
+                "max": 100.0,
+                "step": 0.1,
+                "round": 0.01,
+                "tooltip": "How closely both models follow their prompts.",
+            },
+        ),
+        "sampler_name": (comfy.samplers.KSampler.SAMPLERS, {"tooltip": "The sampling algorithm."}),
+        "scheduler": (
+            comfy.samplers.KSampler.SCHEDULERS,
+            {"tooltip": "How the noise levels are spread over the steps of both models."},
+        ),
+        "handoff": (
+            "FLOAT",
+            {
+                "default": 0.9,
+                "min": 0.0,
+                "max": 1.0,
+                "step": 0.01,
+                "tooltip": "The share of the steps that the base takes. 1.0: the base alone; 0.0: the refiner alone.",
+            },
+        ),
+        "detail": (list(DETAILS), {"default": "timing", "tooltip": "timing measures every step at next to no cost."}),
+    }
+
+
+NODES = (EnsembleSampler,)

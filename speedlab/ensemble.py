@@ -1,0 +1,149 @@
+"""Base and refiner as an ensemble of expert denoisers: one schedule of noise, the base down to a step, the refiner on.
+
+Bit for bit what two chained KSamplerAdvanced give: the first adds noise and returns what is left of it, the second adds
+none and goes on at the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .accelerate.patching import accelerators
+from .errors import SpeedLabError, UnavailableError
+from .loading import SOURCE
+from .profiling.context import NodeContext
+from .profiling.runner import ProfiledLatent, ProfileOptions, SamplingRequest, profile_run
+from .profiling.trace import SamplingTrace, traced
+from .schedule import steps_before
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A model with the conditioning that is its own."""
+
+    model: Any
+    positive: Any
+    negative: Any
+
+
+@dataclass(frozen=True)
+class EnsembleRequest:
+    """KSampler's settings and `handoff`: of n steps, step i is the base's when i < floor(handoff * n)."""
+
+    seed: int
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    handoff: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.handoff <= 1.0:
+            raise ValueError(f"handoff is {self.handoff}; it must lie between 0 and 1")
+
+    @property
+    def base_steps(self) -> int:
+        return steps_before(self.handoff, self.steps)
+
+
+def sample_ensemble(
+    base: Expert,
+    refiner: Expert,
+    latent: Mapping[str, Any],
+    request: EnsembleRequest,
+    options: ProfileOptions,
+    context: NodeContext,
+) -> ProfiledLatent:
+    """Sample with both models and measure it; the models given are not changed.
+
+    Raises SpeedLabError where the models work on different latents, UnavailableError for nested latents (video with
+    sound), and whatever `profiling.runner.profile_run` raises.
+    """
+    _check(base, refiner, latent)
+    sigmas = _sigmas(base.model, request)
+    first, second = request.base_steps, request.steps - request.base_steps
+
+    def sample(trace: SamplingTrace) -> dict[str, Any]:
+        out = dict(latent)
+        if first:
+            out = _part(base, out, request, sigmas, trace, last=first if second else None)
+        else:
+            trace.model_role = "refiner"
+        if second:
+            following = trace.follow("refiner", first) if first else trace
+            out = _part(refiner, out, request, sigmas, following, start=first if first else None)
+        return out
+
+    described = SamplingRequest(
+        request.seed, request.steps, request.cfg, request.sampler_name, request.scheduler,
+        more={"handoff": request.handoff, "base_steps": first, "refiner": _describe(refiner.model)},
+    )  # fmt: skip
+    return profile_run(base.model if first else refiner.model, described, latent, options, context, sample)
+
+
+def _check(base: Expert, refiner: Expert, latent: Mapping[str, Any]) -> None:
+    if getattr(latent["samples"], "is_nested", False):
+        raise UnavailableError("Ensemble Sampler takes picture latents; this one holds several in one.")
+    names = [type(expert.model.get_model_object("latent_format")).__name__ for expert in (base, refiner)]
+    if names[0] != names[1]:
+        raise SpeedLabError(
+            f"Base and refiner work on different latents ({names[0]} and {names[1]}), so one cannot go on where the "
+            "other stops. Use an SDXL base with the SDXL refiner, or two models of one family."
+        )
+
+
+def _sigmas(model: Any, request: EnsembleRequest) -> Any:
+    """The base's noise levels for all steps, which both models follow."""
+    import comfy.samplers
+
+    sampler = comfy.samplers.KSampler(
+        model, request.steps, model.load_device, request.sampler_name, request.scheduler, 1.0, model.model_options
+    )
+    return sampler.sigmas
+
+
+def _part(
+    expert: Expert,
+    latent: Mapping[str, Any],
+    request: EnsembleRequest,
+    sigmas: Any,
+    trace: SamplingTrace,
+    *,
+    start: int | None = None,
+    last: int | None = None,
+) -> dict[str, Any]:
+    """The steps from `start` up to `last` of the schedule on one model; noise is added where `start` is None.
+
+    ComfyUI cuts the part out of `sigmas`; behind it techniques find the whole schedule and count all of its steps.
+    """
+    import comfy.sample
+    import comfy.utils
+    import latent_preview
+    import torch
+
+    model = traced(expert.model, trace)
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    if start is None:
+        noise = comfy.sample.prepare_noise(samples, request.seed, latent.get("batch_index"))
+    else:
+        noise = torch.zeros_like(samples, device="cpu")
+    result = comfy.sample.sample(
+        model, noise, request.steps, request.cfg, request.sampler_name, request.scheduler,
+        expert.positive, expert.negative, samples,
+        disable_noise=start is not None, start_step=start, last_step=last, force_full_denoise=last is None,
+        noise_mask=latent.get("noise_mask"), sigmas=sigmas.clone(),
+        callback=latent_preview.prepare_callback(model, request.steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=request.seed,
+    )  # fmt: skip
+    return {**latent, "samples": result}
+
+
+def _describe(model: Any) -> dict[str, Any]:
+    source = model.get_attachment(SOURCE)
+    return {
+        "model": type(model.model).__name__,
+        "checkpoint": None if source is None else source.name,
+        "accelerators": [accelerator.describe() for accelerator in accelerators(model)],
+    }

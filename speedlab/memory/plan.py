@@ -1,0 +1,168 @@
+"""Memory Plan: how UNet, text encoders and VAE share the device, chosen by what is predicted to fit.
+
+none: all stay where ComfyUI puts them. model: they take turns. sequential: they take turns, and weights are streamed
+layer by layer, so that two layers at most are on the device. auto: the fastest of these that fits the budget.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ..accelerate.patching import Accelerator, Site, accelerators, attach, declare
+from ..errors import SpeedLabError, UnavailableError
+from .activations import PictureSize
+from .explain import explained_clip, explained_vae, explaining_out_of_memory
+from .patcher import Group, Offload, Placement, is_dynamic, is_planned, planned, unplanned
+from .predict import OFFLOADS, Prediction, is_measured, parts_of, predict
+from .wording import plan_text, too_small
+
+log = logging.getLogger(__name__)
+
+KEY = "speedlab.memory_plan"
+Choice = Literal["auto", "none", "model", "sequential"]
+CHOICES = get_args(Choice)
+GB = 1e9
+
+
+class MemoryBudgetError(SpeedLabError):
+    """No plan fits the budget; the message names the smallest that would."""
+
+
+@dataclass(frozen=True)
+class MemoryPlanConfig:
+    """What the Memory Plan node sets. `budget_gb` in GB of 10^9 bytes; 0 is what is free. Raises ValueError."""
+
+    offload: Choice = "auto"
+    budget_gb: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.offload not in CHOICES:
+            raise ValueError(f"offload is {self.offload!r}; choose one of {', '.join(CHOICES)}")
+        if not 0.0 <= self.budget_gb < float("inf"):
+            raise ValueError(f"budget_gb is {self.budget_gb}; it must be 0 (what is free) or more")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The models to go on with, and the plan in words."""
+
+    model: Any
+    clip: Any | None
+    vae: Any | None
+    text: str
+    prediction: Prediction
+
+
+def plan_memory(
+    model: Any, clip: Any | None, vae: Any | None, config: MemoryPlanConfig, latent: Any | None = None
+) -> Planned:
+    """Choose a way of offloading and attach it to clones; the inputs are untouched.
+
+    `none` gives back the very objects. `latent` (a LATENT) tells size and batch to predict for; without it that is one
+    picture of the model's own size. Raises MemoryBudgetError where nothing fits, UnavailableError where ComfyUI keeps
+    models on the device for good.
+    """
+    size = picture_size(model, latent)
+    parts = parts_of(model, clip, vae, size)
+    predictions = {offload: predict(parts, offload) for offload in OFFLOADS}
+    budget = config.budget_gb * GB or free_bytes(model, clip, vae)
+    chosen = _choose(config, predictions, budget)
+    text = plan_text(
+        predictions, chosen, size, budget, config.budget_gb > 0, model.load_device.type, is_dynamic(model),
+        is_measured(model.load_device.type), is_attention_fused(model),
+    )  # fmt: skip
+    log.info("SpeedLab: %s", text)
+    if chosen == "none" and config.offload == "none" and not any(map(is_planned, _patchers(model, clip, vae))):
+        return Planned(model, clip, vae, text, predictions[chosen])
+    out = _attach(model, clip, vae, chosen, config)
+    return Planned(out[0], out[1], out[2], text, predictions[chosen])
+
+
+def picture_size(model: Any, latent: Any | None) -> PictureSize:
+    """The size that `latent` has, else the one that the model was made for. Raises UnavailableError for video."""
+    if latent is not None:
+        samples = latent["samples"]
+        if getattr(samples, "is_nested", False) or samples.ndim != 4:
+            raise UnavailableError("Memory Plan predicts for pictures; this latent is a video, or several in one.")
+        return PictureSize(samples.shape[3] * 8, samples.shape[2] * 8, samples.shape[0])
+    name = type(model.model).__name__
+    side = 1024 if name.startswith("SDXL") else 768 if type(model.model.model_config).__name__ == "SD20" else 512
+    return PictureSize(side, side)
+
+
+def free_bytes(model: Any, clip: Any | None, vae: Any | None) -> int:
+    """What is free on the UNet's device once these models were unloaded, less what ComfyUI keeps in reserve."""
+    import comfy.model_management as mm
+
+    patchers = [one for one in _patchers(model, clip, vae) if one.load_device == model.load_device]
+    on_cpu = model.load_device.type == "cpu"
+    loaded = sum(one.model.model_loaded_weight_memory for one in patchers)
+    # On a CPU the weights lie in its memory whether ComfyUI calls them loaded or not.
+    if on_cpu:
+        loaded = sum(one.model_size() for one in patchers)
+    return int(mm.get_free_memory(model.load_device) + loaded - mm.extra_reserved_memory())
+
+
+def is_attention_fused(model: Any) -> bool:
+    """Whether attention keeps no scores in memory: a backend chosen for this model, or ComfyUI's own where it is."""
+    import comfy.ldm.modules.attention as attention
+
+    chosen = [one.options.get("backend") for one in accelerators(model) if one.name == "attention"]
+    if chosen:
+        return chosen[-1] not in ("sub_quadratic", "split")
+    scored = [getattr(attention, name, None) for name in ("attention_basic", "attention_sub_quad", "attention_split")]
+    return not any(attention.optimized_attention is function for function in scored)
+
+
+def _patchers(model: Any, clip: Any | None, vae: Any | None) -> list[Any]:
+    return [model, *(part.patcher for part in (clip, vae) if part is not None)]
+
+
+def _choose(config: MemoryPlanConfig, predictions: dict[Offload, Prediction], budget: float) -> Offload:
+    fits = [offload for offload in OFFLOADS if predictions[offload].peak <= budget]
+    if config.offload == "auto":
+        if not fits:
+            raise MemoryBudgetError(too_small(predictions, budget, None))
+        return fits[0]
+    if config.budget_gb and config.offload not in fits:
+        raise MemoryBudgetError(too_small(predictions, budget, config.offload))
+    return config.offload
+
+
+def _attach(
+    model: Any, clip: Any | None, vae: Any | None, chosen: Offload, config: MemoryPlanConfig
+) -> tuple[Any, Any | None, Any | None]:
+    patchers = _patchers(model, clip, vae)
+    if chosen != "none":
+        _refuse_resident(patchers)
+    group = Group()
+    for one in patchers:
+        group.add(one.model)
+
+    def place(patcher: Any) -> Any:
+        if chosen == "none":
+            return unplanned(patcher)
+        # A text encoder that ComfyUI runs on another device needs no streaming.
+        alike = patcher.load_device == model.load_device
+        return planned(patcher, Placement(chosen if alike else "model", group))
+
+    options = {"offload": chosen, **({"budget_gb": config.budget_gb} if config.budget_gb else {})}
+    out = attach(place(model), KEY, {Site.OUTER_SAMPLE: explaining_out_of_memory(chosen, group)})
+    declare(out, Accelerator("memory_plan", options))
+    return (
+        out,
+        None if clip is None else explained_clip(clip, place(clip.patcher), chosen, group),
+        None if vae is None else explained_vae(vae, place(vae.patcher), chosen, group),
+    )
+
+
+def _refuse_resident(patchers: list[Any]) -> None:
+    """Offloading needs somewhere to go."""
+    device = patchers[0].load_device
+    if device.type != "cpu" and all(one.offload_device == device for one in patchers):
+        raise UnavailableError(
+            "Memory Plan cannot offload: ComfyUI was started with --highvram or --gpu-only, which keeps every model on "
+            f"{device}. Start it without that option, or set offload to none."
+        )

@@ -1,0 +1,253 @@
+"""Weights that are on the device only while they work: two slots, and a copy that runs ahead of the computation.
+
+While unit i computes out of one slot, the unit that will follow is copied into the other one on a second stream; unit
+i - 1 has left by then. So at most two units are on the device, whatever runs ahead. Which unit follows is learnt from
+the forward before, so blocks that a technique skips are not copied. Between two forwards every weight is at home.
+
+Works on any device: without streams of its own (a CPU) the copies are made in place of being queued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .units import Unit, aligned, is_movable, movable, units_of
+
+Restored = list[tuple[torch.nn.Module, str, torch.nn.Parameter]]
+
+
+@dataclass
+class Residency:
+    """What was on the device at once, at most, and how much was copied; for tests and for `plan`'s reader."""
+
+    units: int = 0
+    nbytes: int = 0
+    copies: int = 0
+    copied_bytes: int = 0
+    missed: int = 0
+
+
+class _Queue:
+    """A second stream of the device, or nothing on a device that has none."""
+
+    def __init__(self, device: torch.device) -> None:
+        api = getattr(torch, device.type, None) if device.type in ("cuda", "xpu") else None
+        self._api, self._device = api, device
+        self._stream = api.Stream(device=device) if api is not None else None
+
+    def copying(self) -> Any:
+        return self._api.stream(self._stream) if self._api is not None else nullcontext()
+
+    def mark(self, copied: bool) -> Any:
+        """An event behind what was queued so far: of copies, or of the computation."""
+        if self._api is None:
+            return None
+        event = self._api.Event()
+        event.record(self._stream if copied else self._api.current_stream(self._device))
+        return event
+
+    def copies_wait_for(self, event: Any) -> None:
+        if event is not None and self._stream is not None:
+            self._stream.wait_event(event)
+
+    def computation_waits_for(self, event: Any) -> None:
+        if event is not None and self._api is not None:
+            self._api.current_stream(self._device).wait_event(event)
+
+
+@dataclass
+class _Slot:
+    """A buffer on the device, the unit whose weights are in it, and the events that say when it may be touched."""
+
+    buffer: torch.Tensor
+    unit: int | None = None
+    views: list[torch.nn.Parameter] = field(default_factory=list)
+    filled: Any = None
+    released: Any = None
+
+
+class NetworkStream:
+    """Streams one network. `install` hooks it up, `remove` takes every hook off; weights are home in between."""
+
+    def __init__(self, network: torch.nn.Module, device: torch.device) -> None:
+        self.network, self.device = network, device
+        self.units = units_of(network)
+        self.residency = Residency()
+        self._first = 0
+        self._follows = {index: index + 1 for index in range(len(self.units) - 1)}
+        self._size = max((unit.nbytes for unit in self.units), default=0)
+        self._queue: _Queue | None = None
+        self._slots: tuple[_Slot, _Slot] | None = None
+        self._working: _Slot | None = None
+        self._home: Restored = []
+        self._uncast: list[torch.nn.Module] = []
+        self._depth = 0
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        """Hook the network: its call opens and closes the slots, each unit's call brings its weights in."""
+        if self._handles or not self.units:
+            return
+        self._handles = [
+            self.network.register_forward_pre_hook(lambda *_: self._begin()),
+            self.network.register_forward_hook(lambda *_: self._end(), always_call=True),
+        ]
+        for index, unit in enumerate(self.units):
+            for module in unit.modules:
+                self._handles.append(module.register_forward_pre_hook(lambda *_, index=index: self._enter(index)))
+
+    def remove(self) -> None:
+        """Take all hooks off, and bring home what a forward that never ended may have left."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._depth = 1
+        self._end()
+
+    def _begin(self) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        if self._queue is None:
+            self._queue = _Queue(self.device)
+        # Not inference tensors, whatever the mode: a weight made outside of inference mode stays usable outside.
+        with torch.inference_mode(False):
+            slots = tuple(_Slot(torch.empty(self._size, dtype=torch.uint8, device=self.device)) for _ in range(2))
+        allocated = self._queue.mark(copied=False)
+        for slot in slots:
+            slot.released = allocated
+        self._slots = (slots[0], slots[1])
+        self._fetch(self._slots[0], self._first)
+
+    def _end(self) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth:
+            return
+        self._leave()
+        if self._queue is not None and self._slots is not None:
+            # A copy that nobody waited for may still run; the memory below goes back to the allocator.
+            self._queue.computation_waits_for(self._queue.mark(copied=True))
+        self._slots = None
+
+    def _enter(self, index: int) -> None:
+        """Before unit `index` computes: its weights in, those of the one before out, and the next one on its way."""
+        if self._slots is None or self._queue is None:  # called on its own, outside of the network
+            return
+        if self._working is not None and self._working.unit == index:
+            return
+        before = self._working.unit if self._working is not None else None
+        self._leave()
+        slot = next((slot for slot in self._slots if slot.unit == index), None)
+        if slot is None:
+            slot = next((slot for slot in self._slots if slot.unit is None), self._slots[0])
+            for wrong in self._slots:
+                if wrong.unit is not None:
+                    self._drop(wrong)
+                    self.residency.missed += 1
+            self._fetch(slot, index)
+        if before is None:
+            self._first = index
+        else:
+            self._follows[before] = index
+        self._queue.computation_waits_for(slot.filled)
+        self._swap_in(slot)
+        following = self._follows.get(index)
+        if following is not None and following != index:
+            self._fetch(self._slots[1] if slot is self._slots[0] else self._slots[0], following)
+
+    def _fetch(self, slot: _Slot, index: int) -> None:
+        """Queue the copy of a unit's weights into a free slot."""
+        assert self._queue is not None and self._slots is not None
+        self._queue.copies_wait_for(slot.released)
+        slot.unit = index
+        with torch.inference_mode(False), torch.no_grad(), self._queue.copying():
+            slot.views = _copied(self.units[index], slot.buffer)
+        slot.filled = self._queue.mark(copied=True)
+        resident = [self.units[one.unit] for one in self._slots if one.unit is not None]
+        seen = self.residency
+        seen.units = max(seen.units, len(resident))
+        seen.nbytes = max(seen.nbytes, sum(unit.nbytes for unit in resident))
+        seen.copies += 1
+        seen.copied_bytes += self.units[index].nbytes
+
+    def _swap_in(self, slot: _Slot) -> None:
+        assert slot.unit is not None
+        weights = list(movable(self.units[slot.unit]))
+        self._working = slot
+        for (module, name, home), view in zip(weights, slot.views, strict=True):
+            self._home.append((module, name, home))
+            module._parameters[name] = view
+        for module in {module for module, *_ in weights}:
+            if _is_whole(module):
+                # On the device they are what a loaded model's are, and so is the way they are used.
+                module.comfy_cast_weights = module.prev_comfy_cast_weights
+                self._uncast.append(module)
+
+    def _leave(self) -> None:
+        """Bring the working unit's weights home and free its slot."""
+        for module, name, home in self._home:
+            module._parameters[name] = home
+        self._home.clear()
+        for module in self._uncast:
+            module.comfy_cast_weights = True  # type: ignore[assignment]
+        self._uncast.clear()
+        if self._working is not None:
+            self._drop(self._working)
+            self._working = None
+
+    def _drop(self, slot: _Slot) -> None:
+        slot.unit, slot.views = None, []
+        if self._queue is not None:
+            slot.released = self._queue.mark(copied=False)
+
+
+def _is_whole(module: torch.nn.Module) -> bool:
+    """Whether ComfyUI casts a module's weights because they are offloaded, and all of them are streamed instead."""
+    return hasattr(module, "prev_comfy_cast_weights") and all(
+        weight is None or is_movable(weight) for weight in module._parameters.values()
+    )
+
+
+def _copied(unit: Unit, buffer: torch.Tensor) -> list[torch.nn.Parameter]:
+    """The unit's weights in `buffer`, with the strides that they have at home, so that results are the same bits."""
+    views, offset = [], 0
+    for _module, _name, home in movable(unit):
+        flat = buffer[offset : offset + home.nbytes].view(home.dtype)
+        offset += aligned(home.nbytes)
+        strides = home.stride() if home.is_contiguous() else torch.empty_like(home, device="meta").stride()
+        view = flat.as_strided(home.shape, strides)
+        view.copy_(home, non_blocking=True)
+        views.append(torch.nn.Parameter(view, requires_grad=False))
+    return views
+
+
+class ModelStream:
+    """All networks of one ComfyUI model."""
+
+    def __init__(self, networks: Iterable[torch.nn.Module], device: torch.device) -> None:
+        self.streams = tuple(NetworkStream(network, device) for network in networks)
+
+    def install(self) -> None:
+        for stream in self.streams:
+            stream.install()
+
+    def remove(self) -> None:
+        for stream in self.streams:
+            stream.remove()
+
+    @property
+    def residency(self) -> Residency:
+        """The most of any network, since they run one at a time."""
+        total = Residency()
+        for stream in self.streams:
+            seen = stream.residency
+            total.units, total.nbytes = max(total.units, seen.units), max(total.nbytes, seen.nbytes)
+            total.copies += seen.copies
+            total.copied_bytes += seen.copied_bytes
+            total.missed += seen.missed
+        return total
