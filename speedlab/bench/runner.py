@@ -18,8 +18,12 @@ async def run_scenario(client: ComfyClient, scenario: Scenario, out: Path) -> Ou
     outcome = Outcome(scenario.id)
     extra = {"extra_pnginfo": {"workflow": ui_graph(scenario)}}
     lanes = split_lanes(scenario.graph())
-    for number, (graph, prompt) in enumerate(zip(lanes, scenario.settings.prompts, strict=True), start=1):
-        several = len(lanes) > 1
+    several, prompts = len(lanes) > 1, scenario.settings.prompts
+    # One lane a prompt where their numbers agree; any other graph has lanes of its own meaning.
+    names = (
+        [prompt.name for prompt in prompts] if len(prompts) == len(lanes) else [str(n + 1) for n in range(len(lanes))]
+    )
+    for number, (graph, lane_name) in enumerate(zip(lanes, names, strict=True), start=1):
         line = ProgressLine(f"{scenario.id}{f' {number}/{len(lanes)}' if several else ''}", graph)
         try:
             result = await client.run(graph, extra_data=extra, listener=line)
@@ -30,7 +34,7 @@ async def run_scenario(client: ComfyClient, scenario: Scenario, out: Path) -> Ou
             return outcome
         finally:
             line.done()
-        name = f"{scenario.id}_{prompt.name}" if several else scenario.id
+        name = f"{scenario.id}_{lane_name}" if several else scenario.id
         outcome.pictures += await fetch_pictures(client, result, out, name)
         await fetch_records(client, result, out, outcome)
     return outcome

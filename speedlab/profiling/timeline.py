@@ -96,8 +96,10 @@ def note_between(peak: MemoryPeak) -> None:
 
 
 @contextmanager
-def phase(name: Phase, device: Any = "cpu") -> Iterator[dict[str, Any]]:
+def phase(name: Phase, device: Any = "cpu", list_index: int | None = None) -> Iterator[dict[str, Any]]:
     """Time a block as a phase of the executing prompt, synchronised at both ends; yields a dict for extra facts.
+
+    `list_index` is the item that the block works on where one execution makes a whole list.
 
     A block that fails is not noted: its time would describe nothing that the user can use.
     """
@@ -111,4 +113,5 @@ def phase(name: Phase, device: Any = "cpu") -> Iterator[dict[str, Any]]:
             synchronize(device)
         end = time.perf_counter_ns()
     now = executing()
-    note(PhaseEntry(name, now.node_id, (end - start) / 1e6, reading.peak, info, now.list_index, end))
+    item = now.list_index if list_index is None else list_index
+    note(PhaseEntry(name, now.node_id, (end - start) / 1e6, reading.peak, info, item, end))

@@ -5,7 +5,7 @@ Times and memory measured on them are those of a real model of that layout; the 
 
 from __future__ import annotations
 
-from .checkpoint import build_state_dict, shapes, write_checkpoint
+from .checkpoint import build_state_dict, shapes, write_checkpoint, write_vae
 from .lora import lora_state_dict, write_lora
 from .spec import FAMILY_NAMES, CheckpointSpec
 from .taesd import taesd_state_dicts, write_taesd
@@ -20,4 +20,5 @@ __all__ = [
     "write_checkpoint",
     "write_lora",
     "write_taesd",
+    "write_vae",
 ]
