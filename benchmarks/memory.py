@@ -29,6 +29,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import inprocess
 
+# A script's folder comes first on the path, and a script beside this one has the name of a package that ComfyUI uses.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+
 VAE, CHECKPOINT = "speedlab_demo_vae.safetensors", "speedlab_demo_vega.safetensors"
 PROMPTS = ("a tree", "a house by the sea", "a dog", "a bee on lavender")
 SAMPLE_EVERY_S = 0.005
