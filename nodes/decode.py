@@ -15,8 +15,8 @@ class VAEDecode:
     DISPLAY_NAME = "VAE Decode (SpeedLab)"
     CATEGORY = "SpeedLab/decode"
     DESCRIPTION = (
-        "Turns latents into pictures as VAE Decode does, one at a time or in tiles if you like. Black or broken "
-        "pictures from half precision are noticed and decoded again in fp32."
+        "Turns latents into pictures as VAE Decode does, one at a time or in tiles if you like. What does not fit "
+        "into memory is decoded again in smaller pieces; black pictures from half precision in a safer precision."
     )
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("image",)
@@ -51,14 +51,16 @@ class VAEDecode:
                         "min": 0,
                         "max": 4096,
                         "step": 32,
-                        "tooltip": "How many pixels neighbouring tiles share; more hides the seams better.",
+                        "tooltip": "How many pixels neighbouring tiles share, at most a quarter tile; more hides "
+                        "the seams better.",
                     },
                 ),
                 "precision": (
                     list(VAE_PRECISIONS),
                     {
                         "default": "auto",
-                        "tooltip": "auto keeps the VAE's own precision, and fp32 after it has failed once.",
+                        "tooltip": "auto is fp16 on cards that are fast in it, unless you chose another in the loader, "
+                        "else the VAE's own; and a safer one after NaN or Inf. The report says which it was.",
                     },
                 ),
             }
@@ -81,8 +83,9 @@ class TinyVAEDecode:
     DISPLAY_NAME = "Tiny VAE Decode (SpeedLab)"
     CATEGORY = "SpeedLab/decode"
     DESCRIPTION = (
-        "Turns latents into pictures with a tiny VAE (TAESD): about ten times faster and with a quarter of the "
-        "memory, at the price of some fine detail. Needs taesd_decoder or taesdxl_decoder in models/vae_approx."
+        "Turns latents into pictures with a tiny VAE (TAESD): more than ten times faster and with a fraction of the "
+        "memory at any picture size, at the price of some fine detail. Needs taesd_decoder or taesdxl_decoder in "
+        "models/vae_approx."
     )
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("image",)
@@ -118,7 +121,8 @@ class TinyVAEDecode:
                         "min": 0,
                         "max": 16384,
                         "step": 64,
-                        "tooltip": "Decode in tiles of this many pixels, without seams; 0 decodes whole pictures.",
+                        "tooltip": "How much to decode at once: as many pixels as a square of this size, in bands "
+                        "without seams; 0 chooses what is fast. The picture is the same.",
                     },
                 ),
             },

@@ -31,3 +31,38 @@ def missing_input(message: str) -> Any:
     from comfy_execution.graph_utils import ExecutionBlocker
 
     return ExecutionBlocker(message)
+
+
+def progress_bar(total: int) -> Any:
+    """ComfyUI's progress bar of the executing node."""
+    import comfy.utils
+
+    return comfy.utils.ProgressBar(total)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: the device's own kind, Python's, or the CPU allocator's words."""
+    import comfy.model_management as mm
+
+    # Where torch has no such type, core's name for it is Exception itself, which would match anything.
+    kinds = (MemoryError,) if mm.OOM_EXCEPTION is Exception else (MemoryError, mm.OOM_EXCEPTION)
+    text = str(error).lower()
+    return isinstance(error, kinds) or "out of memory" in text or "defaultcpuallocator" in text
+
+
+def release_unused_memory() -> None:
+    """Give cached device memory back, after the tensors of a failed attempt are gone."""
+    import gc
+
+    import comfy.model_management as mm
+
+    gc.collect()
+    mm.soft_empty_cache()
+
+
+def out_of_memory_advice() -> str:
+    """What a user can do when the smallest piece of a decode does not fit."""
+    return (
+        "Put Free Memory (SpeedLab) set to 'diffusion' before decoding, use Tiny VAE Decode (SpeedLab), or close "
+        "other programs that use the device."
+    )

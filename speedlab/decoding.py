@@ -1,7 +1,7 @@
-"""Latents to pictures through a full VAE: whole, one at a time or tiled, with a check for non-finite results.
+"""Latents to pictures through a full VAE: whole, one at a time or tiled, in a precision that stays finite.
 
-A VAE has no clone, so another dtype is a second module with the same weights (see `loading.vae_in`), kept as long as
-the first one lives.
+What does not fit into memory is tried again in smaller pieces; what is not finite, in a safer precision. Both are
+logged and written in the record.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from .errors import SpeedLabError
-from .loading import vae_in
+from .loading import VAE_SOURCE
 from .precision import short_name, torch_dtype
+from .vae_attempts import SMALLEST_TILE, Way, decode_fitting
+from .vae_precision import abilities, remember_not_finite, safer, sibling, sibling_bytes, starting_dtype
 
 log = logging.getLogger(__name__)
 
-_SMALLEST_TILE = 64
+LATENT_MARK = "speedlab"
 
-_siblings: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
-_not_finite_in: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
+# Latents of equal shape that no VAE of the other family can decode, by the class names of core's latent formats.
+_FAMILIES = {"SD15": "SD 1.x or 2.x", "SDXL": "SDXL", "SDXL_Playground_2_5": "SDXL"}
 
 
 @dataclass(frozen=True)
@@ -45,48 +46,73 @@ class Decoded:
 def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded:
     """Decode a LATENT [B, C, H/8, W/8].
 
-    A result with NaN or Inf from finite latents is reported and decoded again in fp32; the VAE is remembered, so that
-    `auto` starts in fp32 next time. Raises SpeedLabError for latents that this VAE cannot decode.
+    A result with NaN or Inf from finite latents is reported and decoded again in a safer precision, which `auto` then
+    starts with for this VAE. Raises SpeedLabError for latents that this VAE cannot decode, and when memory is not
+    enough for the smallest tile.
     """
-    import torch
-
-    samples = latent["samples"]
-    check_latent(vae, samples)
-    dtype = torch_dtype(config.precision) or _auto_dtype(vae)
-    chosen = sibling(vae, dtype)
-    images = _decode_with(chosen, samples, config)
-    info: dict[str, Any] = {"decoder": _decoder_name(chosen), "precision": short_name(chosen.vae_dtype)}
-    if config.slicing:
-        info["slicing"] = True
-    if config.tile_size:
-        info["tile_size"] = config.tile_size
-    if not is_finite(samples):
-        return Decoded(images, {**info, "warning": report_bad_latents()})
-    if is_finite(images):
-        return Decoded(images, info)
-    _not_finite_in.setdefault(vae.first_stage_model, set()).add(chosen.vae_dtype)
-    if chosen.vae_dtype == torch.float32:
-        return Decoded(
-            images, {**info, "warning": _report("The VAE gives NaN or Inf in fp32 too; its weights are bad.")}
+    if 0 < config.tile_size < SMALLEST_TILE:
+        raise SpeedLabError(
+            f"tile_size is {config.tile_size}: choose {SMALLEST_TILE} pixels or more, or 0 for whole pictures."
         )
-    warning = _report(
-        f"The VAE gives NaN or Inf in {short_name(chosen.vae_dtype)}; the latents were decoded again in fp32. "
-        "A VAE made for half precision (such as the SDXL VAE FP16 fix) would be faster."
-    )
-    images = _decode_with(sibling(vae, torch.float32), samples, config)
-    if not is_finite(images):
-        warning = _report("The VAE gives NaN or Inf in fp32 too; its weights are bad.")
-    return Decoded(images, {**info, "precision": "fp32", "warning": warning})
+    samples = picture_latents(latent)
+    check_latent(vae, samples)
+    check_family(vae, latent)
+    warnings = [] if is_finite(samples) else [report_bad_latents()]
+    sound_latents = not warnings
+    dtype, way = starting_dtype(vae, config.precision), Way(config.slicing, config.tile_size, config.overlap)
+    while True:
+        chosen = sibling(vae, dtype)
+        result = decode_fitting(chosen, samples, way, report)
+        way = result.way
+        warnings += result.retries
+        if result.finite or not sound_latents:
+            break
+        name = str(short_name(chosen.vae_dtype))
+        remember_not_finite(vae, chosen.vae_dtype)
+        following = safer(name, abilities(vae.device))
+        if following is None:
+            warnings.append(report("The VAE gives NaN or Inf in fp32 too; its weights are bad."))
+            break
+        warnings.append(
+            report(
+                f"The VAE gives NaN or Inf in {name}; the latents were decoded again in {following}. "
+                "A VAE made for half precision (such as the SDXL VAE FP16 fix) would be faster."
+            )
+        )
+        dtype = torch_dtype(following)
+    return Decoded(result.images, _info(vae, chosen, way, config, warnings))
 
 
-def sibling(vae: Any, dtype: Any) -> Any:
-    """The VAE itself if it runs in `dtype`, else its second module in that dtype, built once."""
-    if vae.vae_dtype == dtype:
-        return vae
-    known = _siblings.setdefault(vae.first_stage_model, {})
-    if dtype not in known:
-        known[dtype] = vae_in(vae, dtype)
-    return known[dtype]
+def _info(vae: Any, chosen: Any, way: Way, config: DecodeConfig, warnings: list[str]) -> dict[str, Any]:
+    info: dict[str, Any] = {"decoder": _decoder_name(chosen), "precision": short_name(chosen.vae_dtype)}
+    if config.precision == "auto":
+        info["precision_asked"] = "auto"
+    if way.slicing:
+        info["slicing"] = True
+    if way.tile_size:
+        info.update(tile_size=way.tile_size, overlap=way.overlap)
+    if chosen is not vae:
+        info["second_modules_gb"] = round(sibling_bytes(vae) / 1e9, 4)
+    if warnings:
+        info["warning"] = " ".join(warnings)
+    return info
+
+
+def picture_latents(latent: Mapping[str, Any]) -> Any:
+    """The latents [B, C, h, w] (or [B, C, t, h, w]) of a LATENT. Raises SpeedLabError for a mixture of sizes."""
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False) or isinstance(samples, (list, tuple)):
+        parts = samples.unbind() if hasattr(samples, "unbind") else samples
+        sizes = ", ".join("x".join(str(n) for n in part.shape) for part in parts)
+        raise SpeedLabError(
+            f"The batch mixes latents of different sizes ({sizes}). Decode them one by one: use a list of latents "
+            "(as Prompt Queue makes) instead of one batch."
+        )
+    if samples.ndim not in (4, 5):
+        raise SpeedLabError(
+            f"The latents have the shape {tuple(samples.shape)}; a picture's are [batch, channels, height, width]."
+        )
+    return samples
 
 
 def check_latent(vae: Any, samples: Any) -> None:
@@ -102,6 +128,20 @@ def check_latent(vae: Any, samples: Any) -> None:
         )
 
 
+def check_family(vae: Any, latent: Mapping[str, Any]) -> None:
+    """Refuse SDXL latents on an SD 1.x VAE and the reverse, where both are known: the picture would be garbage."""
+    patcher = getattr(vae, "patcher", None)
+    source = None if patcher is None else patcher.get_attachment(VAE_SOURCE)
+    mark = latent.get(LATENT_MARK)
+    made_by = _FAMILIES.get(str(mark.get("latent_format"))) if isinstance(mark, Mapping) else None
+    decodes = _FAMILIES.get(str(getattr(source, "latent_format", None)))
+    if source is not None and made_by is not None and decodes is not None and made_by != decodes:
+        raise SpeedLabError(
+            f"These latents were made by an {made_by} model and this VAE comes from an {decodes} checkpoint "
+            f"({source.path.name}). Use the VAE of the checkpoint that made the latents."
+        )
+
+
 def is_finite(tensor: Any) -> bool:
     """Whether a tensor has neither NaN nor Inf."""
     import torch
@@ -111,65 +151,19 @@ def is_finite(tensor: Any) -> bool:
 
 def report_bad_latents() -> str:
     """Say once that the sampler, not the decoder, produced NaN or Inf."""
-    return _report(
+    return report(
         "The latents have NaN or Inf before decoding: the model did not stay finite. Load the checkpoint in bf16 or "
         "fp32, or switch attention to sdpa."
     )
 
 
-def _decode_with(vae: Any, samples: Any, config: DecodeConfig) -> Any:
-    if config.slicing and samples.shape[0] > 1:
-        images = _sliced(vae, samples, config)
-    elif config.tile_size > 0:
-        scale = _compression(vae)
-        if config.tile_size < _SMALLEST_TILE:
-            raise SpeedLabError(
-                f"tile_size is {config.tile_size}: choose {_SMALLEST_TILE} pixels or more, or 0 for whole pictures."
-            )
-        overlap = min(config.overlap, config.tile_size // 4)
-        images = vae.decode_tiled(
-            samples, tile_x=config.tile_size // scale, tile_y=config.tile_size // scale, overlap=overlap // scale
-        )
-    else:
-        images = vae.decode(samples)
-    # A video VAE keeps frames in a dimension of their own; pictures are one batch, as in core's VAE Decode.
-    return images.reshape(-1, *images.shape[-3:]) if images.ndim == 5 else images
-
-
-def _sliced(vae: Any, samples: Any, config: DecodeConfig) -> Any:
-    import comfy.model_management as mm
-    import comfy.utils
-    import torch
-
-    progress = comfy.utils.ProgressBar(samples.shape[0])
-    one = DecodeConfig(False, config.tile_size, config.overlap, config.precision)
-    images = []
-    for index in range(samples.shape[0]):
-        mm.throw_exception_if_processing_interrupted()
-        images.append(_decode_with(vae, samples[index : index + 1], one))
-        progress.update(1)
-    return torch.cat(images)
+def report(message: str) -> str:
+    """Log a warning for the user and hand it back for the record."""
+    log.warning("SpeedLab: %s", message)
+    return message
 
 
 def _decoder_name(vae: Any) -> str:
     """`vae`, or `taesd` where a Tiny VAE came in through a VAE input."""
     kind = type(vae.first_stage_model).__name__
     return kind.lower() if kind.startswith("TAE") else "vae"
-
-
-def _compression(vae: Any) -> int:
-    """Pixels to each side that one latent pixel becomes."""
-    factor = getattr(vae, "spacial_compression_decode", None)
-    return int(factor()) if factor is not None else 8
-
-
-def _auto_dtype(vae: Any) -> Any:
-    import torch
-
-    bad = _not_finite_in.get(vae.first_stage_model, ())
-    return torch.float32 if vae.vae_dtype in bad else vae.vae_dtype
-
-
-def _report(message: str) -> str:
-    log.warning("SpeedLab: %s", message)
-    return message

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 SOURCE = "speedlab.source"
 VAE_SOURCE = "speedlab.vae_source"
+# On a VAE's patcher: the precision that somebody chose for it. Decoding with `auto` then keeps to it.
+FIXED_PRECISION = "speedlab.vae_precision"
 SAFETENSORS = (".safetensors", ".sft")
 _LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
 _HASH_CHUNK = 1 << 24
@@ -42,10 +44,14 @@ class CheckpointSource:
 
 @dataclass(frozen=True)
 class VaeSource:
-    """The file that a VAE came from, to build it again in another dtype from unrounded weights."""
+    """The file that a VAE came from, to build it again in another dtype from unrounded weights.
+
+    `latent_format` is the one of the checkpoint's model, by core's class name; a VAE file of its own does not tell.
+    """
 
     path: Path
     in_checkpoint: bool
+    latent_format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,10 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
             vae = _vae_from_checkpoint(path, torch.float32)
         vae = vae if vae is not None and getattr(vae, "first_stage_model", None) is not None else None
     if vae is not None:
-        vae.patcher.set_attachments(VAE_SOURCE, VaeSource(path, in_checkpoint=True))
+        latent_format = type(model.get_model_object("latent_format")).__name__
+        vae.patcher.set_attachments(VAE_SOURCE, VaeSource(path, in_checkpoint=True, latent_format=latent_format))
+        if precision == "fp32":
+            vae.patcher.set_attachments(FIXED_PRECISION, precision)
     if memory_format == "channels_last":
         model.model.diffusion_model.to(memory_format=torch.channels_last)
     set_compute_dtype(model, precision)
@@ -164,12 +173,20 @@ def load_vae(name: str, precision: str) -> Any:
     # Core lists more than the files in models/vae: tiny VAE pairs, video TAEs and a pass-through.
     if name in loader.INPUT_TYPES()["required"]["vae_name"][0] and name not in folder_paths.get_filename_list("vae"):
         vae = loader().load_vae(name)[0]
-        return vae if dtype is None else vae_in(vae, dtype)
+        vae = vae if dtype is None else vae_in(vae, dtype)
+        return _with_precision(vae, precision)
     path = find_model_file("vae", name)
     refuse_unsafe(path)
     with readable(path, "VAE"):
         vae = _vae_from_file(path, dtype)
     vae.patcher.set_attachments(VAE_SOURCE, VaeSource(path, in_checkpoint=False))
+    return _with_precision(vae, precision)
+
+
+def _with_precision(vae: Any, precision: str) -> Any:
+    """Mark a VAE just made with the precision that was chosen for it."""
+    if precision != "auto" and getattr(vae, "patcher", None) is not None:
+        vae.patcher.set_attachments(FIXED_PRECISION, precision)
     return vae
 
 

@@ -1,41 +1,43 @@
 """Tiny VAE (TAESD, madebyollin) decode: about one per cent of the full decoder's work, a small loss of detail.
 
 Core lends a tiny VAE the full VAE's memory estimate and then evicts the UNet to make room for a network of a million
-parameters; here it has an estimate of its own. Tiles carry a halo as wide as the decoder sees, so that a tiled
-picture has no seams to hide.
+parameters; here it has an estimate of its own. The decoder runs in bands of rows (see `tiny_stream`), so that its
+memory does not grow with the picture and there are no seams to hide.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .decoding import Decoded, check_latent, is_finite, report_bad_latents
-from .errors import ModelFileError, SpeedLabError
+from .core import is_out_of_memory, out_of_memory_advice, progress_bar, release_unused_memory
+from .decoding import LATENT_MARK, Decoded, check_latent, is_finite, picture_latents, report, report_bad_latents
+from .errors import ModelFileError, SpeedLabError, first_line
 from .loading import readable, refuse_unsafe
+from .tiny_stream import VALUES_PER_PIXEL, bands, can_stream, decode_rows
 
 log = logging.getLogger(__name__)
 
-LATENT_MARK = "speedlab"
 KNOWN_STEMS = ("taesd", "taesdxl")
 # The latent format of each decoder's family, by core's class names: its scale and shift are the decoder's.
 _FORMATS = {"taesd": "SD15", "taesdxl": "SDXL", "taesd3": "SD3", "taef1": "Flux"}
 _DECODER_FILE = re.compile(r"(?P<stem>[\w.-]+)_decoder\.(safetensors|sft|pth|pt|ckpt|bin)")
-# 64 channels at full size, counted in buffers: convolution input, output, residual and the activation between.
-_VALUES_PER_PIXEL = 64 * 4.4
 _UPSCALE = 8
-# Latent pixels that one output pixel depends on to each side: 10 convolutions at 1x, at 2x and at 4x, 5 at 8x.
-_HALO = 20
+# What a band holds where nobody names a size, in pixels to each side of a square: what a processor's cache takes, and
+# what fills a graphics card.
+_BAND_ON_CPU, _BAND_ELSEWHERE = 256, 1024
+_SMALLEST_BAND = 64
+_ROWS_AT_LEAST = 4
 
 
 @dataclass(frozen=True)
 class TinyDecodeConfig:
-    """`slice_size` pictures at a time (0: all); tiles of `tile_size` pixels (0: whole pictures)."""
+    """`slice_size` pictures at a time (0: all), in bands that hold `tile_size` squared pixels (0: what suits best)."""
 
     decoder: str = "auto"
     slice_size: int = 1
@@ -61,21 +63,24 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
 
     Raises SpeedLabError when `auto` cannot tell the latent's family, ModelFileError for a missing or broken file.
     """
-    import torch
-
-    samples = latent["samples"]
+    samples = picture_latents(latent)
     stem = resolve_decoder(config.decoder, latent, model)
     vae = load_tiny_vae(stem, _latent_format(latent, model))
     check_latent(vae, samples)
-    size = config.slice_size or samples.shape[0]
-    parts = [samples[start : start + size] for start in range(0, samples.shape[0], size)]
-    tiles = [_tile_boxes(part, config.tile_size) for part in parts]
-    progress = _progress(sum(len(boxes) for boxes in tiles))
-    images = torch.cat([_decode_part(vae, part, boxes, progress) for part, boxes in zip(parts, tiles, strict=True)])
-    info: dict[str, Any] = {"decoder": stem, "slice_size": config.slice_size, "tile_size": config.tile_size}
+    if samples.ndim != 4:
+        raise SpeedLabError(
+            "Tiny VAE Decode takes latents of still pictures, and these are of a video. Use VAE Decode."
+        )
+    decode_slices = _decode_slices if can_stream(vae.first_stage_model.taesd_decoder) else _decode_whole_slices
+    images, fitted, warnings = _decode_fitting(decode_slices, vae, samples, config)
+    if decode_slices is _decode_whole_slices:
+        warnings.append(report(f"The tiny decoder '{stem}' cannot run in bands; it decoded whole pictures."))
+    info: dict[str, Any] = {"decoder": stem, "slice_size": fitted.slice_size, "tile_size": fitted.tile_size}
     # The decoder squashes its input, so Inf in the latents can come out as finite pixels.
     if not is_finite(samples) or not is_finite(images):
-        info["warning"] = report_bad_latents()
+        warnings.append(report_bad_latents())
+    if warnings:
+        info["warning"] = " ".join(warnings)
     return Decoded(images, info)
 
 
@@ -155,10 +160,10 @@ def _load(path: Path, mtime_ns: int, scale: float, shift: float) -> Any:
 
 
 def memory_used_decode(shape: Any, dtype: Any) -> float:
-    """Bytes that decoding latents of `shape` [B, C, h, w] takes at its peak."""
+    """Bytes that decoding latents of `shape` [B, C, h, w] in one band takes at its peak."""
     import comfy.model_management as mm
 
-    return float(shape[0] * _VALUES_PER_PIXEL * shape[2] * shape[3] * _UPSCALE**2 * mm.dtype_size(dtype))
+    return float(shape[0] * VALUES_PER_PIXEL * shape[2] * shape[3] * _UPSCALE**2 * mm.dtype_size(dtype))
 
 
 def _scale_and_shift(stem: str, latent_format: Any | None) -> tuple[float, float]:
@@ -184,44 +189,110 @@ def _latent_format(latent: Mapping[str, Any], model: Any | None) -> Any | None:
     return known() if isinstance(known, type) else None
 
 
-def _tile_boxes(part: Any, tile_size: int) -> list[tuple[int, int, int, int]]:
-    """Boxes (top, bottom, left, right) in latent pixels that cover the part; one box when not tiled."""
-    height, width = part.shape[-2:]
-    if tile_size <= 0:
-        return [(0, height, 0, width)]
-    tile = max(tile_size // _UPSCALE, 1)
-    return [
-        (top, min(top + tile, height), left, min(left + tile, width))
-        for top in range(0, height, tile)
-        for left in range(0, width, tile)
-    ]
+def _decode_fitting(
+    decode_slices: Callable[[Any, Any, TinyDecodeConfig], Any], vae: Any, samples: Any, config: TinyDecodeConfig
+) -> tuple[Any, TinyDecodeConfig, list[str]]:
+    """Pictures, the sizes that fitted, and a warning for each time that memory ran out before."""
+    warnings: list[str] = []
+    while True:
+        problem = None
+        try:
+            images = decode_slices(vae, samples, config)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = first_line(error)
+        if problem is None:
+            return images, config, warnings
+        release_unused_memory()
+        smaller = _smaller(config, samples, vae.device)
+        if smaller is None:
+            raise SpeedLabError(f"Tiny VAE Decode ran out of memory ({problem}). {out_of_memory_advice()}")
+        warnings.append(
+            report(
+                f"Tiny VAE Decode ran out of memory; decoding again {smaller.slice_size} picture(s) at a time in "
+                f"bands of {smaller.tile_size}x{smaller.tile_size} pixels."
+            )
+        )
+        config = smaller
 
 
-def _decode_part(vae: Any, part: Any, boxes: list[tuple[int, int, int, int]], progress: Any) -> Any:
+def _smaller(config: TinyDecodeConfig, samples: Any, device: Any) -> TinyDecodeConfig | None:
+    at_once = min(config.slice_size or samples.shape[0], samples.shape[0])
+    tile = _band_side(config.tile_size, samples, device)
+    if at_once > 1:
+        return replace(config, slice_size=1, tile_size=tile)
+    return replace(config, slice_size=1, tile_size=max(tile // 2, _SMALLEST_BAND)) if tile > _SMALLEST_BAND else None
+
+
+def _band_side(tile_size: int, samples: Any, device: Any) -> int:
+    """Side of the square that has as many pixels as a band, never more than the picture's longer side."""
+    side = tile_size or (_BAND_ON_CPU if device.type == "cpu" else _BAND_ELSEWHERE)
+    return int(min(side, max(samples.shape[-2:]) * _UPSCALE))
+
+
+def _decode_slices(vae: Any, samples: Any, config: TinyDecodeConfig) -> Any:
+    """Pictures [B, H, W, 3] in 0..1; `slice_size` of them at once, band by band."""
+    import torch
+
+    count, _, height, width = samples.shape
+    at_once = config.slice_size or count
+    side = _band_side(config.tile_size, samples, vae.device)
+    # Two rows a band are computed twice: where nobody names a size, bands are high enough for that not to matter.
+    least = 1 if config.tile_size else _ROWS_AT_LEAST
+    rows = min(max(side * side // (width * _UPSCALE) // _UPSCALE, least), height)
+    _load_for(vae, (min(at_once, count), samples.shape[1], rows, width))
+    progress = progress_bar(-(-count // at_once) * bands(height, rows))
+    images = torch.empty((count, 3, height * _UPSCALE, width * _UPSCALE), device=vae.output_device)
+    for start in range(0, count, at_once):
+        _decode_bands(vae, samples[start : start + at_once], rows, progress, images[start : start + at_once])
+    return images.movedim(1, -1)
+
+
+def _decode_whole_slices(vae: Any, samples: Any, config: TinyDecodeConfig) -> Any:
+    """Pictures [B, H, W, 3] in 0..1 by a decoder that is built otherwise than TAESD's; `slice_size` at once."""
     import comfy.model_management as mm
     import torch
 
-    height, width = part.shape[-2:]
-    images = None
-    for top, bottom, left, right in boxes:
+    parts = samples.split(config.slice_size or samples.shape[0])
+    _load_for(vae, parts[0].shape)
+    progress = progress_bar(len(parts))
+    images = []
+    for part in parts:
         mm.throw_exception_if_processing_interrupted()
-        y0, x0 = max(top - _HALO, 0), max(left - _HALO, 0)
-        y1, x1 = min(bottom + _HALO, height), min(right + _HALO, width)
-        tile = vae.decode(part[..., y0:y1, x0:x1])
-        if len(boxes) == 1:
-            images = tile
-        else:
-            if images is None:
-                shape = (part.shape[0], height * _UPSCALE, width * _UPSCALE, tile.shape[-1])
-                images = torch.empty(shape, dtype=tile.dtype, device=tile.device)
-            images[:, top * _UPSCALE : bottom * _UPSCALE, left * _UPSCALE : right * _UPSCALE] = tile[
-                :, (top - y0) * _UPSCALE : (bottom - y0) * _UPSCALE, (left - x0) * _UPSCALE : (right - x0) * _UPSCALE
-            ]
+        raw = vae.first_stage_model.decode(part.to(vae.vae_dtype).to(vae.device))
+        images.append(vae.process_output(raw.to(device=vae.output_device, dtype=torch.float32)))
         progress.update(1)
-    return images
+    return torch.cat(images).movedim(1, -1)
 
 
-def _progress(total: int) -> Any:
-    import comfy.utils
+def _load_for(vae: Any, shape: tuple[int, ...]) -> None:
+    """Bring the decoder to its device and make room for one band of `shape`, for no more than that."""
+    import comfy.model_management as mm
 
-    return comfy.utils.ProgressBar(total)
+    mm.load_models_gpu([vae.patcher], memory_required=memory_used_decode(shape, vae.vae_dtype))
+
+
+def _decode_bands(vae: Any, part: Any, rows: int, progress: Any, images: Any) -> None:
+    """Fill `images` [b, 3, H, W] from top to bottom; stops within one band when cancelled."""
+    import comfy.model_management as mm
+
+    def before_band() -> None:
+        mm.throw_exception_if_processing_interrupted()
+        progress.update(1)
+
+    model = vae.first_stage_model
+    latents = (part.to(vae.vae_dtype).to(vae.device) - model.vae_shift) * model.vae_scale
+    top = 0
+    for band in decode_rows(model.taesd_decoder, _fast_layout(latents), rows, before_band):
+        # The decoder's pixels are 0..1; core's wrapper spreads them to -1..1 and its VAE brings them back.
+        pixels = band.to(device=images.device, dtype=images.dtype).clamp_(0.0, 1.0)
+        images[:, :, top : top + pixels.shape[2]] = pixels
+        top += pixels.shape[2]
+
+
+def _fast_layout(latents: Any) -> Any:
+    """Channels-last where convolutions are faster in it; it is the input's layout alone, no weight is touched."""
+    import torch
+
+    return latents.contiguous(memory_format=torch.channels_last) if latents.device.type in ("cpu", "cuda") else latents

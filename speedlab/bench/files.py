@@ -124,6 +124,13 @@ def demo_controlnet() -> Path:
     return path
 
 
+def demo_vae(name: str) -> Path:
+    """A VAE with random weights that is finite in fp16, in the cache under the name that a scenario asks for."""
+    path = cache_root() / "demo-models" / "vae" / name
+    _synthetic("vae", str(path))
+    return path
+
+
 def has_tiny_vae(family: str, folders: Iterable[Path]) -> bool:
     """Whether a Tiny VAE decoder that fits the family lies in `vae_approx` of one of the models folders."""
     stem = "taesd_decoder" if family == "sd15" else "taesdxl_decoder"

@@ -22,6 +22,7 @@ EXTRA: Mapping[str, tuple[int, int]] = {
     "PreviewImage": (20, 260),
     "CLIPTextEncode": (60, 0),
     "SpeedLabTextEncode": (60, 0),
+    "SpeedLabPromptQueue": (160, 60),
     "SpeedLabProfileReport": (220, 660),
     "SpeedLabProfileSampler": (20, 110),
     "SpeedLabBenchmark": (220, 420),

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from .client import ComfyClient
 from .errors import BenchError
-from .files import check_model_file, demo_checkpoint, demo_controlnet, demo_tiny_vae, has_tiny_vae, looks_like_path
+from .files import (
+    check_model_file,
+    demo_checkpoint,
+    demo_controlnet,
+    demo_tiny_vae,
+    demo_vae,
+    has_tiny_vae,
+    looks_like_path,
+)
 from .scenario import Scenario
 from .session import model_folders
 
@@ -70,6 +78,9 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
             files.setdefault("checkpoints", []).append(path)
             named["refiner"] = path.name
             notes.append(f"No refiner given with --refiner: using random weights ({path.name}).")
+        if named["vae"] is None:
+            files["vae"], more = vae_files(scenarios)
+            notes += more
     known = {key: name for key, name in checkpoints.items() if name}
     others = {kind: name for kind in OTHER_MODELS if (name := named[kind])}
     return ModelChoice(known, others, files, tuple(notes))
@@ -85,6 +96,16 @@ def tiny_vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]
     return files, [
         f"No Tiny VAE in models/vae_approx: using random weights ({names}); its picture is noise."
     ] if files else []
+
+
+def vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]]:
+    """Random VAEs for the scenarios that name one which the models folders lack, and what to say of it."""
+    wanted = {entry.default for scenario in scenarios if (entry := scenario.file("vae")) is not None}
+    missing = sorted(n for n in wanted if not any((folder / "vae" / n).is_file() for folder in model_folders()))
+    return [demo_vae(name) for name in missing], [
+        f"No {name} in models/vae: using random weights; its picture is noise. Give your own with --vae FILE."
+        for name in missing
+    ]
 
 
 async def server_checkpoint(client: ComfyClient, scenario: Scenario) -> str:

@@ -21,6 +21,7 @@ from .catalog_common import (
     S1_SETTINGS,
     TINY_VAE_SDXL,
 )
+from .catalog_decode import decode_scenarios
 from .catalog_memory import MEMORY_SCENARIOS
 from .plans import STOCK, TINY_VAE
 from .recipes import text_to_image
@@ -70,6 +71,7 @@ _TABLE = (
     *ACCELERATE_SCENARIOS,
     *BENCH_SCENARIOS,
     *MEMORY_SCENARIOS,
+    *decode_scenarios(CHECKPOINT_SDXL, S1_SETTINGS),
 )
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({entry.id: entry for entry in _TABLE})

@@ -13,7 +13,7 @@ from .timeline import PhaseEntry
 
 _PHASE_NODES = {
     "load": ("SpeedLabCheckpointLoader", "SpeedLabVAELoader", "SpeedLabLoraStack"),
-    "text_encode": ("SpeedLabTextEncode",),
+    "text_encode": ("SpeedLabTextEncode", "SpeedLabPromptQueue"),
     "decode": ("SpeedLabVAEDecode", "SpeedLabTinyVAEDecode"),
 }
 _CORE_PHASE_NODES = {"text_encode": ("CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner")}

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..accelerate.patching import accelerators
-from ..core import core_nodes, output_directory
+from ..core import core_nodes, is_out_of_memory, output_directory
+from ..decoding import LATENT_MARK
 from ..errors import ResultsError, SpeedLabError, UnavailableError, first_line
 from ..loading import SOURCE, CheckpointSource, file_hash
 from ..lora import LORAS
 from ..precision import unet_dtypes
-from ..tiny_vae import LATENT_MARK, latent_mark
+from ..tiny_vae import latent_mark
 from . import nvtx, timeline
 from .clock import Mark, clock_for, host_ms
 from .context import NodeContext
@@ -335,10 +336,7 @@ def failure_status(error: BaseException) -> str:
 
     if isinstance(error, (mm.InterruptProcessingException, KeyboardInterrupt)):
         return "cancelled"
-    if isinstance(error, (mm.OOM_EXCEPTION, MemoryError)) and mm.OOM_EXCEPTION is not Exception:
-        return "oom"
-    text = str(error).lower()
-    return "oom" if "out of memory" in text or "defaultcpuallocator" in text else "error"
+    return "oom" if is_out_of_memory(error) else "error"
 
 
 def failure_message(error: BaseException) -> str:

@@ -122,8 +122,10 @@ def measured(name: Phase, device: Any = "cpu") -> Iterator[Block]:
 
 
 @contextmanager
-def phase(name: Phase, device: Any = "cpu") -> Iterator[dict[str, Any]]:
+def phase(name: Phase, device: Any = "cpu", list_index: int | None = None) -> Iterator[dict[str, Any]]:
     """Time a block as a phase of the executing prompt, synchronised at both ends; yields a dict for extra facts.
+
+    `list_index` is the item that the block works on where one execution makes a whole list.
 
     A block that fails is not noted: its time would describe nothing that the user can use.
     """
@@ -131,4 +133,5 @@ def phase(name: Phase, device: Any = "cpu") -> Iterator[dict[str, Any]]:
         note_between(block.before)
         yield block.info
     now = executing()
-    note(PhaseEntry(name, now.node_id, block.ms, block.peak, block.info, now.list_index, block.end_ns))
+    item = now.list_index if list_index is None else list_index
+    note(PhaseEntry(name, now.node_id, block.ms, block.peak, block.info, item, block.end_ns))

@@ -5,7 +5,7 @@ Times and memory measured on them are those of a real model of that layout; the 
 
 from __future__ import annotations
 
-from .checkpoint import build_state_dict, shapes, write_checkpoint
+from .checkpoint import build_state_dict, shapes, write_checkpoint, write_vae
 from .controlnet import controlnet_layout, write_controlnet
 from .lora import lora_state_dict, write_lora
 from .spec import FAMILY_NAMES, CheckpointSpec
@@ -23,4 +23,5 @@ __all__ = [
     "write_controlnet",
     "write_lora",
     "write_taesd",
+    "write_vae",
 ]

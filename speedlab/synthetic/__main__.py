@@ -1,4 +1,4 @@
-"""Command line: python -m speedlab.synthetic checkpoint|lora|taesd ..."""
+"""Command line: python -m speedlab.synthetic checkpoint|lora|taesd|vae ..."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from . import FAMILY_NAMES, CheckpointSpec, write_checkpoint, write_controlnet, write_lora, write_taesd
+from . import FAMILY_NAMES, CheckpointSpec, write_checkpoint, write_controlnet, write_lora, write_taesd, write_vae
 from .files import Progress
 from .lora import Keys
 from .spec import DTYPES, Size
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _write(options: argparse.Namespace) -> Sequence[Path]:
     if options.what == "taesd":
         return write_taesd(options.path, options.name, options.seed)
+    if options.what == "vae":
+        return [write_vae(options.path, options.seed)]
     if options.what == "lora":
         spec = CheckpointSpec(options.family, options.size, options.dtype)
         text = not options.no_text_encoder
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("--scale", type=float, default=0.1, help="change at strength 1 relative to the weights")
     lora.add_argument("--keys", choices=get_args(Keys), default="all", help="how many of its keys match the model")
     lora.add_argument("--no-text-encoder", action="store_true")
+    kinds.add_parser("vae", parents=[common], help="encoder and decoder of the full autoencoder")
     taesd = kinds.add_parser("taesd", parents=[common], help="encoder and decoder of a tiny autoencoder")
     taesd.add_argument("--name", choices=get_args(TaesdName), default="taesd")
     return parser

@@ -44,6 +44,11 @@ def build_state_dict(spec: CheckpointSpec, device: torch.device | str = "cpu") -
     }
 
 
+def write_vae(path: str | Path, seed: int = 0) -> Path:
+    """Writes a VAE file of its own (fp16, finite in it) to `path`, unless a complete one lies there already."""
+    return write_weights(Path(path), vae_layout(), seed, torch.float16, describe("demo VAE", seed=seed))
+
+
 def write_checkpoint(path: str | Path, spec: CheckpointSpec, progress: Progress | None = None) -> Path:
     """Writes the safetensors file of `spec` to `path`, unless a complete one lies there already.
 

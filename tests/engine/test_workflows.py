@@ -162,3 +162,39 @@ def test_the_best_plan_takes_every_technique_the_server_has():
         "Dynamic CFG(stop_at=0.75)",
         "tiny_vae",
     )
+
+
+def test_a_staged_batch_frees_between_its_phases():
+    scenario = SCENARIOS["sdxl-staged-batch"]
+    api = scenario.graph().to_api()
+    by_class = {node["class_type"]: (node_id, node["inputs"]) for node_id, node in api.items()}
+    _, queue = by_class["SpeedLabPromptQueue"]
+    assert queue["prompts"].splitlines() == [prompt.text for prompt in scenario.settings.prompts]
+    assert queue["seeds"].splitlines() == [str(prompt.seed) for prompt in scenario.settings.prompts]
+    assert queue["negative"] == ""
+    sampler_id, sampler = by_class["SpeedLabProfileSampler"]
+    freed = {node_id: node["inputs"] for node_id, node in api.items() if node["class_type"] == "SpeedLabFreeMemory"}
+    before, after = freed[sampler["positive"][0]], freed[by_class["SpeedLabVAEDecode"][1]["samples"][0]]
+    assert (before["what"], after["what"]) == ("text_encoders", "diffusion")
+    assert before["wait_for"][0] == by_class["SpeedLabPromptQueue"][0] == sampler["seed"][0]
+    assert after["value"] == [sampler_id, 0]
+
+
+@pytest.mark.parametrize(("batch", "lanes"), [(32, [1, 2, 8, 32]), (2, [1, 2]), (1, [1]), (3, [1, 2, 3])])
+def test_slicing_has_a_lane_for_each_batch_up_to_the_one_asked_for(batch, lanes):
+    from dataclasses import replace
+
+    scenario = SCENARIOS["sdxl-vae-slicing"]
+    graph = scenario.with_settings(replace(scenario.settings, batch=batch)).graph()
+    assert [node.inputs["batch_size"] for node in graph.find("EmptyLatentImage")] == lanes
+    assert all(node.inputs["slicing"] is True for node in graph.find("SpeedLabVAEDecode"))
+    assert graph.lanes() == list(range(len(lanes)))
+
+
+def test_tiling_is_4096_pixels_in_tiles_and_the_fix_is_a_vae_file():
+    api = SCENARIOS["sdxl-vae-tiling"].graph().to_api().values()
+    sizes = [n["inputs"] for n in api if n["class_type"] == "EmptyLatentImage"]
+    assert [(size["width"], size["height"]) for size in sizes] == [(4096, 4096)]
+    assert all(n["inputs"]["tile_size"] == 1024 for n in api if n["class_type"] == "SpeedLabVAEDecode")
+    fixed = SCENARIOS["sdxl-vae-fp16-fix"].graph().find("SpeedLabVAELoader")
+    assert [node.inputs["vae_name"] for node in fixed] == ["sdxl_vae_fp16_fix.safetensors"]

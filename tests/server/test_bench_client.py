@@ -45,8 +45,10 @@ def talk(url: str, work):
 def tiny(scenario) -> dict:
     """A committed API workflow with the demo checkpoint, 64x64 pixels and two steps."""
     api = json.loads((ROOT / "workflows" / "api" / f"{scenario.id}.json").read_text(encoding="utf-8"))
-    changes = {"ckpt_name": CHECKPOINT, "width": 64, "height": 64, "steps": 2}
+    changes = {"ckpt_name": CHECKPOINT, "vae_name": "taesd", "width": 64, "height": 64, "steps": 2}
     for node in api.values():
+        if node["class_type"] == "EmptyLatentImage":
+            node["inputs"]["batch_size"] = min(node["inputs"]["batch_size"], 3)
         node["inputs"].update({name: value for name, value in changes.items() if name in node["inputs"]})
     return api
 
@@ -67,12 +69,14 @@ def test_the_signature_snapshot_is_what_the_server_says(server):
 
 @pytest.mark.parametrize("scenario", PLAIN, ids=[scenario.id for scenario in PLAIN])
 def test_every_workflow_runs(server, scenario, request):
-    if scenario.plan.decoder == "tiny":
+    if scenario.plan.decoder == "tiny" or scenario.file("vae") is not None:
         request.getfixturevalue("taesd_files")
     result = talk(server.url, lambda client: client.run(tiny(scenario), timeout_s=600))
-    assert len(result.images("SpeedLabProfileReport")) == len(scenario.settings.prompts)
-    for node in nodes_of(result.graph, ["SpeedLabProfileReport"]):
-        assert result.outputs[node]["speedlab"][0]["status"] == "ok"
+    reports = nodes_of(result.graph, ["SpeedLabProfileReport"])
+    records = [entry for node in reports for entry in result.outputs[node]["speedlab"]]
+    assert len(records) >= len(scenario.settings.prompts)
+    assert len(result.images("SpeedLabProfileReport")) >= len(records)
+    assert all(entry["status"] == "ok" for entry in records)
 
 
 def test_core_nodes_are_timed_from_outside(server):

@@ -1,0 +1,126 @@
+"""TAESD's decoder in bands of rows: the whole picture's result, bit for bit the same mathematics, in a band's memory.
+
+Every layer of that decoder looks at most one row up and down. A convolution therefore keeps the last two rows that it
+was given and holds back the one row whose lower neighbour is still to come; a skip connection keeps its rows until
+the branch beside it has caught up. Nothing is computed twice but two rows a band, and what is worked on stays in the
+processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Values held at once per pixel of a band at full size: 64 channels in a convolution's input, output, its copy with
+# the rows kept, and the residual.
+VALUES_PER_PIXEL = 64 * 4.4
+
+
+class UnknownLayerError(TypeError):
+    """A decoder with a layer that is not known to be local to rows."""
+
+
+def decode_rows(decoder: Any, latents: Any, rows: int, before_band: Callable[[], None]) -> Iterator[Any]:
+    """Yield the decoded rows of latents [B, C, h, w] from top to bottom as [B, 3, n, w*8], `rows` latent rows at once.
+
+    `decoder` is the TAESD decoder module; its weights are used as they lie. Raises UnknownLayerError before anything
+    is computed where it is built otherwise. `before_band` is called once a band.
+    """
+    layers = [_stream(layer) for layer in decoder]
+    height = latents.shape[2]
+    for top in range(0, height, rows):
+        before_band()
+        band, is_last = latents[:, :, top : top + rows], top + rows >= height
+        for layer in layers:
+            band = layer(band, is_last)
+        if band.shape[2]:
+            yield band
+
+
+def can_stream(decoder: Any) -> bool:
+    """Whether every layer of a decoder is known to be local to rows."""
+    import torch
+
+    if not isinstance(decoder, torch.nn.Sequential):
+        return False
+    try:
+        for layer in decoder:
+            _stream(layer)
+    except UnknownLayerError:
+        return False
+    return True
+
+
+def bands(height: int, rows: int) -> int:
+    """How many bands of `rows` rows a latent of that height takes."""
+    return -(-height // rows)
+
+
+def _stream(layer: Any) -> Any:
+    import torch
+    from comfy.taesd.taesd import Block, Clamp
+
+    if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3) and layer.padding == (1, 1):
+        return _Convolution(layer)
+    if isinstance(layer, Block):
+        return _Residual(layer)
+    if isinstance(layer, torch.nn.Upsample) and layer.mode == "nearest" and layer.scale_factor == 2:
+        return _doubled
+    if isinstance(layer, torch.nn.ReLU):
+        return lambda band, _is_last: torch.relu_(band)
+    if isinstance(layer, (Clamp, torch.nn.Identity)):
+        return lambda band, _is_last: layer(band)
+    raise UnknownLayerError(type(layer).__name__)
+
+
+def _doubled(band: Any, _is_last: bool) -> Any:
+    import torch
+
+    if band.shape[2] == 0:
+        return band.new_empty((*band.shape[:2], 0, 2 * band.shape[3]))
+    return torch.nn.functional.interpolate(band, scale_factor=2, mode="nearest")
+
+
+class _Convolution:
+    """A 3x3 convolution with one pixel of zeros around the picture, fed with rows from top to bottom."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._kept: Any | None = None
+        self._at_top = True
+
+    def __call__(self, band: Any, is_last: bool) -> Any:
+        import torch
+
+        rows = band if self._kept is None else torch.cat((self._kept, band), dim=2)
+        # The layer pads each band with zeros. Inside the picture the rows beside that padding are wrong: the upper
+        # one was given out with the band before, the lower one comes with the next.
+        first = 0 if self._at_top else 1
+        last = rows.shape[2] if is_last else rows.shape[2] - 1
+        if last <= first:
+            self._kept = rows
+            return band.new_empty((band.shape[0], self._layer.out_channels, 0, band.shape[3]))
+        self._at_top = False
+        self._kept = rows[:, :, -2:].clone()
+        return self._layer(rows)[:, :, first:last]
+
+
+class _Residual:
+    """TAESD's block: three convolutions beside a skip connection, then ReLU."""
+
+    def __init__(self, block: Any) -> None:
+        self._branch = [_stream(layer) for layer in block.conv]
+        self._skip = _stream(block.skip)
+        self._waiting: Any | None = None
+
+    def __call__(self, band: Any, is_last: bool) -> Any:
+        import torch
+
+        skipped = self._skip(band, is_last)
+        waiting = skipped if self._waiting is None else torch.cat((self._waiting, skipped), dim=2)
+        # The branch begins with a convolution, which never writes into what it is given.
+        for layer in self._branch:
+            band = layer(band, is_last)
+        done = band.shape[2]
+        self._waiting = waiting[:, :, done:].clone()
+        return torch.relu_(band.add_(waiting[:, :, :done]))

@@ -1,0 +1,90 @@
+"""The dtype that a VAE decodes in: what `auto` starts with, what comes after NaN or Inf, and VAEs in another dtype.
+
+A VAE has no clone, so another dtype is a second module with the same weights (see `loading.vae_in`), kept as long as
+the first one lives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from .loading import FIXED_PRECISION, vae_in
+from .precision import cpu_computes_bf16, short_name, torch_dtype
+
+_siblings: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+_not_finite_in: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a device computes well: `fp16` means faster than fp32 and not broken, `bf16` that it is native."""
+
+    fp16: bool
+    bf16: bool
+
+
+def starting_dtype(vae: Any, precision: str) -> Any:
+    """The torch dtype to decode in first: the one asked for, else what `auto` means for this VAE and its past."""
+    asked = torch_dtype(precision)
+    if asked is not None:
+        return asked
+    first = "fp16" if _may_try_fp16(vae) else str(short_name(vae.vae_dtype))
+    bad = _not_finite_in.get(vae.first_stage_model, set())
+    return torch_dtype(first_sound(first, bad, abilities(vae.device))) or vae.vae_dtype
+
+
+def first_sound(first: str, bad: set[str] | frozenset[str], able: Abilities) -> str:
+    """The first precision from `first` on that is not known to give NaN or Inf; fp32 is the end of the line."""
+    name: str | None = first
+    while name is not None and name in bad:
+        name = safer(name, able)
+    return name or "fp32"
+
+
+def safer(name: str, able: Abilities) -> str | None:
+    """The next precision after NaN or Inf: bf16 has fp32's range where the device computes in it; None after fp32."""
+    if name == "fp32":
+        return None
+    return "bf16" if name == "fp16" and able.bf16 else "fp32"
+
+
+def remember_not_finite(vae: Any, dtype: Any) -> None:
+    """`auto` does not start in `dtype` again for this VAE."""
+    _not_finite_in.setdefault(vae.first_stage_model, set()).add(str(short_name(dtype)))
+
+
+def sibling(vae: Any, dtype: Any) -> Any:
+    """The VAE itself if it runs in `dtype`, else its second module in that dtype, built once."""
+    if vae.vae_dtype == dtype:
+        return vae
+    known = _siblings.setdefault(vae.first_stage_model, {})
+    if dtype not in known:
+        known[dtype] = vae_in(vae, dtype)
+    return known[dtype]
+
+
+def sibling_bytes(vae: Any) -> int:
+    """Bytes of all second modules that were built from this VAE."""
+    import comfy.model_management as mm
+
+    return sum(mm.module_size(other.first_stage_model) for other in _siblings.get(vae.first_stage_model, {}).values())
+
+
+def abilities(device: Any) -> Abilities:
+    """What ComfyUI knows of a device, and on a CPU what its instructions say."""
+    import comfy.model_management as mm
+
+    if getattr(device, "type", str(device)) == "cpu":
+        return Abilities(fp16=False, bf16=cpu_computes_bf16())
+    return Abilities(fp16=bool(mm.should_use_fp16(device)), bf16=bool(mm.should_use_bf16(device)))
+
+
+def _may_try_fp16(vae: Any) -> bool:
+    """Whether half precision is worth a try: a CUDA or ROCm device, and nobody chose a precision for this VAE."""
+    from comfy.cli_args import args
+
+    flags = ("fp16_vae", "bf16_vae", "fp32_vae", "cpu_vae")
+    chosen = vae.patcher.get_attachment(FIXED_PRECISION) or any(getattr(args, flag, False) for flag in flags)
+    return not chosen and vae.device.type == "cuda" and abilities(vae.device).fp16
