@@ -18,16 +18,18 @@ from ..precision import unet_dtypes
 from ..tiny_vae import LATENT_MARK, latent_mark
 from . import nvtx, timeline
 from .clock import Mark, clock_for, host_ms
+from .compile_counts import CompileCounts, compile_counts
 from .context import NodeContext
+from .depth import DETAILS, TIMING, Depth, measure_depth
 from .environment import environment, environment_hash
 from .memory import MemoryPeak, PeakReading, measure_peak
 from .record import RunRecord, memory_dict, step_dict, summarise, total_ms
 from .store import RunStore, new_run_id
 from .trace import SamplingTrace, StepRow, first_eval_ms, sampling_ms, step_rows, traced
+from .trace_file import require_profiler
 
 log = logging.getLogger(__name__)
 
-DETAILS = ("timing", "kernels", "trace")
 _PIXELS_PER_LATENT = 8
 
 
@@ -45,9 +47,12 @@ class SamplingRequest:
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What to measure: `warmup` runs that do not count, `repeats` that do, and whether NVTX ranges are emitted."""
+    """What to measure: `warmup` runs that do not count, `repeats` that do, and whether NVTX ranges are emitted.
 
-    detail: str = "timing"
+    `detail` is one of DETAILS; the others than `timing` profile some steps again, after the measured runs.
+    """
+
+    detail: str = TIMING
     warmup: int = 0
     repeats: int = 1
     nvtx: bool = True
@@ -69,6 +74,7 @@ class _Session:
     traces: list[SamplingTrace] = field(default_factory=list)
     measured: list[SamplingTrace] = field(default_factory=list)
     peak: MemoryPeak = field(default_factory=MemoryPeak)
+    depth: Depth = field(default_factory=Depth)
     status: str = "ok"
     error: str | None = None
 
@@ -96,7 +102,9 @@ def profile_sampling(
     try:
         with measure_peak(model.load_device) as reading:
             timeline.note_between(reading.before)
+            compiled = compile_counts()
             out = _run_all(model, request, positive, negative, latent, options, session)
+        session.depth = _look_closer(model, request, positive, negative, latent, options, session, store, compiled)
     except BaseException as error:
         session.status, session.error = _classify(error), _message(error)
         session.peak = reading.peak
@@ -140,10 +148,7 @@ def _run_all(
             session.traces.append(trace)
             trace.called = Mark(time.perf_counter_ns())
             try:
-                (result,) = core_nodes().common_ksampler(
-                    traced(model, trace), request.seed, request.steps, request.cfg, request.sampler_name,
-                    request.scheduler, positive, negative, latent, denoise=request.denoise,
-                )  # fmt: skip
+                result = _ksample(traced(model, trace), request, positive, negative, latent)
             except BaseException:
                 # Events of a cancelled run cannot be read either before the device has come to them. A device that
                 # failed refuses to be waited for; why the run failed is the error to show.
@@ -158,11 +163,46 @@ def _run_all(
     return first
 
 
+def _ksample(
+    model: Any, request: SamplingRequest, positive: Any, negative: Any, latent: Mapping[str, Any]
+) -> dict[str, Any]:
+    (result,) = core_nodes().common_ksampler(
+        model, request.seed, request.steps, request.cfg, request.sampler_name, request.scheduler, positive, negative,
+        latent, denoise=request.denoise,
+    )  # fmt: skip
+    return result
+
+
+def _look_closer(
+    model: Any,
+    request: SamplingRequest,
+    positive: Any,
+    negative: Any,
+    latent: Mapping[str, Any],
+    options: ProfileOptions,
+    session: _Session,
+    store: RunStore,
+    compiled: CompileCounts,
+) -> Depth:
+    """Kernels and operations of some steps, if they were asked for; `compiled` was read before the measured runs."""
+    timed = session.measured[0]
+    return measure_depth(
+        options.detail,
+        lambda observed: _ksample(observed, request, positive, negative, latent),
+        model,
+        timed,
+        step_rows(timed),
+        compiled,
+        store,
+        session.run_id,
+    )
+
+
 def _check(options: ProfileOptions, latent: Mapping[str, Any]) -> None:
-    if options.detail != "timing":
-        raise UnavailableError(
-            f"Profile Sampler cannot measure the detail '{options.detail}' in this version. Choose 'timing'."
-        )
+    if options.detail not in DETAILS:
+        raise UnavailableError(f"Profile Sampler has no detail '{options.detail}'. Choose one of {', '.join(DETAILS)}.")
+    if options.detail != TIMING:
+        require_profiler(options.detail)
     samples = latent["samples"]
     if not getattr(samples, "is_nested", False) and samples.shape[0] == 0:
         raise SpeedLabError("The latent batch is empty: set batch_size to 1 or more.")
@@ -206,12 +246,17 @@ def _record(
             summary=summary,
             warnings=_warnings(model, session, phases),
             memory=_memory(entries, context.concerning(entries), session.peak),
+            kernels=session.depth.kernels,
+            kernel_profile=session.depth.profile,
+            roofline=session.depth.roofline,
+            artifacts=dict(session.depth.artifacts),
         )
     )
 
 
 def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | None]) -> tuple[str, ...]:
     notes = [note for trace in session.traces for note in trace.notes]
+    notes += session.depth.notes
     notes += [match.warning() for match in model.get_attachment(LORAS) or () if match.matched < match.total]
     if phases["text_encode"] is None:
         notes.append("A core node encoded the text, so the time from text to picture is not known.")

@@ -204,7 +204,7 @@ def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
     """One row a step of the schedule. Call after the clock settled: sigmas are read here, in one transfer."""
     if trace.start is None or trace.end is None or len(trace.sigmas) < 2:
         return ()
-    owners = [step_of(sigma, trace.sigmas) for sigma in _host_sigmas(trace.evaluations)]
+    owners = evaluation_steps(trace)
     # The first span also holds what the sampler does before its first evaluation.
     starts = [trace.start, *(evaluation.start for evaluation in trace.evaluations[1:])]
     ends = [*starts[1:], trace.end]
@@ -227,6 +227,11 @@ def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def evaluation_steps(trace: SamplingTrace) -> list[int]:
+    """The step that each evaluation belongs to. Call after the clock settled: it waits for the device."""
+    return [step_of(sigma, trace.sigmas) for sigma in _host_sigmas(trace.evaluations)]
 
 
 def _host_sigmas(evaluations: Sequence[Evaluation]) -> list[float]:
