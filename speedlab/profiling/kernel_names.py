@@ -33,9 +33,7 @@ _TRITON = re.compile(r"^triton_(poi|per|red|tem|mm|for|spl|unk)\w*?_(?:fused_)?(
 _WORDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         COPY,
-        re.compile(
-            r"memcpy|memset|nchwtonhwc|nhwctonchw|converttensor|catarraybatchedcopy|direct_copy_kernel|copy_device_to"
-        ),
+        re.compile(r"memcpy|memset|nchwtonhwc|nhwctonchw|converttensor|batchedcopy|direct_copy_kernel"),
     ),
     (ATTENTION, re.compile(r"flash|fmha|attention|attn|softmax|scaled_dot|\bsdpa|\bmha_|qk_int8")),
     (CONVOLUTION, re.compile(r"conv(?!ert)|fprop|dgrad|wgrad|winograd|implicit_gemm|im2col|depthwise")),

@@ -104,7 +104,7 @@ def test_the_latent_and_the_timed_numbers_are_those_of_the_timed_run(sample, ref
     assert torch.equal(result.latent["samples"], reference())
     assert len(result.record.summary["runs_ms"]) == 2
     assert len(result.record.steps) == 6
-    # Three whole runs, four evaluations to the end of the third profiled step, two to count the second one.
+    # Three whole runs, four evaluations up to the last profiled step, and one to count, since all are alike.
     assert len(seen) == 3 * 6 + 4 + 1
     spent = sum(result.record.summary["runs_ms"])
     timed = sum(step["cpu_ms"] for step in result.record.steps)
@@ -163,9 +163,7 @@ def test_no_step_means_no_profile_and_says_so(sample):
     assert any("nothing to profile" in warning for warning in result.record.warnings)
 
 
-def test_a_caching_technique_is_profiled_over_a_whole_interval(sample, node, unet, reference):
-    import torch
-
+def test_a_caching_technique_is_profiled_over_a_whole_interval(sample, node, unet):
     model = node("SpeedLabDeepCache").apply(unet.model, 3, 0, 0.0, 1.0, "uniform")[0]
     record = sample(model=model, cond=unet, steps=8).record
     assert record.kernel_profile["steps"] == [3, 4, 5]
@@ -173,7 +171,6 @@ def test_a_caching_technique_is_profiled_over_a_whole_interval(sample, node, une
     full = sample(model=unet.model, cond=unet, steps=8).record
     assert record.roofline["flop_per_forward"] == full.roofline["flop_per_forward"], "of a whole forward"
     assert record.roofline["flop_per_step"] < 0.6 * full.roofline["flop_per_step"]
-    torch.manual_seed(0)
     assert "2 of them cached" in sample(model=model, cond=unet, steps=8).summary
 
 
@@ -252,7 +249,6 @@ def test_a_compiled_model(sample, engine, tiny):
         torch._dynamo.graph_break()
         return x * 1.0
 
-    inner = torch.nn.Module.__call__
     assert not counts.is_compiled(model)
     block.compile(backend="aot_eager", dynamic=False)
     hook = block.register_forward_pre_hook(lambda module, args: (broken(args[0]), *args[1:]))
@@ -265,7 +261,6 @@ def test_a_compiled_model(sample, engine, tiny):
         hook.remove()
         block._compiled_call_impl = None
         torch._dynamo.reset()
-    assert inner is torch.nn.Module.__call__
     assert first.kernel_profile["compile"]["graphs"] > 0
     assert first.kernel_profile["compile"]["graph_breaks"] > 0
     assert again.kernel_profile["compile"] == {"compilations": 0, "graphs": 0, "graph_breaks": 0, "recompiles": 0}
@@ -457,11 +452,9 @@ def test_memory_of_the_passes_is_not_the_runs(sample, engine, monkeypatch):
     plain = sample(detail="timing").record.memory["overall"]["peak_rss_gb"]
     deep = sample().record.memory["overall"]["peak_rss_gb"]
     assert deep < plain + 0.3
-    timeline, memory = engine("profiling.timeline"), engine("profiling.memory")
-    with memory.measure_peak("cpu") as reading:
+    with engine("profiling.memory").measure_peak("cpu") as reading:
         pass
     assert reading.before.rss < (plain + 0.3) * 1e9, "nor that of what runs next"
-    assert timeline is not None
 
 
 def test_the_charts_are_one_batch(sample, node, engine):

@@ -175,7 +175,8 @@ def test_a_cpus_trace():
     assert report.unit == "operators"
     assert report.device is None and report.runtime == ()
     assert [(row["name"], row["ms"]) for row in report.rows] == [
-        ("aten::addmm", 0.036), ("aten::silu", 0.01), ("compiled graph (torch.compile)", 0.006), ("aten::linear", 0.004),
+        ("aten::addmm", 0.036), ("aten::silu", 0.01), ("compiled graph (torch.compile)", 0.006),
+        ("aten::linear", 0.004),
     ]  # fmt: skip
     assert report.total_ms == 0.056
     assert report.between_ms == 0.044, "total and what lies between add up to the range"
