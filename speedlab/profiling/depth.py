@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import first_line
 from .compile_counts import CompileCounts, compile_counts, counts_between, is_compiled
 from .extra_pass import Sampling, run_pass
-from .flops import count_flops
+from .flops import can_count_compiled, count_flops
 from .kernels import OPERATORS, KernelReport, analyse
 from .memory import measure_peak
 from .recorder import Recorder
@@ -61,7 +61,7 @@ def measure_depth(
     if detail == TIMING:
         return Depth()
     compiled = compile_counts()
-    owners = evaluation_steps(timed)
+    owners = evaluation_steps(timed) if rows else []
     window = choose_window(rows, owners)
     if window is None:
         return Depth(notes=("Nothing was evaluated, so there is nothing to profile.",))
@@ -136,6 +136,9 @@ def _with_roofline(
     depth: Depth, sample: Sampling, model: Any, window: Window, timed: SamplingTrace, rows: Sequence[StepRow]
 ) -> Depth:
     notes = list(depth.notes)
+    if is_compiled(model) and not can_count_compiled():
+        notes.append("This torch cannot run a compiled model eagerly, so its operations were not counted.")
+        return dataclasses.replace(depth, notes=tuple(notes))
     found: dict[str, Any] | None = None
     evaluations = timed.evaluations[window.first : window.end]
     timed_ms = sum(row.ms for row in rows if row.index in window.steps)

@@ -7,12 +7,16 @@ for the device; the count is that of the timed run because seed, input and model
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 from ..accelerate.patching import Site, Wrapper, attach
+from ..errors import first_line
 from .trace import KEY
+
+log = logging.getLogger(__name__)
 
 Sampling = Callable[[Any], object]
 """Samples with the model it is given, always from the same input."""
@@ -54,13 +58,16 @@ def _observed(model: Any, observer: Observer) -> Any:
         **kwargs: Any,
     ) -> Any:  # fmt: skip
         state["index"] = 0
-        with ExitStack() as stack:
-            stack.callback(observer.close)
-            try:
-                return executor(model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs)
-            except _EnoughError:
-                # Any latent of the right shape lets ComfyUI finish and clean up in its usual way; nobody reads it.
-                return noise
+        try:
+            result = executor(model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs)
+        except _EnoughError:
+            # Any latent of the right shape lets ComfyUI finish and clean up in its usual way; nobody reads it.
+            result = noise
+        except BaseException:
+            _close_quietly(observer)
+            raise
+        observer.close()
+        return result
 
     def predict_noise(
         executor: Any, x: Any, timestep: Any, model_options: dict | None = None, *args: Any, **kwargs: Any
@@ -86,6 +93,14 @@ def _observed(model: Any, observer: Observer) -> Any:
         Site.APPLY_MODEL: apply_model,
     }
     return attach(model, KEY, wrappers, outermost=(Site.SAMPLER_SAMPLE, Site.PREDICT_NOISE))
+
+
+def _close_quietly(observer: Observer) -> None:
+    """A cancel or an error of the model must not be hidden by what fails after it."""
+    try:
+        observer.close()
+    except Exception as error:  # a profiler or a device that failed may raise anything
+        log.error("SpeedLab: a pass that failed could not be closed: %s", first_line(error))
 
 
 @contextmanager

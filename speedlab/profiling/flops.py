@@ -129,14 +129,20 @@ def _flop_counter() -> Any:
     return FlopCounterMode(display=False, custom_mapping={} if on_cpu is None else {on_cpu: sdpa})
 
 
+def can_count_compiled() -> bool:
+    """Whether this torch lets compiled modules run their Python code for a while."""
+    import torch
+
+    return hasattr(torch.compiler, "set_stance")
+
+
 @contextmanager
 def _eager() -> Iterator[None]:
     """Compiled modules run their Python code meanwhile: inside a compiled graph nothing can be counted."""
-    if "torch._dynamo" not in sys.modules:
+    if "torch._dynamo" not in sys.modules or not can_count_compiled():
         yield
         return
     import torch
 
-    stance = getattr(torch.compiler, "set_stance", None)
-    with nullcontext() if stance is None else stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"):
         yield

@@ -38,6 +38,8 @@ def choose_window(rows: Sequence[StepRow], owners: Sequence[int]) -> Window | No
     without = [row for row in taken if not row.uncond_rows]
     if 0 < len(without) < len(taken) and all(row.uncond_rows for row in chosen):
         notes.append(f"The profiled steps are with guidance; {len(without)} of {len(taken)} steps ran without.")
+    if chosen[0] is taken[0]:
+        notes.append("The profiled steps include the first, whose time may hold preparing and compiling.")
     steps = tuple(row.index for row in chosen)
     mine = [n for n, owner in enumerate(owners) if owner in steps]
     return Window(steps, mine[0], mine[-1] + 1, tuple(notes))

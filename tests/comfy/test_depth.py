@@ -144,6 +144,7 @@ def test_short_runs(sample, steps, profiled):
     record = sample(steps=steps).record
     assert record.kernel_profile["steps"] == profiled
     assert record.kernels and record.roofline["flop_per_forward"] > 0
+    assert any("include the first" in warning for warning in record.warnings) == (0 in profiled)
 
 
 def test_partial_denoise_batches_and_no_guidance(sample, tiny):
@@ -369,6 +370,30 @@ def test_a_cancel_in_an_extra_pass_keeps_the_timed_run(sample, reference, tiny, 
     assert not torch.autograd._profiler_enabled()
     again = sample()
     assert again.record.kernels and torch.equal(again.latent["samples"], reference())
+
+
+def test_a_profiler_that_cannot_stop_never_hides_a_cancel(sample, engine, tiny, comfy, monkeypatch, caplog):
+    recorder = engine("profiling.recorder")
+    real = recorder.new_profiler
+
+    def stubborn(device):
+        profiler = real(device)
+        stop = profiler.stop
+
+        def refuse():
+            stop()
+            raise RuntimeError("cannot stop")
+
+        profiler.stop = refuse
+        return profiler
+
+    monkeypatch.setattr(recorder, "new_profiler", stubborn)
+    model, interrupt = cancelling(tiny, comfy, 6 + 3)
+    with pytest.raises(interrupt):
+        sample(model=model)
+    assert "cannot stop" in caplog.text
+    result = sample()
+    assert any("could not be profiled: RuntimeError: cannot stop" in warning for warning in result.record.warnings)
 
 
 def test_comfyuis_cancel_button_is_heeded_in_the_extra_pass(sample, engine, tiny, comfy, monkeypatch):
