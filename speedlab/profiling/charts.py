@@ -126,8 +126,7 @@ def _draw_memory(axes: Axes, record: RunRecord) -> None:
         axes.axvspan(start, end, color=_PHASE_COLOURS[name], alpha=0.12, linewidth=0)
         axes.text((start + end) / 2, 0.01, name, ha="center", va="bottom", fontsize=8, rotation=90,
                   transform=axes.get_xaxis_transform())  # fmt: skip
-    axes.set_ylim(bottom=0)
-    axes.margins(y=0.2)
+    axes.set_ylim(0, 1.25 * axes.dataLim.ymax)  # room for the legend
     axes.set_xlabel("seconds of work")
     axes.set_ylabel("peak, GB")
     axes.legend(loc="upper right", fontsize=8, frameon=False)
