@@ -114,10 +114,10 @@ def _profiled(
 
 
 def _profile(report: KernelReport, window: Window, rows: Sequence[StepRow]) -> dict[str, Any]:
-    profile = {name.name: getattr(report, name.name) for name in dataclasses.fields(report) if name.name != "rows"}
+    names = (part.name for part in dataclasses.fields(report) if part.name != "rows")
     chosen = [row for row in rows if row.index in window.steps]
     return {
-        **profile,
+        **{name: getattr(report, name) for name in names},
         "steps": list(window.steps),
         "evaluations": window.end - window.first,
         "cached_steps": sum(1 for row in chosen if row.cached),
