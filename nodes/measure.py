@@ -12,7 +12,7 @@ _HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "U
 
 
 class ProfileReport:
-    """Write a profile to JSON and CSV, with a chart and a table."""
+    """Write a profile to JSON and CSV, with charts and a table."""
 
     NODE_ID = "SpeedLabProfileReport"
     DISPLAY_NAME = "Profile Report (SpeedLab)"
@@ -27,7 +27,7 @@ class ProfileReport:
     OUTPUT_TOOLTIPS = (
         "The pictures, unchanged.",
         "The whole profile as a table.",
-        "A chart of step times and phases.",
+        "Charts of step times, phases, memory and, where they were measured, kernels, as a batch of pictures.",
         "Where the JSON of this run lies.",
     )
     FUNCTION = "report"
@@ -47,7 +47,9 @@ class ProfileReport:
         self, profile: object, images: object = None, prompt: object = None, extra_pnginfo: object = None,
         unique_id: object = None,
     ) -> dict:  # fmt: skip
-        completed = complete(profile, images, NodeContext.of(prompt, extra_pnginfo, unique_id))
+        context = NodeContext.of(prompt, extra_pnginfo, unique_id)
+        # Four pictures take a second to draw, so that happens only for somebody who looks.
+        completed = complete(profile, images, context, context.is_output_used(self.RETURN_NAMES.index("chart")))
         record = completed.record
         text = report.report_text(record)
         path = RunStore(output_directory()).json_path(record.run_id)

@@ -28,7 +28,7 @@ class ProfileSampler:
         "The denoised latent, bit for bit KSampler's.",
         "The measurements; connect Profile Report to save them.",
         "Speed, spread and memory in a few lines.",
-        "A chart of step times and phases.",
+        "A chart of step times and, where they were measured, one of kernels.",
     )
     FUNCTION = "sample"
 
@@ -88,7 +88,9 @@ class ProfileSampler:
                     list(DETAILS),
                     {
                         "default": "timing",
-                        "tooltip": "timing measures every step at next to no cost.",
+                        "tooltip": "timing measures every step at next to no cost. kernels also tells which GPU "
+                        "kernels or CPU operators two or three steps are made of, and how much they compute; trace "
+                        "saves those steps as a file for Perfetto as well. Both run these steps again afterwards.",
                     },
                 ),
                 "warmup": (

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..errors import SpeedLabError
+from . import nsys
 from .base import CALLED_FROM, COMFYUI_VARIABLE, cache_root, child_environment, pack_locations, pack_root
 from .commands import CHECKS, INTERRUPTED, PYTEST, run_checks, run_child
 from .managed import ManagedHost
@@ -31,6 +32,7 @@ OWN_COMMANDS = {
     "test": "run the tests; arguments go to pytest",
     "check": "ruff, ruff format and mypy; name some of them, --fix mends",
     "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
+    "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
     "setup": "only set up what the other commands need",
 }
 
@@ -130,6 +132,12 @@ def _run(call: Call, reporter: Reporter) -> int:
     if call.command == "serve" and set(call.arguments) & {"-h", "--help"}:
         serve_parser().print_help()
         return 0
+    if call.command == "nsys":
+        if set(call.arguments) & {"-h", "--help"}:
+            nsys.parser().print_help()
+            return 0
+        nsys.find_nsys()
+        nsys.take_apart(call.arguments)
     checks = _check_options(call.arguments) if call.command == "check" else None
     want_dev = call.command in ("test", "check")
     host = resolve(call.comfyui, want_dev, install=call.install, managed=call.managed, reporter=reporter)
@@ -145,6 +153,8 @@ def _run(call: Call, reporter: Reporter) -> int:
         failed = [name for name, code in codes.items() if code]
         reporter.line(f"check: {', '.join(failed)} failed" if failed else f"check: {', '.join(codes)} passed")
         return 1 if failed else 0
+    if call.command == "nsys":
+        return nsys.run(host, call.arguments, env, reporter)
     if call.command == "test":
         return run_child([str(host.python), "-c", PYTEST, *call.arguments], cwd=root, env=env)
     command = [str(host.python), "-m", "speedlab.bench", call.command, *call.arguments]
@@ -154,7 +164,7 @@ def _run(call: Call, reporter: Reporter) -> int:
 
 def _help_without_host(call: Call) -> bool:
     """Whether help of a command is asked for that only a host could give, and there is none yet: never worth 6 GB."""
-    if call.command == "serve" or not set(call.arguments) & {"-h", "--help"}:
+    if call.command in ("serve", "nsys") or not set(call.arguments) & {"-h", "--help"}:
         return False
     if not call.managed and choose(call.comfyui, os.environ, pack_locations()) is not None:
         return False

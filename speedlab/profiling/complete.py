@@ -12,7 +12,7 @@ from typing import Any
 from ..core import compute_device, output_directory
 from ..errors import ResultsError, first_line
 from . import timeline
-from .charts import chart_or_blank
+from .charts import OF_REPORT, STEPS, chart_or_blank
 from .context import NodeContext
 from .memory import MemoryPeak, measure_peak
 from .record import RunRecord, memory_dict, total_ms
@@ -24,14 +24,17 @@ _MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "devic
 
 @dataclass(frozen=True)
 class Completed:
-    """The whole record as it lies on disk, and its chart as an IMAGE [1, H, W, 3]."""
+    """The whole record as it lies on disk, and its charts as an IMAGE [pictures, H, W, 3], the step chart first."""
 
     record: RunRecord
     chart: Any
 
 
-def complete(record: RunRecord, images: Any | None, context: NodeContext) -> Completed:
-    """Add everything that happened since sampling and write it all. Raises ResultsError naming the path."""
+def complete(record: RunRecord, images: Any | None, context: NodeContext, all_charts: bool = True) -> Completed:
+    """Add everything that happened since sampling and write it all; the step chart is saved with it.
+
+    Without `all_charts` it is the only one that is drawn. Raises ResultsError naming the path.
+    """
     reached_ns = time.perf_counter_ns()
     store = RunStore(output_directory())
     store.check_writable()
@@ -44,7 +47,7 @@ def complete(record: RunRecord, images: Any | None, context: NodeContext) -> Com
     if images is not None:
         record = _with_images(record, images, context, store)
     record = with_rates(record.changed(phases_ms={**record.phases_ms, "total": _total(record)}))
-    chart = chart_or_blank(record)
+    chart = chart_or_blank(record, OF_REPORT if all_charts else (STEPS,))
     record = _with_chart(record, chart, store)
     store.write(record)
     store.append_csv(record)

@@ -45,6 +45,7 @@ class RunRecord:
     summary: Mapping[str, Any]
     memory: Mapping[str, Mapping[str, float | None]]
     kernels: Sequence[Mapping[str, Any]] = ()
+    kernel_profile: Mapping[str, Any] | None = None
     roofline: Mapping[str, Any] | None = None
     quality: Mapping[str, Any] | None = None
     artifacts: Mapping[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .depth_text import depth_lines, depth_table
 from .record import RunRecord, precision_text
 
 _PHASE_NAMES = {
@@ -21,7 +22,7 @@ _PHASE_NAMES = {
 
 
 def summary_text(record: RunRecord) -> str:
-    """Two or three lines: status, speed, spread, memory."""
+    """A few lines: status, speed, spread, memory, and what the profiled steps were made of."""
     request, summary = record.request, record.summary
     if record.status != "ok":
         return f"{record.status}: {record.error or 'no message'} (run {record.run_id})"
@@ -40,7 +41,7 @@ def summary_text(record: RunRecord) -> str:
             f"max {_s(run.get('max'))}, standard deviation {_s(run.get('std'))}"
         )
     lines.append(_memory_line(record.memory.get("overall", {})))
-    return "\n".join([*lines, *record.warnings])
+    return "\n".join([*lines, *depth_lines(record), *record.warnings])
 
 
 def report_text(record: RunRecord) -> str:
@@ -55,7 +56,12 @@ def report_text(record: RunRecord) -> str:
         f"{precision_text(request.get('precision')) or 'unknown precision'} | attention {record.env.get('attention')}",
         "",
     ]
-    body = [*_phase_table(record), "", *_step_table(record), "", summary_text(record)]
+    body = [*_phase_table(record), "", *_step_table(record), ""]
+    deeper = depth_table(record)
+    body += [*deeper, "", summary_text(record)] if deeper else [summary_text(record)]
+    trace = record.artifacts.get("trace")
+    if trace:
+        body.append(f"trace: {trace}, for https://ui.perfetto.dev or chrome://tracing")
     if record.quality:
         body.append(f"quality: {_pairs(record.quality)}")
     return "\n".join([*head, *body])

@@ -19,16 +19,18 @@ from ..precision import unet_dtypes
 from ..tiny_vae import latent_mark
 from . import nvtx, timeline
 from .clock import Mark, clock_for, host_ms
+from .compile_counts import CompileCounts, compile_counts
 from .context import NodeContext
+from .depth import DETAILS, TIMING, Depth, measure_depth
 from .environment import environment, environment_hash
 from .memory import MemoryPeak, PeakReading, measure_peak
 from .record import RunRecord, memory_dict, step_dict, summarise, total_ms
 from .store import RunStore, new_run_id
 from .trace import SamplingTrace, StepRow, first_eval_ms, sampling_ms, step_rows, traced
+from .trace_file import require_profiler
 
 log = logging.getLogger(__name__)
 
-DETAILS = ("timing", "kernels", "trace")
 _PIXELS_PER_LATENT = 8
 
 
@@ -49,11 +51,12 @@ class SamplingRequest:
 class ProfileOptions:
     """What to measure: `warmup` runs that do not count, `repeats` that do, and whether NVTX ranges are emitted.
 
+    `detail` is one of DETAILS; the others than `timing` profile some steps again, after the measured runs.
     `part`: one part of a larger measurement, whose owner writes the record; nothing is written or noted here.
     `on_step` is called with the number of each finished step in place of ComfyUI's own progress bar and preview.
     """
 
-    detail: str = "timing"
+    detail: str = TIMING
     warmup: int = 0
     repeats: int = 1
     nvtx: bool = True
@@ -81,6 +84,7 @@ class _Session:
     traces: list[SamplingTrace] = field(default_factory=list)
     measured: list[SamplingTrace] = field(default_factory=list)
     peak: MemoryPeak = field(default_factory=MemoryPeak)
+    depth: Depth = field(default_factory=Depth)
     status: str = "ok"
     error: str | None = None
 
@@ -96,14 +100,17 @@ def profile_sampling(
 ) -> ProfiledLatent:
     """Sample as core's KSampler does and measure it; see `profile_run`. The model given is not changed."""
 
-    def sample(trace: SamplingTrace) -> dict[str, Any]:
+    def observe(observed: Any) -> dict[str, Any]:
         (result,) = core_nodes().common_ksampler(
-            traced(model, trace), request.seed, request.steps, request.cfg, request.sampler_name,
-            request.scheduler, positive, negative, latent, denoise=request.denoise,
+            observed, request.seed, request.steps, request.cfg, request.sampler_name, request.scheduler, positive,
+            negative, latent, denoise=request.denoise,
         )  # fmt: skip
         return dict(result)
 
-    return profile_run(model, request, latent, options, context, sample)
+    def sample(trace: SamplingTrace) -> dict[str, Any]:
+        return observe(traced(model, trace))
+
+    return profile_run(model, request, latent, options, context, sample, observe=observe)
 
 
 def profile_run(
@@ -113,8 +120,13 @@ def profile_run(
     options: ProfileOptions,
     context: NodeContext,
     sample: Sampling,
+    *,
+    observe: Callable[[Any], dict[str, Any]] | None = None,
 ) -> ProfiledLatent:
     """Measure the runs that `sample` makes; `model` is the one that the record describes.
+
+    `observe(model)` makes one more run on the observed view of `model` that it is given; without it no detail but
+    `timing` can be had.
 
     Writes the run's JSON however it ends, and the CSV row itself when it did not end well. Raises ResultsError before
     sampling when results cannot be written, UnavailableError for a detail that cannot run here, and whatever the
@@ -129,7 +141,10 @@ def profile_run(
         with measure_peak(model.load_device) as reading:
             if not options.part:
                 timeline.note_between(reading.before)
+            compiled = compile_counts()
             out = _run_all(model, options, session, sample)
+        if observe is not None and options.detail != TIMING:
+            session.depth = _look_closer(model, observe, options, session, store, compiled)
     except BaseException as error:
         session.status, session.error = failure_status(error), failure_message(error)
         session.peak = reading.peak
@@ -185,11 +200,24 @@ def _run_all(model: Any, options: ProfileOptions, session: _Session, sample: Sam
     return first
 
 
+def _look_closer(
+    model: Any,
+    observe: Callable[[Any], dict[str, Any]],
+    options: ProfileOptions,
+    session: _Session,
+    store: RunStore,
+    compiled: CompileCounts,
+) -> Depth:
+    """Kernels and operations of some steps; `compiled` was read before the measured runs."""
+    timed = session.measured[0]
+    return measure_depth(options.detail, observe, model, timed, step_rows(timed), compiled, store, session.run_id)
+
+
 def _check(options: ProfileOptions, latent: Mapping[str, Any]) -> None:
-    if options.detail != "timing":
-        raise UnavailableError(
-            f"Profile Sampler cannot measure the detail '{options.detail}' in this version. Choose 'timing'."
-        )
+    if options.detail not in DETAILS:
+        raise UnavailableError(f"Profile Sampler has no detail '{options.detail}'. Choose one of {', '.join(DETAILS)}.")
+    if options.detail != TIMING:
+        require_profiler(options.detail)
     samples = latent["samples"]
     if not getattr(samples, "is_nested", False) and samples.shape[0] == 0:
         raise SpeedLabError("The latent batch is empty: set batch_size to 1 or more.")
@@ -233,12 +261,17 @@ def _record(
             summary=summary,
             warnings=_warnings(model, session, phases),
             memory=_memory(entries, context.concerning(entries), session.peak),
+            kernels=session.depth.kernels,
+            kernel_profile=session.depth.profile,
+            roofline=session.depth.roofline,
+            artifacts=dict(session.depth.artifacts),
         )
     )
 
 
 def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | None]) -> tuple[str, ...]:
     notes = [note for trace in session.traces for part in trace.parts() for note in part.notes]
+    notes += session.depth.notes
     notes += [match.warning() for match in model.get_attachment(LORAS) or () if match.matched < match.total]
     if phases["text_encode"] is None:
         notes.append("A core node encoded the text, so the time from text to picture is not known.")

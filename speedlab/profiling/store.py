@@ -49,6 +49,10 @@ class RunStore:
             raise ResultsError(f"'{run_id}' is not a run id (YYYYMMDD-HHMMSS and eight hex digits).")
         return self.runs / f"{run_id}.json"
 
+    def trace_path(self, run_id: str) -> Path:
+        """The trace of a run, beside its record. Raises ResultsError as `json_path` does."""
+        return self.json_path(run_id).with_suffix(".trace.json.gz")
+
     def check_writable(self) -> None:
         """Fail before minutes of sampling, not after. Raises ResultsError naming the path."""
         try:
@@ -60,7 +64,7 @@ class RunStore:
                 with self.csv_path.open("ab"):
                     pass
         except OSError as error:
-            raise _cannot_write(self.root, error) from error
+            raise cannot_write(self.root, error) from error
         self._check_header()
 
     def write(self, record: RunRecord) -> Path:
@@ -71,7 +75,7 @@ class RunStore:
             self._refuse_symlink_out()
             write_atomically(path, record.to_json().encode())
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         return path
 
     def read(self, run_id: str) -> RunRecord:
@@ -105,7 +109,7 @@ class RunStore:
                 "written. Close that process, or delete the .lock file beside it if there is none."
             ) from error
         except OSError as error:
-            raise _cannot_write(self.csv_path, error) from error
+            raise cannot_write(self.csv_path, error) from error
         with self._appended_lock:
             self._appended[record.run_id] = None
             while len(self._appended) > _KEPT_APPENDED:
@@ -127,7 +131,7 @@ class RunStore:
             )
 
     def folder(self, name: str) -> Path:
-        """A folder for pictures or charts, made if it is not there. Raises ResultsError, OSError."""
+        """A folder for records, pictures or charts, made if it is not there. Raises ResultsError, OSError."""
         path = self.root / name
         path.mkdir(parents=True, exist_ok=True)
         self._refuse_symlink_out()
@@ -195,7 +199,8 @@ def _csv_line(row: dict[str, str]) -> bytes:
     return text.getvalue().encode()
 
 
-def _cannot_write(path: Path, error: OSError) -> ResultsError:
+def cannot_write(path: Path, error: OSError) -> ResultsError:
+    """The error of a file that cannot be written, with what to do."""
     return ResultsError(
         f"SpeedLab cannot write to {path}: {error.strerror or first_line(error)}. Free some space, close a program "
         "that holds the file, or start ComfyUI with --output-directory on a folder that can be written."

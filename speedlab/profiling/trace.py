@@ -230,7 +230,7 @@ def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
 def _rows_of_part(trace: SamplingTrace) -> tuple[StepRow, ...]:
     if trace.start is None or trace.end is None or len(trace.sigmas) < 2:
         return ()
-    owners = [step_of(sigma, trace.sigmas) for sigma in _host_sigmas(trace.evaluations)]
+    owners = evaluation_steps(trace)
     # The first span also holds what the sampler does before its first evaluation.
     starts = [trace.start, *(evaluation.start for evaluation in trace.evaluations[1:])]
     ends = [*starts[1:], trace.end]
@@ -253,6 +253,11 @@ def _rows_of_part(trace: SamplingTrace) -> tuple[StepRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def evaluation_steps(trace: SamplingTrace) -> list[int]:
+    """The step that each evaluation belongs to. Call after the clock settled: it waits for the device."""
+    return [step_of(sigma, trace.sigmas) for sigma in _host_sigmas(trace.evaluations)]
 
 
 def _host_sigmas(evaluations: Sequence[Evaluation]) -> list[float]:

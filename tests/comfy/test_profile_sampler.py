@@ -338,8 +338,8 @@ def test_an_unknown_detail_is_named_and_an_empty_batch_refused(sample, tiny, eng
     errors = engine("errors")
     with pytest.raises(errors.SpeedLabError, match="batch_size"):
         sample(latent=tiny.latent(0))
-    with pytest.raises(errors.UnavailableError, match="kernels"):
-        sample(detail="kernels")
+    with pytest.raises(errors.UnavailableError, match="timing, kernels, trace"):
+        sample(detail="everything")
 
 
 def test_results_that_cannot_be_written_are_told_before_sampling(sample, engine, monkeypatch, tmp_path, tiny):

@@ -41,3 +41,31 @@ def test_the_real_emitter_takes_every_name_and_refuses_others():
 
 def test_switched_off_it_emits_nothing():
     assert isinstance(nvtx.emitter(False), nvtx.NullEmitter)
+
+
+def test_names_do_not_grow_with_steps():
+    from speedlab.profiling.clock import HostClock
+    from speedlab.profiling.trace import SamplingTrace
+
+    def names(steps: int) -> tuple[set[str], int]:
+        pushed = []
+
+        class Counting(Recording):
+            def push(self, name, payload=None):
+                pushed.append(name)
+                super().push(name, payload)
+
+        out = Counting()
+        trace = SamplingTrace(HostClock("cpu"), out)
+        trace.begin([float(n) for n in range(steps, -1, -1)])
+        for step in range(steps):
+            with trace.evaluation(None), trace.forward((0, 1)):
+                pass
+            trace.step_done(step)
+        trace.finish()
+        assert out.depth == 0
+        return set(pushed), len(pushed)
+
+    (few, count), (many, larger) = names(2), names(200)
+    assert few == many <= set(nvtx.NAMES)
+    assert (count, larger) == (1 + 3 * 2, 1 + 3 * 200)

@@ -1,0 +1,172 @@
+"""The details `kernels` and `trace`: what the steps of a run that was timed before were made of.
+
+Everything here happens after the timed run, in passes of its own, so no timed number and no latent changes. A pass that
+fails costs the detail and says so in the record: the picture is worth more than its profile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import first_line
+from .compile_counts import CompileCounts, compile_counts, counts_between, is_compiled
+from .extra_pass import Sampling, run_pass
+from .flops import can_count_compiled, count_flops
+from .kernels import OPERATORS, KernelReport, analyse
+from .memory import measure_peak
+from .recorder import Recorder
+from .roofline import Peak, measured_peak, roofline
+from .steady import Window, choose_window
+from .store import RunStore
+from .trace import SamplingTrace, StepRow, evaluation_steps
+from .trace_events import spans_of
+from .trace_file import write_trace
+
+log = logging.getLogger(__name__)
+
+TIMING, KERNELS, TRACE = "timing", "kernels", "trace"
+DETAILS = (TIMING, KERNELS, TRACE)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Fields of the record that a detail fills. `profile` is its `kernel_profile`."""
+
+    kernels: tuple[dict[str, Any], ...] = ()
+    profile: dict[str, Any] | None = None
+    roofline: dict[str, Any] | None = None
+    artifacts: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def measure_depth(
+    detail: str,
+    sample: Sampling,
+    model: Any,
+    timed: SamplingTrace,
+    rows: Sequence[StepRow],
+    compiled_before: CompileCounts,
+    store: RunStore,
+    run_id: str,
+) -> Depth:
+    """Profile and count the steps of the run `timed`, whose rows are `rows`. The clock must have settled.
+
+    `sample(model)` repeats that run. Raises what a cancel raises; any other failure becomes a note.
+    """
+    if detail == TIMING:
+        return Depth()
+    compiled = compile_counts()
+    owners = evaluation_steps(timed) if rows else []
+    window = choose_window(rows, owners)
+    if window is None:
+        return Depth(notes=("Nothing was evaluated, so there is nothing to profile.",))
+    with _unseen_by_memory_peaks(model.load_device):
+        depth = _profiled(detail, sample, model, window, owners, rows, store, run_id)
+        depth = _with_compile_counts(depth, model, compiled_before, compiled)
+        return _with_roofline(depth, sample, model, window, timed, rows)
+
+
+@contextmanager
+def _unseen_by_memory_peaks(device: Any) -> Iterator[None]:
+    """Peaks of the phases that follow must not hold what the profiler and the counting took."""
+    try:
+        yield
+    finally:
+        with measure_peak(device):
+            pass
+
+
+def _profiled(
+    detail: str,
+    sample: Sampling,
+    model: Any,
+    window: Window,
+    owners: Sequence[int],
+    rows: Sequence[StepRow],
+    store: RunStore,
+    run_id: str,
+) -> Depth:
+    notes = list(window.notes)
+    report: KernelReport | None = None
+    artifacts: dict[str, str] = {}
+    with _reported("The steps could not be profiled", notes):
+        recorder = Recorder(window, owners, model.load_device)
+        run_pass(sample, model, recorder)
+        if not recorder.complete:
+            notes.append("The profiled pass ended before its last step, so the table is not whole.")
+        with recorder.trace() as trace:
+            report = analyse(spans_of(trace))
+            if detail == TRACE:
+                artifacts["trace"] = write_trace(trace, run_id, window.steps, store)
+    if report is None:
+        return Depth(notes=tuple(notes))
+    if report.unit == OPERATORS and model.load_device.type == "cuda":
+        notes.append(
+            "The driver let the profiler see no kernel, so the table shows operators of the host. Another profiler, or "
+            "a container without performance counters, does that."
+        )
+    return Depth(report.rows, _profile(report, window, rows), None, artifacts, tuple(notes))
+
+
+def _profile(report: KernelReport, window: Window, rows: Sequence[StepRow]) -> dict[str, Any]:
+    names = (part.name for part in dataclasses.fields(report) if part.name != "rows")
+    chosen = [row for row in rows if row.index in window.steps]
+    return {
+        **{name: getattr(report, name) for name in names},
+        "steps": list(window.steps),
+        "evaluations": window.end - window.first,
+        "cached_steps": sum(1 for row in chosen if row.cached),
+    }
+
+
+def _with_compile_counts(depth: Depth, model: Any, before: CompileCounts, after: CompileCounts) -> Depth:
+    if depth.profile is None:
+        return depth
+    counts = counts_between(before, after)
+    told = counts if any(counts.values()) or is_compiled(model) else None
+    return dataclasses.replace(depth, profile={**depth.profile, "compile": told})
+
+
+def _with_roofline(
+    depth: Depth, sample: Sampling, model: Any, window: Window, timed: SamplingTrace, rows: Sequence[StepRow]
+) -> Depth:
+    notes = list(depth.notes)
+    if is_compiled(model) and not can_count_compiled():
+        notes.append("This torch cannot run a compiled model eagerly, so its operations were not counted.")
+        return dataclasses.replace(depth, notes=tuple(notes))
+    found: dict[str, Any] | None = None
+    evaluations = timed.evaluations[window.first : window.end]
+    timed_ms = sum(row.ms for row in rows if row.index in window.steps)
+    with _reported("The operations of a forward could not be counted", notes):
+        count = count_flops(sample, model, timed.evaluations, range(window.first, window.end))
+        found = roofline(count, evaluations, len(window.steps), timed_ms, _peak(model, notes))
+        if found is None:
+            notes.append("This model runs outside of PyTorch, where its operations cannot be counted.")
+    return dataclasses.replace(depth, roofline=found, notes=tuple(notes))
+
+
+def _peak(model: Any, notes: list[str]) -> Peak | None:
+    dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
+    with _reported("The peak of this device could not be measured", notes):
+        return measured_peak(model.load_device, dtype)
+    return None
+
+
+@contextmanager
+def _reported(what: str, notes: list[str]) -> Iterator[None]:
+    """A failure inside becomes a note of the record and a line in the log; a cancel goes on its way."""
+    import comfy.model_management as mm
+
+    try:
+        yield
+    except mm.InterruptProcessingException:
+        raise
+    except Exception as error:  # profiler, driver and model raise types of their own, and each must be told
+        note = f"{what}: {type(error).__name__}: {first_line(error)}"
+        log.error("SpeedLab: %s", note, exc_info=True)
+        notes.append(note)
