@@ -23,7 +23,7 @@ EXTRA: Mapping[str, tuple[int, int]] = {
     "CLIPTextEncode": (60, 0),
     "SpeedLabTextEncode": (60, 0),
     "SpeedLabProfileReport": (220, 660),
-    "SpeedLabProfileSampler": (20, 110),
+    "SpeedLabProfileSampler": (60, 270),
 }
 
 

@@ -16,7 +16,7 @@ from ..loading import SOURCE, CheckpointSource, file_hash
 from ..lora import LORAS
 from ..precision import unet_dtypes
 from ..tiny_vae import LATENT_MARK, latent_mark
-from . import nvtx, timeline
+from . import live, nvtx, timeline
 from .clock import Mark, clock_for, host_ms
 from .context import NodeContext
 from .environment import environment, environment_hash
@@ -71,6 +71,7 @@ class _Session:
     peak: MemoryPeak = field(default_factory=MemoryPeak)
     status: str = "ok"
     error: str | None = None
+    feed: live.LiveFeed | None = None
 
 
 def profile_sampling(
@@ -92,6 +93,7 @@ def profile_sampling(
     store = RunStore(output_directory())
     store.check_writable()
     session = _Session(new_run_id())
+    session.feed = live.open_feed(context, session.run_id, options.warmup, options.repeats)
     reading = PeakReading()
     try:
         with measure_peak(model.load_device) as reading:
@@ -102,6 +104,9 @@ def profile_sampling(
         session.peak = reading.peak
         _keep_failed(store, model, request, latent, session, context)
         raise
+    finally:
+        if session.feed is not None:
+            session.feed.close(session.status)
     session.peak = reading.peak
     record = _record(model, request, latent, session, context)
     try:
@@ -138,6 +143,7 @@ def _run_all(
         for index in range(options.warmup + options.repeats):
             trace = SamplingTrace(clock_for(model.load_device), emitter)
             session.traces.append(trace)
+            trace.observer = None if session.feed is None else session.feed.run(index)
             trace.called = Mark(time.perf_counter_ns())
             try:
                 (result,) = core_nodes().common_ksampler(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..accelerate.patching import Site, Wrapper, attach
 from ..accelerate.reporting import REPORT_CACHED
@@ -54,6 +54,18 @@ class StepRow:
         return self.cpu_ms if self.gpu_ms is None else self.gpu_ms
 
 
+class Observer(Protocol):
+    """Sees a run while it goes on; called in the timed path, so it must return at once."""
+
+    def began(self, steps: int, mark: Mark) -> None: ...
+
+    def evaluating(self, evaluation: Evaluation) -> None: ...
+
+    def step_done(self) -> None: ...
+
+    def ended(self, mark: Mark) -> None: ...
+
+
 @dataclass
 class SamplingTrace:
     """Marks and counts of one run of a sampler."""
@@ -68,6 +80,7 @@ class SamplingTrace:
     end: Mark | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    observer: Observer | None = None
     _current: Evaluation | None = None
     _open_step: bool = False
 
@@ -76,6 +89,8 @@ class SamplingTrace:
         self.start = self.clock.mark()
         self.emitter.push(nvtx.SAMPLE, len(self.sigmas) - 1)
         self._push_step(0)
+        if self.observer is not None:
+            self.observer.began(len(self.sigmas) - 1, self.start)
 
     def finish(self) -> None:
         if self._open_step:
@@ -83,6 +98,8 @@ class SamplingTrace:
             self._open_step = False
         self.emitter.pop()
         self.end = self.clock.mark()
+        if self.observer is not None:
+            self.observer.ended(self.end)
 
     def step_done(self, index: int) -> None:
         """The sampler's callback for step `index`: on a GPU this is the only step number known without waiting."""
@@ -91,12 +108,16 @@ class SamplingTrace:
             self._open_step = False
         if index + 1 < len(self.sigmas) - 1:
             self._push_step(index + 1)
+        if self.observer is not None:
+            self.observer.step_done()
 
     @contextmanager
     def evaluation(self, sigma: Any) -> Iterator[None]:
         outer = self._current
         current = self._current = Evaluation(sigma, self.clock.mark())
         self.evaluations.append(current)
+        if self.observer is not None and outer is None:
+            self.observer.evaluating(current)
         self.emitter.push(nvtx.EVAL, len(self.evaluations) - 1)
         try:
             yield
