@@ -6,7 +6,7 @@ import { t } from "./i18n.js";
 import { memoryLine, phaseBar, statusBadge } from "./parts.js";
 
 const WIDGET = "speedlab_profile";
-const MIN_HEIGHT = 236;
+const MIN_HEIGHT = 256;
 const panels = new WeakMap();
 
 /** The node's panel, added to it at first use. */

@@ -173,7 +173,6 @@ def test_a_sampler_inside_a_subgraph_and_a_second_one_beside_it(open_canvas, sma
 
 def test_settings_are_there_in_chinese_and_the_live_chart_can_be_switched_off(open_canvas, small):
     canvas = open_canvas(**{"Comfy.Locale": "zh", "SpeedLab.LiveChart": False, "SpeedLab.KeepRuns": 1})
-    frames: list[str] = []
     canvas.evaluate(
         "() => { window.slEvents = 0; app.api.addEventListener('speedlab.step', () => (window.slEvents += 1)); }"
     )
