@@ -1,11 +1,10 @@
 // One run in full.
 import { legend, StepChart } from "./chart.js";
 import { el } from "./dom.js";
-import { duration, isNumber, rate, recordBars } from "./figures.js";
+import { duration, gigabytes, isNumber, rate, recordBars } from "./figures.js";
 import { t } from "./i18n.js";
 import { memoryPeaks, phaseBar, statusBadge } from "./parts.js";
 import { fileUrl, jsonUrl } from "./server.js";
-import { gigabytes } from "./figures.js";
 
 const KERNELS = 12;
 

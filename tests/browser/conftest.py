@@ -66,9 +66,11 @@ class Canvas:
     loaded: bool = False
 
     def open(self) -> None:
+        self.loaded = False
         self.page.goto(self.url)
         self.page.wait_for_function(READY, timeout=90_000)
         self.page.wait_for_timeout(500)
+        self.loaded = True
 
     def drop(self, workflow: dict[str, Any], name: str) -> None:
         """Drop a workflow file onto the canvas, as a person does."""
@@ -193,7 +195,6 @@ def open_canvas(server: ComfyServer, chromium: Any) -> Iterator[Callable[..., Ca
         canvas.page.on("console", lambda message: _note(canvas, message.type, message.text, message.location))
         canvas.page.on("pageerror", lambda error: _note(canvas, "error", f"{error}\n{error.stack or ''}", {}))
         canvas.open()
-        canvas.loaded = True
         return canvas
 
     yield start
@@ -206,7 +207,8 @@ def open_canvas(server: ComfyServer, chromium: Any) -> Iterator[Callable[..., Ca
 def _note(canvas: Canvas, kind: str, text: str, location: Any) -> None:
     """Keep errors: all that name this pack, and of the frontend's own those that come after it has loaded."""
     place = str((location or {}).get("url", ""))
-    ours = "speedlab" in f"{text} {place}".lower()
+    here = not place.startswith("http") or place.startswith(canvas.url)
+    ours = here and "speedlab" in f"{text} {place}".lower()
     # The newest frontend asks this server for a job list that it does not have, and lives without it.
     missing = "Failed to load resource" in text or "JobsApiError" in text
     if kind != "error" or (missing and not ours):

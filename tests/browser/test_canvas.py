@@ -70,7 +70,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     saved = canvas.evaluate("() => (app.rootGraph ?? app.graph).serialize()")
     node = next(n for n in saved["nodes"] if n["type"] == "SpeedLabProfileSampler")
     assert node["properties"]["speedlab_run"] == first
-    assert len(str(node)) < 4000, "a saved workflow keeps the run's id, not the run"
+    assert "phases_ms" not in str(saved), "a saved workflow keeps the run's id, not the run"
 
     canvas.evaluate("() => { app.graph.nodes.find((n) => n.type === 'SpeedLabProfileSampler').widgets[0].value = 5; }")
     canvas.queue()
@@ -171,7 +171,7 @@ def test_a_sampler_inside_a_subgraph_and_a_second_one_beside_it(open_canvas, sma
     assert [entry["state"] for entry in shown] == ["ok", "ok"]
 
 
-def test_settings_are_there_in_chinese_and_the_live_chart_can_be_switched_off(open_canvas, small):
+def test_in_chinese_with_the_live_chart_off_and_one_run_kept(open_canvas, small):
     canvas = open_canvas(**{"Comfy.Locale": "zh", "SpeedLab.LiveChart": False, "SpeedLab.KeepRuns": 1})
     canvas.evaluate(
         "() => { window.slEvents = 0; app.api.addEventListener('speedlab.step', () => (window.slEvents += 1)); }"
@@ -186,7 +186,3 @@ def test_settings_are_there_in_chinese_and_the_live_chart_can_be_switched_off(op
     canvas.page.wait_for_function(
         "async () => (await (await app.api.fetchApi('/speedlab/runs')).json()).runs.length === 1", timeout=20_000
     )
-    canvas.evaluate("() => app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
-    canvas.page.get_by_text("SpeedLab", exact=True).first.wait_for()
-    canvas.page.locator(".p-dialog, [role=dialog]").get_by_text("SpeedLab", exact=True).first.click()
-    canvas.page.get_by_text("采样时显示实时图表").first.wait_for(timeout=20_000)
