@@ -146,7 +146,8 @@ export class RunsTab {
 
   async #delete(runIds) {
     try {
-      const { failed } = await deleteRuns(runIds);
+      const { deleted, failed } = await deleteRuns(runIds);
+      for (const row of this.list.querySelectorAll(".sl-row")) if (deleted.includes(row.dataset.run)) row.remove();
       this.picked = this.picked.filter((id) => !runIds.includes(id));
       await this.load();
       const reasons = Object.values(failed);
