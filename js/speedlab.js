@@ -1,43 +1,77 @@
-// Shows what SpeedLab's measuring nodes say on the nodes themselves. Text only, never markup.
+// SpeedLab in the browser: profiles on the samplers, the sidebar with all runs, the settings.
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { useStyles } from "./lib/dom.js";
+import { loadWords, t } from "./lib/i18n.js";
+import { RunsTab } from "./lib/runs.js";
+import * as samplers from "./lib/samplers.js";
+import { pruneRuns } from "./lib/server.js";
+import * as texts from "./lib/texts.js";
 
-const HEIGHTS = {
-  SpeedLabBenchmark: 320,
-  SpeedLabProfileReport: 320,
-  SpeedLabProfileSampler: 90,
-  SpeedLabCompareImages: 60,
-  SpeedLabCompareLatents: 60,
-};
-const WIDGET = "speedlab_text";
+const LIVE = "SpeedLab.LiveChart";
+const KEEP = "SpeedLab.KeepRuns";
+const TAB = "speedlab";
+const runs = new RunsTab();
 
-function textWidget(node, height) {
-  // The report is a table, whose columns must stay under each other; the other texts are sentences.
-  const wrap = ["SpeedLabProfileReport", "SpeedLabBenchmark"].includes(node.comfyClass) ? "pre" : "pre-wrap";
-  const known = node.widgets?.find((widget) => widget.name === WIDGET);
-  if (known) return known;
-  const element = document.createElement("pre");
-  element.style.cssText =
-    "margin:0;padding:6px;overflow:auto;font:11px/1.35 monospace;" +
-    `white-space:${wrap};` +
-    "color:var(--input-text,inherit);background:var(--comfy-input-bg,transparent);border-radius:4px";
-  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
-    serialize: false, // not part of the prompt
-    getMinHeight: () => height,
-  });
-  widget.serialize = false; // nor of the saved workflow
-  node.setSize([Math.max(node.size[0], node.computeSize()[0]), Math.max(node.size[1], node.computeSize()[1])]);
-  return widget;
+const setting = (id, fallback) => app.extensionManager?.setting?.get(id) ?? fallback;
+const wantsLive = () => setting(LIVE, true) !== false;
+
+/** After a prompt queued here has ended well: keep as many runs as the setting says, and show the new ones. */
+async function afterPrompt() {
+  const keep = Math.floor(Number(setting(KEEP, 0)));
+  if (keep > 0) await pruneRuns(keep).catch((error) => console.warn("SpeedLab:", error.message));
+  runs.refresh();
 }
 
 app.registerExtension({
-  name: "SpeedLab.Text",
+  name: "SpeedLab",
+  settings: [
+    {
+      id: LIVE,
+      category: ["SpeedLab", "Profile", "LiveChart"],
+      name: "Live chart while sampling",
+      tooltip: "Shows the time of each step on the sampler while it runs.",
+      type: "boolean",
+      defaultValue: true,
+      onChange: (wanted) => samplers.announce(wanted !== false),
+    },
+    {
+      id: KEEP,
+      category: ["SpeedLab", "Profile", "KeepRuns"],
+      name: "Runs to keep (0 keeps all)",
+      tooltip:
+        "After a run queued from this browser the oldest runs beyond this number are deleted, with their pictures, charts and traces in output/speedlab. The table results.csv keeps its rows.",
+      type: "number",
+      defaultValue: 0,
+      attrs: { min: 0, max: 1000000, step: 1 },
+    },
+  ],
+  commands: [
+    {
+      id: "SpeedLab.ShowRuns",
+      label: "Show SpeedLab runs",
+      icon: "pi pi-gauge",
+      function: () => app.extensionManager.sidebarTab?.toggleSidebarTab?.(TAB),
+    },
+  ],
+  menuCommands: [{ path: ["View"], commands: ["SpeedLab.ShowRuns"] }],
   beforeRegisterNodeDef(nodeType, nodeData) {
-    const height = HEIGHTS[nodeData.name];
-    if (!height) return;
-    const original = nodeType.prototype.onExecuted;
-    nodeType.prototype.onExecuted = function (output) {
-      original?.apply(this, arguments);
-      if (output?.text) textWidget(this, height).element.textContent = output.text.join("\n");
-    };
+    if (!samplers.prepareNode(nodeType, nodeData)) texts.prepareNode(nodeType, nodeData);
+  },
+  afterConfigureGraph: () => samplers.restoreAll(),
+  async setup() {
+    useStyles();
+    samplers.listen(wantsLive);
+    api.addEventListener("execution_success", afterPrompt);
+    await loadWords();
+    app.extensionManager.registerSidebarTab({
+      id: TAB,
+      icon: "pi pi-gauge",
+      title: "SpeedLab",
+      tooltip: t("tab_tooltip"),
+      type: "custom",
+      render: (element) => runs.render(element),
+      destroy: () => runs.destroy(),
+    });
   },
 });

@@ -9,7 +9,8 @@ import comfy.samplers
 from ..speedlab.ensemble import EnsembleRequest, Expert, sample_ensemble
 from ..speedlab.profiling import browser, report
 from ..speedlab.profiling.context import NodeContext
-from ..speedlab.profiling.runner import DETAILS, ProfileOptions
+from ..speedlab.profiling.depth import DETAILS
+from ..speedlab.profiling.runner import ProfileOptions
 
 
 class EnsembleSampler:
@@ -64,18 +65,19 @@ class EnsembleSampler:
         handoff: float, detail: str = "timing", prompt: object = None, extra_pnginfo: object = None,
         unique_id: object = None,
     ) -> dict[str, Any]:  # fmt: skip
+        context = NodeContext.of(prompt, extra_pnginfo, unique_id)
         result = sample_ensemble(
             Expert(base_model, base_positive, base_negative),
             Expert(refiner_model, refiner_positive, refiner_negative),
             latent,
             EnsembleRequest(seed, steps, cfg, sampler_name, scheduler, handoff),
             ProfileOptions(detail),
-            NodeContext.of(prompt, extra_pnginfo, unique_id),
+            context,
         )
         return {
             "ui": {
                 "text": [report.summary_text(result.record)],
-                "speedlab": [browser.browser_summary(result.record)],
+                "speedlab": [browser.browser_summary(result.record, context)],
             },
             "result": (result.latent, result.record),
         }
@@ -123,7 +125,9 @@ def _settings() -> dict[str, Any]:
                 "tooltip": "The share of the steps that the base takes. 1.0: the base alone; 0.0: the refiner alone.",
             },
         ),
-        "detail": (list(DETAILS), {"default": "timing", "tooltip": "timing measures every step at next to no cost."}),
+        "detail": (list(DETAILS), {"default": "timing", "tooltip": "timing measures every step at next to no cost. kernels also tells which GPU "
+                "kernels or CPU operators two or three of the base's steps are made of; trace saves them as a file for "
+                "Perfetto as well."}),
     }
 
 

@@ -143,7 +143,7 @@ class ProfileSampler:
         wanted = context.is_output_used(self.RETURN_NAMES.index("chart"))
         chart = charts.chart_or_blank(result.record) if wanted else charts.blank()
         return {
-            "ui": {"text": [summary], "speedlab": [browser.browser_summary(result.record)]},
+            "ui": {"text": [summary], "speedlab": [browser.browser_summary(result.record, context)]},
             "result": (result.latent, result.record, summary, chart),
         }
 

@@ -7,7 +7,7 @@ none and goes on at the same step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .accelerate.patching import accelerators
@@ -65,22 +65,27 @@ def sample_ensemble(
     sigmas = _sigmas(base.model, request)
     first, second = request.base_steps, request.steps - request.base_steps
 
+    def first_part(model: Any) -> dict[str, Any]:
+        if not first:
+            return _part(replace(refiner, model=model), latent, request, sigmas)
+        return _part(replace(base, model=model), latent, request, sigmas, last=first if second else None)
+
     def sample(trace: SamplingTrace) -> dict[str, Any]:
-        out = dict(latent)
-        if first:
-            out = _part(base, out, request, sigmas, trace, last=first if second else None)
-        else:
+        if not first:
             trace.model_role = "refiner"
+            return first_part(traced(refiner.model, trace))
+        out = first_part(traced(base.model, trace))
         if second:
-            following = trace.follow("refiner", first) if first else trace
-            out = _part(refiner, out, request, sigmas, following, start=first if first else None)
+            following = replace(refiner, model=traced(refiner.model, trace.follow("refiner", first)))
+            out = _part(following, out, request, sigmas, start=first)
         return out
 
     described = SamplingRequest(
         request.seed, request.steps, request.cfg, request.sampler_name, request.scheduler,
         more={"handoff": request.handoff, "base_steps": first, "refiner": _describe(refiner.model)},
     )  # fmt: skip
-    return profile_run(base.model if first else refiner.model, described, latent, options, context, sample)
+    lead = base.model if first else refiner.model
+    return profile_run(lead, described, latent, options, context, sample, observe=first_part)
 
 
 def _check(base: Expert, refiner: Expert, latent: Mapping[str, Any]) -> None:
@@ -109,7 +114,6 @@ def _part(
     latent: Mapping[str, Any],
     request: EnsembleRequest,
     sigmas: Any,
-    trace: SamplingTrace,
     *,
     start: int | None = None,
     last: int | None = None,
@@ -123,7 +127,7 @@ def _part(
     import latent_preview
     import torch
 
-    model = traced(expert.model, trace)
+    model = expert.model
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     if start is None:
         noise = comfy.sample.prepare_noise(samples, request.seed, latent.get("batch_index"))

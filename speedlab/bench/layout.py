@@ -24,7 +24,7 @@ EXTRA: Mapping[str, tuple[int, int]] = {
     "SpeedLabTextEncode": (60, 0),
     "SpeedLabPromptQueue": (160, 60),
     "SpeedLabProfileReport": (220, 660),
-    "SpeedLabProfileSampler": (20, 110),
+    "SpeedLabProfileSampler": (60, 270),
     "SpeedLabBenchmark": (220, 420),
 }
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
+from .context import NodeContext
 from .record import RunRecord
 
 
-def browser_summary(record: RunRecord) -> dict[str, Any]:
-    """Run id, status, plan, phases, steps and summary, for the node's display."""
+def browser_summary(record: RunRecord, context: NodeContext | None = None) -> dict[str, Any]:
+    """Run id, status, plan, phases, steps and summary, for the node's display.
+
+    `workflow` is the id of the canvas's workflow, by which a browser tells its open workflows apart.
+    """
     return {
         "run_id": record.run_id,
+        "workflow": None if context is None else context.workflow_id(),
         "status": record.status,
         "plan": record.request.get("plan"),
         "phases_ms": dict(record.phases_ms),

@@ -80,6 +80,11 @@ class NodeContext:
                     named[key] = value[:_MAX_NAME]
         return named
 
+    def workflow_id(self) -> str | None:
+        """The id of the canvas's workflow; None for a prompt that came without one."""
+        value = _path(self.extra.get("workflow"), "id")
+        return value[:_MAX_NAME] if isinstance(value, str) else None
+
     def checkpoint_name(self) -> str | None:
         """The file that a core loader among the ancestors names."""
         for node_id in sorted(self.ancestors()):

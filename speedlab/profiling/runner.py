@@ -17,7 +17,7 @@ from ..loading import SOURCE, CheckpointSource, file_hash
 from ..lora import LORAS
 from ..precision import unet_dtypes
 from ..tiny_vae import latent_mark
-from . import nvtx, timeline
+from . import live, nvtx, timeline
 from .clock import Mark, clock_for, host_ms
 from .compile_counts import CompileCounts, compile_counts
 from .context import NodeContext
@@ -26,7 +26,7 @@ from .environment import environment, environment_hash
 from .memory import MemoryPeak, PeakReading, measure_peak
 from .record import RunRecord, memory_dict, step_dict, summarise, total_ms
 from .store import RunStore, new_run_id
-from .trace import SamplingTrace, StepRow, first_eval_ms, sampling_ms, step_rows, traced
+from .trace import SamplingTrace, StepRow, first_eval_ms, part_rows, sampling_ms, step_rows, traced
 from .trace_file import require_profiler
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class _Session:
     depth: Depth = field(default_factory=Depth)
     status: str = "ok"
     error: str | None = None
+    feed: live.LiveFeed | None = None
 
 
 def profile_sampling(
@@ -125,8 +126,8 @@ def profile_run(
 ) -> ProfiledLatent:
     """Measure the runs that `sample` makes; `model` is the one that the record describes.
 
-    `observe(model)` makes one more run on the observed view of `model` that it is given; without it no detail but
-    `timing` can be had.
+    `observe(model)` makes one more run, or of several models' run the first one's part, on the observed view of `model`
+    that it is given; without it no detail but `timing` can be had.
 
     Writes the run's JSON however it ends, and the CSV row itself when it did not end well. Raises ResultsError before
     sampling when results cannot be written, UnavailableError for a detail that cannot run here, and whatever the
@@ -136,6 +137,8 @@ def profile_run(
     store = RunStore(output_directory())
     store.check_writable()
     session = _Session(new_run_id())
+    if not options.part:
+        session.feed = live.open_feed(context, session.run_id, options.warmup, options.repeats)
     reading = PeakReading()
     try:
         with measure_peak(model.load_device) as reading:
@@ -152,6 +155,9 @@ def profile_run(
             raise
         _keep_failed(store, model, request, latent, session, context)
         raise
+    finally:
+        if session.feed is not None:
+            session.feed.close(session.status)
     session.peak = reading.peak
     record = _record(model, request, latent, session, context)
     marked = {**out, LATENT_MARK: {**latent_mark(model), "run_id": session.run_id}}
@@ -183,6 +189,7 @@ def _run_all(model: Any, options: ProfileOptions, session: _Session, sample: Sam
         for index in range(options.warmup + options.repeats):
             trace = SamplingTrace(clock_for(model.load_device), emitter, on_step=options.on_step)
             session.traces.append(trace)
+            trace.observer = None if session.feed is None else session.feed.run(index)
             trace.called = Mark(time.perf_counter_ns())
             try:
                 result = sample(trace)
@@ -210,7 +217,7 @@ def _look_closer(
 ) -> Depth:
     """Kernels and operations of some steps; `compiled` was read before the measured runs."""
     timed = session.measured[0]
-    return measure_depth(options.detail, observe, model, timed, step_rows(timed), compiled, store, session.run_id)
+    return measure_depth(options.detail, observe, model, timed, part_rows(timed), compiled, store, session.run_id)
 
 
 def _check(options: ProfileOptions, latent: Mapping[str, Any]) -> None:

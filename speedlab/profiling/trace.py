@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..accelerate.patching import Site, Wrapper, attach
 from ..accelerate.reporting import REPORT_CACHED
@@ -54,6 +54,18 @@ class StepRow:
         return self.cpu_ms if self.gpu_ms is None else self.gpu_ms
 
 
+class Observer(Protocol):
+    """Sees a run while it goes on; called in the timed path, so it must return at once."""
+
+    def began(self, steps: int, mark: Mark) -> None: ...
+
+    def evaluating(self, evaluation: Evaluation) -> None: ...
+
+    def step_done(self) -> None: ...
+
+    def ended(self, mark: Mark) -> None: ...
+
+
 @dataclass
 class SamplingTrace:
     """Marks and counts of one run of a sampler.
@@ -74,6 +86,7 @@ class SamplingTrace:
     on_step: Callable[[int], None] | None = None
     first_step: int = 0
     then: SamplingTrace | None = None
+    observer: Observer | None = None
     _current: Evaluation | None = None
     _open_step: bool = False
 
@@ -85,7 +98,9 @@ class SamplingTrace:
 
     def follow(self, model_role: str, first_step: int) -> SamplingTrace:
         """A trace for the part of the run that another model goes on with."""
-        self.then = SamplingTrace(self.clock, self.emitter, model_role, first_step=first_step)
+        self.then = SamplingTrace(
+            self.clock, self.emitter, model_role, on_step=self.on_step, first_step=first_step, observer=self.observer
+        )
         return self.then
 
     def begin(self, sigmas: Sequence[float]) -> None:
@@ -93,6 +108,8 @@ class SamplingTrace:
         self.start = self.clock.mark()
         self.emitter.push(nvtx.SAMPLE, len(self.sigmas) - 1)
         self._push_step(0)
+        if self.observer is not None:
+            self.observer.began(len(self.sigmas) - 1, self.start)
 
     def finish(self) -> None:
         if self._open_step:
@@ -100,6 +117,8 @@ class SamplingTrace:
             self._open_step = False
         self.emitter.pop()
         self.end = self.clock.mark()
+        if self.observer is not None:
+            self.observer.ended(self.end)
 
     def step_done(self, index: int) -> None:
         """The sampler's callback for step `index`: on a GPU this is the only step number known without waiting."""
@@ -108,12 +127,16 @@ class SamplingTrace:
             self._open_step = False
         if index + 1 < len(self.sigmas) - 1:
             self._push_step(index + 1)
+        if self.observer is not None:
+            self.observer.step_done()
 
     @contextmanager
     def evaluation(self, sigma: Any) -> Iterator[None]:
         outer = self._current
         current = self._current = Evaluation(sigma, self.clock.mark())
         self.evaluations.append(current)
+        if self.observer is not None and outer is None:
+            self.observer.evaluating(current)
         self.emitter.push(nvtx.EVAL, len(self.evaluations) - 1)
         try:
             yield
@@ -224,10 +247,11 @@ def first_eval_ms(trace: SamplingTrace) -> float | None:
 
 def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
     """One row a step of the schedule. Call after the clock settled: sigmas are read here, in one transfer."""
-    return tuple(row for part in trace.parts() for row in _rows_of_part(part))
+    return tuple(row for part in trace.parts() for row in part_rows(part))
 
 
-def _rows_of_part(trace: SamplingTrace) -> tuple[StepRow, ...]:
+def part_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
+    """`step_rows` of one part of the run alone."""
     if trace.start is None or trace.end is None or len(trace.sigmas) < 2:
         return ()
     owners = evaluation_steps(trace)

@@ -65,6 +65,14 @@ def node_defs(language: str) -> dict[str, Any]:
     return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
 
 
+def locale_file(language: str, name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def scripts() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "js").rglob("*.js")))
+
+
 def registered_defs(pack: ModuleType, language: str) -> dict[str, Any]:
     return {node_id: entry for node_id, entry in node_defs(language).items() if node_id in pack.NODE_CLASS_MAPPINGS}
 
@@ -152,6 +160,9 @@ print(json.dumps(CustomNodeManager().build_translations()))
     collected = json.loads(done.stdout.splitlines()[-1])
     for language in LANGUAGES:
         assert collected[language]["nodeDefs"] == node_defs(language)
+        for name in ("settings", "commands"):
+            assert collected[language][name] == locale_file(language, name)
+        assert collected[language]["speedlab"] == locale_file(language, "main")["speedlab"]
 
 
 def test_every_node_has_a_chinese_help_page(pack: ModuleType, model_files: Path) -> None:
@@ -186,3 +197,54 @@ def test_no_help_page_is_left_of_a_removed_node() -> None:
     docs, known = ROOT / "js" / "docs", written_nodes()
     pages = {page.stem for page in docs.glob("*.md")} | {page.parent.name for page in docs.glob("*/*.md")}
     assert pages <= known, sorted(pages - known)
+
+
+def test_every_node_has_a_picture_of_an_example_graph_on_its_help_page(pack: ModuleType) -> None:
+    docs = ROOT / "js" / "docs"
+    for node_id in pack.NODE_CLASS_MAPPINGS:
+        picture = docs / "images" / f"{node_id}.png"
+        how = "SPEEDLAB_PICTURES=1 python run.py test tests/browser/test_pictures.py -k pinned makes it"
+        assert picture.is_file(), f"{picture.relative_to(ROOT)} is missing: {how}"
+        assert picture.stat().st_size < 150_000, picture
+        for page in (docs / f"{node_id}.md", docs / node_id / "zh.md"):
+            assert f"](images/{node_id}.png)" in page.read_text(encoding="utf-8"), page
+
+
+@pytest.mark.parametrize("name", ["main", "settings", "commands"])
+def test_both_languages_have_the_same_words_with_the_same_placeholders(name: str) -> None:
+    texts, original = leaves(locale_file("zh", name)), leaves(locale_file("en", name))
+    assert list(texts) == list(original)
+    for key, text in texts.items():
+        assert text.strip() == text != "", key
+        assert sorted(re.findall(r"\{\w+\}", text)) == sorted(re.findall(r"\{\w+\}", original[key])), key
+        if original[key] != "SpeedLab":
+            assert CJK.search(text), f"{key} holds no Chinese: {text}"
+
+
+def test_the_scripts_words_are_those_of_the_files() -> None:
+    words, script = locale_file("en", "main")["speedlab"], scripts()
+    used = set(re.findall(r'\bt\("(\w+)"', script))
+    built = tuple(re.findall(r"\bt\(`(\w+_)\$\{", script))
+    assert used <= words.keys(), sorted(used - words.keys())
+    named = set(re.findall(r'"(\w+)"', script))
+    unused = [key for key in words if key not in used | named and not key.startswith(built)]
+    assert unused == []
+
+
+def test_settings_and_commands_say_in_english_what_the_script_says() -> None:
+    script = scripts()
+    for name, prefix in (("settings", "SpeedLab."), ("commands", "SpeedLab.")):
+        for key, entry in locale_file("en", name).items():
+            assert f'"{prefix}{key.partition("_")[2]}"' in script, key
+            for text in entry.values():
+                assert json.dumps(text) in script, text
+
+
+def test_the_extension_is_small_and_asks_nobody_else() -> None:
+    script = scripts()
+    assert len(script.encode()) < 60_000
+    places = re.findall(r"https?://[^\s\"'`]+", script)
+    assert set(places) <= {"http://www.w3.org/2000/svg"}, places
+    assert "innerHTML" not in script and "insertAdjacentHTML" not in script and "eval(" not in script
+    style = (ROOT / "js" / "speedlab.css").read_text(encoding="utf-8")
+    assert "url(" not in style and "@import" not in style

@@ -1,0 +1,93 @@
+// The step chart: bars in SVG, which stretches with its box, and words in HTML, which does not.
+import { el, svg } from "./dom.js";
+import { barText, binned, duration, KINDS, median, steady } from "./figures.js";
+import { t } from "./i18n.js";
+
+const WIDTH = 1000;
+const HEIGHT = 100;
+// A first step that compiles takes minutes; drawn to scale it would flatten all others.
+const CLIP = 2.2;
+
+function ceiling(bars) {
+  const all = Math.max(...bars.map((bar) => bar.ms), 0);
+  const usual = steady(bars).sort((a, b) => a - b);
+  const high = usual[Math.floor((usual.length - 1) * 0.95)] ?? 0;
+  return { top: (high > 0 ? Math.min(all, high * CLIP) : all) * 1.08 || 1, clipped: high > 0 && all > high * CLIP };
+}
+
+/** The colours that occur, each with its word. */
+export function legend(bars) {
+  const used = KINDS.filter((kind) => bars.some((bar) => bar.kind === kind));
+  return el(
+    "div",
+    { class: "sl-legend" },
+    used.map((kind) => el("span", null, el("i", { class: `sl-dot sl-${kind}` }), t(`kind_${kind}`))),
+  );
+}
+
+/** A chart of step times. `draw` may be called as often as there is news; the pointer shows a bar's values. */
+export class StepChart {
+  constructor() {
+    this.plot = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", class: "sl-plot" });
+    this.top = el("span", { class: "sl-axis" });
+    this.tip = el("div", { class: "sl-tip" });
+    this.element = el("div", { class: "sl-chart", role: "img" }, this.plot, this.top, this.tip);
+    this.bins = [];
+    this.slots = 0;
+    this.plot.addEventListener("pointermove", (event) => this.#point(event));
+    this.plot.addEventListener("pointerleave", () => this.#leave());
+  }
+
+  /** `bars` as of figures.js; `total` steps to come in all; `ghost` bars of another run to compare with. */
+  draw(bars, { total = bars.length, ghost = [], scaleTo = null } = {}) {
+    this.bins = binned(bars);
+    const perBin = this.bins.length ? this.bins[0].to - this.bins[0].from + 1 : 1;
+    this.slots = Math.max(1, this.bins.length, Math.ceil(Math.max(total, ghost.length) / perBin));
+    const { top, clipped } = ceiling(scaleTo ?? [...bars, ...ghost]);
+    this.y = (ms) => HEIGHT - Math.min(1, ms / top) * HEIGHT;
+    const middle = median(steady(bars));
+    this.plot.replaceChildren(
+      ...(ghost.length ? binned(ghost, Math.ceil(ghost.length / perBin)).map((bar, i) => this.#rect(bar, i, "sl-ghost", 0)) : []),
+      ...this.bins.map((bar, i) => this.#rect(bar, i, `sl-bar sl-${bar.kind}`, ghost.length ? 0.22 : 0.09)),
+      ...this.bins.filter((bar) => bar.ms > top).map((bar) => this.#cut(bar)),
+      ...(middle && bars.length > 2 ? [this.#line(this.y(middle))] : []),
+    );
+    this.top.textContent = bars.length ? `${clipped ? "> " : ""}${duration(top / 1.08)}` : "";
+    this.resting = middle ? t("median_is", { value: duration(middle) }) : "";
+    if (!this.pointed) this.tip.textContent = this.resting;
+    this.element.setAttribute("aria-label", t("chart_label", { n: bars.length, value: duration(middle) }));
+  }
+
+  #rect(bar, index, name, inset) {
+    const slot = WIDTH / this.slots;
+    const y = this.y(bar.ms);
+    return svg("rect", { class: name, x: (index + inset) * slot, width: slot * (1 - 2 * inset), y, height: HEIGHT - y });
+  }
+
+  #cut(bar) {
+    const slot = WIDTH / this.slots;
+    const x = this.bins.indexOf(bar) * slot;
+    return svg("rect", { class: "sl-cut", x, width: slot, y: 9, height: 3 });
+  }
+
+  #line(y) {
+    return svg("line", { class: "sl-median", x1: 0, x2: WIDTH, y1: y, y2: y, "vector-effect": "non-scaling-stroke" });
+  }
+
+  #point(event) {
+    const box = this.plot.getBoundingClientRect();
+    const index = Math.floor(((event.clientX - box.left) / box.width) * this.slots);
+    const bar = this.bins[index];
+    this.#leave();
+    if (!bar) return;
+    this.pointed = true;
+    this.tip.textContent = barText(bar);
+    this.plot.querySelectorAll(".sl-bar")[index]?.classList.add("sl-on");
+  }
+
+  #leave() {
+    this.pointed = false;
+    this.tip.textContent = this.resting ?? "";
+    this.plot.querySelector(".sl-on")?.classList.remove("sl-on");
+  }
+}

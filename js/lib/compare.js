@@ -1,0 +1,87 @@
+// Two runs beside each other: A is the earlier one.
+import { legend, StepChart } from "./chart.js";
+import { section, settingsOf, table } from "./detail.js";
+import { el } from "./dom.js";
+import { duration, gigabytes, isNumber, phasesOf, rate, recordBars } from "./figures.js";
+import { t } from "./i18n.js";
+import { phaseBar, statusBadge } from "./parts.js";
+
+const KERNELS = 15;
+// Different in every run and said elsewhere.
+const NOT_SETTINGS = new Set(["sampled_as", "plan", "plan_named"]);
+
+/** The page that compares two records. */
+export function compareView(a, b) {
+  const bars = [recordBars(a.steps ?? []), recordBars(b.steps ?? [])];
+  const longest = Math.max(...[a, b].map((run) => phasesOf(run.phases_ms).reduce((sum, [, ms]) => sum + ms, 0)));
+  return el(
+    "div",
+    { class: "sl-detail sl-compare" },
+    el("div", { class: "sl-pair" }, nameOf("A", a), nameOf("B", b)),
+    verdict(a, b),
+    table([["", "A", "B", "B / A"], ...figures(a, b)], "sl-figures"),
+    section(t("steps"), el("div", null, stepCharts(bars), legend(bars.flat()))),
+    section(t("phases"), el("div", { class: "sl-two" }, el("span", { text: "A" }), phaseBar(a.phases_ms, longest) ?? "–", el("span", { text: "B" }), phaseBar(b.phases_ms, longest) ?? "–")),
+    section(t("kernels"), kernels(a, b)),
+    section(t("differences"), differences(a, b) ?? el("div", { class: "sl-hint", text: t("no_differences") })),
+  );
+}
+
+function nameOf(letter, run) {
+  return el("div", null, el("b", { class: "sl-letter", text: letter }), el("span", { title: run.run_id, text: run.request?.plan ?? run.run_id }), statusBadge(run.status));
+}
+
+function verdict(a, b) {
+  const [before, after] = [a, b].map((run) => run.summary?.it_per_s);
+  if (!isNumber(before) || !isNumber(after) || !before || !after) return null;
+  const times = after / before;
+  const text = times >= 1 ? t("times_faster", { times: times.toFixed(2) }) : t("times_slower", { times: (1 / times).toFixed(2) });
+  return el("div", { class: `sl-verdict ${times >= 1 ? "sl-good" : "sl-bad"}`, text });
+}
+
+function figures(a, b) {
+  const rows = [
+    [t("speed"), (run) => run.summary?.it_per_s, rate],
+    [t("step_median"), (run) => run.summary?.step_median_ms, duration],
+    [t("first_eval"), (run) => run.summary?.first_eval_ms, duration],
+    ...[...new Set([a, b].flatMap((run) => phasesOf(run.phases_ms).map(([name]) => name)))].map((name) => [t(`phase_${name}`), (run) => run.phases_ms?.[name], duration]),
+    [t("total"), (run) => run.phases_ms?.total, duration],
+    [t("vram"), (run) => run.memory?.overall?.peak_allocated_gb, gigabytes],
+    [t("ram"), (run) => run.memory?.overall?.peak_rss_gb, gigabytes],
+  ];
+  return rows
+    .map(([name, read, write]) => [name, read(a), read(b), write])
+    .filter(([, before, after]) => isNumber(before) || isNumber(after))
+    .map(([name, before, after, write]) => [name, write(before), write(after), ratio(before, after)]);
+}
+
+const ratio = (before, after) => (isNumber(before) && isNumber(after) && before > 0 ? `${(after / before).toFixed(2)}` : "");
+
+function stepCharts(bars) {
+  const scaleTo = bars.flatMap((run) => run.slice(1));
+  const total = Math.max(...bars.map((run) => run.length));
+  return bars.map((run, index) => {
+    const chart = new StepChart();
+    chart.draw(run, { total, scaleTo: scaleTo.length ? scaleTo : null });
+    return el("div", { class: "sl-two" }, el("span", { text: index ? "B" : "A" }), chart.element);
+  });
+}
+
+function kernels(a, b) {
+  const times = [a, b].map((run) => new Map((run.kernels ?? []).map((kernel) => [kernel.name, kernel.ms])));
+  const names = [...new Set([...times[0].keys(), ...times[1].keys()])];
+  if (!names.length) return null;
+  const most = (name) => Math.max(times[0].get(name) ?? 0, times[1].get(name) ?? 0);
+  const rows = names
+    .sort((x, y) => most(y) - most(x))
+    .slice(0, KERNELS)
+    .map((name) => [el("span", { class: "sl-name", title: name, text: name }), duration(times[0].get(name)), duration(times[1].get(name)), ratio(times[0].get(name), times[1].get(name))]);
+  return table([[t("kernel"), "A", "B", "B / A"], ...rows], "sl-kernels");
+}
+
+function differences(a, b) {
+  const [before, after] = [settingsOf(a), settingsOf(b)];
+  const names = [...new Set([...before.keys(), ...after.keys()])];
+  const rows = names.filter((name) => !NOT_SETTINGS.has(name) && before.get(name) !== after.get(name)).map((name) => [name, before.get(name) ?? "–", after.get(name) ?? "–"]);
+  return rows.length ? table([[t("setting"), "A", "B"], ...rows], "sl-differences") : null;
+}

@@ -1,0 +1,113 @@
+// Numbers: how they are written, and what is derived from step times.
+import { t } from "./i18n.js";
+
+export const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+
+/** A duration in ms in the unit a person would say it in. */
+export function duration(ms) {
+  if (!isNumber(ms)) return "–";
+  if (ms < 10) return `${ms.toFixed(2)} ms`;
+  if (ms < 1000) return `${ms.toFixed(ms < 100 ? 1 : 0)} ms`;
+  const seconds = ms / 1000;
+  if (seconds < 100) return `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`;
+  const minutes = Math.floor(Math.round(seconds) / 60);
+  return `${minutes} min ${Math.round(seconds) - minutes * 60} s`;
+}
+
+/** Time to go, without digits that nobody believes. */
+export function remaining(ms) {
+  if (!isNumber(ms)) return "–";
+  const seconds = Math.ceil(ms / 1000);
+  if (seconds < 60) return `${seconds} s`;
+  const [hours, minutes] = [Math.floor(seconds / 3600), Math.floor((seconds % 3600) / 60)];
+  return hours ? `${hours} h ${minutes} min` : `${minutes} min ${seconds % 60} s`;
+}
+
+export const rate = (perSecond) =>
+  isNumber(perSecond) && perSecond > 0
+    ? perSecond >= 1
+      ? `${perSecond.toFixed(perSecond < 100 ? 2 : 0)} it/s`
+      : `${(1 / perSecond).toFixed(2)} s/it`
+    : "–";
+
+export const gigabytes = (value) => (isNumber(value) ? `${value.toFixed(value < 10 ? 2 : 1)} GB` : "–");
+
+export function median(values) {
+  if (!values.length) return null;
+  const sorted = [...values].sort((a, b) => a - b);
+  const middle = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+}
+
+export const KINDS = ["full", "cached", "nocfg", "first"];
+const CACHED = 1;
+const WITH_UNCOND = 2;
+
+function kindOf(index, cached, uncond, anyUncond) {
+  if (cached) return "cached";
+  if (index === 0) return "first";
+  return anyUncond && !uncond ? "nocfg" : "full";
+}
+
+/** The bars of a record's steps: {ms, kind, step}. Device time where there is one. */
+export function recordBars(steps) {
+  const anyUncond = steps.some((step) => step.uncond_rows > 0);
+  return steps.map((step, index) => {
+    const uncond = step.uncond_rows > 0 || !(step.evals > 0);
+    const ms = isNumber(step.gpu_ms) ? step.gpu_ms : isNumber(step.cpu_ms) ? step.cpu_ms : 0;
+    return { ms, kind: kindOf(index, step.cached, uncond, anyUncond), step };
+  });
+}
+
+/** The bars of live steps, which are [ms, flags]. */
+export function liveBars(steps) {
+  const anyUncond = steps.some(([, flags]) => flags & WITH_UNCOND);
+  return steps.map(([ms, flags], index) => ({
+    ms,
+    kind: kindOf(index, flags & CACHED, flags & WITH_UNCOND, anyUncond),
+  }));
+}
+
+/** Steps but the first, where compilation and warm-up show; a single step stands for itself. */
+export const steady = (bars) => (bars.length > 1 ? bars.slice(1) : bars).map((bar) => bar.ms);
+
+/** Milliseconds until all runs of a live state are done, by the steps done so far; null before the first. */
+export function timeToGo({ steps, total, run, runs }) {
+  if (!steps.length) return null;
+  const times = steps.map(([ms]) => ms);
+  const usual = times.length > 1 ? times.slice(1) : times;
+  const mean = usual.reduce((sum, ms) => sum + ms, 0) / usual.length;
+  return mean * (Math.max(0, total - steps.length) + Math.max(0, runs - 1 - run) * total);
+}
+
+/** At most `most` bars: neighbours are averaged, the commonest kind wins. */
+export function binned(bars, most = 200) {
+  const size = Math.ceil(bars.length / most);
+  if (size <= 1) return bars.map((bar, index) => ({ ...bar, from: index, to: index }));
+  const bins = [];
+  for (let from = 0; from < bars.length; from += size) {
+    const part = bars.slice(from, from + size);
+    const count = (kind) => part.filter((bar) => bar.kind === kind).length;
+    const kind = [...KINDS].sort((a, b) => count(b) - count(a))[0];
+    bins.push({ ms: part.reduce((sum, bar) => sum + bar.ms, 0) / part.length, kind, from, to: from + part.length - 1 });
+  }
+  return bins;
+}
+
+const PHASES = ["load", "text_encode", "to_device", "prepare", "sample", "decode", "after_sampling", "save"];
+
+/** [name, ms] of a record's phases that took time, in the order of the run. */
+export function phasesOf(phases) {
+  return PHASES.filter((name) => isNumber(phases?.[name]) && phases[name] > 0).map((name) => [name, phases[name]]);
+}
+
+/** One line about a bar, for the pointer. */
+export function barText(bar) {
+  const which = bar.to > bar.from ? t("steps_range", { from: bar.from + 1, to: bar.to + 1 }) : t("step_n", { n: bar.from + 1 });
+  const parts = [which, duration(bar.ms), t(`kind_${bar.kind}`)];
+  if (bar.step) {
+    if (isNumber(bar.step.sigma)) parts.push(`σ ${bar.step.sigma.toPrecision(3)}`);
+    parts.push(t("rows", { evals: bar.step.evals, cond: bar.step.cond_rows, uncond: bar.step.uncond_rows }));
+  }
+  return parts.join(" · ");
+}

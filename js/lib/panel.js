@@ -1,0 +1,129 @@
+// What a sampler shows on itself: step times while it runs, then the whole profile.
+import { legend, StepChart } from "./chart.js";
+import { el } from "./dom.js";
+import { duration, isNumber, liveBars, rate, recordBars, remaining, steady, median, timeToGo } from "./figures.js";
+import { t } from "./i18n.js";
+import { memoryLine, phaseBar, statusBadge } from "./parts.js";
+
+const WIDGET = "speedlab_profile";
+const MIN_HEIGHT = 256;
+const panels = new WeakMap();
+
+/** The node's panel, added to it at first use. */
+export function panelOf(node) {
+  let panel = panels.get(node);
+  if (!panel) {
+    panel = new Panel();
+    panels.set(node, panel);
+    const widget = node.addDOMWidget(WIDGET, WIDGET, panel.element, {
+      serialize: false, // not part of the prompt
+      hideOnZoom: false,
+      getMinHeight: () => MIN_HEIGHT,
+      getValue: () => "",
+      setValue: () => {},
+    });
+    widget.serialize = false; // nor of the saved workflow
+    const wanted = node.computeSize();
+    node.setSize([Math.max(node.size[0], wanted[0]), Math.max(node.size[1], wanted[1])]);
+  }
+  return panel;
+}
+
+class Panel {
+  constructor() {
+    this.runId = null;
+    this.title = el("span", { class: "sl-title" });
+    this.figure = el("b", { class: "sl-figure" });
+    this.progress = el("i");
+    this.chart = new StepChart();
+    this.below = el("div", { class: "sl-below" });
+    this.element = el(
+      "div",
+      { class: "sl-panel" },
+      el("div", { class: "sl-head" }, this.title, this.figure),
+      el("div", { class: "sl-progress" }, this.progress),
+      this.chart.element,
+      this.below,
+    );
+  }
+
+  /** A live state: {run_id, run, runs, warmup, total, steps, state}. */
+  showLive(state) {
+    this.runId = state.run_id;
+    const bars = liveBars(state.steps);
+    const running = state.state === "running";
+    this.element.classList.toggle("sl-live", running);
+    this.element.dataset.steps = state.steps.length;
+    this.element.dataset.state = state.state;
+    this.title.textContent = running ? runName(state) : "";
+    const usual = median(steady(bars));
+    this.figure.textContent = rate(usual ? 1000 / usual : null);
+    const all = state.total * state.runs;
+    const done = state.total * state.run + state.steps.length;
+    this.progress.style.width = `${all ? Math.min(100, (100 * done) / all) : 0}%`;
+    this.chart.draw(bars, { total: state.total });
+    const toGo = running ? timeToGo(state) : null;
+    this.below.replaceChildren(
+      el(
+        "div",
+        { class: "sl-live-line" },
+        el("span", { text: t("step_of", { n: Math.min(state.steps.length, state.total), total: state.total }) }),
+        running ? el("span", { class: "sl-eta", text: toGo === null ? t("starting") : t("eta", { time: remaining(toGo) }) }) : statusBadge(state.state),
+      ),
+      legend(bars),
+    );
+  }
+
+  /** A finished profile, as the sampler returns it or as `fromRecord` makes it of a record. */
+  showProfile(profile, text = "") {
+    this.runId = profile.run_id;
+    const bars = recordBars(profile.steps ?? []);
+    const summary = profile.summary ?? {};
+    this.element.classList.remove("sl-live");
+    this.element.dataset.steps = bars.length;
+    this.element.dataset.state = profile.status;
+    this.element.dataset.run = profile.run_id;
+    this.title.replaceChildren(profile.plan ?? "", statusBadge(profile.status) ?? "");
+    this.title.title = profile.plan ?? "";
+    this.figure.textContent = rate(summary.it_per_s);
+    this.progress.style.width = "0";
+    this.chart.draw(bars);
+    this.below.replaceChildren(
+      ...[
+        legend(bars),
+        phaseBar(profile.phases_ms),
+        el("div", { class: "sl-facts" }, memoryLine(profile.memory), spreadLine(summary)),
+        text ? el("div", { class: "sl-notes", text }) : null,
+      ].filter(Boolean),
+    );
+  }
+}
+
+function runName({ run, runs, warmup }) {
+  if (run < warmup) return t("warmup_of", { n: run + 1, total: warmup });
+  return runs - warmup > 1 ? t("run_of", { n: run - warmup + 1, total: runs - warmup }) : t("sampling");
+}
+
+function spreadLine(summary) {
+  const facts = [["first_eval", summary.first_eval_ms]];
+  if (summary.repeats > 1) facts.push(["spread", summary.run?.std]);
+  return el(
+    "div",
+    { class: "sl-memory" },
+    facts.filter(([, ms]) => isNumber(ms)).map(([name, ms]) => el("span", null, `${t(name)} `, el("b", { text: duration(ms) }))),
+  );
+}
+
+/** A record on disk in the shape that a sampler returns. */
+export function fromRecord(record) {
+  return {
+    run_id: record.run_id,
+    status: record.status,
+    plan: record.request?.plan,
+    phases_ms: record.phases_ms,
+    steps: record.steps,
+    summary: record.summary,
+    memory: record.memory?.overall,
+    warnings: record.warnings,
+  };
+}

@@ -1,0 +1,55 @@
+// Pieces that the node and the sidebar both show: phases and memory of a run.
+import { el } from "./dom.js";
+import { duration, gigabytes, isNumber, phasesOf } from "./figures.js";
+import { t } from "./i18n.js";
+
+/** A bar of phases with a legend; `longest` ms fill the width. */
+export function phaseBar(phases, longest = null) {
+  const parts = phasesOf(phases);
+  const sum = parts.reduce((total, [, ms]) => total + ms, 0);
+  if (!sum) return null;
+  const width = (ms) => `width:${((100 * ms) / (longest ?? sum)).toFixed(2)}%`;
+  const name = ([phase, ms]) => `${t(`phase_${phase}`)} ${duration(ms)}`;
+  return el(
+    "div",
+    { class: "sl-phases" },
+    el(
+      "div",
+      { class: "sl-stack" },
+      parts.map((part) => el("i", { class: `sl-ph-${part[0]}`, style: width(part[1]), title: name(part) })),
+    ),
+    el(
+      "div",
+      { class: "sl-legend" },
+      parts
+        .filter(([, ms]) => ms >= sum * 0.004)
+        .map((part) => el("span", null, el("i", { class: `sl-dot sl-ph-${part[0]}` }), name(part))),
+    ),
+  );
+}
+
+/** Peaks: [words, GB] of what the platform has. */
+export function memoryPeaks(memory) {
+  return [
+    ["vram", memory?.peak_allocated_gb],
+    ["vram_reserved", memory?.peak_reserved_gb],
+    ["ram", memory?.peak_rss_gb],
+  ].filter(([, value]) => isNumber(value));
+}
+
+export function memoryLine(memory) {
+  const peaks = memoryPeaks(memory);
+  if (!peaks.length) return null;
+  return el(
+    "div",
+    { class: "sl-memory" },
+    peaks.map(([name, value]) => el("span", null, `${t(name)} `, el("b", { text: gigabytes(value) }))),
+  );
+}
+
+/** A word for how a run ended, nothing where it ended well. */
+export function statusBadge(status) {
+  if (!status || status === "ok") return null;
+  const known = ["oom", "cancelled", "error"].includes(status);
+  return el("span", { class: "sl-badge", text: known ? t(`status_${status}`) : status });
+}

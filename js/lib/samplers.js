@@ -1,0 +1,120 @@
+// Leads events and results to the nodes that they belong to, and gives a reloaded workflow its last profiles back.
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { fromRecord, panelOf } from "./panel.js";
+import { announceLive, readRun } from "./server.js";
+
+// All that a saved workflow keeps of a run: its id.
+const PROPERTY = "speedlab_run";
+const RUN_ID = /^\d{8}-\d{6}-[0-9a-f]{8}$/;
+const KEPT = 64;
+
+const samplers = new Set(); // node types
+const states = new Map(); // node's execution id -> live state
+const profiles = new Map(); // run id -> profile
+const lastRuns = new Map(); // workflow id and node's execution id -> run id, for workflows in other tabs
+
+const rootGraph = () => app.rootGraph ?? app.graph;
+const isSampler = (node) => samplers.has(node?.comfyClass ?? node?.type);
+const isHere = (workflow) => !workflow || !rootGraph()?.id || workflow === rootGraph().id;
+
+function keep(map, key, value) {
+  map.delete(key);
+  map.set(key, value);
+  if (map.size > KEPT) map.delete(map.keys().next().value);
+}
+
+/** The node of an execution id such as "12" or, inside subgraphs, "12:3". */
+function findNode(executionId) {
+  const path = String(executionId).split(":");
+  let graph = rootGraph();
+  for (const id of path.slice(0, -1)) graph = graph?.getNodeById(id)?.subgraph;
+  return graph?.getNodeById(path.at(-1)) ?? null;
+}
+
+/** Have samplers show what they return. */
+export function prepareNode(nodeType, nodeData) {
+  if (!nodeData.name.startsWith("SpeedLab") || !nodeData.output?.includes("SPEEDLAB_PROFILE")) return false;
+  samplers.add(nodeData.name);
+  const original = nodeType.prototype.onExecuted;
+  nodeType.prototype.onExecuted = function (output) {
+    original?.apply(this, arguments);
+    // A sampler that ran for each item of a list returns a profile for each; the last one is shown.
+    const profile = output?.speedlab?.at(-1);
+    if (profile && isHere(profile.workflow)) show(this, profile, output.text?.at(-1));
+  };
+  return true;
+}
+
+function show(node, profile, text) {
+  keep(profiles, profile.run_id, profile);
+  node.properties[PROPERTY] = profile.run_id;
+  panelOf(node).showProfile(profile, warningsOf(text));
+}
+
+// The summary's first lines say what the panel draws; what follows are warnings.
+const warningsOf = (text) => (text ?? "").split("\n").filter((line) => line.endsWith(".")).join("\n");
+
+function onStep({ detail }) {
+  if (!detail?.run_id || !isHere(detail.workflow)) return;
+  if (profiles.has(detail.run_id)) return; // the result overtook the last message
+  const before = states.get(detail.node);
+  const goesOn = before?.run_id === detail.run_id && before.run === detail.run && detail.first <= before.steps.length;
+  const steps = goesOn ? before.steps.slice(0, detail.first) : [];
+  // Messages that were sent while this page was loading are gone; their steps are shown as of the first one known.
+  while (steps.length < detail.first) steps.push(detail.steps[0] ?? [0, 0]);
+  const state = { ...detail, steps: steps.concat(detail.steps), total: Math.max(detail.total, steps.length + detail.steps.length) };
+  keep(states, detail.node, state);
+  const node = findNode(detail.node);
+  if (isSampler(node)) panelOf(node).showLive(state);
+}
+
+function onExecuted({ detail }) {
+  const profile = detail?.output?.speedlab?.at?.(-1);
+  if (profile?.workflow && !isHere(profile.workflow)) {
+    keep(profiles, profile.run_id, profile);
+    keep(lastRuns, `${profile.workflow}/${detail.display_node ?? detail.node}`, profile.run_id);
+  }
+}
+
+/** Show the last profile on every sampler of the workflow just loaded. */
+export function restoreAll(graph = rootGraph(), prefix = "") {
+  for (const node of graph?.nodes ?? graph?._nodes ?? []) {
+    if (node.subgraph) restoreAll(node.subgraph, `${prefix}${node.id}:`);
+    else if (isSampler(node)) restore(node, `${prefix}${node.id}`);
+  }
+}
+
+async function restore(node, executionId) {
+  const state = states.get(executionId);
+  if (state?.state === "running" && state.workflow && isHere(state.workflow)) return panelOf(node).showLive(state);
+  const runId = lastRuns.get(`${rootGraph()?.id}/${executionId}`) ?? node.properties?.[PROPERTY];
+  if (typeof runId !== "string" || !RUN_ID.test(runId)) return;
+  try {
+    const profile = profiles.get(runId) ?? fromRecord(await readRun(runId));
+    // Meanwhile a run may have begun, or the node may be gone.
+    if (node.graph && !panelOf(node).runId) {
+      show(node, profile);
+    }
+  } catch {
+    // Deleted, or measured on another machine: nothing to show.
+  }
+}
+
+let announced = null;
+
+/** Tell the server whether this page shows live charts, once for each connection. */
+export function announce(wanted, again = false) {
+  if (!api.clientId || (!again && announced === `${api.clientId} ${wanted}`)) return;
+  announced = `${api.clientId} ${wanted}`;
+  announceLive(api.clientId, wanted).catch(() => (announced = null));
+}
+
+/** Listen; `wantsLive` tells whether live charts are switched on. */
+export function listen(wantsLive) {
+  api.addEventListener("speedlab.step", onStep);
+  api.addEventListener("executed", onExecuted);
+  api.addEventListener("status", () => announce(wantsLive()));
+  api.addEventListener("reconnected", () => announce(wantsLive(), true));
+  announce(wantsLive());
+}

@@ -1,0 +1,29 @@
+// What the extension asks its own server; see speedlab/routes.py.
+import { api } from "../../../scripts/api.js";
+
+async function answer(response) {
+  const body = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(body.error ?? `${response.status} ${response.statusText}`);
+  return body;
+}
+
+function post(path, body) {
+  const headers = { "Content-Type": "application/json" };
+  return api.fetchApi(path, { method: "POST", headers, body: JSON.stringify(body) }).then(answer);
+}
+
+export function listRuns(offset, limit, words) {
+  const query = new URLSearchParams({ offset, limit, q: words });
+  return api.fetchApi(`/speedlab/runs?${query}`).then(answer);
+}
+
+export const readRun = (runId) => api.fetchApi(`/speedlab/runs/${encodeURIComponent(runId)}`).then(answer);
+export const deleteRuns = (runIds) => post("/speedlab/delete", { run_ids: runIds });
+export const pruneRuns = (keep) => post("/speedlab/prune", { keep });
+export const announceLive = (clientId, on) => post("/speedlab/live", { client_id: clientId, on });
+
+/** Addresses for links and pictures. */
+export const jsonUrl = (runId) => api.apiURL(`/speedlab/runs/${encodeURIComponent(runId)}?download=1`);
+export const fileUrl = (runId, kind, index = 0) =>
+  api.apiURL(`/speedlab/runs/${encodeURIComponent(runId)}/file/${encodeURIComponent(kind)}/${index}`);
+export const csvUrl = () => api.apiURL("/speedlab/results.csv");

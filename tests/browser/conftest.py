@@ -1,0 +1,246 @@
+"""Fixtures of the browser tier: a real ComfyUI with its real frontend in headless Chromium.
+
+`SPEEDLAB_PICTURES=1` writes the pictures of the help pages and of the README into js/docs/images and docs/images.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from speedlab.host import ComfyServer, from_environment, pack_root
+
+DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Locale": "en",
+    "Comfy.Minimap.Visible": False,
+    "Comfy.ColorPalette": "dark",
+    "Comfy.VueNodes.Enabled": False,
+    "SpeedLab.LiveChart": True,
+    "SpeedLab.KeepRuns": 0,
+    "Comfy.Graph.CanvasInfo": False,
+}
+DROP = """({text, name}) => {
+  const data = new DataTransfer();
+  data.items.add(new File([text], name, {type: "application/json"}));
+  const canvas = document.querySelector("#graph-canvas") ?? document.querySelector("canvas");
+  for (const kind of ["dragenter", "dragover", "drop"])
+    canvas.dispatchEvent(new DragEvent(kind,
+      {dataTransfer: data, bubbles: true, cancelable: true, clientX: 600, clientY: 400}));
+}"""
+READY = """() => {
+  const manager = window.app?.extensionManager;
+  const tabs = manager?.getSidebarTabs?.() ?? manager?.sidebarTab?.sidebarTabs;
+  return Boolean(tabs?.some?.((tab) => tab.id === "speedlab"));
+}"""
+WATCH = """() => {
+  window.slSeen = [];
+  clearInterval(window.slTimer);
+  window.slTimer = setInterval(() => {
+    const panel = document.querySelector(".sl-panel");
+    const now = panel ? `${panel.dataset.state} ${panel.dataset.steps}` : "none";
+    if (window.slSeen.at(-1) !== now) window.slSeen.push(now);
+  }, 25);
+}"""
+
+
+@dataclass
+class Canvas:
+    """A page with ComfyUI in it, and what went wrong there."""
+
+    page: Any
+    url: str
+    output: Path
+    faults: list[str] = field(default_factory=list)
+    loaded: bool = False
+
+    def open(self) -> None:
+        self.loaded = False
+        self.page.goto(self.url)
+        self.page.wait_for_function(READY, timeout=90_000)
+        self.page.wait_for_timeout(500)
+        self.loaded = True
+
+    def drop(self, workflow: dict[str, Any], name: str) -> None:
+        """Drop a workflow file onto the canvas, as a person does."""
+        self.page.evaluate(DROP, {"text": json.dumps(workflow), "name": f"{name}.json"})
+        self.page.wait_for_function(
+            "(id) => (app.rootGraph ?? app.graph).id === id", arg=workflow["id"], timeout=30_000
+        )
+        self.page.wait_for_timeout(300)
+
+    def evaluate(self, script: str, argument: Any = None) -> Any:
+        return self.page.evaluate(script, argument)
+
+    def queue(self, timeout_s: float = 120.0) -> list[str]:
+        """Queue what is on the canvas and wait for its end; what the first panel showed meanwhile."""
+        before = self.evaluate("() => document.querySelector('.sl-panel')?.dataset.run ?? ''")
+        self.evaluate(
+            "() => { window.slDone = 0; for (const name of ['execution_success', 'execution_error'])"
+            " app.api.addEventListener(name, () => (window.slDone += 1)); }"
+        )
+        self.evaluate(WATCH)
+        self.evaluate("async () => { await app.queuePrompt(0, 1); }")
+        self.page.wait_for_function("() => window.slDone > 0", timeout=timeout_s * 1000)
+        self.page.wait_for_function(
+            "(old) => { const run = document.querySelector('.sl-panel')?.dataset.run; return run && run !== old; }",
+            arg=before,
+            timeout=20_000,
+        )
+        return self.evaluate("() => window.slSeen")
+
+    def shot(self, name: str, folder: str = "docs/images", clip: Any = None) -> None:
+        """Save a picture for people, where that was asked for; else only see that one can be taken."""
+        picture = self.page.screenshot(clip=clip, timeout=60_000)
+        assert picture[1:4] == b"PNG"
+        if pictures_wanted():
+            save_png(picture, pack_root() / folder / f"{name}.png")
+
+
+def pictures_wanted() -> bool:
+    return bool(os.environ.get("SPEEDLAB_PICTURES"))
+
+
+def save_png(data: bytes, path: Path) -> None:
+    """A screenshot in 128 colours: a third of the size, and no difference to see."""
+    import io
+
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium of the system."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        message = (
+            "the browser tests need Chromium (Debian and Ubuntu: apt-get install chromium; elsewhere Chromium or "
+            f"Google Chrome on PATH under one of the names {', '.join(BROWSERS)})"
+        )
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield browser
+        browser.close()
+
+
+def _frontends() -> Any:
+    spec = importlib.util.spec_from_file_location("speedlab_frontends", Path(__file__).with_name("frontends.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session", params=["pinned", "newest"])
+def server(
+    request: pytest.FixtureRequest,
+    chromium: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    demo_checkpoint: Path,
+    cache_dir: Path,
+) -> Iterator[ComfyServer]:
+    """A server with the frontend that ComfyUI pins, then one with the newest."""
+    base = tmp_path_factory.mktemp(f"browser-{request.param}")
+    folder = base / "models" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / DEMO_CHECKPOINT).symlink_to(demo_checkpoint)
+    extra = []
+    if request.param == "newest":
+        extra = ["--front-end-root", str(_frontends().newest_static(cache_dir.parent))]
+    with ComfyServer(from_environment(), pack=pack_root(), base=base, extra_args=extra) as running:
+        yield running
+
+
+@pytest.fixture
+def open_canvas(server: ComfyServer, chromium: Any) -> Iterator[Callable[..., Canvas]]:
+    """Open ComfyUI with the given settings. Fails at the end of the test for what the browser complained about."""
+    contexts, canvases = [], []
+
+    def start(width: int = 1600, height: int = 1000, **settings: Any) -> Canvas:
+        for name, value in {**SETTINGS, **settings}.items():
+            body = json.dumps(value).encode()
+            header = {"Content-Type": "application/json"}
+            urllib.request.urlopen(
+                urllib.request.Request(f"{server.url}/settings/{name}", body, header), timeout=30
+            ).close()
+        context = chromium.new_context(viewport={"width": width, "height": height})
+        contexts.append(context)
+        # No request leaves this machine: what the frontend asks of other hosts is refused here, and is its business.
+        context.route(
+            lambda url: not url.startswith(server.url) and url.startswith("http"), lambda route: route.abort()
+        )
+        canvas = Canvas(context.new_page(), server.url, server.base / "output")
+        canvases.append(canvas)
+        canvas.page.on("console", lambda message: _note(canvas, message.type, message.text, message.location))
+        canvas.page.on("pageerror", lambda error: _note(canvas, "error", f"{error}\n{error.stack or ''}", {}))
+        canvas.open()
+        return canvas
+
+    yield start
+    for context in contexts:
+        context.close()
+    faults = [fault for canvas in canvases for fault in canvas.faults]
+    assert not faults, "the browser's console has errors:\n" + "\n".join(faults)
+
+
+def _note(canvas: Canvas, kind: str, text: str, location: Any) -> None:
+    """Keep errors: all that name this pack, and of the frontend's own those that come after it has loaded."""
+    place = str((location or {}).get("url", ""))
+    here = not place.startswith("http") or place.startswith(canvas.url)
+    ours = here and "speedlab" in f"{text} {place}".lower()
+    # The newest frontend asks this server for a job list that it does not have, and lives without it.
+    missing = "Failed to load resource" in text or "JobsApiError" in text
+    if kind != "error" or (missing and not ours):
+        return
+    if ours or canvas.loaded:
+        canvas.faults.append(f"{text} ({place})")
+
+
+@pytest.fixture(scope="session")
+def workflows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Every shipped workflow: (drag-in file, API file)."""
+    folder = pack_root() / "workflows"
+    return {
+        path.stem: (json.loads(path.read_text("utf-8")), json.loads((folder / "api" / path.name).read_text("utf-8")))
+        for path in sorted(folder.glob("*.json"))
+    }
+
+
+@pytest.fixture
+def small(workflows: dict[str, Any]) -> Callable[..., dict[str, Any]]:
+    """The plain workflow with the demo checkpoint and small settings."""
+
+    def make(steps: int = 4, size: int = 64, seed: int = 1) -> dict[str, Any]:
+        workflow = json.loads(json.dumps(workflows["txt2img-default"][0]))
+        for node in workflow["nodes"]:
+            values = node.get("widgets_values")
+            if node["type"] == "SpeedLabCheckpointLoader":
+                values[0] = DEMO_CHECKPOINT
+            if node["type"] == "EmptyLatentImage":
+                values[:2] = [size, size]
+            if node["type"] == "SpeedLabProfileSampler":
+                values[0], values[2] = seed, steps
+        return workflow
+
+    return make

@@ -1,0 +1,189 @@
+"""What a person does with SpeedLab in ComfyUI's real frontend: drop a workflow, queue it, watch, look back, compare."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+PANEL = "document.querySelector('.sl-panel')"
+SIDEBAR_OPEN = ".sl-tab"
+
+
+def open_sidebar(canvas) -> None:
+    canvas.evaluate("() => app.extensionManager.command.execute('SpeedLab.ShowRuns')")
+    canvas.page.wait_for_selector(f"{SIDEBAR_OPEN} .sl-row", timeout=20_000)
+
+
+def live_steps(seen: list[str]) -> list[int]:
+    return [int(entry.split()[1]) for entry in seen if entry.startswith("running")]
+
+
+def fit(canvas, zoom: float = 1.0, node_type: str = "SpeedLabProfileSampler") -> None:
+    """Bring the sampler into the middle of the canvas."""
+    canvas.evaluate(
+        """([kind, zoom]) => {
+          const node = (app.canvas.graph ?? app.graph).nodes.find((n) => n.type === kind);
+          const view = app.canvas.canvas.getBoundingClientRect();
+          app.canvas.ds.scale = zoom;
+          app.canvas.ds.offset = [view.width / zoom / 2 - node.pos[0] - node.size[0] / 2 + 60,
+                                  view.height / zoom / 2 - node.pos[1] - node.size[1] / 2];
+          app.canvas.setDirty(true, true);
+        }""",
+        [node_type, zoom],
+    )
+    canvas.page.wait_for_timeout(600)
+
+
+def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, workflows):
+    canvas = open_canvas()
+    for name, (ui, api) in workflows.items():
+        canvas.drop(ui, name)
+        # Not `has_errors`: the newest frontend also marks a loader whose file this server lacks.
+        unknown = canvas.evaluate(
+            "() => (app.rootGraph ?? app.graph).nodes.map((n) => n.type)"
+            ".filter((type) => !LiteGraph.registered_node_types[type])"
+        )
+        assert unknown == [], name
+        made = canvas.evaluate("async () => (await app.graphToPrompt()).output")
+        for node in (*made.values(), *api.values()):
+            node["_meta"].pop("speedlab", None)
+        assert made == api, name
+
+
+def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
+    """The whole way in the classic renderer on the dark theme."""
+    canvas = open_canvas()
+    canvas.drop(small(steps=6), "small")
+    steps = live_steps(canvas.queue())
+    assert steps == sorted(steps) and len(set(steps)) >= 3, f"the chart did not grow: {steps}"
+    first = canvas.evaluate(f"() => {PANEL}.dataset.run")
+    assert canvas.evaluate(f"() => {PANEL}.querySelectorAll('.sl-bar').length") == 6
+    assert "it" in canvas.evaluate(f"() => {PANEL}.querySelector('.sl-figure').textContent")
+    assert canvas.evaluate(f"() => {PANEL}.querySelectorAll('.sl-stack i').length") >= 2
+    fit(canvas, 1.15)
+    canvas.shot("node-dark")
+
+    box = canvas.page.locator(".sl-panel .sl-bar").nth(2).bounding_box()
+    canvas.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert canvas.page.locator(".sl-panel .sl-tip").text_content().startswith("Step 3 ·")
+
+    saved = canvas.evaluate("() => (app.rootGraph ?? app.graph).serialize()")
+    node = next(n for n in saved["nodes"] if n["type"] == "SpeedLabProfileSampler")
+    assert node["properties"]["speedlab_run"] == first
+    assert "phases_ms" not in str(saved), "a saved workflow keeps the run's id, not the run"
+
+    canvas.evaluate("() => { app.graph.nodes.find((n) => n.type === 'SpeedLabProfileSampler').widgets[0].value = 5; }")
+    canvas.queue()
+    second = canvas.evaluate(f"() => {PANEL}.dataset.run")
+    open_sidebar(canvas)
+    listed = canvas.evaluate("() => [...document.querySelectorAll('.sl-row')].map((row) => row.dataset.run)")
+    assert listed[:2] == [second, first]
+    canvas.shot("sidebar")
+
+    for row in (0, 1):
+        canvas.page.locator(".sl-row input").nth(row).check()
+    canvas.page.locator("[data-act=compare]").click()
+    compared = canvas.page.locator(".sl-compare")
+    compared.wait_for()
+    assert compared.locator(".sl-chart").count() == 2
+    assert "seed" in compared.locator(".sl-differences").text_content()
+    canvas.shot("compare")
+    canvas.page.locator("[data-act=back]").click()
+
+    canvas.page.locator(f".sl-row[data-run='{second}'] .sl-plan").click()
+    detail = canvas.page.locator(f".sl-detail[data-run='{second}']")
+    detail.wait_for()
+    picture = detail.locator(".sl-pictures img").first
+    picture.scroll_into_view_if_needed()
+    canvas.page.wait_for_function("() => document.querySelector('.sl-pictures img')?.naturalWidth === 64")
+    canvas.shot("detail")
+    record = canvas.output / "speedlab" / "runs" / f"{second}.json"
+    detail.locator("[data-act=delete]").click()
+    assert record.is_file(), "the first click only asks"
+    detail.locator("[data-act=yes]").click()
+    canvas.page.locator(f".sl-row[data-run='{first}']").wait_for()
+    canvas.page.locator(f".sl-row[data-run='{second}']").wait_for(state="detached")
+    assert not record.exists()
+
+    canvas.page.locator(".sl-filter").fill("no such plan")
+    canvas.page.wait_for_function("() => !document.querySelector('.sl-row')")
+    canvas.page.locator(".sl-filter").fill("64x64 stock")
+    canvas.page.locator(f".sl-row[data-run='{first}']").wait_for()
+
+
+def test_the_vue_renderer_on_the_light_theme_and_a_reload(open_canvas, small):
+    canvas = open_canvas(**{"Comfy.VueNodes.Enabled": True, "Comfy.ColorPalette": "light"})
+    canvas.drop(small(seed=11), "small")
+    canvas.page.wait_for_selector("[data-node-id]", timeout=20_000)
+    steps = live_steps(canvas.queue())
+    assert len(set(steps)) >= 2, f"the chart did not grow: {steps}"
+    inside = canvas.page.locator("[data-node-id] .sl-panel")
+    assert inside.count() == 1, "the panel is part of a node of the Vue renderer"
+    box = inside.bounding_box()
+    assert box["width"] > 150 and box["height"] > 150
+    fit(canvas, 1.0)
+    canvas.shot("node-light")
+    run = canvas.evaluate(f"() => {PANEL}.dataset.run")
+
+    workflow = canvas.evaluate("() => (app.rootGraph ?? app.graph).serialize()")
+    canvas.open()
+    canvas.drop(workflow, "again")
+    canvas.page.wait_for_function(f"(run) => {PANEL}?.dataset.run === run", arg=run, timeout=20_000)
+    assert canvas.evaluate(f"() => {PANEL}.querySelectorAll('.sl-bar').length") == 4
+
+
+def test_a_sampler_inside_a_subgraph_and_a_second_one_beside_it(open_canvas, small):
+    """Both samplers show their own run; the inner one has an id such as 12:5."""
+    canvas = open_canvas()
+    canvas.drop(small(steps=2, seed=21), "small")
+    canvas.evaluate(
+        """() => {
+          const graph = app.rootGraph ?? app.graph;
+          const sampler = graph.nodes.find((n) => n.type === "SpeedLabProfileSampler");
+          const loader = graph.nodes.find((n) => n.type === "SpeedLabCheckpointLoader");
+          const other = LiteGraph.createNode("SpeedLabProfileSampler");
+          graph.add(other);
+          sampler.inputs.forEach((input, slot) => {
+            const link = graph.links.get?.(input.link) ?? graph.links[input.link];
+            if (link) graph.getNodeById(link.origin_id).connect(link.origin_slot, other, slot);
+          });
+          other.widgets.find((w) => w.name === "steps").value = 3;
+          const report = LiteGraph.createNode("SpeedLabProfileReport");
+          graph.add(report);
+          other.connect(1, report, 0);
+          graph.convertToSubgraph(new Set([sampler]));
+          window.slOther = other;
+        }"""
+    )
+    ids = canvas.evaluate("async () => Object.keys((await app.graphToPrompt()).output)")
+    assert any(":" in node_id for node_id in ids), ids
+    canvas.queue()
+    shown = canvas.evaluate(
+        """() => {
+          const outer = (app.rootGraph ?? app.graph).nodes.find((n) => n.subgraph);
+          const inner = outer.subgraph.nodes.find((n) => n.type === "SpeedLabProfileSampler");
+          const panel = (node) => node.widgets.find((w) => w.name === "speedlab_profile")?.element.dataset;
+          return [{...panel(inner)}, {...panel(window.slOther)}];
+        }"""
+    )
+    assert [entry["steps"] for entry in shown] == ["2", "3"]
+    assert shown[0]["run"] != shown[1]["run"]
+    assert [entry["state"] for entry in shown] == ["ok", "ok"]
+
+
+def test_in_chinese_with_the_live_chart_off_and_one_run_kept(open_canvas, small):
+    canvas = open_canvas(**{"Comfy.Locale": "zh", "SpeedLab.LiveChart": False, "SpeedLab.KeepRuns": 1})
+    canvas.evaluate(
+        "() => { window.slEvents = 0; app.api.addEventListener('speedlab.step', () => (window.slEvents += 1)); }"
+    )
+    canvas.drop(small(steps=2, seed=31), "small")
+    canvas.queue()
+    assert canvas.evaluate("() => window.slEvents") == 0
+    assert canvas.evaluate(f"() => {PANEL}.querySelectorAll('.sl-bar').length") == 2
+    assert "中位数" in canvas.evaluate(f"() => {PANEL}.textContent") or "采样" in canvas.evaluate(
+        f"() => {PANEL}.textContent"
+    )
+    canvas.page.wait_for_function(
+        "async () => (await (await app.api.fetchApi('/speedlab/runs')).json()).runs.length === 1", timeout=20_000
+    )

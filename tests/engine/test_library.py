@@ -1,0 +1,196 @@
+"""The library of runs: pages, filters, hostile files and names, deleting and pruning."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from speedlab.errors import ResultsError
+from speedlab.profiling.library import RunLibrary, UnknownRunError
+from speedlab.profiling.store import RunStore
+
+
+def run_id(number: int) -> str:
+    return f"20260101-{number // 3600:02d}{number // 60 % 60:02d}{number % 60:02d}-{number:08x}"
+
+
+def record(number: int, plan: str = "stock", **changes) -> dict:
+    return {
+        "schema": 1,
+        "run_id": run_id(number),
+        "timestamp": "2026-01-01T10:00:00+0000",
+        "status": "ok",
+        "error": None,
+        "env": {"device": "a card"},
+        "env_hash": "0",
+        "request": {"plan": plan, "width": 512, "height": 768, "sampler": "euler", "scheduler": "normal", "steps": 20},
+        "phases_ms": {"sample": 1000.0, "total": 1500.0},
+        "steps": [{"index": i, "cpu_ms": 50.0} for i in range(20)],
+        "summary": {"it_per_s": 20.0},
+        "memory": {"overall": {"peak_allocated_gb": None, "peak_rss_gb": 2.5}},
+        **changes,
+    }
+
+
+@pytest.fixture
+def store(tmp_path):
+    made = RunStore(tmp_path / "output")
+    made.runs.mkdir(parents=True)
+    return made
+
+
+def put(store, number: int, **changes) -> str:
+    data = record(number, **changes)
+    (store.runs / f"{run_id(number)}.json").write_text(json.dumps(data))
+    return data["run_id"]
+
+
+def test_pages_go_from_the_newest_to_the_end(store):
+    for number in range(7):
+        put(store, number)
+    library = RunLibrary(store)
+    first = library.page(0, 3)
+    second = library.page(first.next_offset, 3)
+    third = library.page(second.next_offset, 3)
+    assert [run.run_id for page in (first, second, third) for run in page.runs] == [run_id(n) for n in range(6, -1, -1)]
+    assert third.next_offset is None
+    run = first.runs[0]
+    assert (run.plan, run.it_per_s, run.total_ms, run.peak_gb, run.peak_kind) == ("stock", 20.0, 1500.0, 2.5, "ram")
+
+
+def test_words_are_looked_for_in_every_text_and_the_size(store):
+    put(store, 1, plan="DeepCache")
+    put(store, 2, plan="stock")
+    library = RunLibrary(store)
+    assert [run.plan for run in library.page(text="deep 512x768").runs] == ["DeepCache"]
+    assert len(library.page(text="EULER").runs) == 2
+    assert library.page(text="heun").runs == ()
+
+
+def test_half_written_foreign_and_mislabelled_files_are_skipped_and_counted(store, tmp_path):
+    put(store, 1)
+    whole = json.dumps(record(2))
+    (store.runs / f"{run_id(2)}.json").write_text(whole[: len(whole) // 2])
+    (store.runs / f"{run_id(3)}.json").write_text(json.dumps(record(4)))  # another run's record
+    (store.runs / f"{run_id(5)}.json").write_bytes(b"\xff\xfe")
+    (store.runs / f"{run_id(6)}.json").write_text("[" * 100_000)
+    (store.runs / "notes.txt").write_text("mine")
+    outside = tmp_path / "outside.json"
+    outside.write_text(json.dumps(record(7)))
+    (store.runs / f"{run_id(7)}.json").symlink_to(outside)
+    strange = record(8, request=[1], summary="x", memory=None, phases_ms={"total": "cached"}, env=3, artifacts=[])
+    (store.runs / f"{run_id(8)}.json").write_text(json.dumps(strange))
+    (store.runs / ".20260101-000000-x.tmp").write_text("being written")
+    page = RunLibrary(store).page()
+    assert [run.run_id for run in page.runs] == [run_id(8), run_id(1)]
+    assert page.runs[0].it_per_s is None
+    assert page.skipped == 6
+
+
+def test_a_changed_file_is_read_again_and_a_gone_one_forgotten(store):
+    put(store, 1, plan="before")
+    library = RunLibrary(store)
+    assert library.page().runs[0].plan == "before"
+    put(store, 1, plan="afterwards")
+    assert library.page().runs[0].plan == "afterwards"
+    (store.runs / f"{run_id(1)}.json").unlink()
+    assert library.page().runs == ()
+
+
+BAD_IDS = ("../secret", "..", "/etc/passwd", "C:\\x", "20260101-000000-00000001/..", "a\0b", "", run_id(1) + "\n", "ü")
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+def test_no_id_leads_out(store, bad):
+    library = RunLibrary(store)
+    for call in (library.text, library.delete, lambda name: library.artifact(name, "images")):
+        with pytest.raises(ResultsError):
+            call(bad)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../../secret.png", "/etc/passwd", "speedlab/../../secret.png", "C:\\secret.png", "speedlab\\..\\x", "secret.png",
+     "speedlab/images/link.png", "speedlab/images/a\0b.png", "//host/share.png"],
+)  # fmt: skip
+def test_no_artifact_of_a_record_leads_out_nor_is_deleted(store, tmp_path, path):
+    secret = tmp_path / "output" / "secret.png"
+    secret.write_bytes(b"secret")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    images = store.root / "images"
+    images.mkdir()
+    (images / "link.png").symlink_to(secret)
+    mine = put(store, 1, artifacts={"images": [path], "chart": path})
+    library = RunLibrary(store)
+    with pytest.raises((UnknownRunError, ResultsError)):
+        library.artifact(mine, "images", 0)
+    library.delete(mine)
+    assert secret.read_bytes() == (tmp_path / "secret.png").read_bytes() == b"secret"
+    assert (images / "link.png").is_symlink()
+
+
+def test_deleting_removes_what_the_run_made_and_nothing_else(store):
+    mine = put(store, 1, artifacts={
+        "images": [f"speedlab/images/{run_id(1)}_000.png", "speedlab/images/other.png"],
+        "chart": f"speedlab/charts/{run_id(1)}.png",
+        "results": "speedlab/results.csv",
+    })  # fmt: skip
+    for name in (f"images/{mine}_000.png", "images/other.png", f"charts/{mine}.png", "results.csv"):
+        path = store.root / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    library = RunLibrary(store)
+    assert library.artifact(mine, "chart").name == f"{mine}.png"
+    library.delete(mine)
+    left = sorted(path.name for path in store.root.rglob("*") if path.is_file())
+    assert left == ["other.png", "results.csv"]
+    with pytest.raises(UnknownRunError):
+        library.delete(mine)
+
+
+def test_pruning_keeps_the_newest_and_everything_that_is_no_record(store):
+    for number in range(5):
+        put(store, number)
+    foreign = store.runs / f"{run_id(0)[:-1]}f.json"
+    foreign.write_text("{}")
+    library = RunLibrary(store)
+    assert library.prune(0) == []
+    assert library.prune(2) == [run_id(2), run_id(1), run_id(0)]
+    assert sorted(path.name for path in store.runs.iterdir()) == sorted(
+        [f"{run_id(3)}.json", f"{run_id(4)}.json", foreign.name]
+    )
+
+
+def test_a_runs_folder_that_is_a_link_out_is_refused(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    store = RunStore(tmp_path / "output")
+    store.root.mkdir(parents=True)
+    store.runs.symlink_to(elsewhere, target_is_directory=True)
+    with pytest.raises(ResultsError, match="leads out"):
+        RunLibrary(store).page()
+
+
+def test_ten_thousand_runs_list_at_once(store):
+    """A first look opens only its page; filtering all of them is quick once each was opened."""
+    text = json.dumps(record(0))
+    for number in range(10_000):
+        (store.runs / f"{run_id(number)}.json").write_text(text.replace(run_id(0), run_id(number)))
+    library = RunLibrary(store)
+
+    def seconds(work) -> float:
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            assert len(work().runs) > 0
+            times.append(time.process_time() - start)
+        return min(times)
+
+    start = time.process_time()
+    assert len(library.page(0, 50).runs) == 50
+    assert time.process_time() - start < 0.3
+    library.page(text="no such thing")
+    assert seconds(lambda: library.page(9950, 50)) < 0.3
+    assert seconds(lambda: library.page(text=run_id(3))) < 0.3

@@ -1,0 +1,110 @@
+"""The routes under /speedlab/ on a real server: what they answer, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+
+import pytest
+
+pytestmark = pytest.mark.server
+
+
+def ask(server, path, body=None, method=None, **headers):
+    """(status, headers, bytes) of a request with exactly these headers."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read()
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def run_id(server):
+    """A run of the real main job."""
+    prompt = {
+        "1": {"class_type": "SpeedLabCheckpointLoader", "inputs": {
+            "ckpt_name": "speedlab_demo_sd15.safetensors", "precision": "auto", "memory_format": "contiguous"}},
+        "2": {"class_type": "SpeedLabTextEncode", "inputs": {"clip": ["1", 1], "text": "<img src=x onerror=alert(1)>"}},
+        "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "5": {"class_type": "SpeedLabProfileSampler", "inputs": {
+            "model": ["1", 0], "seed": 1, "steps": 2, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal",
+            "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["4", 0], "denoise": 1.0,
+            "detail": "timing", "warmup": 0, "repeats": 1, "nvtx": True}},
+        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
+        "7": {"class_type": "SpeedLabProfileReport", "inputs": {"profile": ["5", 1], "images": ["6", 0]}},
+    }  # fmt: skip
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    return entry["outputs"]["7"]["speedlab"][0]["run_id"]
+
+
+def test_a_run_is_listed_read_and_its_files_are_served(server, run_id):
+    page = server.get("/speedlab/runs?limit=1")
+    assert page["runs"][0]["run_id"] == run_id
+    assert set(page) == {"runs", "files", "skipped", "next_offset"}
+    assert server.get("/api/speedlab/runs?q=euler+64x64")["runs"][0]["run_id"] == run_id
+    assert server.get("/speedlab/runs?q=nothing-like-it")["runs"] == []
+    assert server.get(f"/speedlab/runs/{run_id}")["run_id"] == run_id
+    status, headers, _ = ask(server, f"/speedlab/runs/{run_id}?download=1")
+    assert (status, headers["Content-Disposition"]) == (200, f'attachment; filename="{run_id}.json"')
+    for kind in ("images", "chart"):
+        status, headers, data = ask(server, f"/speedlab/runs/{run_id}/file/{kind}/0")
+        assert (status, headers["Content-Type"], data[1:4]) == (200, "image/png", b"PNG")
+        assert headers["X-Content-Type-Options"] == "nosniff"
+    status, headers, data = ask(server, "/speedlab/results.csv")
+    assert status == 200 and run_id.encode() in data and headers["Content-Type"] == "text/csv"
+
+
+def test_a_trace_is_handed_over_as_the_file_it_is(server, run_id):
+    """Served as gzip-encoded, a browser would save it unpacked under a name that says packed."""
+    path = server.output / "speedlab" / "runs" / f"{run_id}.json"
+    record = json.loads(path.read_text())
+    trace = server.output / "speedlab" / "traces" / f"{run_id}.trace.json.gz"
+    trace.parent.mkdir(exist_ok=True)
+    trace.write_bytes(b"\x1f\x8b packed")
+    record["artifacts"]["trace"] = f"speedlab/traces/{trace.name}"
+    path.write_text(json.dumps(record))
+    status, headers, data = ask(server, f"/speedlab/runs/{run_id}/file/trace/0")
+    assert (status, data) == (200, b"\x1f\x8b packed")
+    assert headers["Content-Encoding"] is None
+    assert headers["Content-Disposition"] == f'attachment; filename="{trace.name}"'
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/speedlab/runs/..%2f..%2fresults", "/speedlab/runs/%2e%2e", "/speedlab/runs/C:%5cx", "/speedlab/runs/a%00b",
+     "/speedlab/runs?offset=-1", "/speedlab/runs?limit=many", "/speedlab/runs/20260101-000000-00000000",
+     "/speedlab/runs/20260101-000000-00000000/file/images/-1", "/speedlab/runs/%2fetc%2fpasswd"],
+)  # fmt: skip
+def test_what_is_no_run_is_refused(server, path):
+    status, _, data = ask(server, path)
+    assert status in (400, 404, 409)
+    assert b"root:" not in data
+
+
+def test_delete_wants_a_post_with_json_from_this_site(server, run_id):
+    record = server.output / "speedlab" / "runs" / f"{run_id}.json"
+    body = {"run_ids": [run_id]}
+    assert ask(server, "/speedlab/delete")[0] in (404, 405)
+    assert ask(server, "/speedlab/delete", body, **{"Content-Type": "text/plain"})[0] == 400
+    assert ask(server, "/speedlab/delete", body, **{"Content-Type": "application/x-www-form-urlencoded"})[0] == 400
+    assert ask(server, "/speedlab/delete", body, **JSON, Origin="http://evil.example")[0] == 403
+    assert ask(server, "/speedlab/delete", b"{", **JSON)[0] == 400
+    assert ask(server, "/speedlab/delete", b"[]", **JSON)[0] == 400
+    assert ask(server, "/speedlab/delete", {"run_ids": run_id}, **JSON)[0] == 400
+    assert ask(server, "/speedlab/prune", {"keep": -1}, **JSON)[0] == 400
+    assert ask(server, "/speedlab/prune", {"keep": True}, **JSON)[0] == 400
+    assert ask(server, "/speedlab/live", {"client_id": "", "on": True}, **JSON)[0] == 400
+    assert record.is_file()
+    status, _, data = ask(server, "/speedlab/delete", {"run_ids": [run_id, "../x"]}, **JSON)
+    answer = json.loads(data)
+    assert (status, answer["deleted"], list(answer["failed"])) == (200, [run_id], ["../x"])
+    assert not record.exists()
+    assert not list((server.output / "speedlab").rglob(f"{run_id}*"))
