@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from .accelerate.compile_vae import compiled_like
 from .errors import SpeedLabError
 from .loading import vae_in
 from .precision import short_name, torch_dtype
@@ -85,7 +86,7 @@ def sibling(vae: Any, dtype: Any) -> Any:
         return vae
     known = _siblings.setdefault(vae.first_stage_model, {})
     if dtype not in known:
-        known[dtype] = vae_in(vae, dtype)
+        known[dtype] = compiled_like(vae, vae_in(vae, dtype))
     return known[dtype]
 
 

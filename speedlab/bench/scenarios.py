@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from .catalog_compile import compile_scenarios
 from .plans import STOCK, TINY_VAE
 from .recipes import text_to_image
 from .scenario import NeededFile, Prompt, Published, Scenario, Settings
@@ -102,6 +103,7 @@ _TABLE = (
         plan=TINY_VAE,
         build=text_to_image,
     ),
+    *compile_scenarios(CHECKPOINT_SDXL, S1_SETTINGS),
 )
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({entry.id: entry for entry in _TABLE})
