@@ -78,6 +78,7 @@ def limits(graphs: int, *, freeze: bool = False, folder: Path | None = None) -> 
     """Let each function have `graphs` graphs, make one more an error, and keep inductor's files in `folder`."""
     import torch._dynamo
     import torch._inductor.config
+    import torch.fx.experimental._config as shapes
 
     wanted = {
         _first(torch._dynamo.config, "recompile_limit", "cache_size_limit"): graphs,
@@ -87,6 +88,9 @@ def limits(graphs: int, *, freeze: bool = False, folder: Path | None = None) -> 
     }
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch({name: value for name, value in wanted.items() if name}))
+        if hasattr(shapes, "use_duck_shape"):
+            # A height that equals the width by chance is no rule: without this a square picture has graphs of its own.
+            stack.enter_context(shapes.patch(use_duck_shape=False))
         if freeze:
             stack.enter_context(torch._inductor.config.patch(freezing=True))
         if folder is not None:

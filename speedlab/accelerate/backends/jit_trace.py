@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
 from . import CompileOptions
 
@@ -44,7 +44,8 @@ def _with_live_weights(target: torch.nn.Module, options: CompileOptions) -> Call
     names = [name for name, _ in (*target.named_parameters(), *target.named_buffers())]
 
     def call(weights: tuple[torch.Tensor, ...], *inputs: torch.Tensor) -> torch.Tensor:
-        return functional_call(target, dict(zip(names, weights, strict=True)), inputs)
+        with _in_place([slots[name] for name in names], weights):
+            return target(*inputs)
 
     def weights() -> tuple[torch.Tensor, ...]:
         return tuple(_read(slots[name]) for name in names)
@@ -74,3 +75,24 @@ def _read(slot: Slot) -> torch.Tensor:
     module = slot[0]()
     assert module is not None
     return getattr(module, slot[1])
+
+
+@contextmanager
+def _in_place(slots: list[Slot], values: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """Other tensors where the modules look for their weights, while a trace is made (torch.func refuses traces)."""
+    places = [_place(slot) for slot in slots]
+    before = [place[name] for place, name in places]
+    try:
+        for (place, name), value in zip(places, values, strict=True):
+            place[name] = value
+        yield
+    finally:
+        for (place, name), value in zip(places, before, strict=True):
+            place[name] = value
+
+
+def _place(slot: Slot) -> tuple[dict[str, Any], str]:
+    module = slot[0]()
+    assert module is not None
+    owner: Any = module._parameters if slot[1] in module._parameters else module._buffers
+    return owner, slot[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -40,9 +41,10 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
         raise UnavailableError(
             f"OpenVINO does not compute in {str(dtype).removeprefix('torch.')} here: load the model in fp32 or bf16"
         )
-    model = openvino.convert_model(
-        target.eval(), example_input=options.example, input=[_partial_shape(openvino, t, c) for t, c in _open(options)]
-    )
+    shapes = [_partial_shape(openvino, tensor, changing) for tensor, changing in _open(options)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its trace warns of each size, and sizes are left open by the shapes
+        model = openvino.convert_model(target.eval(), example_input=options.example, input=shapes)
     settings = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "PERFORMANCE_HINT": "LATENCY"}
     return _Request(openvino.compile_model(model, "CPU", settings).create_infer_request())
 
