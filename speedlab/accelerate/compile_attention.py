@@ -82,6 +82,14 @@ def attention_word(options: Mapping[str, Any] | None) -> str:
     return chosen.SAFE if run.safe or run.backend == chosen.AUTO else str(run.backend)
 
 
+def note_use(options: Mapping[str, Any]) -> None:
+    """Tell Attention Backend that its choice computes: a program that was traced earlier does not say so itself."""
+    run = state_of(options, chosen.KEY)
+    if run is not None:
+        run.used = True
+        run.suspicious = run.suspicious or attention_word(options) != chosen.SAFE
+
+
 def _asks_for_memory() -> bool:
     names = ("attention_sub_quad", "attention_split")
     return any(core.optimized_attention is getattr(core, name, None) for name in names)

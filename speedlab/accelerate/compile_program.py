@@ -18,7 +18,7 @@ import torch
 
 from ..errors import UnavailableError
 from ..lora import LORAS
-from .compile_attention import OVERRIDE, any_patch, attention_options, attention_word
+from .compile_attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
 from .compile_run import CompileError, Run, passing
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ class ProgramEngine:
             return eager()
         inputs = tuple(tensor for tensor in (x, timesteps, context, y) if tensor is not None)
         seen = attention_options(options) or {}
+        note_use(seen)
         try:
             program = self._program(inputs, seen)
         except (CompileError, *passing()):

@@ -109,7 +109,7 @@ def test_a_second_checkpoint_of_the_family_costs_no_graph(unet: Any, compiled: A
     assert graphs() == 0
 
 
-@pytest.mark.parametrize("scope, dynamic, budget", [("blocks", "auto", 4), ("blocks", "true", 2), ("model", "true", 2)])
+@pytest.mark.parametrize("scope, dynamic, budget", [("blocks", "auto", 5), ("blocks", "true", 2), ("model", "true", 2)])
 def test_a_tour_of_sizes_stays_in_its_budget(
     unet: Any, compiled: Any, graphs: Any, scope: str, dynamic: str, budget: int
 ) -> None:
@@ -139,10 +139,9 @@ def test_the_limit_of_graphs_is_never_silent(
     monkeypatch.setattr(engine("accelerate.backends.dynamo"), "GRAPHS_PER_KIND_STATIC", 1)
     config = compiled.CompileConfig(dynamic="false", on_failure=behaviour)
     model = compiled.attach_compile(unet.model, config)
-    unet.sample(model, steps=1, size=SIZE)
-    if behaviour == "error":
+    if behaviour == "error":  # in the first picture already, where three kinds stand at two sizes
         with pytest.raises(engine("accelerate.compile_run").CompileError, match=r"limit of graphs.*dynamic to auto"):
-            unet.sample(model, steps=1, size=(24, 24))
+            unet.sample(model, steps=1, size=SIZE)
     else:
         assert relative(unet.sample(model, steps=1, size=(24, 24)), unet.sample(steps=1, size=(24, 24))) < 1e-5
         assert "went on uncompiled" in caplog.text
