@@ -18,6 +18,7 @@ from .patching import state_name, state_of
 OVERRIDE = "optimized_attention_override"
 _PATCHES = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
 _REPLACED = ("attn1", "attn2")
+_ASK_FOR_MEMORY = ("split", "sub_quadratic")
 
 
 def attention_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -80,6 +81,12 @@ def attention_word(options: Mapping[str, Any] | None) -> str:
     if run is None:
         return "pytorch"
     return chosen.SAFE if run.safe or run.backend == chosen.AUTO else str(run.backend)
+
+
+def not_compilable(options: Mapping[str, Any]) -> str:
+    """Attention Backend's choice where it asks for the free memory, by name; "" otherwise."""
+    run = state_of(options, chosen.KEY)
+    return str(run.backend) if run is not None and not run.safe and run.backend in _ASK_FOR_MEMORY else ""
 
 
 def note_use(options: Mapping[str, Any]) -> None:

@@ -15,8 +15,9 @@ import torch
 from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
+from ..errors import UnavailableError
 from .backends import dynamo
-from .compile_attention import any_patch, attention_options, transformer_patch
+from .compile_attention import any_patch, attention_options, not_compilable, transformer_patch
 from .compile_run import Run, passing
 
 BLOCKS = (ResBlock, SpatialTransformer, FeedForward)
@@ -105,7 +106,7 @@ def _for_transformer(part: Part, run: Run, inner: list[Part]) -> Callable[..., A
             return type(module).forward(module, x, context, options)
 
         patch = transformer_patch(options, depth)
-        seen = None if patch else attention_options(options)
+        seen = None if patch or not_compilable(options) else attention_options(options)
         if seen is None:
             _tell_patched(run, patch)
             with _feed_forward_swapped(inner, run):
@@ -122,7 +123,7 @@ def _tell_patched(run: Run, patch: str | None) -> None:
         run.note(f"{patch} changes transformer blocks; of those only the feed-forward parts ran compiled.")
     else:
         run.note(
-            "another node's attention override computes attention; of the transformers only the feed-forward parts "
+            "attention is computed in a way that cannot be compiled; of the transformers only the feed-forward parts "
             "ran compiled."
         )
 
@@ -158,6 +159,10 @@ def _for_network(part: Part, run: Run) -> Callable[..., Any]:
         def eager() -> Any:
             return type(module)._forward(module, x, timesteps, context, y, control, options, **kwargs)
 
+        asking = not_compilable(options)
+        if asking and not run.eager:
+            reason = UnavailableError(f"Attention Backend's {asking} asks for the free memory, which is no program")
+            run.fail(part.name, reason, "Set Attention Backend to sdpa, or scope to blocks.")
         seen = None if any_patch(options) else attention_options(options)
         # Patches may look at anything, so with them the graph gets all options. The lists are copied because a
         # forward takes residuals out of them, and an evaluation that fails to compile is done again.

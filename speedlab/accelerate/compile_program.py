@@ -123,9 +123,9 @@ class ProgramEngine:
         note_use(seen)
         try:
             program = self._program(inputs, seen)
-        except (CompileError, *passing()):
-            raise
         except Exception as error:  # exporters raise whatever their layers raise
+            if isinstance(error, (CompileError, *passing())):
+                raise
             self.run.fail(type(self.network).__name__, error)
             return eager()
         return program(*inputs)

@@ -139,8 +139,8 @@ def _pytorch_attention(network: torch.nn.Module) -> Iterator[None]:
     """PyTorch's attention in place of ComfyUI's sliced one, which asks for the free memory and cannot be compiled."""
     from comfy.ldm.modules.diffusionmodules import model as core
 
-    sliced = getattr(core, "normal_attention", None)
-    changed = [part for part in network.modules() if getattr(part, "optimized_attention", core) is sliced]
+    sliced: Any = getattr(core, "normal_attention", None)
+    changed: list[Any] = [part for part in network.modules() if getattr(part, "optimized_attention", core) is sliced]
     for part in changed:
         part.optimized_attention = core.pytorch_attention
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -221,14 +220,18 @@ def test_with_each_technique_in_either_order(
 
 def test_attention_with_compile_needs_no_graph_a_run(unet: Any, compiled: Any, engine: Any, graphs: Any) -> None:
     attention = engine("accelerate.attention")
-    for scope in ("blocks", "model"):
-        for backend in ("auto", "sdpa", "split"):
+    for scope, backends in (("blocks", ("auto", "sdpa", "split")), ("model", ("sdpa",))):
+        for backend in backends:
             model = attention.attach_attention(unet.model, attention.AttentionConfig(backend))
             model = compiled.attach_compile(model, compiled.CompileConfig(scope=scope))
             unet.sample(model, steps=2, size=SIZE)
             graphs()
             unet.sample(model, steps=3, size=SIZE)
             assert graphs() == 0, (scope, backend)
+    model = attention.attach_attention(unet.model, attention.AttentionConfig("split"))
+    model = compiled.attach_compile(model, compiled.CompileConfig(scope="model"))
+    with pytest.raises(engine("errors").SpeedLabError, match=r"Attention Backend's split.*scope to blocks"):
+        unet.sample(model, steps=1, size=SIZE)
 
 
 def test_deepcache_on_a_whole_graph_is_refused_by_both_names(unet: Any, compiled: Any, engine: Any) -> None:
@@ -249,27 +252,20 @@ def test_cores_compile_beside_ours_is_refused(unet: Any, compiled: Any, engine: 
 
 
 def test_controlnet_residuals_reach_compiled_blocks(unet: Any, compiled: Any) -> None:
-    """A control object of ComfyUI's shape: `get_control` gives residuals that a forward pops."""
+    """`get_control` gives residuals that a forward pops."""
+    import comfy.controlnet
 
-    class Control:
-        previous_controlnet = None
-
+    class Control(comfy.controlnet.ControlBase):
         def get_control(self, x: Any, t: Any, cond: Any, batched: int, options: dict) -> dict:
             generator = torch.Generator().manual_seed(1)
             middle = 0.5 * torch.randn(x.shape[0], 64, x.shape[2] // 8, x.shape[3] // 8, generator=generator)
             return {"input": [], "middle": [middle], "output": []}
 
-        def pre_run(self, *args: Any) -> None: ...
-        def cleanup(self) -> None: ...
-        def get_models(self) -> list: return []  # fmt: skip
+        def get_models(self) -> list:
+            return []
 
-        def get_instance_for_device(self, *args: Any) -> Any: return self  # fmt: skip
-
-        def get_extra_hooks(self) -> list: return []  # fmt: skip
-
-        def inference_memory_requirements(self, dtype: Any) -> int: return 0  # fmt: skip
-
-        def copy(self) -> Any: return copy.copy(self)  # fmt: skip
+        def copy(self) -> Any:
+            return self
 
     positive = [[unet.cond(1)[0][0], {**unet.cond(1)[0][1], "control": Control(), "control_apply_to_uncond": True}]]
     plain = unet.sample(steps=2, size=SIZE)

@@ -78,7 +78,9 @@ def limits(graphs: int, *, freeze: bool = False, folder: Path | None = None) -> 
     """Let each function have `graphs` graphs, make one more an error, and keep inductor's files in `folder`."""
     import torch._dynamo
     import torch._inductor.config
-    import torch.fx.experimental._config as shapes
+    from torch.fx.experimental import _config
+
+    shapes: Any = _config
 
     wanted = {
         _first(torch._dynamo.config, "recompile_limit", "cache_size_limit"): graphs,
