@@ -120,14 +120,27 @@ def without_gradients(module: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
-    if name in os.environ:  # the user's own choice
+    before = os.environ.get(name)
+    if before is not None and before != _inductors_own_folder():  # the user's choice
         yield
         return
     os.environ[name] = value
     try:
         yield
     finally:
-        os.environ.pop(name, None)
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def _inductors_own_folder() -> str:
+    """Inductor sets the variable itself once it has looked at it."""
+    try:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    except ImportError:  # an older PyTorch
+        return ""
+    return str(default_cache_dir())
 
 
 def _first(owner: Any, *names: str) -> str:
