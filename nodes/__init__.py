@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from . import accelerate, benchmark, compare, decode, ensemble, load, measure, memory, optimise, queue, sample, text
+from . import (
+    accelerate,
+    benchmark,
+    compare,
+    compile,
+    decode,
+    ensemble,
+    load,
+    measure,
+    memory,
+    optimise,
+    queue,
+    sample,
+    text,
+)
 
-_MODULES = (load, text, queue, accelerate, optimise, memory, sample, ensemble, decode, measure, benchmark, compare)
+_MODULES = (
+    load, text, queue, accelerate, optimise, compile, memory, sample, ensemble, decode, measure, benchmark, compare,
+)  # fmt: skip
 
 NODE_CLASS_MAPPINGS = {node.NODE_ID: node for module in _MODULES for node in module.NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in NODE_CLASS_MAPPINGS.items()}

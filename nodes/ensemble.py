@@ -125,9 +125,15 @@ def _settings() -> dict[str, Any]:
                 "tooltip": "The share of the steps that the base takes. 1.0: the base alone; 0.0: the refiner alone.",
             },
         ),
-        "detail": (list(DETAILS), {"default": "timing", "tooltip": "timing measures every step at next to no cost. kernels also tells which GPU "
+        "detail": (
+            list(DETAILS),
+            {
+                "default": "timing",
+                "tooltip": "timing measures every step at next to no cost. kernels also tells which GPU "
                 "kernels or CPU operators two or three of the base's steps are made of; trace saves them as a file for "
-                "Perfetto as well."}),
+                "Perfetto as well.",
+            },
+        ),
     }
 
 

@@ -60,7 +60,7 @@ class ProfileReport:
             "ui": {
                 "text": [text],
                 "images": browser.browser_images(record),
-                "speedlab": [browser.browser_summary(record)],
+                "speedlab": [browser.browser_summary(record, context)],
             },
             "result": (passed, text, completed.chart, str(path)),
         }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from .accelerate.compile_vae import compiled_like, is_compiled
 from .loading import FIXED_PRECISION, vae_in
 from .precision import cpu_computes_bf16, short_name, torch_dtype
 
@@ -61,7 +62,7 @@ def sibling(vae: Any, dtype: Any) -> Any:
         return vae
     known = _siblings.setdefault(vae.first_stage_model, {})
     if dtype not in known:
-        known[dtype] = vae_in(vae, dtype)
+        known[dtype] = compiled_like(vae, vae_in(vae, dtype))
     return known[dtype]
 
 
@@ -82,9 +83,14 @@ def abilities(device: Any) -> Abilities:
 
 
 def _may_try_fp16(vae: Any) -> bool:
-    """Whether half precision is worth a try: a CUDA or ROCm device, and nobody chose a precision for this VAE."""
+    """Whether half precision is worth a try: a CUDA or ROCm device, and nobody chose a precision for this VAE.
+
+    A compiled VAE stays as it is: trying would compile it once more.
+    """
     from comfy.cli_args import args
 
     flags = ("fp16_vae", "bf16_vae", "fp32_vae", "cpu_vae")
+    if is_compiled(vae):
+        return False
     chosen = vae.patcher.get_attachment(FIXED_PRECISION) or any(getattr(args, flag, False) for flag in flags)
     return not chosen and vae.device.type == "cuda" and abilities(vae.device).fp16

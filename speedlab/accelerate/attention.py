@@ -79,6 +79,11 @@ def attach_attention(model: Any, config: AttentionConfig) -> Any:
     return clone
 
 
+def is_own(override: Any) -> bool:
+    """Whether an attention override is the one that this node sets."""
+    return override is _override
+
+
 def _require(model: Any, name: str) -> None:
     dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
     network = model.get_model_object("diffusion_model")

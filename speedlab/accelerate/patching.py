@@ -86,7 +86,7 @@ def run_state(guider: Any, key: str, state: object) -> Iterator[None]:
     this run, so nothing is left on the model.
     """
     options = guider.model_options.setdefault("transformer_options", {})
-    name = f"{_RUN_STATES}.{key}"
+    name = state_name(key)
     options[name] = state
     try:
         yield
@@ -96,7 +96,12 @@ def run_state(guider: Any, key: str, state: object) -> Iterator[None]:
 
 def state_of(transformer_options: Mapping[str, Any], key: str) -> Any | None:
     """The state that `run_state` set for this run, or None outside of one."""
-    return transformer_options.get(f"{_RUN_STATES}.{key}")
+    return transformer_options.get(state_name(key))
+
+
+def state_name(key: str) -> str:
+    """Where `run_state` keeps a state among the transformer options."""
+    return f"{_RUN_STATES}.{key}"
 
 
 def _plain(value: Any) -> str:

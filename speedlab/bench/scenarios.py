@@ -21,6 +21,7 @@ from .catalog_common import (
     S1_SETTINGS,
     TINY_VAE_SDXL,
 )
+from .catalog_compile import compile_scenarios
 from .catalog_decode import decode_scenarios
 from .catalog_memory import MEMORY_SCENARIOS
 from .plans import STOCK, TINY_VAE
@@ -72,6 +73,7 @@ _TABLE = (
     *BENCH_SCENARIOS,
     *MEMORY_SCENARIOS,
     *decode_scenarios(CHECKPOINT_SDXL, S1_SETTINGS),
+    *compile_scenarios(CHECKPOINT_SDXL, S1_SETTINGS),
 )
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({entry.id: entry for entry in _TABLE})

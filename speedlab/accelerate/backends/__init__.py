@@ -1,0 +1,54 @@
+"""The compile backends, one file each, imported on use.
+
+Every file has `available() -> (bool, reason)` and `compile(target, options)`. Those of TENSOR_PROGRAMS take a module of
+tensors in, tensor out and compile it as a whole; the others compile Python functions graph by graph and so know
+patches, ControlNet and weights that change.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+NAMES = (
+    "inductor",
+    "cudagraphs",
+    "jit_trace",
+    "onnxruntime",
+    "openvino",
+    "onediff_nexfort",
+    "onediff_oneflow",
+    "stable_fast",
+    "tensorrt",
+)
+GRAPH_BY_GRAPH = ("inductor", "cudagraphs")
+TENSOR_PROGRAMS = tuple(name for name in NAMES if name not in GRAPH_BY_GRAPH)
+FOR_VAE = ("inductor", "onnxruntime", "jit_trace")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What a backend is told: the node's settings, the device and type to compute in, and for tensor programs the
+    inputs to trace with, their dimensions that may change, the result's channels and its height and width in units of
+    the first input's, and a folder to keep files in."""
+
+    mode: str = "default"
+    dynamic: bool | None = None
+    freeze: bool = False
+    device: Any = None
+    dtype: Any = None
+    example: tuple[Any, ...] = ()
+    changing: tuple[tuple[int, ...], ...] = ()
+    result: tuple[int, int] = (4, 1)
+    folder: Path | None = None
+
+
+def load(name: str) -> ModuleType:
+    """The backend's module. Raises ValueError for a name that is none of NAMES."""
+    if name not in NAMES:
+        raise ValueError(f"backend is {name!r}; choose one of {', '.join(NAMES)}")
+    return importlib.import_module(f".{name}", __name__)

@@ -1,0 +1,61 @@
+"""inductor: PyTorch's own compiler. Graph by graph, with live weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...core import compute_device
+from ...errors import first_line
+from . import MODES, CompileOptions
+from .dynamo import shared_function, switched_off
+
+NAME = "inductor"
+SUPPORTED_MODES = MODES
+CAN_FREEZE = True
+REMEDY = "Choose another backend, or take the node out."
+
+
+def available() -> tuple[bool, str]:
+    """Whether inductor can compile for ComfyUI's device, else why not and what to do."""
+    reason = switched_off() or _no_compiler(compute_device())
+    return not reason, reason
+
+
+def _no_compiler(device: torch.device) -> str:
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "Triton is not installed: install triton (on Windows triton-windows)"
+    if device.type == "cpu":
+        try:
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            get_cpp_compiler()
+        except ImportError:  # an older PyTorch looks for the compiler only when it needs one
+            return ""
+        except Exception as error:
+            return f"there is no C++ compiler ({first_line(error)}): install one (g++, clang, or MSVC on Windows)"
+    return ""
+
+
+def compile(target: Callable[..., Any], options: CompileOptions, kind: Hashable = None) -> Callable[..., Any]:
+    """`target(module, *inputs)` compiled; equal `kind` and options give the same function."""
+    key = (NAME, target.__name__, kind, options.mode, options.dynamic, options.freeze)
+    return shared_function(target, key, partial(_compile_graph, options), options.dynamic)
+
+
+def uses_cuda_graphs(options: CompileOptions) -> bool:
+    """Whether results lie in memory that the next call writes to."""
+    cuda = options.device is not None and options.device.type == "cuda"
+    return cuda and options.mode in ("reduce-overhead", "max-autotune")
+
+
+def _compile_graph(options: CompileOptions, graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+    import torch._inductor
+
+    settings = dict(torch._inductor.list_mode_options(options.mode, options.dynamic))
+    return torch._inductor.compile(graph, inputs, options=settings)

@@ -1,0 +1,98 @@
+"""jit_trace: one evaluation recorded by torch.jit.trace and replayed without Python. One trace for each size.
+
+Weights are inputs of the trace, so that a LoRA acts without a new one. With `freeze` they are folded into it.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from . import CompileOptions
+
+NAME = "jit_trace"
+SUPPORTED_MODES = ("default",)
+CAN_FREEZE = True
+FOLLOWS_WEIGHTS = True
+FIXED_SHAPES = True
+KEEPS_ATTENTION = True
+REMEDY = "Choose inductor, or take the node out."
+
+
+def available() -> tuple[bool, str]:
+    """Whether torch.jit is on."""
+    if not torch.jit._state._enabled:
+        return False, "torch.jit is switched off by the environment variable PYTORCH_JIT; remove it"
+    return True, ""
+
+
+def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
+    """`target(*tensors)` as a trace for the shapes of `options.example`."""
+    with warnings.catch_warnings():
+        # Sizes become constants, which is meant here, and each of them is a warning; so is the coming end of torch.jit.
+        warnings.simplefilter("ignore")
+        return _frozen(target, options) if options.freeze else _with_live_weights(target, options)
+
+
+def _with_live_weights(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
+    slots = dict(_slots(target))
+    names = [name for name, _ in (*target.named_parameters(), *target.named_buffers())]
+
+    def call(weights: tuple[torch.Tensor, ...], *inputs: torch.Tensor) -> torch.Tensor:
+        with _in_place([slots[name] for name in names], weights):
+            return target(*inputs)
+
+    def weights() -> tuple[torch.Tensor, ...]:
+        return tuple(_read(slots[name]) for name in names)
+
+    traced = torch.jit.trace(call, (weights(), *options.example), check_trace=False, strict=False)
+    return lambda *inputs: traced(weights(), *inputs)
+
+
+def _frozen(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
+    traced = torch.jit.trace(target.eval(), options.example, check_trace=False, strict=False)
+    return torch.jit.freeze(traced.eval())
+
+
+Slot = tuple["weakref.ref[torch.nn.Module]", str]
+
+
+def _slots(target: torch.nn.Module) -> list[tuple[str, Slot]]:
+    """Where each weight is found at each call. Weak, for a program must not keep a model that ComfyUI lets go."""
+    found = []
+    for prefix, module in target.named_modules():
+        for name in (*module._parameters, *module._buffers):
+            found.append((f"{prefix}.{name}" if prefix else name, (weakref.ref(module), name)))
+    return found
+
+
+def _read(slot: Slot) -> torch.Tensor:
+    module = slot[0]()
+    assert module is not None
+    return getattr(module, slot[1])
+
+
+@contextmanager
+def _in_place(slots: list[Slot], values: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """Other tensors where the modules look for their weights, while a trace is made (torch.func refuses traces)."""
+    places = [_place(slot) for slot in slots]
+    before = [place[name] for place, name in places]
+    try:
+        for (place, name), value in zip(places, values, strict=True):
+            place[name] = value
+        yield
+    finally:
+        for (place, name), value in zip(places, before, strict=True):
+            place[name] = value
+
+
+def _place(slot: Slot) -> tuple[dict[str, Any], str]:
+    module = slot[0]()
+    assert module is not None
+    owner: Any = module._parameters if slot[1] in module._parameters else module._buffers
+    return owner, slot[1]

@@ -1,0 +1,32 @@
+"""onediff_oneflow: OneDiff with its older compiler, OneFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...core import compute_device
+from . import CompileOptions
+from .onediff import compiled, missing
+
+NAME = "onediff_oneflow"
+SUPPORTED_MODES = ("default",)
+FOLLOWS_WEIGHTS = False  # it keeps folded copies of convolution weights
+FIXED_SHAPES = False
+REMEDY = "Choose inductor, or take the node out."
+
+
+def available() -> tuple[bool, str]:
+    """Whether both packages are installed and there is a GPU for them."""
+    reason = missing("onediff", "oneflow")
+    if reason:
+        return False, f"{reason} (OneFlow's builds for GPUs are not on PyPI; see OneDiff's installation page)"
+    device = compute_device().type
+    return device == "cuda", "" if device == "cuda" else f"OneFlow needs an NVIDIA GPU, and ComfyUI runs on {device}"
+
+
+def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
+    """`target(*tensors)` compiled by OneFlow."""
+    return compiled(target, "oneflow", None)

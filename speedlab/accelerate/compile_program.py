@@ -1,0 +1,205 @@
+"""Programs of tensors: backends that trace or export the whole network, and what they cannot do, refused by name.
+
+What is traced is fixed: it knows neither ControlNet nor patches. Those are refused when they show up in a run, never
+ignored. A program that holds weights of its own is made anew when ComfyUI has patched others into the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..errors import UnavailableError
+from ..lora import LORAS
+from .compile_attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
+from .compile_run import CompileError, Run, passing
+
+log = logging.getLogger(__name__)
+
+# Programs of one model that are kept: sizes, or attentions, that were used last. Each may hold the weights once more.
+KEPT = 8
+KEPT_WITH_WEIGHTS = 1
+# Networks whose programs are kept, such as base and refiner: some programs keep their network alive.
+NETWORKS = 2
+
+
+class PureNetwork(torch.nn.Module):
+    """A UNet as a function of tensors: x [B, C, H, W], timesteps [B], context [B, T, D], maybe y [B, D]."""
+
+    def __init__(self, network: Any, attention: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.network = network
+        self.attention = dict(attention)
+
+    def forward(self, x: Any, timesteps: Any, context: Any, y: Any = None) -> Any:
+        network = self.network
+        return type(network)._forward(network, x, timesteps, context, y, None, dict(self.attention))
+
+
+@dataclass
+class Programs:
+    """What was compiled of one network, the last used at the end, and of which weights."""
+
+    weights: Hashable = None
+    by_key: OrderedDict[Hashable, Callable[..., Any]] = field(default_factory=OrderedDict)
+
+
+_programs: WeakKeyDictionary[Any, dict[Hashable, Programs]] = WeakKeyDictionary()
+
+
+class ProgramEngine:
+    """One run of a network through a program of tensors."""
+
+    def __init__(self, run: Run, patcher: Any) -> None:
+        self.run, self.network = run, patcher.model.diffusion_model
+        settings = (run.backend.NAME, run.options.mode, run.options.dynamic, run.options.freeze)
+        self.programs = _programs.setdefault(self.network, {}).setdefault(settings, Programs())
+        while len(_programs) > NETWORKS:
+            _programs.pop(next(network for network in list(_programs) if network is not self.network))
+        self.holds_weights = run.options.freeze or not run.backend.FOLLOWS_WEIGHTS
+        run.parts = 1
+        reason = _obstacle_of_model(run, patcher)
+        if reason:
+            run.fail(type(self.network).__name__, UnavailableError(reason), f"Take that out, or {_OTHER}.")
+            return
+        if self.holds_weights:
+            self._follow(patcher)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Once a run."""
+        yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Once an evaluation: the program in place of the network's own forward, and out again."""
+        self.network.__dict__["_forward"] = self._forward
+        try:
+            yield
+        finally:
+            self.network.__dict__.pop("_forward", None)
+
+    def _follow(self, patcher: Any) -> None:
+        weights = getattr(patcher.model, "current_weight_patches_uuid", None) or patcher.patches_uuid
+        if self.programs.by_key and self.programs.weights != weights:
+            self.run.note(
+                f"{self.run.backend.NAME} holds weights of its own, and a LoRA or another patch has changed them: "
+                "it is compiled anew.",
+                logging.INFO,
+            )
+            self.programs.by_key.clear()
+        self.programs.weights = weights
+
+    def _forward(
+        self,
+        x: Any,
+        timesteps: Any = None,
+        context: Any = None,
+        y: Any = None,
+        control: Any = None,
+        transformer_options: dict | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        options = {} if transformer_options is None else transformer_options
+
+        def eager() -> Any:
+            return type(self.network)._forward(self.network, x, timesteps, context, y, control, options, **kwargs)
+
+        if self.run.eager:
+            return eager()
+        reason = _obstacle_of_evaluation(self.run, control, options)
+        if reason:
+            self.run.fail(type(self.network).__name__, UnavailableError(reason), f"Take that out, or {_OTHER}.")
+            return eager()
+        inputs = tuple(tensor for tensor in (x, timesteps, context, y) if tensor is not None)
+        seen = attention_options(options) or {}
+        note_use(seen)
+        try:
+            program = self._program(inputs, seen)
+        except Exception as error:  # exporters raise whatever their layers raise
+            if isinstance(error, (CompileError, *passing())):
+                raise
+            self.run.fail(type(self.network).__name__, error)
+            return eager()
+        return program(*inputs)
+
+    def _program(self, inputs: tuple[torch.Tensor, ...], seen: Mapping[str, Any]) -> Callable[..., Any]:
+        backend, options = self.run.backend, self.run.options
+        key = (_shapes(inputs, backend), attention_word(seen), _autocast(inputs[0].device))
+        known = self.programs.by_key
+        if key in known:
+            known.move_to_end(key)
+            return known[key]
+        log.info("SpeedLab: %s compiles the network for %s; this can take minutes", backend.NAME, _words(inputs[0]))
+        given = replace(options, example=inputs, changing=_changing(inputs), result=(self.network.out_channels, 1))
+        with torch.no_grad():
+            program = backend.compile(PureNetwork(self.network, seen), given)
+        known[key] = program
+        self.run.graphs += 1
+        self.run.note(f"{backend.NAME} compiled the network for {_words(inputs[0])}.", logging.INFO)
+        self.run.compiling(f"the network for {_words(inputs[0])}")
+        while len(known) > (KEPT_WITH_WEIGHTS if self.holds_weights else KEPT):
+            known.popitem(last=False)
+        return program
+
+
+_OTHER = "choose the backend inductor, which can do that"
+
+
+def _obstacle_of_model(run: Run, patcher: Any) -> str:
+    name = run.backend.NAME
+    if getattr(patcher, "hook_patches", None):
+        return f"{name} cannot follow hooks that change weights during a run"
+    if any(getattr(part, attribute, None) for part in patcher.model.diffusion_model.modules() for attribute in _CASTS):
+        return f"{name} needs the whole model on the device, and ComfyUI has loaded it only in part"
+    if patcher.patches and getattr(run.backend, "REFUSES_LORA", False):
+        loras = ", ".join(match.name for match in patcher.get_attachment(LORAS) or ()) or "a LoRA or other weight patch"
+        return f"{name} builds an engine for fixed weights and takes no LoRA, and this model carries {loras}"
+    return ""
+
+
+_CASTS = ("weight_function", "bias_function")
+
+
+def _obstacle_of_evaluation(run: Run, control: Any, options: Mapping[str, Any]) -> str:
+    name = run.backend.NAME
+    if control is not None:
+        return f"{name} cannot take ControlNet's residuals"
+    patch = any_patch(options)
+    if patch:
+        return f"{name} cannot run the patch {patch}"
+    override = options.get(OVERRIDE)
+    if override is None:
+        return ""
+    if not getattr(run.backend, "KEEPS_ATTENTION", False):
+        return f"{name} brings its own attention, so that Attention Backend or another override cannot act in it"
+    return "" if attention_options(options) is not None else f"{name} cannot run another node's attention override"
+
+
+def _shapes(inputs: tuple[torch.Tensor, ...], backend: Any) -> Hashable:
+    """The types, and the sizes that a program is fixed to."""
+    return tuple(
+        (tensor.dtype, str(tensor.device), tuple(tensor.shape) if backend.FIXED_SHAPES else tensor.ndim)
+        for tensor in inputs
+    )
+
+
+def _changing(inputs: tuple[torch.Tensor, ...]) -> tuple[tuple[int, ...], ...]:
+    """The dimensions of x, timesteps, context and y that may change: batch, height and width, tokens."""
+    return ((0, 2, 3), (0,), (0, 1), (0,))[: len(inputs)]
+
+
+def _autocast(device: torch.device) -> Hashable:
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def _words(x: torch.Tensor) -> str:
+    return f"{x.shape[-1] * 8}x{x.shape[-2] * 8}, {x.shape[0]} rows"

@@ -1,0 +1,80 @@
+"""One run of a compiled model: calls of compiled code, what failed, and what the record is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from ..errors import SpeedLabError, first_line
+from .backends import CompileOptions
+from .run_notes import report_note
+
+log = logging.getLogger(__name__)
+
+
+class CompileError(SpeedLabError):
+    """Something could not be compiled; the message names backend, part, cause and what to try."""
+
+
+@dataclass
+class Run:
+    """State of one run. `eager` is why compiled code is not used, "" where it is."""
+
+    backend: ModuleType
+    options: CompileOptions
+    falls_back: bool
+    eager: str = ""
+    notes: dict[str, int] = field(default_factory=dict)
+    graphs: int = 0
+    parts: int = 0
+    compiled: int = 0
+    _bar: Any = None
+
+    def __deepcopy__(self, memo: dict) -> Run:
+        # Some nodes deep-copy the options of a running model; the run is still the same run.
+        return self
+
+    def note(self, text: str, level: int = logging.WARNING) -> None:
+        """A sentence for the log and the record, once a run."""
+        self.notes.setdefault(text, level)
+
+    def fail(self, part: str, error: BaseException, remedy: str = "") -> None:
+        """Go on without compiling where the user chose so; CompileError otherwise."""
+        name, remedy = self.backend.NAME, remedy or self.backend.REMEDY
+        what = f"{name} could not compile {part}: {first_line(error)}"
+        if not self.falls_back:
+            raise CompileError(
+                f"Compile: {what}. {remedy} Setting on_failure to eager lets the run go on uncompiled."
+            ) from error
+        self.eager = what
+        self.note(f"{what}. The run went on uncompiled, as on_failure asks.")
+
+    def compiling(self, what: str) -> None:
+        """Something was compiled just now: show how far it is, and let a cancel act."""
+        import comfy.model_management as mm
+        import comfy.utils
+
+        self.compiled += 1
+        log.info("SpeedLab: %s compiled %s (%d of about %d)", self.backend.NAME, what, self.compiled, self.parts)
+        if self._bar is None:
+            self._bar = comfy.utils.ProgressBar(max(self.parts, 1))
+        self._bar.update_absolute(min(self.compiled, self.parts), max(self.parts, 1))
+        mm.throw_exception_if_processing_interrupted()
+
+    def tell(self, transformer_options: Mapping[str, Any]) -> None:
+        """Hand what was noted to the log and the record."""
+        for text, level in self.notes.items():
+            log.log(level, "SpeedLab: Compile: %s", text)
+            report_note(transformer_options, f"Compile: {text}")
+        self.notes.clear()
+
+
+def passing() -> tuple[type[BaseException], ...]:
+    """What is no failure to compile: a cancel, and a lack of memory."""
+    import comfy.model_management as mm
+
+    lack = () if mm.OOM_EXCEPTION is Exception else (mm.OOM_EXCEPTION,)
+    return (mm.InterruptProcessingException, MemoryError, *lack)

@@ -1,0 +1,138 @@
+"""The other backends of Compile Model: what runs on a CPU runs here, against eager; all say what they lack."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+
+from . import tiny_unet
+from .tiny_unet import relative
+
+SIZE = (16, 16)
+ON_CPU = ("jit_trace", "onnxruntime", "openvino")
+
+
+@pytest.fixture(scope="module")
+def unet(comfy: Any) -> Any:
+    with torch.inference_mode():
+        return tiny_unet.build("sd15")
+
+
+@pytest.fixture(scope="module")
+def compiled(engine: Any) -> Any:
+    return engine("accelerate.compile")
+
+
+def lora(model: Any, strength: float) -> Any:
+    clone = model.clone()
+    weights = {k: v for k, v in model.model.state_dict().items() if "attn" in k and v.ndim > 1}
+    generator = torch.Generator().manual_seed(3)
+    patches = {k: ("diff", (0.05 * torch.randn(v.shape, generator=generator),)) for k, v in weights.items()}
+    clone.add_patches(patches, strength)
+    return clone
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_equals_eager_at_any_size_and_under_a_lora(unet: Any, compiled: Any, backend: str) -> None:
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(backend))
+    for settings in ({"size": SIZE}, {"size": (24, 16)}, {"size": SIZE, "cfg": 1.0}, {"size": SIZE, "batch": 2}):
+        eager = unet.sample(steps=2, **settings)
+        assert relative(unet.sample(model, steps=2, **settings), eager) < 1e-4
+    assert not any({"forward", "_forward"} & vars(part).keys() for part in unet.unet.modules())
+    with_lora = lora(unet.model, 1.0)
+    eager = unet.sample(with_lora, steps=2, size=SIZE)
+    assert not torch.equal(eager, unet.sample(steps=2, size=SIZE))
+    patched = compiled.attach_compile(with_lora, compiled.CompileConfig(backend))
+    assert relative(unet.sample(patched, steps=2, size=SIZE), eager) < 1e-4
+    assert relative(unet.sample(model, steps=2, size=SIZE), unet.sample(steps=2, size=SIZE)) < 1e-4
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_patches_are_refused_by_name(unet: Any, compiled: Any, engine: Any, backend: str, caplog: Any) -> None:
+    def halve(q: Any, k: Any, v: Any, extra: dict) -> Any:
+        return q, k * 0.5, v
+
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(backend))
+    model.set_model_attn2_patch(halve)
+    with pytest.raises(engine("errors").SpeedLabError, match=rf"{backend}.*attn2_patch.*halve.*inductor"):
+        unet.sample(model, steps=1, size=SIZE)
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(backend, on_failure="eager"))
+    model.set_model_attn2_patch(halve)
+    plain = unet.model.clone()
+    plain.set_model_attn2_patch(halve)
+    assert torch.equal(unet.sample(model, steps=1, size=SIZE), unet.sample(plain, steps=1, size=SIZE))
+    assert "went on uncompiled" in caplog.text
+
+
+def test_jit_trace_keeps_the_chosen_attention(unet: Any, compiled: Any, engine: Any) -> None:
+    attention = engine("accelerate.attention")
+    model = attention.attach_attention(unet.model, attention.AttentionConfig("split"))
+    eager = unet.sample(model, steps=2, size=SIZE)
+    traced = compiled.attach_compile(model, compiled.CompileConfig("jit_trace"))
+    assert relative(unet.sample(traced, steps=2, size=SIZE), eager) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_another_attention_is_refused(unet: Any, compiled: Any, engine: Any, backend: str) -> None:
+    attention = engine("accelerate.attention")
+    model = attention.attach_attention(unet.model, attention.AttentionConfig("split"))
+    with pytest.raises(engine("errors").SpeedLabError, match=r"brings its own attention.*Attention Backend"):
+        unet.sample(compiled.attach_compile(model, compiled.CompileConfig(backend)), steps=1, size=SIZE)
+
+
+def test_frozen_traces_follow_a_lora(unet: Any, compiled: Any) -> None:
+    config = compiled.CompileConfig("jit_trace", freeze_weights=True)
+    for model in (unet.model, lora(unet.model, 1.0), unet.model):
+        eager = unet.sample(model, steps=2, size=SIZE)
+        assert relative(unet.sample(compiled.attach_compile(model, config), steps=2, size=SIZE), eager) < 1e-4
+
+
+def test_sdxl_with_pooled_text(comfy: Any, compiled: Any) -> None:
+    with torch.inference_mode():
+        unet = tiny_unet.build("sdxl")
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace"))
+    assert relative(unet.sample(model, steps=2, size=SIZE), unet.sample(steps=2, size=SIZE)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "backend, package",
+    [
+        ("onnxruntime", "onnxruntime"), ("openvino", "openvino"), ("onediff_nexfort", "onediff"),
+        ("onediff_nexfort", "nexfort"), ("onediff_oneflow", "oneflow"), ("stable_fast", "sfast"),
+        ("tensorrt", "torch_tensorrt"),
+    ],
+)  # fmt: skip
+def test_a_missing_package_is_named(
+    unet: Any, compiled: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any, backend: str, package: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    with pytest.raises(engine("errors").UnavailableError, match=rf"cannot use {backend}: .*not installed.*install"):
+        compiled.attach_compile(unet.model, compiled.CompileConfig(backend))
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(backend, on_failure="eager"))
+    assert torch.equal(unet.sample(model, steps=1, size=SIZE), unet.sample(steps=1, size=SIZE))
+    assert "as on_failure asks" in caplog.text
+
+
+def test_nexforts_modes_are_checked(engine: Any) -> None:
+    onediff, nexfort = engine("accelerate.backends.onediff"), engine("accelerate.backends.onediff_nexfort")
+    for mode in engine("accelerate.backends").MODES:
+        for device in ("cpu", "cuda"):
+            assert "freezing" not in nexfort.nexfort_mode(mode, torch.device(device))
+    with pytest.raises(ValueError, match="no mode faster"):
+        onediff.checked_mode("O2:faster")
+    with pytest.raises(ValueError, match="later LoRA would have no effect"):
+        onediff.checked_mode("max-optimize:freezing")
+
+
+def test_a_backend_for_fixed_weights_refuses_a_lora(unet: Any, compiled: Any, engine: Any) -> None:
+    """TensorRT does not run here; what it refuses is asked of the same code that a run asks."""
+    program, run = engine("accelerate.compile_program"), engine("accelerate.compile_run")
+    backend = engine("accelerate.backends.tensorrt")
+    started = run.Run(backend, engine("accelerate.backends").CompileOptions(), falls_back=False)
+    assert program._obstacle_of_model(started, unet.model) == ""
+    with pytest.raises(run.CompileError, match=r"tensorrt.*takes no LoRA.*inductor"):
+        program.ProgramEngine(started, lora(unet.model, 1.0))

@@ -1,0 +1,335 @@
+"""Compile Model, graph by graph: what is compiled when, counted by dynamo. The graphs themselves run as they are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from . import tiny_unet
+from .tiny_unet import relative
+
+SIZE = (16, 16)
+# Kinds of blocks in the tiny SD 1.5: residual blocks by their channels, transformers by theirs.
+KINDS = 9
+# Graphs of a first picture: three kinds stand at two levels, so that they get a second graph, for any size.
+FIRST = 12
+
+
+@pytest.fixture(scope="module")
+def unet(comfy: Any) -> Any:
+    with torch.inference_mode():  # as ComfyUI loads models
+        return tiny_unet.build("sd15")
+
+
+@pytest.fixture
+def compiled(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The engine with fresh counters; graphs run as dynamo captured them, for making C++ of each takes seconds."""
+    dynamo, inductor = engine("accelerate.backends.dynamo"), engine("accelerate.backends.inductor")
+    monkeypatch.setattr(inductor, "_compile_graph", lambda _options, graph, _inputs: graph.forward)
+    # Dynamo tells this logger of every step, and a test runner would keep it all.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    torch._dynamo.reset()
+    dynamo._functions.clear()
+    yield engine("accelerate.compile")
+    torch._dynamo.reset()
+    dynamo._functions.clear()
+
+
+@pytest.fixture
+def graphs(engine: Any) -> Any:
+    """Graphs compiled since the last call."""
+    count = engine("accelerate.backends.dynamo").COUNT
+    seen = [count.graphs]
+
+    def new() -> int:
+        seen[0], before = count.graphs, seen[0]
+        return seen[0] - before
+
+    return new
+
+
+def lora(model: Any, strength: float, part: str = "attn") -> Any:
+    clone = model.clone()
+    weights = {k: v for k, v in model.model.state_dict().items() if part in k and k.endswith("weight") and v.ndim > 1}
+    generator = torch.Generator().manual_seed(3)
+    patches = {k: ("diff", (0.05 * torch.randn(v.shape, generator=generator),)) for k, v in weights.items()}
+    assert len(clone.add_patches(patches, strength)) == len(patches) > 0
+    return clone
+
+
+def test_blocks_equal_eager_and_leave_the_model_as_it_was(unet: Any, compiled: Any, graphs: Any) -> None:
+    before = list(unet.model.model.state_dict())
+    gradients = [p.requires_grad for p in unet.unet.parameters()]
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    eager = unet.sample(steps=2, size=SIZE)
+    assert relative(unet.sample(model, steps=2, size=SIZE), eager) < 1e-5
+    assert graphs() == FIRST
+    assert torch.equal(unet.sample(steps=2, size=SIZE), eager)  # a clone without the node stays eager
+    unet.sample(model, steps=3, size=SIZE)
+    assert graphs() == 0
+    assert list(unet.model.model.state_dict()) == before
+    assert [p.requires_grad for p in unet.unet.parameters()] == gradients
+    assert not any({"forward", "_forward"} & vars(m).keys() for m in unet.unet.modules())
+
+
+def test_a_lora_costs_no_graph_and_acts(unet: Any, compiled: Any, graphs: Any) -> None:
+    config = compiled.CompileConfig()
+    unet.sample(compiled.attach_compile(unet.model, config), steps=2, size=SIZE)
+    assert graphs() == FIRST
+    plain = unet.sample(steps=2, size=SIZE)
+    for model in (
+        lora(unet.model, 1.0), lora(unet.model, 0.4), lora(unet.model, 1.0, "in_layers"),
+        lora(lora(unet.model, 0.5), 1.0, "ff"), unet.model,
+    ):  # fmt: skip
+        eager = unet.sample(model, steps=2, size=SIZE)
+        assert torch.equal(eager, plain) == (model is unet.model)
+        # The node before and behind the LoRA.
+        after = unet.sample(compiled.attach_compile(model, config), steps=2, size=SIZE)
+        assert relative(after, eager) < 1e-5
+    behind = lora(compiled.attach_compile(unet.model, config), 1.0)
+    assert (
+        relative(unet.sample(behind, steps=2, size=SIZE), unet.sample(lora(unet.model, 1.0), steps=2, size=SIZE)) < 1e-5
+    )
+    assert graphs() == 0
+
+
+def test_a_second_checkpoint_of_the_family_costs_no_graph(unet: Any, compiled: Any, graphs: Any) -> None:
+    config = compiled.CompileConfig()
+    unet.sample(compiled.attach_compile(unet.model, config), steps=1, size=SIZE)
+    other = tiny_unet.build("sd15", seed=5)
+    graphs()
+    assert relative(
+        other.sample(compiled.attach_compile(other.model, config), steps=2, size=SIZE), other.sample(steps=2, size=SIZE)
+    ) < 1e-5  # fmt: skip
+    assert graphs() == 0
+
+
+@pytest.mark.parametrize("scope, dynamic, budget", [("blocks", "auto", 5), ("blocks", "true", 2), ("model", "true", 2)])
+def test_a_tour_of_sizes_stays_in_its_budget(
+    unet: Any, compiled: Any, graphs: Any, scope: str, dynamic: str, budget: int
+) -> None:
+    """Four resolutions, CFG 2 to 1 to 2, batch 1 to 4: at most `budget` graphs a kind, and 0 when all comes again."""
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(dynamic=dynamic, scope=scope))
+    kinds = KINDS if scope == "blocks" else 1
+
+    def tour() -> None:
+        for size in ((16, 16), (24, 16), (16, 32), (32, 32)):
+            unet.sample(model, steps=1, size=size)
+        for cfg in (2.0, 1.0, 2.0):
+            unet.sample(model, steps=1, size=(16, 32), cfg=cfg)
+        for batch in (1, 2, 3, 4):
+            last = unet.sample(model, steps=1, size=(16, 16), batch=batch)
+        assert relative(last, unet.sample(steps=1, size=(16, 16), batch=4)) < 1e-5
+
+    tour()
+    assert graphs() <= budget * kinds
+    tour()
+    assert graphs() == 0
+
+
+@pytest.mark.parametrize("behaviour", ["error", "eager"])
+def test_the_limit_of_graphs_is_never_silent(
+    unet: Any, compiled: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any, behaviour: str
+) -> None:
+    monkeypatch.setattr(engine("accelerate.backends.dynamo"), "GRAPHS_PER_KIND_STATIC", 1)
+    config = compiled.CompileConfig(dynamic="false", on_failure=behaviour)
+    model = compiled.attach_compile(unet.model, config)
+    if behaviour == "error":  # in the first picture already, where three kinds stand at two sizes
+        with pytest.raises(engine("accelerate.compile_run").CompileError, match=r"limit of graphs.*dynamic to auto"):
+            unet.sample(model, steps=1, size=SIZE)
+    else:
+        assert relative(unet.sample(model, steps=1, size=(24, 24)), unet.sample(steps=1, size=(24, 24))) < 1e-5
+        assert "went on uncompiled" in caplog.text
+    assert torch._dynamo.config.recompile_limit == 8
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
+
+
+def test_values_that_change_each_step_are_no_guards(unet: Any, compiled: Any, graphs: Any) -> None:
+    """A counter of another node in the options would compile anew at each call in core's whole-model compile."""
+
+    def counting(executor: Any, x: Any, timesteps: Any, context: Any, y: Any, control: Any, options: dict, **kw: Any):
+        options["count"] = options.get("count", 0) + 1 + int(timesteps[0])
+        return executor(x, timesteps, context, y, control, options, **kw)
+
+    for scope, expected in (("blocks", FIRST), ("model", 1)):
+        model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope=scope))
+        model.add_wrapper_with_key("diffusion_model", "test", counting)
+        unet.sample(model, steps=6, size=SIZE)
+        assert graphs() == expected, scope
+
+
+def test_split_conds_and_patches_of_blocks(unet: Any, compiled: Any, graphs: Any) -> None:
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    model.set_model_attn2_patch(lambda q, k, v, extra: (q, k * 0.5, v))
+    model.set_model_input_block_patch(lambda h, extra: h * 1.01)
+    plain = unet.model.clone()
+    plain.set_model_attn2_patch(lambda q, k, v, extra: (q, k * 0.5, v))
+    plain.set_model_input_block_patch(lambda h, extra: h * 1.01)
+    eager = unet.sample(plain, steps=2, size=SIZE)
+    assert relative(unet.sample(model, steps=2, size=SIZE), eager) < 1e-5
+    assert not torch.equal(eager, unet.sample(steps=2, size=SIZE))
+    with unet.split():
+        assert relative(unet.sample(model, steps=2, size=SIZE), eager) < 1e-5
+    assert 0 < graphs() <= 2 * KINDS + 4
+
+
+def test_a_replaced_attention_stays_and_other_blocks_are_compiled(unet: Any, compiled: Any, graphs: Any) -> None:
+    def replace(model: Any) -> Any:
+        clone = model.clone()
+        clone.set_model_attn1_replace(lambda q, k, v, extra: v * 0.5, "middle", 0)
+        return clone
+
+    eager = unet.sample(replace(unet.model), steps=2, size=SIZE)
+    model = replace(compiled.attach_compile(unet.model, compiled.CompileConfig()))
+    assert relative(unet.sample(model, steps=2, size=SIZE), eager) < 1e-5
+    assert graphs() >= KINDS - 1
+
+
+@pytest.mark.parametrize("node_first", [True, False])
+@pytest.mark.parametrize("technique", ["deepcache", "dynamic_cfg", "attention", "precision"])
+def test_with_each_technique_in_either_order(
+    unet: Any, compiled: Any, engine: Any, technique: str, node_first: bool
+) -> None:
+    def attach(model: Any) -> Any:
+        if technique == "deepcache":
+            deepcache = engine("accelerate.deepcache")
+            return deepcache.attach_deepcache(model, deepcache.DeepCacheConfig(interval=2))
+        if technique == "dynamic_cfg":
+            dynamic_cfg = engine("accelerate.dynamic_cfg")
+            return dynamic_cfg.attach_dynamic_cfg(model, dynamic_cfg.DynamicCFGConfig(stop_at=0.5))
+        if technique == "attention":
+            attention = engine("accelerate.attention")
+            return attention.attach_attention(model, attention.AttentionConfig("sdpa_math"))
+        precision = engine("accelerate.precision_flags")
+        return precision.attach_precision(model, precision.PrecisionConfig(memory_format="channels_last"))
+
+    config = compiled.CompileConfig()
+    eager = unet.sample(attach(unet.model), steps=4, size=SIZE)
+    if node_first:
+        model = attach(compiled.attach_compile(unet.model, config))
+    else:
+        model = compiled.attach_compile(attach(unet.model), config)
+    assert relative(unet.sample(model, steps=4, size=SIZE), eager) < 1e-4
+    assert relative(unet.sample(attach(unet.model), steps=4, size=SIZE), eager) == 0
+    assert relative(unet.sample(model, steps=4, size=SIZE), eager) < 1e-4
+
+
+def test_attention_with_compile_needs_no_graph_a_run(unet: Any, compiled: Any, engine: Any, graphs: Any) -> None:
+    attention = engine("accelerate.attention")
+    for scope, backends in (("blocks", ("auto", "sdpa", "split")), ("model", ("sdpa",))):
+        for backend in backends:
+            model = attention.attach_attention(unet.model, attention.AttentionConfig(backend))
+            model = compiled.attach_compile(model, compiled.CompileConfig(scope=scope))
+            unet.sample(model, steps=2, size=SIZE)
+            graphs()
+            unet.sample(model, steps=3, size=SIZE)
+            assert graphs() == 0, (scope, backend)
+    model = attention.attach_attention(unet.model, attention.AttentionConfig("split"))
+    model = compiled.attach_compile(model, compiled.CompileConfig(scope="model"))
+    with pytest.raises(engine("errors").SpeedLabError, match=r"Attention Backend's split.*scope to blocks"):
+        unet.sample(model, steps=1, size=SIZE)
+
+
+def test_deepcache_on_a_whole_graph_is_refused_by_both_names(unet: Any, compiled: Any, engine: Any) -> None:
+    deepcache = engine("accelerate.deepcache")
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="model"))
+    model = deepcache.attach_deepcache(model, deepcache.DeepCacheConfig(interval=2))
+    with pytest.raises(engine("errors").UnavailableError, match=r"DeepCache and Compile Model.*scope blocks"):
+        unet.sample(model, steps=2, size=SIZE)
+
+
+def test_cores_compile_beside_ours_is_refused(unet: Any, compiled: Any, engine: Any) -> None:
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    set_torch_compile_wrapper(model=model, backend="eager")
+    with pytest.raises(engine("errors").UnavailableError, match=r"TorchCompileModel"):
+        unet.sample(model, steps=1, size=SIZE)
+
+
+def test_controlnet_residuals_reach_compiled_blocks(unet: Any, compiled: Any) -> None:
+    """`get_control` gives residuals that a forward pops."""
+    import comfy.controlnet
+
+    class Control(comfy.controlnet.ControlBase):
+        def get_control(self, x: Any, t: Any, cond: Any, batched: int, options: dict) -> dict:
+            generator = torch.Generator().manual_seed(1)
+            middle = 0.5 * torch.randn(x.shape[0], 64, x.shape[2] // 8, x.shape[3] // 8, generator=generator)
+            return {"input": [], "middle": [middle], "output": []}
+
+        def get_models(self) -> list:
+            return []
+
+        def copy(self) -> Any:
+            return self
+
+    positive = [[unet.cond(1)[0][0], {**unet.cond(1)[0][1], "control": Control(), "control_apply_to_uncond": True}]]
+    plain = unet.sample(steps=2, size=SIZE)
+    eager = unet.sample(steps=2, size=SIZE, positive=positive)
+    assert not torch.equal(plain, eager)
+    for scope in ("blocks", "model"):
+        model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope=scope))
+        assert relative(unet.sample(model, steps=2, size=SIZE, positive=positive), eager) < 1e-5, scope
+
+
+def test_a_cancel_while_compiling_stops_and_leaves_nothing(
+    unet: Any, compiled: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as mm
+
+    def cancelling(_options: Any, graph: Any, _inputs: Any) -> Any:
+        mm.interrupt_current_processing()
+        return graph.forward
+
+    monkeypatch.setattr(engine("accelerate.backends.inductor"), "_compile_graph", cancelling)
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    count = engine("accelerate.backends.dynamo").COUNT
+    before = count.graphs
+    with pytest.raises(mm.InterruptProcessingException):
+        unet.sample(model, steps=2, size=SIZE)
+    assert count.graphs == before + 1
+    assert not any({"forward", "_forward"} & vars(m).keys() for m in unet.unet.modules())
+    assert "speedlab.compile" not in str(model.model_options.get("transformer_options", {}).keys())
+
+
+@pytest.mark.parametrize("behaviour", ["error", "eager"])
+def test_a_failure_names_backend_part_cause_and_remedy(
+    unet: Any, compiled: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any, behaviour: str
+) -> None:
+    def failing(_options: Any, _graph: Any, _inputs: Any) -> Any:
+        raise RuntimeError("the compiler fell over\nand more lines")
+
+    monkeypatch.setattr(engine("accelerate.backends.inductor"), "_compile_graph", failing)
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(on_failure=behaviour))
+    if behaviour == "error":
+        with pytest.raises(engine("errors").SpeedLabError) as raised:
+            unet.sample(model, steps=1, size=SIZE)
+        text = str(raised.value)
+        for words in ("inductor", "ResBlock input_blocks.1.0", "the compiler fell over", "another backend", "eager"):
+            assert words in text
+        assert "more lines" not in text
+    else:
+        assert torch.equal(unet.sample(model, steps=2, size=SIZE), unet.sample(steps=2, size=SIZE))
+        assert caplog.text.count("went on uncompiled") == 1
+
+
+def test_sdxl_blocks(compiled: Any, comfy: Any) -> None:
+    unet = tiny_unet.build("sdxl")
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    assert relative(unet.sample(model, steps=2, size=SIZE), unet.sample(steps=2, size=SIZE)) < 1e-5
+
+
+def test_settings_that_make_no_sense_are_refused(unet: Any, compiled: Any, engine: Any) -> None:
+    unavailable = engine("errors").UnavailableError
+    with pytest.raises(ValueError, match="backend is 'fast'"):
+        compiled.CompileConfig(backend="fast")
+    with pytest.raises(unavailable, match="no mode max-autotune"):
+        compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", mode="max-autotune"))
+    with pytest.raises(unavailable, match="as a whole"):
+        compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", scope="blocks"))
+    with pytest.raises(unavailable, match="CUDA graphs need an NVIDIA GPU"):
+        compiled.attach_compile(unet.model, compiled.CompileConfig("cudagraphs"))

@@ -1,0 +1,111 @@
+"""inductor for real, on the smallest UNet: its C++ for one picture, found again on disk; and Compile VAE's backends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from .tiny_unet import fill, relative
+
+
+@pytest.fixture
+def fresh(engine: Any, base_dir: Path) -> Any:
+    """Nothing compiled yet in this process."""
+    torch._dynamo.reset()
+    engine("accelerate.backends.dynamo")._functions.clear()
+    yield engine("accelerate.compile")
+    torch._dynamo.reset()
+
+
+def sample(core: Any, tiny: SimpleNamespace, model: Any) -> torch.Tensor:
+    latent = tiny.latent(1, 16, 16)
+    (result,) = core.KSampler().sample(
+        model, 1, 2, 5.0, "euler", "normal", tiny.cond(1), tiny.cond(2), latent, denoise=1.0
+    )
+    return result["samples"]
+
+
+def test_real_code_equals_eager_and_is_found_again_on_disk(
+    core: Any, tiny: SimpleNamespace, fresh: Any, engine: Any, base_dir: Path
+) -> None:
+    from torch._dynamo.utils import counters
+
+    eager = sample(core, tiny, tiny.model)
+    model = fresh.attach_compile(tiny.model, fresh.CompileConfig())
+    assert relative(sample(core, tiny, model), eager) < 1e-4
+    kept = list((base_dir / "user" / "speedlab" / "compiled").glob(f"inductor-torch{torch.__version__[:3]}*cpu"))
+    assert len(kept) == 1 and any(kept[0].rglob("*.so"))
+    torch._dynamo.reset()
+    engine("accelerate.backends.dynamo")._functions.clear()
+    counters.clear()
+    again = fresh.attach_compile(tiny.model, fresh.CompileConfig())
+    assert relative(sample(core, tiny, again), eager) < 1e-4
+    hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    assert hits > 0
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+def test_plain_inductor_on_a_cpu_warns_before(tiny: SimpleNamespace, fresh: Any, caplog: Any) -> None:
+    fresh.attach_compile(tiny.model, fresh.CompileConfig())
+    assert "slower than no compiling" in caplog.text
+    caplog.clear()
+    fresh.attach_compile(tiny.model, fresh.CompileConfig(freeze_weights=True))
+    assert "slower" not in caplog.text
+
+
+@pytest.fixture(scope="module")
+def vae(comfy: Any) -> Any:
+    """A full VAE of SD 1.x, as ComfyUI builds one from weights."""
+    import comfy.sd
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    config = {
+        "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+        "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+    with torch.inference_mode():
+        network = AutoencoderKL(ddconfig=config, embed_dim=4)
+        fill(network, 0)
+        return comfy.sd.VAE(sd=network.state_dict(), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(comfy: Any) -> Any:
+    """A Tiny VAE, as core's Load VAE gives it."""
+    import comfy.sd
+    from comfy.taesd.taesd import TAESD
+
+    with torch.inference_mode():
+        network = TAESD()
+        fill(network, 0)
+        state = {**network.state_dict(), "vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+        return comfy.sd.VAE(sd=state, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("which, backend", [("vae", "jit_trace"), ("vae", "onnxruntime"), ("tiny_vae", "onnxruntime"),
+                                            ("tiny_vae", "jit_trace"), ("tiny_vae", "inductor")])  # fmt: skip
+def test_a_compiled_vae_decodes_alike(
+    node: Any, fresh: Any, request: pytest.FixtureRequest, which: str, backend: str
+) -> None:
+    plain = request.getfixturevalue(which)
+    network, keys = plain.first_stage_model, list(plain.first_stage_model.state_dict())
+    (compiled,) = node("SpeedLabCompileVAE").apply(plain, backend, "default")
+    assert compiled is not plain and plain.first_stage_model is network
+    for size in ((8, 8), (8, 12)):
+        latent = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0))
+        assert relative(compiled.decode(latent), plain.decode(latent)) < 1e-4
+        (pictures,) = node("SpeedLabVAEDecode").decode({"samples": latent}, compiled, False, 0, 64, "auto")[:1]
+        assert pictures.shape == (1, 8 * size[0], 8 * size[1], 3)
+    assert "decode" not in vars(network)
+    assert list(network.state_dict()) == list(compiled.first_stage_model.state_dict()) == keys
+
+
+def test_a_vae_that_cannot_be_compiled_says_why(node: Any, tiny_vae: Any, engine: Any) -> None:
+    with pytest.raises(engine("errors").UnavailableError, match="no mode max-autotune"):
+        node("SpeedLabCompileVAE").apply(tiny_vae, "jit_trace", "max-autotune")
+    with pytest.raises(ValueError, match="tensorrt"):
+        node("SpeedLabCompileVAE").apply(tiny_vae, "tensorrt", "default")
