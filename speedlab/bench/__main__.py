@@ -27,6 +27,8 @@ def _run_options() -> argparse.ArgumentParser:
     )
     models.add_argument("--controlnet", metavar="FILE", help="ControlNet, for the scenarios that use one")
     models.add_argument("--refiner", metavar="FILE", help="refiner checkpoint, for the scenarios with two models")
+    models.add_argument("--lora", metavar="FILE", help="LoRA, for the scenarios that use one")
+    models.add_argument("--lora-2", metavar="FILE", help="second LoRA, for the scenarios that switch between two")
     sampling = options.add_argument_group("sampling")
     for name, what in (
         ("width", "pixels"), ("height", "pixels"), ("steps", "sampling steps"), ("batch", "pictures at once"),
@@ -46,8 +48,6 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     bench = commands.add_parser("bench", parents=[_run_options()], help="run scenarios and print their rows")
     bench.add_argument("scenarios", nargs="+", metavar="SCENARIO", help="ids, as 'scenarios' lists them, or 'all'")
-    for name in ("refiner", "lora"):
-        bench.add_argument(f"--{name}", metavar="FILE", help=f"{name} file, or a name the server knows")
     bench.add_argument("--csv", type=Path, metavar="FILE", help="write this series' rows into a table of its own too")
     bench.add_argument("--html", type=Path, metavar="FILE", help="write one HTML page with tables and pictures")
     bench.add_argument(

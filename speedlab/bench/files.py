@@ -124,6 +124,14 @@ def demo_controlnet() -> Path:
     return path
 
 
+def demo_lora(family: str, kind: str) -> Path:
+    """A LoRA with random weights for the demo checkpoint of a family, in the cache; `kind` is lora or lora_2."""
+    path = cache_root() / "demo-models" / "loras" / f"speedlab_demo_{DEMO_FAMILIES[family]}_{kind}.safetensors"
+    seed = "1" if kind == "lora" else "2"
+    _synthetic("lora", str(path), "--family", DEMO_FAMILIES[family], "--size", "small", "--seed", seed)
+    return path
+
+
 def demo_vae(name: str) -> Path:
     """A VAE with random weights that is finite in fp16, in the cache under the name that a scenario asks for."""
     path = cache_root() / "demo-models" / "vae" / name

@@ -13,6 +13,7 @@ from .files import (
     check_model_file,
     demo_checkpoint,
     demo_controlnet,
+    demo_lora,
     demo_tiny_vae,
     demo_vae,
     has_tiny_vae,
@@ -28,7 +29,7 @@ NOISE = (
 
 
 # Options that name a model beside the checkpoint, and the folder below `models/` that holds such files.
-OTHER_MODELS = {"vae": "vae", "controlnet": "controlnet", "refiner": "checkpoints", "lora": "loras"}
+OTHER_MODELS = {"vae": "vae", "controlnet": "controlnet", "refiner": "checkpoints", "lora": "loras", "lora_2": "loras"}
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
     notes: list[str] = []
     named: dict[str, str | None] = {}
     for option, folder in (("checkpoint", "checkpoints"), *OTHER_MODELS.items()):
-        value = getattr(args, option, None)
+        value, flag = getattr(args, option, None), f"--{option.replace('_', '-')}"
         if value is None or not looks_like_path(value):
             named[option] = value
         elif args.server:
-            raise BenchError(f"--{option} {value}: with --server it is a name that the server knows, not a file")
+            raise BenchError(f"{flag} {value}: with --server it is a name that the server knows, not a file")
         else:
-            path = check_model_file(value, f"--{option}")
+            path = check_model_file(value, flag)
             files.setdefault(folder, []).append(path)
             named[option] = path.name
     checkpoints = {entry.id: named["checkpoint"] for entry in scenarios if named["checkpoint"] is not None}
@@ -78,6 +79,13 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
             files.setdefault("checkpoints", []).append(path)
             named["refiner"] = path.name
             notes.append(f"No refiner given with --refiner: using random weights ({path.name}).")
+        for entry in scenarios:
+            for kind in ("lora", "lora_2"):
+                if entry.file(kind) is not None and named[kind] is None:
+                    path = demo_lora(entry.family, kind)
+                    files.setdefault("loras", []).append(path)
+                    named[kind] = path.name
+                    notes.append(f"No LoRA given with --{kind.replace('_', '-')}: using random weights ({path.name}).")
         if named["vae"] is None:
             files["vae"], more = vae_files(scenarios)
             notes += more
