@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from .accelerate.compile_vae import compiled_like, is_compiled
 from .loading import FIXED_PRECISION, vae_in
 from .precision import cpu_computes_bf16, short_name, torch_dtype
 
@@ -60,6 +59,8 @@ def sibling(vae: Any, dtype: Any) -> Any:
     """The VAE itself if it runs in `dtype`, else its second module in that dtype, built once."""
     if vae.vae_dtype == dtype:
         return vae
+    from .accelerate.compile_vae import compiled_like
+
     known = _siblings.setdefault(vae.first_stage_model, {})
     if dtype not in known:
         known[dtype] = compiled_like(vae, vae_in(vae, dtype))
@@ -88,6 +89,8 @@ def _may_try_fp16(vae: Any) -> bool:
     A compiled VAE stays as it is: trying would compile it once more.
     """
     from comfy.cli_args import args
+
+    from .accelerate.compile_vae import is_compiled
 
     flags = ("fp16_vae", "bf16_vae", "fp32_vae", "cpu_vae")
     if is_compiled(vae):
