@@ -39,7 +39,7 @@ SAMPLING = {
     "DeepCache 3 + Dynamic CFG 0.75": Plan(interval=3, stop_at=0.75),
     "DeepCache 5 + Dynamic CFG 0.5": Plan(interval=5, stop_at=0.5),
 }
-INTERVAL_3, INTERVAL_5 = (Plan("auto", interval, 0.75) for interval in (3, 5))
+INTERVAL_3, INTERVAL_5 = (Plan("auto", interval, 0.75, "auto") for interval in (3, 5))
 PICTURE_STEPS = 20
 EASY_CACHE = "stock + EasyCache"
 # Speed-up over stock ComfyUI, text to picture at the large size.
@@ -142,8 +142,12 @@ def sampling_jobs(bench: Bench, sizes: dict[int, tuple[int, int]]) -> list[Job]:
 
 def attention_jobs(bench: Bench, size: int, rounds: int) -> list[Job]:
     return [
-        Job("attention", name, size, 2, bench.sampling(Plan(attention), size, 2), rounds)
-        for name, attention in (("stock", None), ("Attention auto", "auto"))
+        Job("attention", name, size, 2, bench.sampling(plan, size, 2), rounds)
+        for name, plan in (
+            ("stock", Plan(None)),
+            ("Attention auto", Plan("auto")),
+            ("Attention and linear auto", Plan("auto", linear="auto")),
+        )
     ]
 
 
@@ -197,6 +201,7 @@ def figures(series: Series, bench: Bench, sizes: dict[int, tuple[int, int]], siz
             limit = cost.limit(plan, steps)
             yield f"sampling {where}x{where}, {steps} steps: {name}", stock / seconds, limit, share * limit
     yield _ratio(series, "attention", "Attention auto", size, 1.6)
+    yield _ratio(series, "attention", "Attention and linear auto", size, None)
     for name, target in PICTURE_TARGETS.items():
         for where in (small, size):
             yield _ratio(series, "picture", name, where, target if where == size else None)
@@ -215,7 +220,7 @@ def everything_off(bench: Bench) -> tuple:
     model = bench.stock[0]
     off = bench.node("SpeedLabDeepCache").apply(model, 1, 0, 0.0, 1.0, "uniform")[0]
     off = bench.node("SpeedLabDynamicCFG").apply(off, "fixed", 1.0, 0.99)[0]
-    off = bench.node("SpeedLabPrecision").apply(off, "keep", "keep", "keep", "keep", "keep", "off")[0]
+    off = bench.node("SpeedLabPrecision").apply(off, "keep", "keep", "keep", "keep", "keep", "off", "keep")[0]
     return "everything off: the same object, no wrapper (1 is yes)", float(off is model), None, 1.0
 
 
@@ -266,7 +271,9 @@ def main() -> None:
     sizes = dict(zip((args.size, args.small), zip(args.steps, args.rounds, strict=True), strict=True))
     with torch.inference_mode():
         bench = Bench(pack, args.base)
-        bench.sample(bench.patched(Plan("auto")), args.size, 1)  # warm: memory, kernels, the choice of `auto`
+        bench.sample(
+            bench.patched(Plan("auto", linear="auto")), args.size, 1
+        )  # warm: memory, kernels, the choice of `auto`
         off = everything_off(bench)
         series.all_in_turn(picture_jobs(bench, args.small, 1))
         bench.forget("diffusers_unet")

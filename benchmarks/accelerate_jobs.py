@@ -22,6 +22,7 @@ class Plan:
     attention: str | None = "sdpa"
     interval: int = 1
     stop_at: float = 1.0
+    linear: str = "keep"
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Bench:
         model = self.stock[0] if model is None else model
         if plan.attention is not None:
             (model,) = self.node("SpeedLabAttention").apply(model, plan.attention)
+        precision = self.node("SpeedLabPrecision")
+        (model,) = precision.apply(model, "keep", "keep", "keep", "keep", "keep", "off", plan.linear)
         (model,) = self.node("SpeedLabDeepCache").apply(model, plan.interval, 0, 0.0, 1.0, "uniform")
         (model,) = self.node("SpeedLabDynamicCFG").apply(model, "fixed", plan.stop_at, 0.99)
         return model

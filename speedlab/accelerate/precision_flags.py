@@ -1,4 +1,4 @@
-"""Precision: PyTorch's speed flags, the layout of convolution weights, and autocast, for the runs of one model.
+"""Precision: PyTorch's speed flags, layout of convolution weights, autocast, and the library behind linear layers.
 
 The flags hold for the whole process and the weights are shared by all clones of a model, so both are set when a run
 begins and put back when it ends, however it ends. A run inside another finds and leaves what the outer one has set.
@@ -7,7 +7,8 @@ begins and put back when it ends, however it ends. A run inside another finds an
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ import torch
 
 from ..errors import UnavailableError, first_line
 from ..precision import cpu_computes_bf16, torch_dtype
+from .onednn_linear import OneDNNLinear, is_faster_here, why_not
 from .patching import Accelerator, Site, Wrapper, attach, declare
 from .run_notes import report_note
 from .torch_flags import FLAGS, flags_set
@@ -24,7 +26,10 @@ KEY = "speedlab.precision"
 Switch = Literal["keep", "on", "off"]
 MemoryFormat = Literal["keep", "contiguous", "channels_last"]
 Autocast = Literal["off", "fp16", "bf16"]
+Linear = Literal["keep", "auto", "onednn"]
 SWITCHES, MEMORY_FORMATS, AUTOCASTS = get_args(Switch), get_args(MemoryFormat), get_args(Autocast)
+LINEARS = get_args(Linear)
+_WORDS = {"memory_format": MEMORY_FORMATS, "autocast": AUTOCASTS, "linear": LINEARS}
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -38,10 +43,11 @@ class PrecisionConfig:
     fp16_accumulation: Switch = "keep"
     memory_format: MemoryFormat = "keep"
     autocast: Autocast = "off"
+    linear: Linear = "keep"
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            words = {"memory_format": MEMORY_FORMATS, "autocast": AUTOCASTS}.get(field.name, SWITCHES)
+            words = _WORDS.get(field.name, SWITCHES)
             if getattr(self, field.name) not in words:
                 raise ValueError(f"{field.name} is {getattr(self, field.name)!r}; choose one of {', '.join(words)}")
 
@@ -63,6 +69,7 @@ def attach_precision(model: Any, config: PrecisionConfig) -> Any:
     devices too, where it does nothing, and a warning says so. Raises UnavailableError, with the remedy, for a flag
     that this PyTorch does not have, and for an autocast that the device does not do.
     """
+    config = _without_auto(config, model.load_device)
     if not config.changes:
         return model
     _check(config, model.load_device)
@@ -72,6 +79,13 @@ def attach_precision(model: Any, config: PrecisionConfig) -> Any:
     clone.set_attachments(KEY, config)
     declare(clone, Accelerator("precision", config.changes))
     return clone
+
+
+def _without_auto(config: PrecisionConfig, device: torch.device) -> PrecisionConfig:
+    """`auto` becomes what it means here: another library only on a CPU where it was measured to be faster."""
+    if config.linear != "auto":
+        return config
+    return replace(config, linear="onednn" if device.type == "cpu" and is_faster_here() else "keep")
 
 
 def _check(config: PrecisionConfig, device: torch.device) -> None:
@@ -89,6 +103,18 @@ def _check(config: PrecisionConfig, device: torch.device) -> None:
         )
     if config.autocast != "off":
         _check_autocast(config.autocast, device)
+    if config.linear == "onednn":
+        _check_linear(device)
+
+
+def _check_linear(device: torch.device) -> None:
+    reason = why_not()
+    if reason:
+        raise UnavailableError(
+            f"Precision cannot compute linear layers with oneDNN: {reason}. Set linear to keep or auto."
+        )
+    if device.type != "cpu":
+        logging.warning("Precision: linear has no effect here: this model runs on %s, and it is for CPUs.", device.type)
 
 
 def _check_autocast(word: Autocast, device: torch.device) -> None:
@@ -111,8 +137,10 @@ def _check_autocast(word: Autocast, device: torch.device) -> None:
 def _wrappers(config: PrecisionConfig) -> Mapping[Site, Wrapper]:
     """The closures hold frozen values alone: clones of a model share them."""
     wrappers: dict[Site, Wrapper] = {}
-    if config.flags:
-        wrappers[Site.OUTER_SAMPLE] = _with_flags(config.flags)
+    if config.flags or config.linear == "onednn":
+        wrappers[Site.OUTER_SAMPLE] = _with_flags(
+            config.flags, OneDNNLinear if config.linear == "onednn" else nullcontext
+        )
     if config.memory_format != "keep":
         layout = _LAYOUTS[config.memory_format]
         wrappers[Site.SAMPLER_SAMPLE] = _with_weights_in(layout)
@@ -122,9 +150,9 @@ def _wrappers(config: PrecisionConfig) -> Mapping[Site, Wrapper]:
     return wrappers
 
 
-def _with_flags(flags: Mapping[str, bool]) -> Wrapper:
+def _with_flags(flags: Mapping[str, bool], linear: Callable[[], AbstractContextManager[Any]]) -> Wrapper:
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        with flags_set(flags):
+        with flags_set(flags), linear():
             return executor(*args, **kwargs)
 
     return outer_sample

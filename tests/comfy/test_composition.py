@@ -206,7 +206,7 @@ def techniques(tiny: TinyUNet, pack: ModuleType) -> dict[str, Technique]:
             _same, changes=False, watch=split_at_work,
         ),
         "Precision": Technique(
-            lambda model: precision.attach_precision(model, precision.PrecisionConfig(memory_format="channels_last")),
+            lambda model: precision.attach_precision(model, precision.PrecisionConfig(memory_format="channels_last", linear="onednn")),
             _same, changes=False, watch=channels_last_at_work,
         ),
         "LoRA": Technique(_with_lora(tiny), _merged(tiny)),

@@ -438,3 +438,47 @@ def test_node(tiny: TinyUNet, pack: ModuleType, caplog: pytest.LogCaptureFixture
     assert model is not tiny.model
     with pytest.raises(ValueError, match="tf32 is 'maybe'; choose one of keep, on, off"):
         node().apply(tiny.model, **{**defaults, "tf32": "maybe"})
+
+
+def _stack() -> list[Any]:
+    return list(torch.overrides._get_current_function_mode_stack())
+
+
+def test_linear_layers_on_onednn(tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace) -> None:
+    """The same latents to rounding, with linear layers on oneDNN while sampling and only then."""
+    before, seen = _stack(), []
+    stock = tiny.sample(tiny.model, steps=3)
+    result = tiny.sample(_watched(attach(tiny.model, linear="onednn"), _stack, seen), steps=3)
+    assert [type(mode).__name__ for stack in seen for mode in stack] == ["OneDNNLinear"] * len(seen)
+    assert seen
+    assert relative(result, stock) < 1e-5
+    assert _stack() == before
+    assert torch.equal(tiny.sample(tiny.model, steps=3), stock)
+
+
+def test_linear_is_undone_after_an_error(tiny: TinyUNet, attach: Callable[..., Any]) -> None:
+    def fail() -> None:
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        tiny.sample(_watched(attach(tiny.model, linear="onednn"), fail, []), steps=2)
+    assert _stack() == []
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_linear_auto_takes_what_was_measured(
+    tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, faster: bool
+) -> None:
+    monkeypatch.setattr(modules.precision_flags, "is_faster_here", lambda: faster)
+    model = attach(tiny.model, linear="auto")
+    assert (model is tiny.model) is not faster
+    told = [accelerator.describe() for accelerator in modules.patching.accelerators(model)]
+    assert any("linear=onednn" in text for text in told) is faster
+
+
+def test_linear_says_what_is_missing(
+    tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules.precision_flags, "why_not", lambda: "this PyTorch was built without oneDNN")
+    with pytest.raises(modules.errors.UnavailableError, match="without oneDNN. Set linear to keep or auto"):
+        attach(tiny.model, linear="onednn")

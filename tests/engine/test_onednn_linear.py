@@ -1,0 +1,133 @@
+"""Linear layers on oneDNN: the same sums for every layout that may come, and left alone what is not theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from speedlab.accelerate import onednn_linear
+from speedlab.accelerate.onednn_linear import OneDNNLinear
+
+pytestmark = pytest.mark.skipif(bool(onednn_linear.why_not()), reason=onednn_linear.why_not() or "oneDNN is there")
+linear = torch.nn.functional.linear
+
+
+class _Counter(TorchDispatchMode):
+    """Counts what reaches oneDNN's operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += "mkldnn._linear_pointwise" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted() -> Iterator[_Counter]:
+    with _Counter() as counter:
+        yield counter
+
+
+INPUTS = {
+    "plain": lambda: torch.randn(2, 64, 32),
+    "two dimensions": lambda: torch.randn(64, 32),
+    "five dimensions": lambda: torch.randn(2, 3, 4, 5, 32),
+    "transposed": lambda: torch.randn(2, 32, 64).transpose(1, 2),
+    "columns of more": lambda: torch.randn(64, 40)[:, :32],
+    "expanded": lambda: torch.randn(1, 1, 17, 32).expand(2, 3, 17, 32),
+    "channels last": lambda: torch.randn(2, 32, 8, 8).contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1),
+}
+WEIGHTS = {
+    "plain": lambda: (torch.randn(48, 32), torch.randn(48)),
+    "no bias": lambda: (torch.randn(48, 32), None),
+    "parameters": lambda: (torch.nn.Parameter(torch.randn(48, 32)), torch.nn.Parameter(torch.randn(48))),
+    "rows of more": lambda: (torch.randn(60, 32)[6:54], torch.randn(60)[6:54]),
+    "transposed": lambda: (torch.randn(32, 48).t(), torch.randn(48)),
+    "every second bias": lambda: (torch.randn(48, 32), torch.randn(96)[::2]),
+}
+LEFT_ALONE = {"transposed", "every second bias"}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("given", INPUTS)
+def test_the_sums_are_the_same(given: str, weights: str) -> None:
+    torch.manual_seed(3)
+    x, (weight, bias) = INPUTS[given](), WEIGHTS[weights]()
+    with torch.inference_mode():
+        expected = linear(x, weight, bias)
+        with counted() as counter, OneDNNLinear():
+            result = linear(x, weight, bias)
+    assert counter.calls == (weights not in LEFT_ALONE)
+    assert (result.shape, result.stride()) == (expected.shape, expected.stride())
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(2, 64, 32, dtype=torch.bfloat16), torch.randn(2, 64, 32, dtype=torch.float64), torch.randn(8, 32),
+     torch.randn(32), torch.randn(0, 32), torch.randn(64, 0)],
+    ids=["bf16", "fp64", "few rows", "a vector", "no rows", "no inputs"],
+)  # fmt: skip
+def test_what_is_left_to_pytorch(x: torch.Tensor) -> None:
+    weight = torch.randn(48, x.shape[-1], dtype=x.dtype)
+    with torch.inference_mode():
+        expected = linear(x, weight)
+        with counted() as counter, OneDNNLinear():
+            result = linear(x, weight)
+    assert counter.calls == 0
+    assert torch.equal(result, expected)
+
+
+def test_gradients_and_autocast_are_left_to_pytorch() -> None:
+    x, weight = torch.randn(64, 32), torch.nn.Parameter(torch.randn(48, 32))
+    with counted() as counter, OneDNNLinear():
+        linear(x, weight).sum().backward()
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert linear(x, weight).dtype == torch.bfloat16
+    assert weight.grad is not None
+    assert counter.calls == 0
+
+
+def test_keywords_and_other_functions_pass() -> None:
+    x, weight = torch.randn(64, 32), torch.randn(48, 32)
+    with torch.inference_mode(), OneDNNLinear():
+        assert torch.equal(linear(input=x, weight=weight), x @ weight.t())
+        assert torch.equal(torch.relu(x), x.clamp(min=0))
+
+
+def test_it_is_gone_afterwards_also_after_an_error() -> None:
+    before = torch.overrides._get_current_function_mode_stack()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied|mat1 and mat2"), OneDNNLinear():
+        linear(torch.randn(64, 31), torch.randn(48, 32))
+    assert torch.overrides._get_current_function_mode_stack() == before
+    assert issubclass(OneDNNLinear, TorchFunctionMode)
+
+
+def test_a_compiled_module_computes_by_itself() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(32, 48), torch.nn.GELU(), torch.nn.Linear(48, 32)).eval()
+    x = torch.randn(64, 32)
+    targets: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        targets.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    with torch.inference_mode(), OneDNNLinear():
+        result = torch.compile(module, backend=backend, fullgraph=True)(x)
+        torch.testing.assert_close(result, module(x), rtol=1e-5, atol=1e-5)
+    assert targets.count(linear) == 2
+
+
+def test_the_choice_is_measured_once() -> None:
+    onednn_linear.is_faster_here.cache_clear()
+    first = onednn_linear.is_faster_here()
+    assert first is onednn_linear.is_faster_here()
+    assert onednn_linear.is_faster_here.cache_info().misses == 1
