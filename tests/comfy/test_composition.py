@@ -167,6 +167,7 @@ def techniques(tiny: TinyUNet, pack: ModuleType) -> dict[str, Technique]:
     deepcache, dynamic_cfg = engine("deepcache"), engine("dynamic_cfg")
     attention, precision = engine("attention"), engine("precision_flags")
     backends = engine("attention_backends").BACKENDS
+    both = precision.PrecisionConfig(memory_format="channels_last", linear="onednn")
 
     @contextmanager
     def split_at_work() -> Iterator[Callable[[], bool]]:
@@ -206,7 +207,7 @@ def techniques(tiny: TinyUNet, pack: ModuleType) -> dict[str, Technique]:
             _same, changes=False, watch=split_at_work,
         ),
         "Precision": Technique(
-            lambda model: precision.attach_precision(model, precision.PrecisionConfig(memory_format="channels_last", linear="onednn")),
+            lambda model: precision.attach_precision(model, both),
             _same, changes=False, watch=channels_last_at_work,
         ),
         "LoRA": Technique(_with_lora(tiny), _merged(tiny)),

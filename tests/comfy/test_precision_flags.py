@@ -480,5 +480,5 @@ def test_linear_says_what_is_missing(
     tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(modules.precision_flags, "why_not", lambda: "this PyTorch was built without oneDNN")
-    with pytest.raises(modules.errors.UnavailableError, match="without oneDNN. Set linear to keep or auto"):
+    with pytest.raises(modules.errors.UnavailableError, match=r"without oneDNN\. Set linear to keep or auto"):
         attach(tiny.model, linear="onednn")

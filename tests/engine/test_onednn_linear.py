@@ -105,7 +105,7 @@ def test_keywords_and_other_functions_pass() -> None:
 
 def test_it_is_gone_afterwards_also_after_an_error() -> None:
     before = torch.overrides._get_current_function_mode_stack()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied|mat1 and mat2"), OneDNNLinear():
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|mat1 and mat2"), OneDNNLinear():
         linear(torch.randn(64, 31), torch.randn(48, 32))
     assert torch.overrides._get_current_function_mode_stack() == before
     assert issubclass(OneDNNLinear, TorchFunctionMode)
