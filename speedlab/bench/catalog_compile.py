@@ -36,10 +36,12 @@ _ASTRONAUT = Prompt("astronaut", "a photo of an astronaut riding a horse on mars
 
 
 def _sdxl(checkpoint: NeededFile, settings: Settings) -> tuple[Scenario, ...]:
-    def row(id: str, title: str, shows: str, published: tuple[Published, ...], technique: Technique) -> Scenario:
+    def row(
+        id: str, title: str, shows: str, published: tuple[Published, ...], technique: Technique, *packages: str
+    ) -> Scenario:
         return Scenario(
             id=id, source="S1", title=title, shows=shows, family="sdxl", files=(checkpoint,), settings=settings,
-            published=published, plan=Plan(title, (technique,)), build=text_to_image,
+            published=published, plan=Plan(title, (technique,)), build=text_to_image, packages=packages,
         )  # fmt: skip
 
     return (
@@ -57,6 +59,8 @@ def _sdxl(checkpoint: NeededFile, settings: Settings) -> tuple[Scenario, ...]:
             "Four prompts on a UNet compiled by OneDiff, which needs the packages onediff and nexfort.",
             (Published("45 % less time, no extra memory", "RTX 3090"),),
             compiled("onediff_nexfort"),
+            "onediff",
+            "nexfort",
         ),
         row(
             "sdxl-stable-fast",
@@ -64,6 +68,7 @@ def _sdxl(checkpoint: NeededFile, settings: Settings) -> tuple[Scenario, ...]:
             "Four prompts on a UNet compiled by stable-fast, which has to be installed.",
             (Published("the first image 19 s, the next ones far faster", "RTX 3090"),),
             compiled("stable_fast"),
+            "sfast",
         ),
         row(
             "sdxl-tensorrt",
@@ -72,6 +77,7 @@ def _sdxl(checkpoint: NeededFile, settings: Settings) -> tuple[Scenario, ...]:
             "the building of the engine.",
             (Published("8 s against 14 s; half an hour to build", "RTX 3090"),),
             compiled("tensorrt"),
+            "torch_tensorrt",
         ),
     )
 
@@ -80,6 +86,7 @@ def _sd15() -> tuple[Scenario, ...]:
     plain = Settings(prompts=(_ASTRONAUT,), steps=50, cfg=7.5, sampler="ddim", scheduler="ddim_uniform", warmup=1)
     channels_last = {"precision": "fp16", "memory_format": "channels_last"}
     traced = compiled("jit_trace")
+    whole, efficient = (Technique("Attention", "SpeedLabAttention", {"backend": name}) for name in ("split", "sdpa"))
     return (
         Scenario(
             id="sd15-cpu-onnxruntime",
@@ -91,6 +98,7 @@ def _sd15() -> tuple[Scenario, ...]:
             settings=replace(plain, steps=20, sampler="euler", scheduler="normal"),
             published=(Published("40 % to 50 % less time", "CPU"),),
             plan=Plan("PyTorch and ONNX Runtime"),
+            packages=("onnx", "onnxruntime", "onnxscript"),
             build=side_by_side(
                 (
                     Rung("PyTorch", {"precision": "fp32"}),
@@ -103,7 +111,7 @@ def _sd15() -> tuple[Scenario, ...]:
             source="S3",
             title="SD 1.5, one step after the other",
             shows="The same picture five times: plain, in fp16, channels last, with a traced UNet, and with "
-            "memory-efficient attention. The last step of the ladder needs a GPU.",
+            "memory-efficient attention in place of whole attention matrices.",
             family="sd15",
             files=(_CHECKPOINT_SD15,),
             settings=plain,
@@ -111,15 +119,11 @@ def _sd15() -> tuple[Scenario, ...]:
             plan=Plan("ladder"),
             build=side_by_side(
                 (
-                    Rung("original", {"precision": "fp32"}),
-                    Rung("fp16", {"precision": "fp16"}),
-                    Rung("channels last", channels_last),
-                    Rung("traced UNet", channels_last, (traced,)),
-                    Rung(
-                        "memory-efficient attention",
-                        channels_last,
-                        (Technique("Attention", "SpeedLabAttention", {"backend": "sdpa_mem_efficient"}), traced),
-                    ),
+                    Rung("original", {"precision": "fp32"}, (whole,)),
+                    Rung("fp16", {"precision": "fp16"}, (whole,)),
+                    Rung("channels last", channels_last, (whole,)),
+                    Rung("traced UNet", channels_last, (whole, traced)),
+                    Rung("memory-efficient attention", channels_last, (efficient, traced)),
                 )
             ),
         ),

@@ -17,14 +17,18 @@ REFINER_SDXL = NeededFile(
     where="SDXL refiner 1.0 by Stability AI, on Hugging Face as stabilityai/stable-diffusion-xl-refiner-1.0",
 )
 
-# What the fastest plans stand on. A compiled model belongs in front, and cannot be streamed: not in the 4 GB one.
+# What the fastest plans stand on. A compiled model cannot be streamed, so those within a budget go without.
 _FAST = (Technique("Dynamic CFG", "SpeedLabDynamicCFG", {"stop_at": 0.75}),)
+_COMPILE = Technique("Compile", "SpeedLabCompileModel", {"backend": "inductor", "on_failure": "eager"})
 _DEEPCACHE = Technique("DeepCache", "SpeedLabDeepCache", {"cache_interval": 3})
 _30_STEPS = replace(S1_SETTINGS, steps=30)
 
-_FASTEST = Plan("CFG off at 75 % + Tiny VAE", _FAST, "tiny")
-_FASTEST_DEEPCACHE = Plan("DeepCache + CFG off at 75 % + Tiny VAE", (_DEEPCACHE, *_FAST), "tiny")
+_FASTEST = Plan("Compile + CFG off at 75 % + Tiny VAE", (_COMPILE, *_FAST), "tiny")
+_FASTEST_DEEPCACHE = Plan("Compile + DeepCache + CFG off at 75 % + Tiny VAE", (_COMPILE, _DEEPCACHE, *_FAST), "tiny")
+_WITHIN = Plan("DeepCache + CFG off at 75 % + Tiny VAE", (_DEEPCACHE, *_FAST), "tiny")
 _NO_COMPILE = " Compile Model is not part of this plan."
+# The first picture of all holds the compiling; a run before each measured one keeps it out of the times.
+_COMPILED_30_STEPS = replace(_30_STEPS, warmup=1)
 
 _STEPS = (50, 40, 30, 20)
 _HAND_OVERS = tuple(
@@ -49,7 +53,7 @@ def _offload(name: str, options: PlanOptions, plan: Plan, title: str, shows: str
 
 
 def _within(budget: float, published: str, memory_plan: str) -> Scenario:
-    plan = replace(_FASTEST_DEEPCACHE, name=f"{_FASTEST_DEEPCACHE.name}, {memory_plan}")
+    plan = replace(_WITHIN, name=f"{_WITHIN.name}, {memory_plan}")
     return _offload(
         f"sdxl-under-{budget:g}gb",
         PlanOptions("auto", budget),
@@ -65,7 +69,7 @@ def _within(budget: float, published: str, memory_plan: str) -> Scenario:
 def _fastest(name: str, plan: Plan, shows: str, *published: Published) -> Scenario:
     return Scenario(
         id=name, source="S1", title=f"SDXL, {plan.name}", shows=shows, family="sdxl",
-        files=(CHECKPOINT_SDXL, TINY_VAE_SDXL), settings=_30_STEPS, published=published, plan=plan,
+        files=(CHECKPOINT_SDXL, TINY_VAE_SDXL), settings=_COMPILED_30_STEPS, published=published, plan=plan,
         build=text_to_image,
     )  # fmt: skip
 
@@ -121,8 +125,8 @@ MEMORY_SCENARIOS = (
     _fastest(
         "sdxl-fastest",
         _FASTEST,
-        "Four prompts with every technique that costs little quality: CFG off after 75 % of the steps, Tiny VAE, "
-        f"30 steps.{_NO_COMPILE}",
+        "Four prompts with every technique that costs little quality: a compiled UNet, CFG off after 75 % of the "
+        "steps, Tiny VAE, 30 steps. Where the model cannot be compiled it runs as it is, and the record says so.",
         Published("4.0 s and 6.91 GB, with OneDiff", RTX_3090),
         Published("2.7 s, with OneDiff", "A100"),
         Published("2.0 s, with OneDiff", "H100"),
@@ -131,7 +135,7 @@ MEMORY_SCENARIOS = (
         "sdxl-fastest-deepcache",
         _FASTEST_DEEPCACHE,
         "Four prompts with DeepCache and CFG off after 75 % of the steps together, which the source found impossible, "
-        f"Tiny VAE and 30 steps.{_NO_COMPILE}",
+        "on a compiled UNet, with Tiny VAE and 30 steps.",
         Published("none: it could not combine the two", RTX_3090),
     ),
     _within(8, "6.91 GB", "within 8 GB"),

@@ -52,6 +52,7 @@ TINY_VAE = Plan("Tiny VAE", decoder="tiny")
 # In the order in which they stand between loader and sampler.
 BEST_TECHNIQUES = (
     Technique("Attention", "SpeedLabAttention", {"backend": "sdpa"}),
+    Technique("Precision", "SpeedLabPrecision", {"linear": "auto"}),
     Technique("DeepCache", "SpeedLabDeepCache", {"cache_interval": 3}),
     Technique("Dynamic CFG", "SpeedLabDynamicCFG", {"stop_at": 0.75}),
 )

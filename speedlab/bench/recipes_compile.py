@@ -82,5 +82,6 @@ def _finish(
 ) -> None:
     prompt, settings = scenario.settings.prompts[0], scenario.settings
     sampler = sample(graph, settings, prompt, loaded.model, conds, latent, lane, f": {label}")
+    graph.plans[sampler.id] = label
     picture = decode(graph, scenario.plan, sampler["latent"], loaded, lane, f": {label}")
     measure(graph, scenario, sampler["profile"], picture[0], lane, f": {label}")

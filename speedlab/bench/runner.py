@@ -24,7 +24,11 @@ def parts_of(scenario: Scenario, small: bool = False) -> list[tuple[str, ApiGrap
     named = [f"{scenario.id}_{prompt.name}" for prompt in prompts] if len(prompts) == len(lanes) > 1 else []
     names = named or [f"{scenario.id}_{n}" if len(lanes) > 1 else scenario.id for n in range(1, len(lanes) + 1)]
     parts = list(zip(names, lanes, strict=True))
-    return [(name, shrink(lane)) for name, lane in parts[:PROMPTS]] if small else parts
+    if not small:
+        return parts
+    # Of the same thing with other prompts two are enough; lanes that differ are what the scenario is about.
+    alike = len(prompts) == len(lanes) and not scenario.graph().plans
+    return [(name, shrink(lane)) for name, lane in (parts[:PROMPTS] if alike else parts)]
 
 
 async def run_scenario(

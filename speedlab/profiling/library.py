@@ -11,7 +11,8 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -56,9 +57,12 @@ class RunSummary:
 
     def matches(self, words: Sequence[str]) -> bool:
         """Whether every lower-case word occurs in one of the texts."""
-        text = " ".join(value for value in asdict(self).values() if isinstance(value, str)).lower()
-        size = f"{_plain(self.width)}x{_plain(self.height)}"
-        return all(word in text or word in size for word in words)
+        return all(word in self._searched for word in words)
+
+    @cached_property
+    def _searched(self) -> str:
+        texts = [value for field in fields(self) if isinstance(value := getattr(self, field.name), str)]
+        return " ".join([*texts, f"{_plain(self.width)}x{_plain(self.height)}"]).lower()
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,14 @@ def test_differences_name_missing_stale_and_foreign_files(tmp_path):
 @every_scenario
 def test_both_formats_are_the_same_graph(scenario):
     ui, api = committed(scenario)
-    for node in api.values():
+    told = ui["extra"]["speedlab"]
+    for number, node in api.items():
         named = node["_meta"].pop("speedlab", None)
-        assert (named == ui["extra"]["speedlab"]) == (node["class_type"] in SAMPLERS)
+        if node["class_type"] in SAMPLERS:
+            plan = told.get("plans", {}).get(number, told["plan"])
+            assert named == {"scenario": scenario.id, "plan": plan}
+        else:
+            assert named is None
     assert ui_to_api(ui) == api
 
 
@@ -154,10 +159,11 @@ def test_an_unknown_scenario_lists_close_matches_and_all():
 def test_the_best_plan_takes_every_technique_the_server_has():
     assert best_plan(["KSampler"]) == Plan("stock")
     assert best_plan(["SpeedLabTinyVAEDecode"]) == Plan("Tiny VAE", decoder="tiny")
-    full = best_plan(["SpeedLabTinyVAEDecode", "SpeedLabDynamicCFG", "SpeedLabDeepCache", "SpeedLabAttention"])
-    assert full.name == "Attention + DeepCache + Dynamic CFG + Tiny VAE"
+    full = best_plan([f"SpeedLab{name}" for name in ("TinyVAEDecode", "DynamicCFG", "DeepCache", "Attention", "Precision")])
+    assert full.name == "Attention + Precision + DeepCache + Dynamic CFG + Tiny VAE"
     assert full.accelerators() == (
         "Attention(backend=sdpa)",
+        "Precision(linear=auto)",
         "DeepCache(cache_interval=3)",
         "Dynamic CFG(stop_at=0.75)",
         "tiny_vae",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import csv
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,34 +13,44 @@ import pytest
 
 from speedlab.bench.client import ComfyClient
 from speedlab.bench.journal import Journal
+from speedlab.bench.models import ModelChoice, choose_models
 from speedlab.bench.overrides import Overrides, adapt
 from speedlab.bench.runner import run_scenario
 from speedlab.bench.scenarios import SCENARIOS
 
 pytestmark = pytest.mark.server
 DEMOS = {"sd15": "speedlab_demo_sd15.safetensors", "sdxl": "speedlab_demo_vega.safetensors"}
-# A scenario that needs more files than these has its test where those are made.
-RUNNABLE = [
-    entry
-    for entry in SCENARIOS.values()
-    if entry.family in DEMOS
-    and not entry.packages
-    and {file.kind for file in entry.files if not file.optional} <= {"checkpoint", "tiny_vae"}
-]
+OPTIONS = argparse.Namespace(server=None)
 
 
-@pytest.mark.parametrize("scenario", RUNNABLE, ids=[entry.id for entry in RUNNABLE])
-def test_every_scenario_runs_small(server, vega_checkpoint, taesd_files, scenario, tmp_path):
-    target = server.models / "checkpoints" / vega_checkpoint.name
-    if not target.exists():
-        target.symlink_to(vega_checkpoint)
+@pytest.fixture(scope="module")
+def models(server, vega_checkpoint, taesd_files) -> ModelChoice:
+    """What `bench` uses where no file is named: demo models for every kind of file, where the server finds them."""
+    choice = choose_models(OPTIONS, list(SCENARIOS.values()))
+    files = {**choice.files, "checkpoints": [*choice.files["checkpoints"], vega_checkpoint]}
+    for folder, paths in files.items():
+        (server.models / folder).mkdir(exist_ok=True)
+        for path in paths:
+            target = server.models / folder / path.name
+            if not target.exists():
+                target.symlink_to(path)
+    return choice
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+def test_every_scenario_runs_small(server, models, scenario, tmp_path):
+    """A scenario whose package is not there says which one, and how to get it."""
 
     async def work():
         async with ComfyClient(server.url) as client:
-            wanted = adapt(scenario, Overrides(), DEMOS[scenario.family])
+            wanted = adapt(scenario, Overrides(), DEMOS[scenario.family], models.others)
             return await run_scenario(client, wanted, tmp_path, small=True)
 
     outcome = asyncio.run(work())
+    lacking = [name for name in scenario.packages if importlib.util.find_spec(name) is None]
+    if lacking:
+        assert "not installed" in outcome.error and "install" in outcome.error
+        return
     assert outcome.error is None
     assert outcome.rows and outcome.pictures
     assert [row["error"] for row in outcome.rows if row["status"] != "ok"] == []
