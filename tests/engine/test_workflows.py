@@ -159,7 +159,9 @@ def test_an_unknown_scenario_lists_close_matches_and_all():
 def test_the_best_plan_takes_every_technique_the_server_has():
     assert best_plan(["KSampler"]) == Plan("stock")
     assert best_plan(["SpeedLabTinyVAEDecode"]) == Plan("Tiny VAE", decoder="tiny")
-    full = best_plan([f"SpeedLab{name}" for name in ("TinyVAEDecode", "DynamicCFG", "DeepCache", "Attention", "Precision")])
+    full = best_plan(
+        [f"SpeedLab{name}" for name in ("TinyVAEDecode", "DynamicCFG", "DeepCache", "Attention", "Precision")]
+    )
     assert full.name == "Attention + Precision + DeepCache + Dynamic CFG + Tiny VAE"
     assert full.accelerators() == (
         "Attention(backend=sdpa)",
