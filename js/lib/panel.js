@@ -36,7 +36,7 @@ class Panel {
     this.figure = el("b", { class: "sl-figure" });
     this.progress = el("i");
     this.chart = new StepChart();
-    this.below = el("div", { class: "sl-below" });
+    this.below = el("div", { class: "sl-below" }, el("div", { class: "sl-notes", text: t("not_run") }));
     this.element = el(
       "div",
       { class: "sl-panel" },

@@ -1,6 +1,7 @@
 // Leads events and results to the nodes that they belong to, and gives a reloaded workflow its last profiles back.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { atBirthInVue } from "./dom.js";
 import { fromRecord, panelOf } from "./panel.js";
 import { announceLive, readRun } from "./server.js";
 
@@ -36,6 +37,7 @@ function findNode(executionId) {
 export function prepareNode(nodeType, nodeData) {
   if (!nodeData.name.startsWith("SpeedLab") || !nodeData.output?.includes("SPEEDLAB_PROFILE")) return false;
   samplers.add(nodeData.name);
+  atBirthInVue(nodeType, panelOf);
   const original = nodeType.prototype.onExecuted;
   nodeType.prototype.onExecuted = function (output) {
     original?.apply(this, arguments);

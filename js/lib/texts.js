@@ -1,4 +1,6 @@
 // Shows what SpeedLab's measuring nodes say on the nodes themselves. Text only, never markup.
+import { atBirthInVue } from "./dom.js";
+
 const HEIGHTS = {
   SpeedLabBenchmark: 320,
   SpeedLabProfileReport: 320,
@@ -29,6 +31,7 @@ function textWidget(node, height) {
 export function prepareNode(nodeType, nodeData) {
   const height = HEIGHTS[nodeData.name];
   if (!height) return;
+  atBirthInVue(nodeType, (node) => textWidget(node, height));
   const original = nodeType.prototype.onExecuted;
   nodeType.prototype.onExecuted = function (output) {
     original?.apply(this, arguments);
