@@ -48,6 +48,7 @@ def main() -> None:
         family, offload, side, batch = args.row
         print(json.dumps(measure(args, family, offload, int(side), int(batch))))
         return
+    args.results.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     for family, side, batch in JOBS:
         for offload in OFFLOADS:

@@ -79,7 +79,7 @@ function kernelTable(kernels) {
   return table([[t("kernel"), t("family"), t("calls"), t("time"), t("share")], ...rows], "sl-kernels");
 }
 
-export const share = (value) => (isNumber(value) ? `${(value <= 1 ? value * 100 : value).toFixed(1)} %` : "");
+export const share = (percent) => (isNumber(percent) ? `${percent.toFixed(1)} %` : "");
 
 function pictures(runId, images) {
   if (!Array.isArray(images) || !images.length) return null;

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import first_line
 from ..profiling.record import CSV_COLUMNS
 from ..profiling.store import RunStore, write_atomically
 from .client import ComfyClient
@@ -70,6 +71,9 @@ class Series:
                     raise
                 except BenchError as error:
                     outcome = Outcome(scenario.id, error=str(error))
+                except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+                    nonsense = f"the server's answer makes no sense: {type(error).__name__}: {first_line(error)}"
+                    outcome = Outcome(scenario.id, error=nonsense)
                 self._keep(outcome, scenario)
 
     async def _run(self, client: ComfyClient, scenario: Scenario) -> Outcome:

@@ -47,7 +47,11 @@ class Comparison:
         """The setting in a few words."""
         row = dict(zip(KEY, self.key, strict=True))
         size = f"{row['width']}x{row['height']} batch {row['batch']}"
-        return f"{row['scenario'] or '-'}: {row['plan'] or 'stock'}, {size}, {row['steps']} steps, cfg {row['cfg']}"
+        sampler = "/".join(part for part in (row["sampler"], row["scheduler"]) if part)
+        return (
+            f"{row['scenario'] or '-'}: {row['plan'] or 'stock'}, {size}, {row['steps']} steps, cfg {row['cfg']}, "
+            f"{sampler}, {row['precision']}, seed {row['seed']}, {row['checkpoint']}"
+        )
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -91,6 +95,8 @@ def samples(rows: Sequence[Mapping[str, str]], path: Path) -> dict[tuple[str, ..
             raise BenchError(f"{path}: run {row['run_id']} has a time that is no number: {error}") from None
         if not (math.isfinite(mean) and mean > 0.0):
             raise BenchError(f"{path}: run {row['run_id']} has the impossible time {row['time_mean_s']}")
+        if not (math.isfinite(sample.std) and sample.std >= 0.0):
+            raise BenchError(f"{path}: run {row['run_id']} has the impossible deviation {row['time_std_s']}")
         grouped.setdefault(tuple(row[name] for name in KEY), []).append(sample)
     return {key: _pooled(group) for key, group in grouped.items()}
 

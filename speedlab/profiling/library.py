@@ -26,7 +26,8 @@ MAX_PAGE = 200
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
 _MAX_TEXT = 200
 # Where this pack lays what belongs to a run; only there, and only under the run's own id, is anything deleted.
-_ARTIFACT_FOLDERS = ("images", "charts", "traces")
+_ARTIFACT_FOLDERS = ("images", "charts")
+_TRACE = ".trace.json.gz"
 
 
 class UnknownRunError(ResultsError):
@@ -184,8 +185,8 @@ class RunLibrary:
         try:
             with os.scandir(self._store.runs) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
-                        continue  # a record that is being written
+                    if entry.name.startswith(".") or RUN_ID.fullmatch(entry.name.removesuffix(_TRACE)):
+                        continue  # a record that is being written, or a trace beside its record
                     details = _regular(entry)
                     if details is None or not RUN_ID.fullmatch(entry.name.removesuffix(".json")):
                         foreign += 1
@@ -214,7 +215,10 @@ class RunLibrary:
             return None
         root = self._store.root.resolve()
         path = self._store.root.parent / posix
-        return path if path.resolve().is_relative_to(root) and not path.is_symlink() else None
+        try:
+            return path if path.resolve().is_relative_to(root) and not path.is_symlink() else None
+        except (OSError, ValueError):  # letters that no file name can have
+            return None
 
     def _own_files(self, record: RunRecord) -> Iterator[Path]:
         for value in _mapping(record.artifacts).values():
@@ -222,7 +226,8 @@ class RunLibrary:
                 path = self._inside(relative)
                 if path is None or not path.name.startswith(record.run_id):
                     continue
-                if path.parent in [self._store.root / folder for folder in _ARTIFACT_FOLDERS]:
+                folders = [self._store.root / folder for folder in _ARTIFACT_FOLDERS]
+                if path.parent in folders or path == self._store.trace_path(record.run_id):
                     yield path
 
 
@@ -255,7 +260,7 @@ def _read(path: Path) -> str:
 def _summary_of(path: Path, size: int) -> RunSummary | None:
     try:
         record = from_json(_read(path)) if size <= _MAX_RECORD_BYTES else None
-    except (ResultsError, RecursionError):
+    except ResultsError:
         return None
     if record is None or record.run_id != path.stem:
         return None

@@ -65,7 +65,7 @@ def from_json(text: str) -> RunRecord:
     """Read a record back. Raises ResultsError for anything that is not a whole record of a known schema."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting without end
         raise ResultsError(f"not a whole record: {error}") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ResultsError(f"not a record of schema {SCHEMA}")

@@ -66,10 +66,9 @@ def test_a_trace_is_handed_over_as_the_file_it_is(server, run_id):
     """Served as gzip-encoded, a browser would save it unpacked under a name that says packed."""
     path = server.output / "speedlab" / "runs" / f"{run_id}.json"
     record = json.loads(path.read_text())
-    trace = server.output / "speedlab" / "traces" / f"{run_id}.trace.json.gz"
-    trace.parent.mkdir(exist_ok=True)
+    trace = server.output / "speedlab" / "runs" / f"{run_id}.trace.json.gz"
     trace.write_bytes(b"\x1f\x8b packed")
-    record["artifacts"]["trace"] = f"speedlab/traces/{trace.name}"
+    record["artifacts"]["trace"] = f"speedlab/runs/{trace.name}"
     path.write_text(json.dumps(record))
     status, headers, data = ask(server, f"/speedlab/runs/{run_id}/file/trace/0")
     assert (status, data) == (200, b"\x1f\x8b packed")

@@ -13,16 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .plan_text import BASELINE_MARK, SweepTextError, parse_plan, parse_technique, split_outside
-from .settings import CellSettings, main_option, number, whole_number
+from .settings import MOST_PICTURES, CellSettings, main_option, number, shorten, whole_number
 
 NO_AXIS = "none"
 OFF = "off"
 MOST_CELLS = 400
-_SIZE = re.compile(r"(\d+)\s*[x×X]\s*(\d+)|(\d+)")  # noqa: RUF001 - people paste the multiplication sign
-_SAMPLER = re.compile(r"(?P<sampler>[^/@\s]+)(?:/(?P<scheduler>[^/@\s]+))?(?:@(?P<steps>\d+))?")
-_OPEN_END = re.compile(r"max(?:@(\d+))?")
-# Axes whose value has a column of its own in every table; the other ones name the plan.
-OWN_COLUMN = frozenset({"batch", "resolution", "steps", "cfg", "sampler", "scheduler"})
+_SIZE = re.compile(r"(\d{1,9})\s*[x×X]\s*(\d{1,9})|(\d{1,9})")  # noqa: RUF001 - people paste the multiplication sign
+_SAMPLER = re.compile(r"(?P<sampler>[^/@\s]+)(?:/(?P<scheduler>[^/@\s]+))?(?:@(?P<steps>\d{1,9}))?")
+_OPEN_END = re.compile(r"max(?:@(\d{1,9}))?", re.IGNORECASE)
+# Axes whose value has a column of its own in every table that is shown; the other ones name the plan.
+OWN_COLUMN = frozenset({"batch", "resolution", "steps", "cfg"})
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _cfg(text: str) -> AxisValue:
 def _resolution(text: str) -> AxisValue:
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise SweepTextError(f"'{text}' is no resolution: write 768x512, or 512 for a square.")
+        raise SweepTextError(f"'{shorten(text)}' is no resolution: write 768x512, or 512 for a square.")
     width, height = (int(match[1]), int(match[2])) if match[1] else (int(match[3]), int(match[3]))
     return AxisValue(f"{width}x{height}", lambda s: replace(s, width=width, height=height))
 
@@ -73,7 +73,7 @@ def _resolution(text: str) -> AxisValue:
 def _sampler(text: str) -> AxisValue:
     match = _SAMPLER.fullmatch(text)
     if match is None:
-        raise SweepTextError(f"'{text}' is no sampler: write dpmpp_2m, dpmpp_2m/karras or dpmpp_2m/karras@20.")
+        raise SweepTextError(f"'{shorten(text)}' is no sampler: write dpmpp_2m, dpmpp_2m/karras or dpmpp_2m/karras@20.")
     changes: dict[str, object] = {"sampler": match["sampler"]}
     if match["scheduler"]:
         changes["scheduler"] = match["scheduler"]
@@ -105,8 +105,10 @@ def _technique(name: str) -> Callable[[str], AxisValue]:
 
     def parse(text: str) -> AxisValue:
         if text == OFF:
-            return AxisValue(OFF, lambda s: s)
-        written = parse_technique(f"{name}{text}") if text.startswith("(") else main_option(name, text)
+            return AxisValue(OFF, lambda s: s.without(name))
+        if not text.startswith("("):
+            return AxisValue(text, lambda s: s.with_main(name, text))
+        written = parse_technique(f"{name}{text}")
         return AxisValue(text, lambda s: s.with_technique(written))
 
     return parse
@@ -169,16 +171,22 @@ def parse_axis(name: str, text: str) -> Axis:
     if name == "batch" and texts and (ending := _OPEN_END.fullmatch(texts[-1])):
         open_end, most = True, int(ending[1]) if ending[1] else None
         texts = texts[:-1] or ["1"]
+        if most is not None and not 1 <= most <= MOST_PICTURES:
+            raise SweepTextError(f"max@{most}: choose a limit of 1 to {MOST_PICTURES} pictures.")
     if not texts:
         raise SweepTextError(f"The axis {name} has no values: write them one a line or between commas.")
     marked = [index for index, part in enumerate(texts) if part.startswith(BASELINE_MARK)]
     if len(marked) > 1:
         raise SweepTextError(f"The axis {name} has more than one baseline: mark one value with {BASELINE_MARK}.")
+    if name == "batch" and any(_OPEN_END.fullmatch(part.removeprefix(BASELINE_MARK).strip()) for part in texts):
+        raise SweepTextError("max stands last among the values of batch, and is no baseline: write 1, 2, max.")
     values = tuple(_value(name, part.removeprefix(BASELINE_MARK).strip()) for part in texts)
     labels = [value.label for value in values]
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise SweepTextError(f"The axis {name} has '{twice[0]}' more than once.")
+    if most is not None and (given := max(int(label) for label in labels)) > most:
+        raise SweepTextError(f"batch {given} is above the limit max@{most}: leave it out, or raise the limit.")
     return Axis(name, values, marked[0] if marked else None, open_end, most)
 
 

@@ -11,11 +11,24 @@ RAM_SHARE = 0.8
 
 @dataclass
 class BatchSearch:
-    """Which batch to try next. `fits` and `fails` are what is known; `most` is a limit that needs no failure."""
+    """Which batch to try next. `fits` and `fails` are what is known; `most` is a limit that needs no failure.
+
+    `limited`: the user gave that limit. `broken_at`: the size whose run failed for another reason than memory, which
+    ends the search.
+    """
 
     fits: set[int] = field(default_factory=set)
     fails: set[int] = field(default_factory=set)
     most: int | None = None
+    limited: bool = True
+    broken_at: int | None = None
+
+    def note(self, batch: int, status: str) -> None:
+        """Note how a run of one batch size ended: `ok`, `oom`, or in another way."""
+        if status in ("ok", "oom"):
+            self.tried(batch, status == "ok")
+        elif self.broken_at is None:
+            self.broken_at = batch
 
     def tried(self, batch: int, fitted: bool) -> None:
         """Note the outcome of one batch size."""
@@ -23,6 +36,8 @@ class BatchSearch:
 
     def next(self) -> int | None:
         """The next size to try, or None when the largest that fits is known (or nothing fits)."""
+        if self.broken_at is not None:
+            return None
         largest = max(self.fits, default=0)
         above = min((size for size in self.fails if size > largest), default=None)
         if largest == 0:

@@ -28,6 +28,14 @@ def make_cells(base: CellSettings, axis_x: Axis, axis_y: Axis) -> tuple[Cell, ..
     """Every cell, row by row. Raises SweepTextError for the same axis twice, too many cells or impossible settings."""
     if axis_x.name == axis_y.name and axis_x.name != "none":
         raise SweepTextError(f"Both axes are {axis_x.name}: choose two different ones, or none for the second.")
+    axes = {axis.name: axis for axis in (axis_x, axis_y)}
+    for other, mark in (("steps", "@"), ("scheduler", "/")):
+        written = [value.label for value in axes["sampler"].values if mark in value.label] if "sampler" in axes else []
+        if other in axes and written:
+            raise SweepTextError(
+                f"The sampler axis sets {other} too ('{written[0]}') where {other} is the other axis: leave out what "
+                f"stands behind {mark}, or choose another second axis."
+            )
     if axis_x.open_end and axis_y.open_end:
         raise SweepTextError("Only one axis may end in max.")
     count = len(axis_x.values) * len(axis_y.values)

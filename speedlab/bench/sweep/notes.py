@@ -39,10 +39,17 @@ def saturation_notes(cells: Sequence[CellRuns]) -> list[str]:
 
 def largest_note(search: BatchSearch, other: str) -> str:
     """What the search for the largest batch found."""
+    if search.broken_at is not None:
+        known = f" Batch {max(search.fits)} fits." if search.fits else ""
+        return (
+            f"{_where(other)}The search for the largest batch ended with an error at batch {search.broken_at}.{known}"
+        )
     if not search.fits:
         return f"{_where(other)}No batch size fits."
     largest = max(search.fits)
-    limit = f" (the limit given, {search.most})" if search.most is not None and largest >= search.most else ""
+    limit = ""
+    if search.most is not None and largest >= search.most:
+        limit = f" (the limit given, {search.most})" if search.limited else " (no larger one is tried)"
     return f"{_where(other)}The largest batch that fits is {largest}{limit}."
 
 

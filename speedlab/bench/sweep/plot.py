@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UnavailableError
+from ...errors import UnavailableError, first_line
 from ...profiling.charts import blank, new_figure, to_image
 from ...profiling.record import RunRecord
 from .axes import Axis
@@ -30,6 +30,10 @@ def sweep_plot(result: SweepResult) -> Any:
         return _draw(result)
     except UnavailableError as error:
         log.warning("SpeedLab: %s", error)
+        return blank()
+    except ValueError as error:
+        # A font that lacks a letter, or a label that cannot be set: never worth the hours of measuring behind it.
+        log.warning("SpeedLab: the sweep cannot be drawn: %s", first_line(error))
         return blank()
 
 
@@ -69,19 +73,24 @@ def _panel(
         line = "none" if _is_named(axis) else "-"
         axes.errorbar(
             xs, ys, yerr=errors, marker="o", linestyle=line, capsize=3, color=_COLOURS[index % len(_COLOURS)],
-            label=f"{result.axis_y.name} {other.label}",
+            label=_plain(f"{result.axis_y.name} {other.label}"),
         )  # fmt: skip
     axes.set_ylabel(name, fontsize=8)
     axes.set_xlabel(axis.name, fontsize=8)
-    axes.set_xticks(numbers, [value.label for value in axis.values], fontsize=8)
+    axes.set_xticks(numbers, [_plain(value.label) for value in axis.values], fontsize=8)
     if _spans_wide(axis, numbers):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(numbers, [value.label for value in axis.values], fontsize=8)
+        axes.set_xticks(numbers, [_plain(value.label) for value in axis.values], fontsize=8)
         axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if result.axis_y.name != "none":
         axes.legend(fontsize=7, frameon=False)
+
+
+def _plain(label: str) -> str:
+    """Two dollar signs would be read as a formula."""
+    return label.replace("$", r"\$")
 
 
 def positions(axis: Axis) -> list[float]:

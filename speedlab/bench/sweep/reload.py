@@ -43,6 +43,11 @@ class Reloader:
         self._known.move_to_end(key)
         return self._known[key]
 
+    def keeps(self, parts: Parts) -> bool:
+        """Whether these parts are the ones given, or still kept here."""
+        weights = parts.model.model
+        return weights is self._given.model.model or any(weights is known.model.model for known in self._known.values())
+
     def _load(self, source: CheckpointSource, precision: Any, layout: str) -> Parts:
         given = self._given
         loaded = load_checkpoint(source.name, precision, layout)

@@ -27,7 +27,7 @@ from .progress import SweepProgress
 from .quality import quality_of
 from .ram import refuse_too_large
 from .reload import Reloader
-from .settings import CellSettings
+from .settings import MOST_PICTURES, CellSettings
 from .sheet import save_picture, thumbnail
 from .techniques import NodeTable, Parts, check_techniques
 
@@ -79,7 +79,7 @@ class Sweep:
             check_sampler(cell.settings)
         self._of = {(cell.x, cell.y): CellRuns(cell, new_run_id()) for cell in cells}
         for runs in self._of.values():
-            runs.baseline = self._of[baseline_of(runs.cell, axis_x, axis_y)].cell
+            runs.baseline = self._baseline(runs.cell)
         self.result.cells = list(self._of.values())
         self.reloader = Reloader(parts)
         self._prepared: dict[tuple[int, int], Prepared] = {}
@@ -138,7 +138,7 @@ class Sweep:
                 )
                 self.progress.finished(runs.cell.settings.steps)
                 self._measured_ms += run.total_ms + float(run.record.phases_ms.get("to_device") or 0.0)
-                runs.first = runs.first or run
+                runs.first = runs.first or _light(run)
                 made.append(run)
             if index >= self.request.warmup:
                 if not runs.repeats:
@@ -164,8 +164,11 @@ class Sweep:
         import comfy.model_management as mm
 
         place, started = (cell.x, cell.y), time.perf_counter()
+        if place in self._prepared and not self.reloader.keeps(self._prepared[place].parts):
+            del self._prepared[place]
         if place not in self._prepared:
             self._prepared[place] = prepare(self.parts, cell.settings, self.nodes, self.reloader)
+            self._let_go_of_weights()
             # Loading a checkpoint again is work that the user asked for, not the harness'.
             self._measured_ms += (time.perf_counter() - started) * 1000.0
         prepared = self._prepared[place]
@@ -175,6 +178,12 @@ class Sweep:
             mm.unload_all_models()
             self._weights = weights
         return prepared
+
+    def _let_go_of_weights(self) -> None:
+        """What the reloader no longer keeps must not stay in memory through the cells that used it."""
+        gone = [place for place, known in self._prepared.items() if not self.reloader.keeps(known.parts)]
+        for place in gone:
+            del self._prepared[place]
 
     def _look(self, runs: CellRuns, made: Sequence[OneRun]) -> None:
         """Compare the first measured pictures with the baseline's; keep a small copy for the contact sheet."""
@@ -198,20 +207,25 @@ class Sweep:
     def _search_batches(self) -> None:
         """Double and halve the batch along the open axis, once for each value of the other one."""
         result = self.result
+        opened = result.axis_x if result.axis_x.open_end else result.axis_y
         others = result.axis_y if result.axis_x.open_end else result.axis_x
-        for index, other in enumerate(others.values):
-            search = BatchSearch(most=(result.axis_x if result.axis_x.open_end else result.axis_y).most)
-            for runs in result.cells:
-                if (runs.cell.y if result.axis_x.open_end else runs.cell.x) == index and runs.status in ("ok", "oom"):
-                    search.tried(runs.cell.settings.batch, runs.status == "ok")
-            while (batch := search.next()) is not None:
-                runs = self._add_batch(batch, index)
-                self.progress.more(self._steps(runs))
-                self._rounds([runs])
-                if runs.status not in ("ok", "oom"):
-                    break
-                search.tried(batch, runs.status == "ok")
-            result.notes.append(largest_note(search, other.label))
+        # The marked value first: the pictures of the others are compared with its.
+        order = sorted(range(len(others.values)), key=lambda index: index != others.baseline)
+        for index in order:
+            result.notes.append(largest_note(self._search_batch(index, opened.most), others.values[index].label))
+
+    def _search_batch(self, other: int, most: int | None) -> BatchSearch:
+        """The search for one value of the other axis. It ends at the first cell that fails for another reason."""
+        search = BatchSearch(most=min(most or MOST_PICTURES, MOST_PICTURES), limited=most is not None)
+        for runs in self.result.cells:
+            if (runs.cell.y if self.result.axis_x.open_end else runs.cell.x) == other:
+                search.note(runs.cell.settings.batch, runs.status)
+        while (batch := search.next()) is not None:
+            runs = self._add_batch(batch, other)
+            self.progress.more(self._steps(runs))
+            self._rounds([runs])
+            search.note(batch, runs.status)
+        return search
 
     def _add_batch(self, batch: int, other: int) -> CellRuns:
         """A cell for one more batch size, at the end of the open axis or where an earlier search put that size."""
@@ -224,9 +238,13 @@ class Sweep:
         runs = CellRuns(make_cell(self.base, result.axis_x, result.axis_y, x, y), new_run_id())
         result.cells.append(runs)
         self._of[(x, y)] = runs
-        # The open end lies behind the marked or first value, so the baseline is there by now.
-        runs.baseline = self._of[baseline_of(runs.cell, result.axis_x, result.axis_y)].cell
+        runs.baseline = self._baseline(runs.cell)
         return runs
+
+    def _baseline(self, cell: Cell) -> Cell | None:
+        """The cell to compare with; None where a search never came to that batch size in the marked row or column."""
+        base = self._of.get(baseline_of(cell, self.result.axis_x, self.result.axis_y))
+        return None if base is None else base.cell
 
     def _write(self, runs: CellRuns) -> None:
         """Write the cell's record and its one row, once."""

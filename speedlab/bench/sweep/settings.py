@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from .plan_text import MAIN, STOCK, SweepTextError, TechniqueText
 
-_LARGEST_SIDE, _MOST_PICTURES, _MOST_STEPS, _HIGHEST_CFG = 16384, 4096, 10000, 100.0
+MOST_PICTURES = 4096
+_LARGEST_SIDE, _MOST_STEPS, _HIGHEST_CFG = 16384, 10000, 100.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class CellSettings:
             value = getattr(self, name)
             if not 64 <= value <= _LARGEST_SIDE or value % 8:
                 raise SweepTextError(f"{name} {value}: sizes are multiples of 8 from 64 to {_LARGEST_SIDE}.")
-        for name, most in (("batch", _MOST_PICTURES), ("steps", _MOST_STEPS)):
+        for name, most in (("batch", MOST_PICTURES), ("steps", _MOST_STEPS)):
             if not 1 <= getattr(self, name) <= most:
                 raise SweepTextError(f"{name} {getattr(self, name)}: choose 1 to {most}.")
         if not 0.0 <= self.cfg <= _HIGHEST_CFG:
@@ -48,6 +49,17 @@ class CellSettings:
             return self._changed_by(technique)
         others = tuple(known for known in self.techniques if known.name != technique.name)
         return replace(self, techniques=(*others, technique))
+
+    def without(self, name: str) -> CellSettings:
+        """The settings without a technique of the model, or without `weights`."""
+        if name == "weights":
+            return replace(self, weights=None)
+        return replace(self, techniques=tuple(known for known in self.techniques if known.name != name))
+
+    def with_main(self, name: str, value: str) -> CellSettings:
+        """The settings with a technique's main option changed; the options that it has already stay."""
+        known = self.weights if name == "weights" else next((t for t in self.techniques if t.name == name), None)
+        return self.with_technique(TechniqueText(name, {**(known.options if known else {}), MAIN: value}))
 
     def with_stack(self, techniques: tuple[TechniqueText, ...]) -> CellSettings:
         """The settings with a whole stack more."""
@@ -78,12 +90,17 @@ class CellSettings:
         )
 
 
+def shorten(text: str) -> str:
+    """A text as a message quotes it."""
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 def whole_number(text: str, what: str) -> int:
     """An integer, or SweepTextError naming `what`."""
     try:
         return int(text)
     except ValueError:
-        raise SweepTextError(f"'{text}' is no whole number for {what}.") from None
+        raise SweepTextError(f"'{shorten(text)}' is no whole number for {what}.") from None
 
 
 def number(text: str, what: str) -> float:
@@ -93,7 +110,7 @@ def number(text: str, what: str) -> float:
     except ValueError:
         value = float("nan")
     if value != value or value in (float("inf"), float("-inf")):
-        raise SweepTextError(f"'{text}' is no number for {what}.")
+        raise SweepTextError(f"'{shorten(text)}' is no number for {what}.")
     return value
 
 
