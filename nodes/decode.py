@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..speedlab import decoding, tiny_vae
-from ..speedlab.errors import SpeedLabError
 from ..speedlab.precision import VAE_PRECISIONS
 from ..speedlab.profiling.timeline import phase
 
@@ -67,8 +66,7 @@ class VAEDecode:
         }
 
     def decode(self, samples: dict, vae: object, slicing: bool, tile_size: int, overlap: int, precision: str) -> tuple:
-        if vae is None:
-            raise SpeedLabError("There is no VAE: the checkpoint file holds none. Load one with Load VAE.")
+        decoding.require_vae(vae)
         config = decoding.DecodeConfig(slicing, tile_size, overlap, precision)
         with phase("decode", vae.device) as info:  # type: ignore[attr-defined]
             decoded = decoding.decode(vae, samples, config)

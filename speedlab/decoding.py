@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 LATENT_MARK = "speedlab"
 
 # Latents of equal shape that no VAE of the other family can decode, by the class names of core's latent formats.
-_FAMILIES = {"SD15": "SD 1.x or 2.x", "SDXL": "SDXL", "SDXL_Playground_2_5": "SDXL"}
+FAMILIES = {"SD15": "SD 1.x or 2.x", "SDXL": "SDXL", "SDXL_Playground_2_5": "SDXL"}
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,22 @@ def picture_latents(latent: Mapping[str, Any]) -> Any:
     return samples
 
 
+def require_vae(vae: Any) -> None:
+    """Refuse what stands for a VAE where a checkpoint holds none. Raises SpeedLabError."""
+    if vae is None or getattr(vae, "first_stage_model", None) is None:
+        raise SpeedLabError("There is no VAE: the checkpoint file holds none. Load one with Load VAE.")
+
+
 def check_latent(vae: Any, samples: Any) -> None:
     """Refuse what would end in a shape error deep in the network. Raises SpeedLabError."""
     vae.throw_exception_if_invalid()
     if samples.shape[0] == 0:
         raise SpeedLabError("The latent batch is empty: there is no picture to decode.")
+    if samples.ndim == 5 and getattr(vae, "latent_dim", 2) == 2:
+        raise SpeedLabError(
+            f"The latents are {samples.shape[2]} frames of a video, and this VAE decodes still pictures: they belong to "
+            "different model families. Use the VAE of the model that made the latents."
+        )
     channels = getattr(vae, "latent_channels", samples.shape[1])
     if samples.shape[1] != channels:
         raise SpeedLabError(
@@ -133,8 +144,8 @@ def check_family(vae: Any, latent: Mapping[str, Any]) -> None:
     patcher = getattr(vae, "patcher", None)
     source = None if patcher is None else patcher.get_attachment(VAE_SOURCE)
     mark = latent.get(LATENT_MARK)
-    made_by = _FAMILIES.get(str(mark.get("latent_format"))) if isinstance(mark, Mapping) else None
-    decodes = _FAMILIES.get(str(getattr(source, "latent_format", None)))
+    made_by = FAMILIES.get(str(mark.get("latent_format"))) if isinstance(mark, Mapping) else None
+    decodes = FAMILIES.get(str(getattr(source, "latent_format", None)))
     if source is not None and made_by is not None and decodes is not None and made_by != decodes:
         raise SpeedLabError(
             f"These latents were made by an {made_by} model and this VAE comes from an {decodes} checkpoint "

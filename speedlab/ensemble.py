@@ -97,6 +97,32 @@ def _check(base: Expert, refiner: Expert, latent: Mapping[str, Any]) -> None:
             f"Base and refiner work on different latents ({names[0]} and {names[1]}), so one cannot go on where the "
             "other stops. Use an SDXL base with the SDXL refiner, or two models of one family."
         )
+    _check_channels(base.model, latent)
+    for role, expert in (("base", base), ("refiner", refiner)):
+        for sign in ("positive", "negative"):
+            _check_width(f"{role}_{sign}", getattr(expert, sign), expert.model, role)
+
+
+def _check_channels(model: Any, latent: Mapping[str, Any]) -> None:
+    """An empty latent is fitted to the model; anything else has to have its channels."""
+    samples = latent["samples"]
+    wanted = model.get_model_object("latent_format").latent_channels
+    if samples.shape[1] != wanted and bool(samples.any()):
+        raise SpeedLabError(
+            f"The latents have {samples.shape[1]} channels and these models take {wanted}: they belong to another "
+            "model family. Encode the picture with this model's VAE."
+        )
+
+
+def _check_width(name: str, conditioning: Any, model: Any, role: str) -> None:
+    """The width of the text encoding that a model reads."""
+    wanted = model.model.model_config.unet_config.get("context_dim")
+    found = {int(entry[0].shape[-1]) for entry in conditioning}
+    if isinstance(wanted, int) and found - {wanted}:
+        raise SpeedLabError(
+            f"{name} is {min(found - {wanted})} numbers wide and the {role} model reads {wanted}: it was encoded by "
+            f"another text encoder. Encode it with the CLIP of the {role}'s own checkpoint."
+        )
 
 
 def _sigmas(model: Any, request: EnsembleRequest) -> Any:

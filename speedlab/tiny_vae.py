@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from .core import is_out_of_memory, out_of_memory_advice, progress_bar, release_unused_memory
-from .decoding import LATENT_MARK, Decoded, check_latent, is_finite, picture_latents, report, report_bad_latents
+from .decoding import (
+    FAMILIES,
+    LATENT_MARK,
+    Decoded,
+    check_latent,
+    is_finite,
+    picture_latents,
+    report,
+    report_bad_latents,
+)
 from .errors import ModelFileError, SpeedLabError, first_line
 from .loading import readable, refuse_unsafe
 from .tiny_stream import VALUES_PER_PIXEL, bands, can_stream, decode_rows
@@ -65,6 +74,7 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
     """
     samples = picture_latents(latent)
     stem = resolve_decoder(config.decoder, latent, model)
+    _check_family(stem, latent, model)
     vae = load_tiny_vae(stem, _latent_format(latent, model))
     check_latent(vae, samples)
     if samples.ndim != 4:
@@ -100,6 +110,17 @@ def resolve_decoder(decoder: str, latent: Mapping[str, Any], model: Any | None) 
             f"There is no tiny decoder for latents of the format {type(latent_format).__name__}. Use VAE Decode."
         )
     return str(name).removesuffix("_decoder")
+
+
+def _check_family(stem: str, latent: Mapping[str, Any], model: Any | None) -> None:
+    """Refuse a decoder of another family than the latent's, where both are known: the picture would be garbage."""
+    made_by = FAMILIES.get(type(_latent_format(latent, model)).__name__)
+    decodes = FAMILIES.get(_FORMATS.get(stem, ""))
+    if made_by is not None and decodes is not None and made_by != decodes:
+        raise SpeedLabError(
+            f"These latents were made by an {made_by} model and the decoder '{stem}' is for {decodes}. Set decoder to "
+            "auto."
+        )
 
 
 def decode_device() -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .core import is_out_of_memory, out_of_memory_advice, progress_bar, release_unused_memory
 from .errors import SpeedLabError
+from .memory.patcher import settle
 from .vae_tiles import Grid, blend, grid
 
 SMALLEST_TILE = 64
@@ -179,8 +180,12 @@ class _Decoder:
 
         mm.throw_exception_if_processing_interrupted()
         vae = self._vae
-        raw = vae.first_stage_model.decode(samples.to(vae.vae_dtype).to(vae.device))
-        pixels = raw.to(device=vae.output_device, dtype=self._output_dtype)
+        try:
+            raw = vae.first_stage_model.decode(samples.to(vae.vae_dtype).to(vae.device))
+        finally:
+            settle(vae.patcher)
+        # A copy: the output is scaled in place, and there are decoders that hand back what they were given.
+        pixels = raw.to(device=vae.output_device, dtype=self._output_dtype, copy=True)
         del raw
         self.finite = self.finite and bool(torch.isfinite(pixels).all())
         return vae.process_output(pixels)

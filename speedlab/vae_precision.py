@@ -60,11 +60,14 @@ def sibling(vae: Any, dtype: Any) -> Any:
     if vae.vae_dtype == dtype:
         return vae
     from .accelerate.compile_vae import compiled_like
+    from .memory.explain import under_plan_of
+    from .memory.patcher import is_planned
 
     known = _siblings.setdefault(vae.first_stage_model, {})
     if dtype not in known:
         known[dtype] = compiled_like(vae, vae_in(vae, dtype))
-    return known[dtype]
+    other = known[dtype]
+    return under_plan_of(vae, other) if is_planned(vae.patcher) else other
 
 
 def sibling_bytes(vae: Any) -> int:

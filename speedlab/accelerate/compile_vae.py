@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import UnavailableError, first_line
+from ..memory.patcher import is_streamed, refusal_of_compiled
 from . import backends
 from .backends import FOR_VAE, MODES, CompileOptions, dynamo
 from .compile_folder import cache_folder
@@ -58,6 +59,8 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
     able, reason = backend.available()
     if not able:
         raise UnavailableError(f"Compile VAE cannot use {backend_name}: {reason}.")
+    if is_streamed(vae.patcher):
+        raise refusal_of_compiled()
     network = getattr(vae.first_stage_model, "speedlab_original", vae.first_stage_model)
     if getattr(vae, "latent_dim", 2) != 2 or not isinstance(vae.upscale_ratio, int):
         raise UnavailableError(

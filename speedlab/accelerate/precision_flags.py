@@ -169,7 +169,14 @@ def _with_weights_in(layout: torch.memory_format) -> Wrapper:
             text = f"Precision: memory_format has no effect: {type(network).__name__} has no 2-D convolutions."
             logging.warning(text)
             report_note(extra_args.get("model_options", {}).get("transformer_options", {}), text)
-        with conv_weights_in(network, layout, device):
+        with conv_weights_in(network, layout, device) as laid_out:
+            if not laid_out:
+                text = (
+                    "Precision: memory_format has no effect on weights: to save memory ComfyUI keeps those of the "
+                    "convolutions off the device, and each convolution converts what it reads."
+                )
+                logging.warning(text)
+                report_note(extra_args.get("model_options", {}).get("transformer_options", {}), text)
             return executor(model_wrap, sigmas, extra_args, *args, **kwargs)
 
     return sampler_sample

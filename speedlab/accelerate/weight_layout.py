@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def conv_weights_in(module: torch.nn.Module, layout: torch.memory_format, device: torch.device) -> Iterator[int]:
-    """Keep the 2-D convolution weights of `module` in `layout`; yields how many had to be changed.
+    """Keep the 2-D convolution weights of `module` in `layout`; yields how many have it now.
 
     Only weights that lie on `device`: those that ComfyUI copies there for each call may be pinned, which a copy is
     not, and the convolution converts them by itself. One weight at a time is held twice, so memory does not double.
@@ -18,6 +18,7 @@ def conv_weights_in(module: torch.nn.Module, layout: torch.memory_format, device
     since hooks may change weights during a run.
     """
     changed: list[tuple[torch.nn.Conv2d, tuple[int, ...]]] = []
+    laid_out = 0
     try:
         for part in module.modules():
             if isinstance(part, torch.nn.Conv2d) and _can_change(part.weight, device):
@@ -27,7 +28,8 @@ def conv_weights_in(module: torch.nn.Module, layout: torch.memory_format, device
                 if part.weight.stride() != wanted:
                     changed.append((part, part.weight.stride()))
                     _lay_out(part, wanted)
-        yield len(changed)
+                laid_out += 1
+        yield laid_out
     finally:
         for part, strides in changed:
             if part.weight.stride() != strides:

@@ -67,19 +67,21 @@ def unet_bytes(base: Any, size: PictureSize, rows: int) -> int:
     return forward + latent.nbytes + context.nbytes + 6 * size.batch * 4 * height * width * 4
 
 
-def decode_bytes(vae: Any, size: PictureSize) -> int:
-    """Bytes of decoding `size.batch` pictures in one piece with a ComfyUI VAE.
+def decode_bytes(vae: Any, size: PictureSize, dtype: torch.dtype | None = None) -> int:
+    """Bytes of decoding `size.batch` pictures in one piece with a ComfyUI VAE, in `dtype` or its own.
 
     A VAE for video or sound is not counted; for that it is ComfyUI's own estimate.
     """
-    stage = vae.first_stage_model
+    dtype = dtype or vae.vae_dtype
+    # A compiled VAE is counted as the network that was compiled.
+    stage = getattr(vae.first_stage_model, "speedlab_original", vae.first_stage_model)
     if getattr(vae, "latent_dim", 2) != 2:
-        return int(vae.memory_used_decode((size.batch, vae.latent_channels, 1, *size.latent), vae.vae_dtype))
-    decoder: Any = on_meta(stage)
+        return int(vae.memory_used_decode((size.batch, vae.latent_channels, 1, *size.latent), dtype))
+    decoder: Any = on_meta(stage).to(dtype)
     for part in decoder.modules():
         if hasattr(part, "optimized_attention"):
             part.optimized_attention = _attended
-    latent = torch.empty((size.batch, vae.latent_channels, *size.latent), dtype=vae.vae_dtype, device="meta")
+    latent = torch.empty((size.batch, vae.latent_channels, *size.latent), dtype=dtype, device="meta")
     picture = size.batch * 3 * size.width * size.height * 4
     # The picture is scaled and clamped in fp32 after it was made: two copies beside the decoder's own output.
     return max(peak_bytes(lambda: decoder.decode(latent)), 2 * picture)

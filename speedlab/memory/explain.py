@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..accelerate.patching import Site
+from ..core import is_out_of_memory
 from ..errors import SpeedLabError, first_line
-from .patcher import Group, Offload, refusal_of_compiled
+from .patcher import Group, Offload, planned, refusal_of_compiled
 
 _NEXT = {
     "none": "Set offload of Memory Plan to model, or to auto with a budget_gb below what the device has.",
@@ -28,17 +29,6 @@ class OutOfMemoryError(SpeedLabError):
     """The device ran out of memory; the message says in which phase and what to try."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a device's or the host's out-of-memory."""
-    import comfy.model_management as mm
-    import torch
-
-    kinds = [MemoryError, getattr(torch, "OutOfMemoryError", MemoryError)]
-    if mm.OOM_EXCEPTION is not Exception:
-        kinds.append(mm.OOM_EXCEPTION)
-    return isinstance(error, tuple(kinds)) or "DefaultCPUAllocator" in str(error)
-
-
 @contextmanager
 def explained(phase: str, offload: Offload, group: Group) -> Iterator[None]:
     """Turn an out-of-memory of the block into an OutOfMemoryError, after the plan's models left the device."""
@@ -49,6 +39,8 @@ def explained(phase: str, offload: Offload, group: Group) -> Iterator[None]:
         if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
             raise
         reason = first_line(error)
+    finally:
+        group.settle()
     if reason is not None:
         # Outside of the handler: the error held the tensors of every frame that it came through.
         import comfy.model_management as mm
@@ -112,6 +104,13 @@ def explained_clip(clip: Any, patcher: Any, offload: Offload, group: Group) -> A
     clone = clip.clone()
     clone.patcher = patcher
     return _explained(clone, "text encoding", ("encode_from_tokens", "encode_from_tokens_scheduled"), offload, group)
+
+
+def under_plan_of(vae: Any, other: Any) -> Any:
+    """`other`, a second module of a planned VAE's weights, under the plan of `vae`."""
+    placement = vae.patcher.placement
+    placement.group.add(other.first_stage_model)
+    return explained_vae(other, planned(other.patcher, placement), placement.offload, placement.group)
 
 
 def explained_vae(vae: Any, patcher: Any, offload: Offload, group: Group) -> Any:

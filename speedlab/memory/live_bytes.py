@@ -56,6 +56,13 @@ class LiveBytes(TorchDispatchMode):
         self.alive -= size
 
 
+# What ComfyUI hangs on a layer while it pages its weights (dynamic VRAM): handles of memory that a copy would free.
+_PAGING = (
+    "_v", "_v_signature", "_v_weight", "_v_bias", "_v_block", "_pin_state", "_pins", "_prefetch",
+    "weight_lowvram_function", "bias_lowvram_function",
+)  # fmt: skip
+
+
 def on_meta(network: torch.nn.Module) -> torch.nn.Module:
     """A copy of a network's structure on the `meta` device; no weight is copied, no hook comes along."""
     memo: dict[int, Any] = {}
@@ -69,7 +76,15 @@ def on_meta(network: torch.nn.Module) -> torch.nn.Module:
         left_out += [getattr(part, name) for name in ("weight_function", "bias_function") if hasattr(part, name)]
         for thing in left_out:
             memo[id(thing)] = type(thing)()
-    return copy.deepcopy(network, memo)
+        for name in _PAGING:
+            handle = part.__dict__.get(name)
+            if not isinstance(handle, (type(None), bool, int, float, str, bytes)):
+                memo[id(handle)] = None
+    result = copy.deepcopy(network, memo)
+    for part in result.modules():
+        for name in _PAGING:
+            part.__dict__.pop(name, None)
+    return result
 
 
 def peak_bytes(forward: Callable[[], Any]) -> int:

@@ -30,13 +30,20 @@ class Group:
     """The models that one Memory Plan node was given: they take turns on the device. Known by their weights."""
 
     members: list[weakref.ref[Any]] = field(default_factory=list)
+    streams: weakref.WeakSet[ModelStream] = field(default_factory=weakref.WeakSet)
 
     def holds(self, model: Any) -> bool:
         """Whether `model` (a torch module inside a patcher) is one of the group."""
         return any(member() is model for member in self.members)
 
     def add(self, model: Any) -> None:
-        self.members.append(weakref.ref(model))
+        if not self.holds(model):
+            self.members.append(weakref.ref(model))
+
+    def settle(self) -> None:
+        """Bring home the weights that a forward cut off in the middle left on the device."""
+        for stream in tuple(self.streams):
+            stream.settle()
 
     def unload(self, but: Any = None) -> None:
         """Take the group's models off the device, all but `but`; nothing else is touched."""
@@ -62,8 +69,8 @@ def _refuse_compiled(model: Any) -> None:
 def refusal_of_compiled() -> UnavailableError:
     """Compiled code guards the device of each weight: it would be compiled anew at every layer."""
     return UnavailableError(
-        "Memory Plan's sequential offload and a compiled model (Compile Model, TorchCompileModel) exclude each other: "
-        "compiled code holds on to where its weights are. Set offload to model, or take the compile node out."
+        "Memory Plan's sequential offload and compiled code (Compile Model, Compile VAE, TorchCompileModel) exclude "
+        "each other: compiled code holds on to where its weights are. Set offload to model, or take the compile node out."
     )
 
 
@@ -111,8 +118,10 @@ class _Planned(_Patcher):
         result = super().load(device_to, _NO_ROOM, True, False, **kwargs)
         self._patch_all()
         if self.stream is None:
-            self.stream = ModelStream(networks(self.model), self.load_device)
+            keep_cast = bool(getattr(self, "force_cast_weights", False))
+            self.stream = ModelStream(networks(self.model), self.load_device, keep_cast)
             self.stream.install()
+            self.placement.group.streams.add(self.stream)
         return result
 
     def patch_weight_to_device(self, key: str, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -201,3 +210,14 @@ def unplanned(patcher: Any) -> Any:
 def is_planned(patcher: Any) -> bool:
     """Whether a memory plan steers this patcher."""
     return isinstance(patcher, _Planned)
+
+
+def is_streamed(patcher: Any) -> bool:
+    """Whether a memory plan streams this patcher's weights."""
+    return isinstance(patcher, _Planned) and patcher.placement.offload == "sequential"
+
+
+def settle(patcher: Any) -> None:
+    """Bring home what a cut-off forward of a planned patcher's group left on the device."""
+    if isinstance(patcher, _Planned):
+        patcher.placement.group.settle()

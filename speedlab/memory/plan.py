@@ -10,11 +10,13 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ..accelerate.compile_vae import is_compiled
 from ..accelerate.patching import Accelerator, Site, accelerators, attach, declare
+from ..decoding import require_vae
 from ..errors import SpeedLabError, UnavailableError
 from .activations import PictureSize
 from .explain import explained_clip, explained_vae, explaining_out_of_memory
-from .patcher import Group, Offload, Placement, is_dynamic, is_planned, planned, unplanned
+from .patcher import Group, Offload, Placement, is_dynamic, is_planned, planned, refusal_of_compiled, unplanned
 from .predict import OFFLOADS, Prediction, is_measured, parts_of, predict
 from .wording import plan_text, too_small
 
@@ -64,11 +66,14 @@ def plan_memory(
     picture of the model's own size. Raises MemoryBudgetError where nothing fits, UnavailableError where ComfyUI keeps
     models on the device for good.
     """
+    if vae is not None:
+        require_vae(vae)
     size = picture_size(model, latent)
     parts = parts_of(model, clip, vae, size)
     predictions = {offload: predict(parts, offload) for offload in OFFLOADS}
     budget = config.budget_gb * GB or free_bytes(model, clip, vae)
-    chosen = _choose(config, predictions, budget)
+    refused: tuple[Offload, ...] = ("sequential",) if vae is not None and is_compiled(vae) else ()
+    chosen = _choose(config, predictions, budget, refused)
     text = plan_text(
         predictions, chosen, size, budget, config.budget_gb > 0, model.load_device.type, is_dynamic(model),
         is_measured(model.load_device.type), is_attention_fused(model),
@@ -93,16 +98,19 @@ def picture_size(model: Any, latent: Any | None) -> PictureSize:
 
 
 def free_bytes(model: Any, clip: Any | None, vae: Any | None) -> int:
-    """What is free on the UNet's device once these models were unloaded, less what ComfyUI keeps in reserve."""
+    """What is free on the UNet's device once models made room, less what ComfyUI keeps in reserve."""
     import comfy.model_management as mm
 
-    patchers = [one for one in _patchers(model, clip, vae) if one.load_device == model.load_device]
-    on_cpu = model.load_device.type == "cpu"
-    loaded = sum(one.model.model_loaded_weight_memory for one in patchers)
-    # On a CPU the weights lie in its memory whether ComfyUI calls them loaded or not.
-    if on_cpu:
-        loaded = sum(one.model_size() for one in patchers)
-    return int(mm.get_free_memory(model.load_device) + loaded - mm.extra_reserved_memory())
+    device = model.load_device
+    if device.type == "cpu":
+        # The weights lie in its memory whether ComfyUI calls them loaded or not.
+        loaded = sum(one.model_size() for one in _patchers(model, clip, vae) if one.load_device == device)
+    else:
+        # Whatever is loaded makes room for what a run needs.
+        loaded = sum(
+            one.model_loaded_memory() for one in mm.current_loaded_models if one.device == device and one.model
+        )
+    return int(mm.get_free_memory(device) + loaded - mm.extra_reserved_memory())
 
 
 def is_attention_fused(model: Any) -> bool:
@@ -120,14 +128,20 @@ def _patchers(model: Any, clip: Any | None, vae: Any | None) -> list[Any]:
     return [model, *(part.patcher for part in (clip, vae) if part is not None)]
 
 
-def _choose(config: MemoryPlanConfig, predictions: dict[Offload, Prediction], budget: float) -> Offload:
+def _choose(
+    config: MemoryPlanConfig, predictions: dict[Offload, Prediction], budget: float, refused: tuple[Offload, ...]
+) -> Offload:
+    given = config.budget_gb > 0
     fits = [offload for offload in OFFLOADS if predictions[offload].peak <= budget]
+    possible = [offload for offload in fits if offload not in refused]
+    if config.offload in refused or (config.offload == "auto" and fits and not possible):
+        raise refusal_of_compiled()
     if config.offload == "auto":
         if not fits:
-            raise MemoryBudgetError(too_small(predictions, budget, None))
-        return fits[0]
-    if config.budget_gb and config.offload not in fits:
-        raise MemoryBudgetError(too_small(predictions, budget, config.offload))
+            raise MemoryBudgetError(too_small(predictions, budget, None, given))
+        return possible[0]
+    if given and config.offload not in fits:
+        raise MemoryBudgetError(too_small(predictions, budget, config.offload, given))
     return config.offload
 
 

@@ -6,11 +6,12 @@ import csv
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..vae_precision import starting_dtype
 from .activations import PictureSize, decode_bytes, sampling_bytes, text_bytes
 from .patcher import Offload
 from .units import streamed_bytes, weight_bytes
@@ -73,8 +74,12 @@ def parts_of(model: Any, clip: Any | None, vae: Any | None, size: PictureSize) -
         )
     parts.append(_part("sampling", "unet", model.model, sampling_bytes(model, size), device))
     if vae is not None:
-        stage = vae.first_stage_model
-        parts.append(_part("decoding", "vae", stage, decode_bytes(vae, size), device, vae.device == device))
+        # VAE Decode may run a second module of these weights in another dtype.
+        dtype = starting_dtype(vae, "auto")
+        counted = decode_bytes(vae, size, dtype)
+        part = _part("decoding", "vae", vae.first_stage_model, counted, device, vae.device == device)
+        share = dtype.itemsize / vae.vae_dtype.itemsize
+        parts.append(replace(part, weights=round(part.weights * share), streamed=round(part.streamed * share)))
     return tuple(parts)
 
 

@@ -74,8 +74,8 @@ class _Slot:
 class NetworkStream:
     """Streams one network. `install` hooks it up, `remove` takes every hook off; weights are home in between."""
 
-    def __init__(self, network: torch.nn.Module, device: torch.device) -> None:
-        self.network, self.device = network, device
+    def __init__(self, network: torch.nn.Module, device: torch.device, keep_cast: bool = False) -> None:
+        self.network, self.device, self._keep_cast = network, device, keep_cast
         self.units = units_of(network)
         self.residency = Residency()
         self._first = 0
@@ -106,8 +106,16 @@ class NetworkStream:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._depth = 1
-        self._end()
+        self.settle()
+
+    def settle(self) -> None:
+        """Bring home what a forward that never ended may have left; nothing to do after one that did.
+
+        PyTorch calls no hook after an error that is no Exception, and a cancel may be such a one.
+        """
+        if self._depth or self._home or self._slots is not None:
+            self._depth = 1
+            self._end()
 
     def _begin(self) -> None:
         self._depth += 1
@@ -183,7 +191,7 @@ class NetworkStream:
             self._home.append((module, name, home))
             module._parameters[name] = view
         for module in {module for module, *_ in weights}:
-            if _is_whole(module):
+            if not self._keep_cast and _is_whole(module):
                 # On the device they are what a loaded model's are, and so is the way they are used.
                 module.comfy_cast_weights = module.prev_comfy_cast_weights
                 self._uncast.append(module)
@@ -229,8 +237,9 @@ def _copied(unit: Unit, buffer: torch.Tensor) -> list[torch.nn.Parameter]:
 class ModelStream:
     """All networks of one ComfyUI model."""
 
-    def __init__(self, networks: Iterable[torch.nn.Module], device: torch.device) -> None:
-        self.streams = tuple(NetworkStream(network, device) for network in networks)
+    def __init__(self, networks: Iterable[torch.nn.Module], device: torch.device, keep_cast: bool = False) -> None:
+        """`keep_cast`: weights are cast in use even where they are loaded, to another compute dtype."""
+        self.streams = tuple(NetworkStream(network, device, keep_cast) for network in networks)
 
     def install(self) -> None:
         for stream in self.streams:
@@ -239,6 +248,10 @@ class ModelStream:
     def remove(self) -> None:
         for stream in self.streams:
             stream.remove()
+
+    def settle(self) -> None:
+        for stream in self.streams:
+            stream.settle()
 
     @property
     def residency(self) -> Residency:

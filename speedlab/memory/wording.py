@@ -58,8 +58,8 @@ def plan_text(
     return "\n".join(lines)
 
 
-def too_small(predictions: Mapping[Offload, Any], budget: float, asked: Offload | None) -> str:
-    """Why a budget does not do, and the smallest that would."""
+def too_small(predictions: Mapping[Offload, Any], budget: float, asked: Offload | None, given: bool) -> str:
+    """Why a budget, `given` or what is free, does not do, and the smallest that would."""
     least = min(predictions.values(), key=lambda one: one.peak)
     if asked is not None:
         peak = predictions[asked].peak
@@ -67,11 +67,12 @@ def too_small(predictions: Mapping[Offload, Any], budget: float, asked: Offload 
         if least.peak <= budget:
             return f"{head} Set offload to auto or {least.offload} ({gigabytes(least.peak)}), or the budget higher."
     else:
-        head = f"No plan fits {gigabytes(budget)}."
+        head = f"No plan fits {'' if given else 'the '}{gigabytes(budget)}{'' if given else ' that are free'}."
     step = 0.01
     smallest = -(-least.peak // (step * 1e9)) * step
+    raised = f"set budget_gb to {smallest:.2f} or more, make" if given else "make"
     return (
         f"{head} The smallest is {least.offload} offload with {gigabytes(least.peak)}, needed while "
-        f"{least.worst.name}: set budget_gb to {smallest:.2f} or more, make the picture or the batch smaller"
+        f"{least.worst.name}: {raised} the picture or the batch smaller"
         f"{', or decode with Tiny VAE Decode and leave vae unconnected' if least.worst.name == 'decoding' else ''}."
     )

@@ -131,12 +131,12 @@ def test_plans_change_techniques_decoder_and_settings(bench, output, taesd_files
 
 
 def test_what_cannot_run_is_a_row_and_the_rest_goes_on(bench):
-    (table, *_), rows, _ = bench(axis_x="compile", values_x="off, no_such_backend", values_y="")
+    (table, *_), rows, _ = bench(axis_x="compile", values_x="off, stable_fast", values_y="")
     states = {row["plan"]: (row["status"], row["error"]) for row in rows}
     assert states["compile=off"] == ("ok", "")
-    status, error = states["compile=no_such_backend"]
-    assert status == "error" and "SpeedLabCompileModel" in error
-    assert "no_such_backend: error" in table
+    status, error = states["compile=stable_fast"]
+    assert status == "error" and "not installed" in error
+    assert "stable_fast: error" in table
     _, rows, _ = bench(axis_x="handoff", values_x="0.8")
     assert rows[-1]["status"] == "error" and "refiner" in rows[-1]["error"]
 
@@ -156,6 +156,60 @@ def test_out_of_memory_is_a_row_and_the_largest_batch_is_found(bench, engine, mo
     assert states == {1: "ok", 2: "ok", 4: "ok", 8: "oom", 6: "oom", 5: "ok"}
     assert "The largest batch that fits is 5" in table and "Throughput saturates at batch" in table
     assert sheet.shape[2] > 6 * 256
+
+
+def test_a_search_with_the_mark_on_the_other_axis_ends_with_every_row(bench, engine, monkeypatch):
+    """A size that the marked row never came to has nothing to be compared with, and is a row all the same."""
+    runner = engine("bench.sweep.runner")
+    real = runner.run_once
+
+    def small_card(prepared, *args):
+        split = any(t.options.get("") == "split" for t in prepared.settings.techniques)
+        if prepared.settings.batch > (3 if split else 2):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(prepared, *args)
+
+    monkeypatch.setattr(runner, "run_once", small_card)
+    (table, *_), rows, _ = bench(
+        axis_x="batch", values_x="1, max@4", axis_y="attention", values_y="split, *sdpa", steps=1
+    )
+    states = {(row["plan"], int(row["batch"])): row["status"] for row in rows}
+    assert len(states) == len(rows)
+    assert states["attention=split", 3] == "ok" and states["attention=sdpa", 3] == "oom"
+    assert "split: The largest batch that fits is 3" in table and "sdpa: The largest batch that fits is 2" in table
+    told = {(row["plan"], int(row["batch"])): row["psnr"] for row in rows}
+    assert told["attention=split", 2] and not told["attention=split", 3]
+
+
+def test_a_search_over_what_cannot_run_writes_no_row_twice(bench):
+    (table, *_), rows, _ = bench(
+        axis_x="batch", values_x="1, max@2", axis_y="plan", values_y="a=stock\nb=compile(stable_fast)", steps=1
+    )
+    assert sorted((row["plan"], row["batch"], row["status"]) for row in rows) == [
+        ("a", "1", "ok"), ("a", "2", "ok"), ("b", "1", "error")
+    ]  # fmt: skip
+    assert "b: The search for the largest batch ended in an error at batch 1." in table
+
+
+def test_labels_may_look_like_formulas(bench):
+    (_, plot, *_), rows, _ = bench(axis_x="plan", values_x="$x_$=stock", steps=1)
+    assert [row["plan"] for row in rows] == ["$x_$"] and plot.shape[1] > 64
+
+
+def test_weights_of_past_cells_are_let_go(bench, engine, monkeypatch):
+    runner = engine("bench.sweep.runner")
+    kept: list[int] = []
+    real = runner.Sweep._prepare
+
+    def noted(self, cell):
+        prepared = real(self, cell)
+        kept.append(len({id(known.parts.model.model) for known in self._prepared.values()}))
+        return prepared
+
+    monkeypatch.setattr(runner.Sweep, "_prepare", noted)
+    _, rows, _ = bench(axis_x="precision", values_x="fp32, bf16, fp16, fp8_e4m3fn", steps=1, repeats=2)
+    assert [row["status"] for row in rows] == ["ok"] * 4
+    assert max(kept) <= 3  # the model given and two loaded ones
 
 
 def test_on_a_cpu_the_search_stops_by_prediction(bench, engine, monkeypatch):

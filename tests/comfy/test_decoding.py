@@ -151,6 +151,8 @@ def test_auto_takes_the_family_from_the_model_or_the_mark(tiny_decode, tiny, eng
     sdxl = tiny_decode({**samples, "speedlab": {"latent_format": "SDXL"}}, "auto")
     assert torch.equal(sdxl, tiny_decode(samples, "taesdxl"))
     assert not torch.equal(sdxl, expected)
+    with pytest.raises(engine("errors").SpeedLabError, match="made by an SDXL model and the decoder 'taesd'"):
+        tiny_decode({**samples, "speedlab": {"latent_format": "SDXL"}}, "taesd")
     with pytest.raises(engine("errors").SpeedLabError, match=r"cannot tell an SD 1\.x latent from an SDXL one"):
         tiny_decode(samples, "auto")
     for mark in ({"latent_format": "Nonsense"}, {"latent_format": "torch"}, "text", None):

@@ -152,6 +152,21 @@ def test_models_of_different_latents_are_refused(node, pair, comfy):
         ensemble(node, pair.base.model, build("sd15").model, pair)
 
 
+def test_conditioning_of_the_other_encoder_is_named(node, pair):
+    swapped = SimpleNamespace(base=pair.base, refiner=SimpleNamespace(cond=pair.base.cond))
+    wide, narrow = (one.model.model.model_config.unet_config["context_dim"] for one in (pair.base, pair.refiner))
+    if wide == narrow:
+        swapped.refiner.cond = lambda seed: [[torch.zeros(1, 4, narrow + 8), {}]]
+    with pytest.raises(RuntimeError, match=rf"refiner_positive is \d+ numbers wide .* reads {narrow}"):
+        ensemble(node, pair.base.model, pair.refiner.model, swapped)
+
+
+def test_latents_with_other_channels_are_named(node, pair):
+    strange = {"samples": torch.ones(1, 3, 8, 8)}
+    with pytest.raises(RuntimeError, match="3 channels and these models take 4"):
+        ensemble(node, pair.base.model, pair.refiner.model, pair, latent=strange)
+
+
 def test_an_empty_batch_is_refused(node, pair):
     with pytest.raises(RuntimeError, match="batch is empty"):
         ensemble(node, pair.base.model, pair.refiner.model, pair, latent=latent(0))

@@ -138,6 +138,69 @@ def test_text_encoder_and_vae_are_streamed_and_give_the_same_bits(memory, node, 
     assert torch.equal(encoded(node, checkpoint.clip)[0][0], cond[0][0])
 
 
+def test_a_decode_in_another_precision_stays_in_the_plan(memory, node, checkpoint):
+    mm = importlib.import_module("comfy.model_management")
+    mm.unload_all_models()
+    planned = plan(memory, checkpoint, "model")
+    mm.load_models_gpu([planned.model])
+    settings = {"slicing": False, "tile_size": 0, "overlap": 64, "precision": "bf16"}
+    for _ in range(2):
+        (picture,) = node("SpeedLabVAEDecode").decode(latent(), planned.vae, **settings)
+        assert [type(one.model.model).__name__ for one in mm.current_loaded_models] == ["AutoencoderKL"]
+    (plain,) = node("SpeedLabVAEDecode").decode(latent(), checkpoint.vae, **settings)
+    assert torch.equal(picture, plain)
+    mm.unload_all_models()
+
+
+def test_a_checkpoint_without_a_vae_says_so(memory, node, checkpoint):
+    sd = importlib.import_module("comfy.sd")
+    hollow = sd.VAE.__new__(sd.VAE)
+    hollow.first_stage_model = None
+    models = SimpleNamespace(model=checkpoint.model, clip=None, vae=hollow)
+    with pytest.raises(RuntimeError, match="There is no VAE"):
+        plan(memory, models)
+    with pytest.raises(RuntimeError, match="There is no VAE"):
+        node("SpeedLabVAEDecode").decode(latent(), hollow, False, 0, 64, "auto")
+
+
+def test_a_compiled_vae_is_planned_for_and_not_streamed(memory, node, checkpoint):
+    (compiled,) = node("SpeedLabCompileVAE").compile(checkpoint.vae, "jit_trace", "default")
+    models = SimpleNamespace(model=checkpoint.model, clip=None, vae=compiled)
+    known = SimpleNamespace(model=checkpoint.model, clip=None, vae=checkpoint.vae)
+    assert [p.total for p in predictions(memory, models)["model"].phases] == [
+        p.total for p in predictions(memory, known)["model"].phases
+    ]
+    assert plan(memory, models, "model").vae is not compiled
+    with pytest.raises(RuntimeError, match="Compile VAE"):
+        plan(memory, models, "sequential")
+    with pytest.raises(RuntimeError, match="Compile VAE"):
+        node("SpeedLabCompileVAE").compile(plan(memory, known, "sequential").vae, "jit_trace", "default")
+
+
+def test_what_is_free_is_no_budget_to_raise(memory, checkpoint, monkeypatch):
+    monkeypatch.setattr(memory.plan, "free_bytes", lambda *_: int(0.01 * GB))
+    with pytest.raises(memory.plan.MemoryBudgetError, match="that are free") as caught:
+        plan(memory, checkpoint)
+    assert "set budget_gb" not in str(caught.value)
+
+
+def test_handles_of_paged_weights_are_not_copied(memory, engine, checkpoint):
+    """A copy of ComfyUI's handles of dynamic VRAM would free what they stand for."""
+
+    class Handle:
+        def __deepcopy__(self, memo):
+            raise AssertionError("a handle was copied")
+
+    network = build("sd15").unet
+    layer = network.middle_block[0].out_layers[3]
+    layer._v, layer._v_signature, layer._pin_state = (Handle(), 4096, 1), 3, Handle()
+    layer.weight_lowvram_function = Handle()
+    copied = engine("memory.live_bytes").on_meta(network)
+    twin = copied.middle_block[0].out_layers[3]
+    assert not {"_v", "_v_signature", "_pin_state", "weight_lowvram_function"} & set(twin.__dict__)
+    assert isinstance(layer._v[0], Handle)
+
+
 def test_models_take_turns_and_others_stay(memory, node, checkpoint):
     mm = importlib.import_module("comfy.model_management")
     mm.unload_all_models()

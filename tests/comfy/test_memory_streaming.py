@@ -24,6 +24,13 @@ def sequential(memory, patcher):
     return memory.patcher.planned(patcher, memory.patcher.Placement("sequential", group))
 
 
+def as_users_have_it(engine, patcher):
+    """The model as the Memory Plan node gives it, with what ends a run cut off in the middle."""
+    plan = engine("memory.plan")
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    return plan.plan_memory(patcher, None, None, plan.MemoryPlanConfig("sequential"), latent).model
+
+
 def homes(tiny) -> dict[str, tuple[int, int]]:
     """Where every weight lies, and which object it is."""
     return {name: (id(weight), weight.data_ptr()) for name, weight in tiny.unet.named_parameters()}
@@ -131,11 +138,11 @@ def test_storage_in_another_type_than_the_computation(memory, dtype):
     assert model.stream.residency.units == 2
 
 
-def test_a_cancel_in_the_middle_leaves_every_weight_where_it_was(memory):
+def test_a_cancel_in_the_middle_leaves_every_weight_where_it_was(engine):
     mm = importlib.import_module("comfy.model_management")
     tiny = tiny_unet.build("sd15")
     expected, before = tiny.sample(), homes(tiny)
-    model = sequential(memory, tiny.model)
+    model = as_users_have_it(engine, tiny.model)
     calls = []
 
     def cancel(*_):
@@ -156,22 +163,38 @@ def test_a_cancel_in_the_middle_leaves_every_weight_where_it_was(memory):
     assert torch.equal(tiny.sample(), expected)
 
 
-def test_an_error_in_a_layer_leaves_every_weight_where_it_was(memory):
+class _CancelOfNewerComfyUIError(BaseException):
+    """No Exception, so PyTorch calls no forward hook on its way out."""
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, _CancelOfNewerComfyUIError])
+def test_an_error_in_a_layer_leaves_every_weight_where_it_was(engine, error):
     tiny = tiny_unet.build("sd15")
     expected, before = tiny.sample(), homes(tiny)
-    model = sequential(memory, tiny.model)
+    model = as_users_have_it(engine, tiny.model)
 
     def fail(*_):
-        raise ZeroDivisionError("a layer broke")
+        raise error("a layer broke")
 
     handle = tiny.unet.output_blocks[2][0].register_forward_hook(fail)
     try:
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(error):
             tiny.sample(model)
     finally:
         handle.remove()
     assert homes(tiny) == before
+    assert model.stream is None or model.stream.streams[0]._slots is None
     assert torch.equal(tiny.sample(model), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_another_compute_dtype_chosen_by_cores_node(memory, dtype):
+    """ModelComputeDtype has loaded weights cast in use, and so it does with streamed ones."""
+    tiny = tiny_unet.build("sd15")
+    model = tiny.model.clone()
+    model.set_model_compute_dtype({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    expected = tiny.sample(model)
+    assert torch.equal(tiny.sample(sequential(memory, model)), expected)
 
 
 def test_skipped_blocks_are_not_copied(memory, engine):

@@ -63,6 +63,17 @@ def test_rows_of_one_setting_are_pooled_and_failed_rows_left_out(tmp_path):
     assert entry.a.std == pytest.approx(0.1414, rel=1e-3)
 
 
+@pytest.mark.parametrize("changes", [{"time_std_s": "nan"}, {"time_std_s": -1}, {"time_mean_s": "inf"}])
+def test_impossible_numbers_are_named(tmp_path, changes):
+    with pytest.raises(BenchError, match="impossible"):
+        compared(tmp_path, [row(**changes)], [row()])
+
+
+def test_rows_are_named_by_all_that_tells_them_apart(tmp_path):
+    names = {entry.name for entry in compared(tmp_path, *[[row(sampler=s) for s in ("euler", "heun")]] * 2)}
+    assert len(names) == 2
+
+
 def test_tables_that_are_none_are_named(tmp_path, capsys):
     good = table(tmp_path / "good.csv", row())
     other = tmp_path / "other.csv"

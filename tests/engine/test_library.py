@@ -90,6 +90,29 @@ def test_half_written_foreign_and_mislabelled_files_are_skipped_and_counted(stor
     assert page.skipped == 6
 
 
+@pytest.mark.parametrize("text", ['{"schema": 1, "x": ' + "9" * 5000 + "}", "[" * 100_000, '{"schema": NaN}'])
+def test_a_hostile_record_fails_alone(store, text):
+    put(store, 1)
+    hostile = run_id(2)
+    (store.runs / f"{hostile}.json").write_text(text)
+    library = RunLibrary(store)
+    assert [run.run_id for run in library.page().runs] == [run_id(1)]
+    for call in (library.text, library.delete):
+        with pytest.raises(ResultsError):
+            call(hostile)
+
+
+def test_a_trace_belongs_to_its_record(store):
+    name = f"{run_id(1)}.trace.json.gz"
+    mine = put(store, 1, artifacts={"trace": f"speedlab/runs/{name}"})
+    (store.runs / name).write_bytes(b"packed")
+    library = RunLibrary(store)
+    assert library.page().skipped == 0
+    assert library.artifact(mine, "trace").name == name
+    library.delete(mine)
+    assert list(store.runs.iterdir()) == []
+
+
 def test_a_changed_file_is_read_again_and_a_gone_one_forgotten(store):
     put(store, 1, plan="before")
     library = RunLibrary(store)
@@ -114,7 +137,7 @@ def test_no_id_leads_out(store, bad):
 @pytest.mark.parametrize(
     "path",
     ["../../secret.png", "/etc/passwd", "speedlab/../../secret.png", "C:\\secret.png", "speedlab\\..\\x", "secret.png",
-     "speedlab/images/link.png", "speedlab/images/a\0b.png", "//host/share.png"],
+     "speedlab/images/link.png", "speedlab/images/a\0b.png", "//host/share.png", "speedlab/images/\ud800.png"],
 )  # fmt: skip
 def test_no_artifact_of_a_record_leads_out_nor_is_deleted(store, tmp_path, path):
     secret = tmp_path / "output" / "secret.png"

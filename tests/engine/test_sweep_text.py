@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from speedlab.bench.sweep.axes import AXES, NONE, parse_axis
 from speedlab.bench.sweep.batch_search import BatchSearch, predicted_bytes, saturation_point
 from speedlab.bench.sweep.cells import baseline_of, make_cells
+from speedlab.bench.sweep.notes import largest_note
 from speedlab.bench.sweep.plan_text import (
     MAIN,
     PlanText,
@@ -101,7 +102,15 @@ def test_what_each_axis_sets():
         ("cfg", "nan", "no number"),
         ("cfg", "101", "choose 0 to 100"),
         ("batch", "0", "choose 1 to 4096"),
-        ("batch", "max, 4", "'max' is no whole number"),
+        ("batch", "max, 4", "max stands last"),
+        ("batch", "1, *max", "no baseline"),
+        ("batch", "max@0", "a limit of 1 to 4096"),
+        ("batch", "1, max@8192", "a limit of 1 to 4096"),
+        ("batch", "5, max@3", "above the limit"),
+        ("batch", "max@" + "9" * 5000, "no whole number"),
+        ("resolution", "9" * 5000, "no resolution"),
+        ("sampler", "euler@" + "9" * 5000, "no sampler"),
+        ("steps", "9" * 5000, "no whole number|choose 1 to"),
         ("resolution", "512x", "no resolution"),
         ("resolution", "32x64", "multiples of 8 from 64"),
         ("steps", "*1, *2", "more than one baseline"),
@@ -123,7 +132,7 @@ def test_what_cannot_be_is_said(axis, text, words):
 def test_an_open_end():
     axis = parse_axis("batch", "1, 2, max")
     assert axis.open_end and axis.most is None and [v.label for v in axis.values] == ["1", "2"]
-    assert parse_axis("batch", "max@16").most == 16
+    assert parse_axis("batch", "max@16").most == parse_axis("batch", "MAX@16").most == 16
     assert [v.label for v in parse_axis("batch", "max").values] == ["1"]
 
 
@@ -139,6 +148,37 @@ def test_the_grid_and_its_baselines():
     assert {baseline_of(c, none, NONE) for c in make_cells(CellSettings(), none, NONE)} == {(0, 0)}
     with pytest.raises(SweepTextError, match="Both axes"):
         make_cells(CellSettings(), x, x)
+
+
+def test_off_takes_a_technique_out_and_a_value_keeps_its_other_options():
+    base = CellSettings().with_stack(parse_plan("deepcache(cache_interval=3,cache_branch_id=2)+freeu").techniques)
+    off, two = (value.apply(base) for value in parse_axis("deepcache_interval", "off, 2").values)
+    assert [t.name for t in off.techniques] == ["freeu"]
+    assert {t.name: t.options for t in two.techniques}["deepcache"] == {"cache_branch_id": "2", MAIN: "2"}
+    (plain,) = parse_axis("precision", "off").values
+    assert plain.apply(CellSettings(weights=TechniqueText("weights", {MAIN: "fp16"}))).weights is None
+
+
+def test_samplers_name_their_rows():
+    cells = make_cells(CellSettings(), parse_axis("sampler", "euler, heun"), NONE)
+    assert [cell.settings.plan for cell in cells] == ["sampler=euler", "sampler=heun"]
+
+
+@pytest.mark.parametrize(("other", "values"), [("steps", "euler@30, heun"), ("scheduler", "euler/karras, heun")])
+def test_a_sampler_that_sets_the_other_axis_too_is_refused(other, values):
+    samplers, axis = parse_axis("sampler", values), parse_axis(other, "10, 20" if other == "steps" else "normal")
+    for x, y in ((samplers, axis), (axis, samplers)):
+        with pytest.raises(SweepTextError, match=f"sets {other} too"):
+            make_cells(CellSettings(), x, y)
+
+
+def test_a_search_ends_at_an_error():
+    search = BatchSearch()
+    for batch, status in ((1, "ok"), (2, "ok"), (4, "error")):
+        search.note(batch, status)
+    assert search.next() is None
+    note = largest_note(search, "a")
+    assert note == "a: The search for the largest batch ended in an error at batch 4. Batch 2 fits."
 
 
 def test_plan_names_tell_cells_apart():

@@ -75,8 +75,8 @@ def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Re
         parts = reloader.parts_in(wanted.get("precision", "auto"), wanted.get("memory_format"))
     for technique in settings.techniques:
         parts = attach(parts, technique, nodes)
-    if settings.decoder.name == "full" and parts.vae is None:
-        raise SpeedLabError("There is no VAE: the checkpoint file holds none. Load one with Load VAE.")
+    if settings.decoder.name == "full":
+        decoding.require_vae(parts.vae)
     conditioning.require_clip(parts.clip)
     return Prepared(parts, settings, options_of(settings.decoder, DECODERS[settings.decoder.name], nodes))
 

@@ -12,6 +12,17 @@ BASELINE_MARK = "*"
 STOCK = "stock"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MAIN = ""
+# The option that a value without a name stands for.
+MAIN_OPTION: Mapping[str, str] = {
+    "attention": "backend",
+    "compile": "backend",
+    "compile_vae": "backend",
+    "deepcache": "cache_interval",
+    "dynamic_cfg": "stop_at",
+    "memory_plan": "offload",
+    "tiny": "decoder",
+    "weights": "precision",
+}
 
 
 class SweepTextError(SpeedLabError):

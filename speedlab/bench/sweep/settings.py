@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from .plan_text import MAIN, STOCK, SweepTextError, TechniqueText
+from .plan_text import MAIN, MAIN_OPTION, STOCK, SweepTextError, TechniqueText
 
 MOST_PICTURES = 4096
 _LARGEST_SIDE, _MOST_STEPS, _HIGHEST_CFG = 16384, 10000, 100.0
@@ -59,7 +59,8 @@ class CellSettings:
     def with_main(self, name: str, value: str) -> CellSettings:
         """The settings with a technique's main option changed; the options that it has already stay."""
         known = self.weights if name == "weights" else next((t for t in self.techniques if t.name == name), None)
-        return self.with_technique(TechniqueText(name, {**(known.options if known else {}), MAIN: value}))
+        others = {key: text for key, text in (known.options if known else {}).items() if key != MAIN_OPTION[name]}
+        return self.with_technique(TechniqueText(name, {**others, MAIN: value}))
 
     def with_stack(self, techniques: tuple[TechniqueText, ...]) -> CellSettings:
         """The settings with a whole stack more."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import SpeedLabError, UnavailableError
-from .plan_text import MAIN, SweepTextError, TechniqueText
+from .plan_text import MAIN, MAIN_OPTION, SweepTextError, TechniqueText
 from .settings import CellSettings, number, whole_number
 
 NodeTable = Mapping[str, Any]
@@ -21,27 +21,23 @@ _SOCKETS = ("MODEL", "CLIP", "VAE")
 
 @dataclass(frozen=True)
 class Known:
-    """The node behind a technique, and the option that a value without a name stands for."""
+    """The node behind a technique."""
 
     node_id: str
-    main: str | None = None
 
 
 TECHNIQUES: Mapping[str, Known] = {
-    "attention": Known("SpeedLabAttention", "backend"),
-    "compile": Known("SpeedLabCompileModel", "backend"),
-    "compile_vae": Known("SpeedLabCompileVAE", "backend"),
-    "deepcache": Known("SpeedLabDeepCache", "cache_interval"),
-    "dynamic_cfg": Known("SpeedLabDynamicCFG", "stop_at"),
+    "attention": Known("SpeedLabAttention"),
+    "compile": Known("SpeedLabCompileModel"),
+    "compile_vae": Known("SpeedLabCompileVAE"),
+    "deepcache": Known("SpeedLabDeepCache"),
+    "dynamic_cfg": Known("SpeedLabDynamicCFG"),
     "freeu": Known("FreeU"),
-    "memory_plan": Known("SpeedLabMemoryPlan", "offload"),
+    "memory_plan": Known("SpeedLabMemoryPlan"),
     "precision": Known("SpeedLabPrecision"),
 }
-DECODERS: Mapping[str, Known] = {
-    "full": Known("SpeedLabVAEDecode"),
-    "tiny": Known("SpeedLabTinyVAEDecode", "decoder"),
-}
-WEIGHTS = Known("SpeedLabCheckpointLoader", "precision")
+DECODERS: Mapping[str, Known] = {"full": Known("SpeedLabVAEDecode"), "tiny": Known("SpeedLabTinyVAEDecode")}
+WEIGHTS = Known("SpeedLabCheckpointLoader")
 _NOT_OPTIONS = frozenset({"ckpt_name", "samples", "vae", "model", "clip"})
 
 
@@ -79,7 +75,7 @@ def options_of(technique: TechniqueText, known: Known, nodes: NodeTable) -> dict
     names = [name for name, spec in specs.items() if name not in _NOT_OPTIONS and spec[0] not in _SOCKETS]
     options: dict[str, Any] = {}
     for written, text in technique.options.items():
-        name = (known.main or MAIN) if written == MAIN else written
+        name = MAIN_OPTION.get(technique.name, MAIN) if written == MAIN else written
         if name not in names:
             what = f"'{text}' needs the name of an option" if written == MAIN else f"has no option '{name}'"
             raise SweepTextError(f"{technique.words()}: {technique.name} {what}; its options are {', '.join(names)}.")
