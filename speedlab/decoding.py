@@ -128,8 +128,8 @@ def check_latent(vae: Any, samples: Any) -> None:
         raise SpeedLabError("The latent batch is empty: there is no picture to decode.")
     if samples.ndim == 5 and getattr(vae, "latent_dim", 2) == 2:
         raise SpeedLabError(
-            f"The latents are {samples.shape[2]} frames of a video, and this VAE decodes still pictures: they belong to "
-            "different model families. Use the VAE of the model that made the latents."
+            f"The latents are {samples.shape[2]} frames of a video, and this VAE decodes still pictures: they belong "
+            "to different model families. Use the VAE of the model that made the latents."
         )
     channels = getattr(vae, "latent_channels", samples.shape[1])
     if samples.shape[1] != channels:

@@ -70,7 +70,8 @@ def refusal_of_compiled() -> UnavailableError:
     """Compiled code guards the device of each weight: it would be compiled anew at every layer."""
     return UnavailableError(
         "Memory Plan's sequential offload and compiled code (Compile Model, Compile VAE, TorchCompileModel) exclude "
-        "each other: compiled code holds on to where its weights are. Set offload to model, or take the compile node out."
+        "each other: compiled code holds on to where its weights are. Set offload to model, or take the compile node "
+        "out."
     )
 
 

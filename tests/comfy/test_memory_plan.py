@@ -164,7 +164,7 @@ def test_a_checkpoint_without_a_vae_says_so(memory, node, checkpoint):
 
 
 def test_a_compiled_vae_is_planned_for_and_not_streamed(memory, node, checkpoint):
-    (compiled,) = node("SpeedLabCompileVAE").compile(checkpoint.vae, "jit_trace", "default")
+    (compiled,) = node("SpeedLabCompileVAE").apply(checkpoint.vae, "jit_trace", "default")
     models = SimpleNamespace(model=checkpoint.model, clip=None, vae=compiled)
     known = SimpleNamespace(model=checkpoint.model, clip=None, vae=checkpoint.vae)
     assert [p.total for p in predictions(memory, models)["model"].phases] == [
@@ -174,7 +174,7 @@ def test_a_compiled_vae_is_planned_for_and_not_streamed(memory, node, checkpoint
     with pytest.raises(RuntimeError, match="Compile VAE"):
         plan(memory, models, "sequential")
     with pytest.raises(RuntimeError, match="Compile VAE"):
-        node("SpeedLabCompileVAE").compile(plan(memory, known, "sequential").vae, "jit_trace", "default")
+        node("SpeedLabCompileVAE").apply(plan(memory, known, "sequential").vae, "jit_trace", "default")
 
 
 def test_what_is_free_is_no_budget_to_raise(memory, checkpoint, monkeypatch):
