@@ -20,6 +20,8 @@ from .vae_precision import abilities, remember_not_finite, safer, sibling, sibli
 log = logging.getLogger(__name__)
 
 LATENT_MARK = "speedlab"
+# Set on a VAE by Compile VAE: backend and mode.
+COMPILED_BY = "speedlab_compiled"
 
 # Latents of equal shape that no VAE of the other family can decode, by the class names of core's latent formats.
 FAMILIES = {"SD15": "SD 1.x or 2.x", "SDXL": "SDXL", "SDXL_Playground_2_5": "SDXL"}
@@ -91,6 +93,10 @@ def _info(vae: Any, chosen: Any, way: Way, config: DecodeConfig, warnings: list[
         info["slicing"] = True
     if way.tile_size:
         info.update(tile_size=way.tile_size, overlap=way.overlap)
+    compiled = getattr(chosen, COMPILED_BY, None)
+    if compiled is not None:
+        backend, mode = compiled
+        info["compiled"] = f"compile_vae(backend={backend}{'' if mode == 'default' else f',mode={mode}'})"
     if chosen is not vae:
         info["second_modules_gb"] = round(sibling_bytes(vae) / 1e9, 4)
     if warnings:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..decoding import COMPILED_BY
 from ..errors import UnavailableError, first_line
 from ..memory.patcher import is_streamed, refusal_of_compiled
 from . import backends
@@ -27,7 +28,6 @@ from .compile_run import CompileError, passing
 
 log = logging.getLogger(__name__)
 
-_MARK = "speedlab_compiled"
 _KEPT = 8
 
 
@@ -72,18 +72,18 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
     compiled.first_stage_model = copy.copy(network)
     compiled.first_stage_model.__dict__["speedlab_original"] = network
     compiled.first_stage_model.__dict__["decode"] = _decoder(network, backend, options)
-    setattr(compiled, _MARK, (backend_name, mode))
+    setattr(compiled, COMPILED_BY, (backend_name, mode))
     return compiled
 
 
 def is_compiled(vae: Any) -> bool:
     """Whether Compile VAE made this VAE."""
-    return hasattr(vae, _MARK)
+    return hasattr(vae, COMPILED_BY)
 
 
 def compiled_like(vae: Any, other: Any) -> Any:
     """`other` compiled as `vae` is; `other` itself where `vae` is not."""
-    settings = getattr(vae, _MARK, None)
+    settings = getattr(vae, COMPILED_BY, None)
     return other if settings is None else compile_vae(other, *settings)
 
 

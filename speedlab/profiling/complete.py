@@ -61,7 +61,8 @@ def _with_decode(record: RunRecord, has_images: bool, reached_ns: int, context: 
     decodes = _decodes_of(source, context, entries, now.list_index) if has_images else []
     infos = [{key: value for key, value in e.info.items() if key != "run_id"} for e in decodes]
     tiny = dict.fromkeys(str(info["decoder"]) for info in infos if info.get("decoder") not in (None, "vae"))
-    techniques = [*record.request.get("accelerators", ()), *(f"tiny_vae({name})" for name in tiny)]
+    compiled = dict.fromkeys(str(info["compiled"]) for info in infos if info.get("compiled"))
+    techniques = [*record.request.get("accelerators", ()), *compiled, *(f"tiny_vae({name})" for name in tiny)]
     request = {**record.request, "accelerators": techniques, "decode": infos, "precision": _precision(record, infos)}
     if not record.request.get("plan_named"):
         request["plan"] = "+".join(techniques) or "stock"

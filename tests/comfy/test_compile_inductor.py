@@ -89,7 +89,7 @@ def tiny_vae(comfy: Any) -> Any:
 @pytest.mark.parametrize("which, backend", [("vae", "jit_trace"), ("vae", "onnxruntime"), ("tiny_vae", "onnxruntime"),
                                             ("tiny_vae", "jit_trace"), ("tiny_vae", "inductor")])  # fmt: skip
 def test_a_compiled_vae_decodes_alike(
-    node: Any, fresh: Any, request: pytest.FixtureRequest, which: str, backend: str
+    node: Any, engine: Any, fresh: Any, request: pytest.FixtureRequest, which: str, backend: str
 ) -> None:
     plain = request.getfixturevalue(which)
     network, keys = plain.first_stage_model, list(plain.first_stage_model.state_dict())
@@ -100,6 +100,9 @@ def test_a_compiled_vae_decodes_alike(
         assert relative(compiled.decode(latent), plain.decode(latent)) < 1e-4
         (pictures,) = node("SpeedLabVAEDecode").decode({"samples": latent}, compiled, False, 0, 64, "auto")[:1]
         assert pictures.shape == (1, 8 * size[0], 8 * size[1], 3)
+        if which == "vae":
+            decoded = engine("decoding").decode(compiled, {"samples": latent}, engine("decoding").DecodeConfig())
+            assert decoded.info["compiled"] == f"compile_vae(backend={backend})"
     assert "decode" not in vars(network)
     assert list(network.state_dict()) == list(compiled.first_stage_model.state_dict()) == keys
 
