@@ -44,7 +44,7 @@ class AttentionBackend:
                         "default": "auto",
                         "tooltip": "auto: measured on this device, once for each size. sdpa: PyTorch's, which picks "
                         "its kernel; sdpa_*: that kernel alone. sub_quadratic, split: least memory. "
-                        "xformers, flash_attn, sage: where installed.",
+                        "xformers, flash_attn, sage: where installed. onednn: for processors, fastest on AMD's.",
                     },
                 ),
             },

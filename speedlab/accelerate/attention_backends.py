@@ -23,6 +23,8 @@ from comfy.ldm.modules import attention as core
 from torch.nn import attention as torch_attention
 
 from ..errors import UnavailableError, first_line
+from .onednn_attention import missing as onednn_missing
+from .onednn_attention import onednn_attention
 
 Attention = Callable[..., torch.Tensor]
 Missing = Callable[[torch.device], "str | None"]
@@ -92,6 +94,17 @@ def _sdpa_with(kernel: Callable[[], AbstractContextManager], upcasts: bool = Fal
         return _tokens_first(out.to(dtype), skip_output_reshape)
 
     return run
+
+
+def _onednn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: torch.Tensor | None = None,
+    attn_precision: torch.dtype | None = None, skip_reshape: bool = False, skip_output_reshape: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor:  # fmt: skip
+    if mask is not None:
+        raise RuntimeError("attention out of oneDNN's products takes no mask")
+    q, k, v = _heads_first(q, k, v, heads, skip_reshape)
+    return _tokens_first(onednn_attention(q, k, v, kwargs.get("scale")), skip_output_reshape)
 
 
 def _flash_attn(
@@ -172,6 +185,7 @@ BACKENDS: dict[str, Backend] = {
     "xformers": _core_function("attention_xformers", _xformers_missing, "xformers"),
     "flash_attn": Backend(_flash_attn, _package("flash_attn"), "flash-attn", takes_masks=False),
     "sage": Backend(_sage, _package("sageattention"), "sageattention", takes_masks=False),
+    "onednn": Backend(_onednn, onednn_missing, takes_masks=False),
 }
 
 

@@ -30,7 +30,7 @@ _WORTH_MEASURING = 1024 * 1024
 
 _CANDIDATES = {
     # Sub-quadratic attention saves memory that a CPU does not lack, and takes 1.7 times as long there.
-    "cpu": (PREFERRED, "split"),
+    "cpu": (PREFERRED, "split", "onednn"),
     "cuda": (PREFERRED, "sdpa_flash", "sdpa_mem_efficient", "sdpa_cudnn", "xformers", "flash_attn"),
 }
 _CANDIDATES_ELSEWHERE = (PREFERRED, "split", "sub_quadratic")

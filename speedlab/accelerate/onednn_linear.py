@@ -48,7 +48,7 @@ def is_faster_here() -> bool:
         for rows, inputs, outputs in _SHAPES:
             x, weight, bias = torch.ones(rows, inputs), torch.ones(outputs, inputs), torch.ones(outputs)
             for name, best in _least_seconds(
-                {"PyTorch": torch.nn.functional.linear, "oneDNN": _linear}, x, weight, bias
+                {"PyTorch": torch.nn.functional.linear, "oneDNN": linear}, x, weight, bias
             ).items():
                 seconds[name] += best
     faster = seconds["oneDNN"] <= _MARGIN * seconds["PyTorch"]
@@ -69,7 +69,8 @@ def _least_seconds(functions: Mapping[str, Callable[..., Any]], *args: Any) -> d
     return best
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear` by oneDNN. The weight has to lie in rows."""
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
 
@@ -85,7 +86,7 @@ class OneDNNLinear(TorchFunctionMode):
     ) -> Any:
         if torch.compiler.is_compiling() or func is not torch.nn.functional.linear or kwargs or not _suits(*args):
             return func(*args, **(kwargs or {}))
-        return _linear(*args)
+        return linear(*args)
 
 
 def _suits(x: Any, weight: Any, bias: Any = None) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from .tiny_unet import TinyUNet, build, relative
 
-ON_CPU = ("sdpa", "sdpa_flash", "sub_quadratic", "split", "auto")
+ON_CPU = ("sdpa", "sdpa_flash", "sub_quadratic", "split", "onednn", "auto")
 NOT_ON_CPU = ("sdpa_mem_efficient", "sdpa_cudnn", "xformers", "flash_attn", "sage")
 NAN_FROM_CALL = 20
 LARGE = (32, 32)  # large enough for a choice to matter
@@ -471,7 +471,7 @@ def test_node(tiny: TinyUNet, pack: ModuleType, attach: Any, modules: SimpleName
     inputs = node.INPUT_TYPES()["required"]
     assert inputs["backend"][0] == [
         "auto", "sdpa", "sdpa_flash", "sdpa_mem_efficient", "sdpa_cudnn", "sdpa_math", "sub_quadratic", "split",
-        "xformers", "flash_attn", "sage",
+        "xformers", "flash_attn", "sage", "onednn",
     ]  # fmt: skip
     assert inputs["backend"][1]["default"] == "auto"
     (model,) = node().apply(tiny.model, "split")
