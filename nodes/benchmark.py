@@ -15,7 +15,7 @@ from ..speedlab.profiling.context import NodeContext
 _HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"}
 _VALUES = (
     "One a line or between commas; * before a value makes it the baseline. batch: 1, 2, 4, max. resolution: 768x512. "
-    "sampler: dpmpp_2m/karras@20. deepcache_interval, cfg_stop_at, compile, attention: off too. plan, one a line: "
+    "sampler: dpmpp_2m/karras. deepcache_interval, cfg_stop_at, compile, attention: off too. plan, one a line: "
     "fast=attention(sdpa)+deepcache(cache_interval=3)+tiny."
 )
 
