@@ -41,9 +41,7 @@ def largest_note(search: BatchSearch, other: str) -> str:
     """What the search for the largest batch found."""
     if search.broken_at is not None:
         known = f" Batch {max(search.fits)} fits." if search.fits else ""
-        return (
-            f"{_where(other)}The search for the largest batch ended with an error at batch {search.broken_at}.{known}"
-        )
+        return f"{_where(other)}The search for the largest batch ended in an error at batch {search.broken_at}.{known}"
     if not search.fits:
         return f"{_where(other)}No batch size fits."
     largest = max(search.fits)
