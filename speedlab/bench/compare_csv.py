@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..profiling.record import CSV_COLUMNS
@@ -13,6 +13,7 @@ from .errors import BenchError
 
 KEY = ("scenario", "plan", "batch", "width", "height", "steps", "cfg", "sampler", "scheduler", "precision",
        "accelerators", "seed", "checkpoint")  # fmt: skip
+_NAMED = frozenset({"scenario", "plan", "batch", "width", "height", "steps", "cfg"})
 CONFIDENCE = 0.95
 THRESHOLD = 0.03
 
@@ -28,7 +29,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Comparison:
-    """B's time over A's. `low` and `high` bound the ratio with 95 % confidence; None where a side has one repeat."""
+    """B's time over A's. `low` and `high` bound the ratio with 95 % confidence; None where a side has one repeat.
+
+    `varying` are the fields of the key that no name shows and that tell some of the settings compared apart.
+    """
 
     key: tuple[str, ...]
     a: Sample
@@ -36,6 +40,7 @@ class Comparison:
     ratio: float
     low: float | None
     high: float | None
+    varying: tuple[str, ...] = ()
 
     @property
     def is_regression(self) -> bool:
@@ -47,11 +52,8 @@ class Comparison:
         """The setting in a few words."""
         row = dict(zip(KEY, self.key, strict=True))
         size = f"{row['width']}x{row['height']} batch {row['batch']}"
-        sampler = "/".join(part for part in (row["sampler"], row["scheduler"]) if part)
-        return (
-            f"{row['scenario'] or '-'}: {row['plan'] or 'stock'}, {size}, {row['steps']} steps, cfg {row['cfg']}, "
-            f"{sampler}, {row['precision']}, seed {row['seed']}, {row['checkpoint']}"
-        )
+        told = f"{row['scenario'] or '-'}: {row['plan'] or 'stock'}, {size}, {row['steps']} steps, cfg {row['cfg']}"
+        return ", ".join([told, *(f"{field} {row[field] or '-'}" for field in self.varying)])
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -103,7 +105,11 @@ def samples(rows: Sequence[Mapping[str, str]], path: Path) -> dict[tuple[str, ..
 
 def compare(a: Mapping[tuple[str, ...], Sample], b: Mapping[tuple[str, ...], Sample]) -> list[Comparison]:
     """Every setting that both tables have, the worst first."""
-    compared = [_compare(key, a[key], b[key]) for key in a if key in b]
+    shared = [key for key in a if key in b]
+    varying = tuple(
+        name for place, name in enumerate(KEY) if name not in _NAMED and len({key[place] for key in shared}) > 1
+    )
+    compared = [replace(_compare(key, a[key], b[key]), varying=varying) for key in shared]
     return sorted(compared, key=lambda entry: -entry.ratio)
 
 

@@ -315,12 +315,12 @@ def test_sequential_and_a_compiled_model_are_refused_with_both_names(memory):
     sequential = memory.plan.plan_memory(tiny.model, None, None, memory.plan.MemoryPlanConfig("sequential")).model
     with_core = sequential.clone()
     compiled(with_core, backend="eager")
-    with pytest.raises(RuntimeError, match="sequential offload and a compiled model"):
+    with pytest.raises(RuntimeError, match="sequential offload and compiled code"):
         tiny.sample(with_core)
     block = tiny.unet.middle_block[0]
     block.compile(backend="eager")
     try:
-        with pytest.raises(RuntimeError, match="sequential offload and a compiled model"):
+        with pytest.raises(RuntimeError, match="sequential offload and compiled code"):
             tiny.sample(sequential)
     finally:
         block._compiled_call_impl = None
