@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 log = logging.getLogger(__name__)
 
@@ -75,18 +75,49 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return result
 
 
-class OneDNNLinear(TorchFunctionMode):
-    """While entered, fp32 linear layers of this thread on the CPU are computed by oneDNN; all else is as it was.
+@contextmanager
+def linear_layers_on_onednn(network: torch.nn.Module) -> Iterator[int]:
+    """While entered, the fp32 linear layers of `network` on the CPU are computed by oneDNN; yields how many.
 
-    Code that a compiler traces is left to the compiler.
+    Layers whose weights ComfyUI casts or patches in use, and code that a compiler traces, are left as they are.
     """
+    changed: list[torch.nn.Module] = []
+    try:
+        for part in network.modules():
+            if _is_plain(part) and "forward" not in part.__dict__:
+                part.__dict__["forward"] = _forward_of(part)
+                changed.append(part)
+        yield len(changed)
+    finally:
+        for part in changed:
+            part.__dict__.pop("forward", None)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if torch.compiler.is_compiling() or func is not torch.nn.functional.linear or kwargs or not _suits(*args):
-            return func(*args, **(kwargs or {}))
-        return linear(*args)
+
+def _is_plain(part: torch.nn.Module) -> bool:
+    """Whether a layer computes what PyTorch's does: PyTorch's own, or ComfyUI's with its ways of casting."""
+    if not isinstance(part, torch.nn.Linear):
+        return False
+    return type(part).forward is torch.nn.Linear.forward or hasattr(part, "comfy_cast_weights")
+
+
+def _forward_of(part: Any) -> Callable[..., Any]:
+    plain = part.forward
+
+    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or args or kwargs or _casts(part) or not _suits(x, part.weight, part.bias):
+            return plain(x, *args, **kwargs)
+        return linear(x, part.weight, part.bias)
+
+    return forward
+
+
+def _casts(part: Any) -> bool:
+    """Whether ComfyUI does something to the weights on their way into the product."""
+    return bool(
+        getattr(part, "comfy_cast_weights", False)
+        or getattr(part, "weight_function", None)
+        or getattr(part, "bias_function", None)
+    )
 
 
 def _suits(x: Any, weight: Any, bias: Any = None) -> bool:

@@ -7,8 +7,8 @@ begins and put back when it ends, however it ends. A run inside another finds an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,7 @@ import torch
 
 from ..errors import UnavailableError, first_line
 from ..precision import cpu_computes_bf16, torch_dtype
-from .onednn_linear import OneDNNLinear, is_faster_here, why_not
+from .onednn_linear import is_faster_here, linear_layers_on_onednn, why_not
 from .patching import Accelerator, Site, Wrapper, attach, declare
 from .run_notes import report_note
 from .torch_flags import FLAGS, flags_set
@@ -137,49 +137,56 @@ def _check_autocast(word: Autocast, device: torch.device) -> None:
 def _wrappers(config: PrecisionConfig) -> Mapping[Site, Wrapper]:
     """The closures hold frozen values alone: clones of a model share them."""
     wrappers: dict[Site, Wrapper] = {}
-    if config.flags or config.linear == "onednn":
-        wrappers[Site.OUTER_SAMPLE] = _with_flags(
-            config.flags, OneDNNLinear if config.linear == "onednn" else nullcontext
-        )
+    if config.flags:
+        wrappers[Site.OUTER_SAMPLE] = _with_flags(config.flags)
     if config.memory_format != "keep":
         layout = _LAYOUTS[config.memory_format]
-        wrappers[Site.SAMPLER_SAMPLE] = _with_weights_in(layout)
         wrappers[Site.DIFFUSION_MODEL] = _with_input_in(layout)
+    if config.memory_format != "keep" or config.linear == "onednn":
+        wrappers[Site.SAMPLER_SAMPLE] = _with_layers_changed(config)
     if config.autocast != "off":
         wrappers[Site.APPLY_MODEL] = _with_autocast(torch_dtype(config.autocast))
     return wrappers
 
 
-def _with_flags(flags: Mapping[str, bool], linear: Callable[[], AbstractContextManager[Any]]) -> Wrapper:
+def _with_flags(flags: Mapping[str, bool]) -> Wrapper:
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        with flags_set(flags), linear():
+        with flags_set(flags):
             return executor(*args, **kwargs)
 
     return outer_sample
 
 
-def _with_weights_in(layout: torch.memory_format) -> Wrapper:
+def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
     """Here and not earlier, for only now the weights are where they will be for the run."""
+    layout = _LAYOUTS.get(config.memory_format)
 
     def sampler_sample(
         executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         network, device = model_wrap.inner_model.diffusion_model, model_wrap.model_patcher.load_device
-        if not any(isinstance(part, torch.nn.Conv2d) for part in network.modules()):
-            text = f"Precision: memory_format has no effect: {type(network).__name__} has no 2-D convolutions."
+
+        def say(text: str) -> None:
             logging.warning(text)
             report_note(extra_args.get("model_options", {}).get("transformer_options", {}), text)
-        with conv_weights_in(network, layout, device) as laid_out:
-            if not laid_out:
-                text = (
-                    "Precision: memory_format has no effect on weights: to save memory ComfyUI keeps those of the "
-                    "convolutions off the device, and each convolution converts what it reads."
-                )
-                logging.warning(text)
-                report_note(extra_args.get("model_options", {}).get("transformer_options", {}), text)
+
+        with ExitStack() as stack:
+            if layout is not None and not stack.enter_context(conv_weights_in(network, layout, device)):
+                say(_why_no_layout(network))
+            if config.linear == "onednn" and not stack.enter_context(linear_layers_on_onednn(network)):
+                say(f"Precision: linear has no effect: {type(network).__name__} has no linear layers of its own.")
             return executor(model_wrap, sigmas, extra_args, *args, **kwargs)
 
     return sampler_sample
+
+
+def _why_no_layout(network: torch.nn.Module) -> str:
+    if not any(isinstance(part, torch.nn.Conv2d) for part in network.modules()):
+        return f"Precision: memory_format has no effect: {type(network).__name__} has no 2-D convolutions."
+    return (
+        "Precision: memory_format has no effect on weights: to save memory ComfyUI keeps those of the convolutions off "
+        "the device, and each convolution converts what it reads."
+    )
 
 
 def _with_input_in(layout: torch.memory_format) -> Wrapper:

@@ -440,19 +440,20 @@ def test_node(tiny: TinyUNet, pack: ModuleType, caplog: pytest.LogCaptureFixture
         node().apply(tiny.model, **{**defaults, "tf32": "maybe"})
 
 
-def _stack() -> list[Any]:
-    return list(torch.overrides._get_current_function_mode_stack())
+def _on_onednn(tiny: TinyUNet) -> list[str]:
+    """The linear layers that have a forward of their own at the moment."""
+    parts = tiny.unet.named_modules()
+    return [name for name, part in parts if isinstance(part, torch.nn.Linear) and "forward" in vars(part)]
 
 
-def test_linear_layers_on_onednn(tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace) -> None:
+def test_linear_layers_on_onednn(tiny: TinyUNet, attach: Callable[..., Any]) -> None:
     """The same latents to rounding, with linear layers on oneDNN while sampling and only then."""
-    before, seen = _stack(), []
+    seen: list[Any] = []
     stock = tiny.sample(tiny.model, steps=3)
-    result = tiny.sample(_watched(attach(tiny.model, linear="onednn"), _stack, seen), steps=3)
-    assert [type(mode).__name__ for stack in seen for mode in stack] == ["OneDNNLinear"] * len(seen)
-    assert seen
-    assert relative(result, stock) < 1e-5
-    assert _stack() == before
+    result = tiny.sample(_watched(attach(tiny.model, linear="onednn"), lambda: _on_onednn(tiny), seen), steps=3)
+    assert seen and all(len(names) > 20 for names in seen)
+    assert 0 < relative(result, stock) < 1e-5
+    assert _on_onednn(tiny) == []
     assert torch.equal(tiny.sample(tiny.model, steps=3), stock)
 
 
@@ -462,7 +463,7 @@ def test_linear_is_undone_after_an_error(tiny: TinyUNet, attach: Callable[..., A
 
     with pytest.raises(RuntimeError, match="in the middle"):
         tiny.sample(_watched(attach(tiny.model, linear="onednn"), fail, []), steps=2)
-    assert _stack() == []
+    assert _on_onednn(tiny) == []
 
 
 @pytest.mark.parametrize("faster", [True, False])

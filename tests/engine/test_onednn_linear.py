@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speedlab.accelerate import onednn_attention, onednn_linear
-from speedlab.accelerate.onednn_linear import OneDNNLinear
+from speedlab.accelerate.onednn_linear import linear_layers_on_onednn
 
 pytestmark = pytest.mark.skipif(bool(onednn_linear.why_not()), reason=onednn_linear.why_not() or "oneDNN is there")
 linear = torch.nn.functional.linear
@@ -56,15 +55,26 @@ WEIGHTS = {
 LEFT_ALONE = {"transposed", "every second bias"}
 
 
+def layer(weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.nn.Linear:
+    """A linear layer on just these tensors."""
+    made = torch.nn.Linear(1, 1, bias=bias is not None)
+    made._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made._parameters["bias"] = torch.nn.Parameter(bias, requires_grad=False)
+    return made
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("given", INPUTS)
 def test_the_sums_are_the_same(given: str, weights: str) -> None:
     torch.manual_seed(3)
     x, (weight, bias) = INPUTS[given](), WEIGHTS[weights]()
+    part = layer(weight.detach(), None if bias is None else bias.detach())
     with torch.inference_mode():
-        expected = linear(x, weight, bias)
-        with counted() as counter, OneDNNLinear():
-            result = linear(x, weight, bias)
+        expected = part(x)
+        with counted() as counter, linear_layers_on_onednn(part) as number:
+            result = part(x)
+    assert number == 1 and "forward" not in vars(part)
     assert counter.calls == (weights not in LEFT_ALONE)
     assert (result.shape, result.stride()) == (expected.shape, expected.stride())
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
@@ -77,38 +87,56 @@ def test_the_sums_are_the_same(given: str, weights: str) -> None:
     ids=["bf16", "fp64", "few rows", "a vector", "no rows", "no inputs"],
 )  # fmt: skip
 def test_what_is_left_to_pytorch(x: torch.Tensor) -> None:
-    weight = torch.randn(48, x.shape[-1], dtype=x.dtype)
+    part = layer(torch.randn(48, x.shape[-1], dtype=x.dtype))
     with torch.inference_mode():
-        expected = linear(x, weight)
-        with counted() as counter, OneDNNLinear():
-            result = linear(x, weight)
+        expected = part(x)
+        with counted() as counter, linear_layers_on_onednn(part):
+            result = part(x)
     assert counter.calls == 0
     assert torch.equal(result, expected)
 
 
 def test_gradients_and_autocast_are_left_to_pytorch() -> None:
-    x, weight = torch.randn(64, 32), torch.nn.Parameter(torch.randn(48, 32))
-    with counted() as counter, OneDNNLinear():
-        linear(x, weight).sum().backward()
+    x, part = torch.randn(64, 32), torch.nn.Linear(32, 48)
+    with counted() as counter, linear_layers_on_onednn(part):
+        part(x).sum().backward()
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-            assert linear(x, weight).dtype == torch.bfloat16
-    assert weight.grad is not None
+            assert part(x).dtype == torch.bfloat16
+    assert part.weight.grad is not None
     assert counter.calls == 0
 
 
-def test_keywords_and_other_functions_pass() -> None:
-    x, weight = torch.randn(64, 32), torch.randn(48, 32)
-    with torch.inference_mode(), OneDNNLinear():
-        assert torch.equal(linear(input=x, weight=weight), x @ weight.t())
-        assert torch.equal(torch.relu(x), x.clamp(min=0))
+def test_layers_of_another_kind_and_patched_ones_stay() -> None:
+    class Own(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1.0
+
+    own, patched = Own(32, 48), torch.nn.Linear(32, 48)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    before = patched.forward
+    with linear_layers_on_onednn(torch.nn.ModuleList([own, patched])) as number:
+        assert number == 0 and patched.forward is before
+    assert vars(patched)["forward"] is before
+
+
+def test_weights_that_are_cast_in_use_are_left_alone() -> None:
+    part: Any = torch.nn.Linear(32, 48).eval()
+    part.comfy_cast_weights = True
+    with torch.inference_mode(), counted() as counter, linear_layers_on_onednn(part):
+        part(torch.randn(64, 32))
+        part.comfy_cast_weights, part.weight_function = False, [lambda weight: weight]
+        part(torch.randn(64, 32))
+        assert counter.calls == 0
+        part.weight_function = []
+        part(torch.randn(64, 32))
+        assert counter.calls == 1
 
 
 def test_it_is_gone_afterwards_also_after_an_error() -> None:
-    before = torch.overrides._get_current_function_mode_stack()
-    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|mat1 and mat2"), OneDNNLinear():
-        linear(torch.randn(64, 31), torch.randn(48, 32))
-    assert torch.overrides._get_current_function_mode_stack() == before
-    assert issubclass(OneDNNLinear, TorchFunctionMode)
+    part = torch.nn.Linear(32, 48)
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|mat1 and mat2"), linear_layers_on_onednn(part):
+        part(torch.randn(64, 31))
+    assert "forward" not in vars(part)
 
 
 def test_a_compiled_module_computes_by_itself() -> None:
@@ -120,7 +148,7 @@ def test_a_compiled_module_computes_by_itself() -> None:
         targets.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    with torch.inference_mode(), OneDNNLinear():
+    with torch.inference_mode(), linear_layers_on_onednn(module):
         result = torch.compile(module, backend=backend, fullgraph=True)(x)
         torch.testing.assert_close(result, module(x), rtol=1e-5, atol=1e-5)
     assert targets.count(linear) == 2
