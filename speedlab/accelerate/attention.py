@@ -22,6 +22,7 @@ from comfy.ldm.modules.attention import CrossAttention
 
 from .attention_backends import BACKENDS, COMMON_HEAD_DIM, require, unavailable, why_not
 from .attention_choice import ChoiceTable, Shape, bucket, candidates, measured_length
+from .onednn_linear import is_traced
 from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
 from .run_notes import report_note
 
@@ -164,7 +165,7 @@ def _backend_for(
     head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
     if run.backend == AUTO:
         # Inside a compiled model nothing can be timed, and SDPA picks its kernel by itself.
-        if torch.compiler.is_compiling() or _is_capturing(q.device):
+        if is_traced() or _is_capturing(q.device):
             return SAFE
         return _measured(run, q, k, heads, head_dim, mask is not None)
     if BACKENDS[run.backend].always:

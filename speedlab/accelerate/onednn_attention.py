@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .onednn_linear import linear, why_not
+from .onednn_linear import is_traced, linear, why_not
 
 # Scores in one block: 4 MB of fp32, which a core's share of the cache holds.
 _SCORES = 1 << 20
@@ -30,7 +30,7 @@ def onednn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
 
     Inside code that a compiler traces it is SDPA, which the compiler knows.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     batch, heads, queries, size = q.shape
     keys, width = k.shape[-2], v.shape[-1]

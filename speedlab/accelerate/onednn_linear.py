@@ -38,6 +38,11 @@ def why_not() -> str:
     return ""
 
 
+def is_traced() -> bool:
+    """Whether a compiler or a tracer looks on: what it sees now has to hold for other sizes and weights too."""
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
 @cache
 def is_faster_here() -> bool:
     """Whether oneDNN computes linear layers clearly faster than PyTorch's own choice: measured once a process."""
@@ -104,7 +109,7 @@ def _forward_of(part: Any) -> Callable[..., Any]:
     plain = part.forward
 
     def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or args or kwargs or _casts(part) or not _suits(x, part.weight, part.bias):
+        if is_traced() or args or kwargs or _casts(part) or not _suits(x, part.weight, part.bias):
             return plain(x, *args, **kwargs)
         return linear(x, part.weight, part.bias)
 

@@ -466,6 +466,16 @@ def test_a_head_size_that_one_layer_has(tiny: TinyUNet, attach: Any, modules: Si
 # Node -----------------------------------------------------------------------------------------------------------------
 
 
+def test_auto_under_a_tracer_is_sdpa(modules: SimpleNamespace, calls: list[str]) -> None:
+    """A trace is used at other sizes than it was made with, so nothing that depends on one may go into it."""
+    run = modules.attention.Run("auto", None)
+    q = torch.randn(1, 1100, 16)
+    traced = torch.jit.trace(lambda q: modules.attention._attend(run, q, q, q, 2), (q,), check_trace=False)
+    assert set(calls) == {"sdpa"}
+    other = torch.randn(1, 40, 16)
+    assert relative(traced(other), modules.attention_backends.BACKENDS["sdpa"].run(other, other, other, 2)) < 1e-6
+
+
 def test_node(tiny: TinyUNet, pack: ModuleType, attach: Any, modules: SimpleNamespace) -> None:
     node = importlib.import_module(f"{pack.__name__}.nodes.optimise").AttentionBackend
     inputs = node.INPUT_TYPES()["required"]
