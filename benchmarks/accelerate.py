@@ -153,6 +153,7 @@ def attention_jobs(bench: Bench, size: int, rounds: int) -> list[Job]:
 
 def picture_jobs(bench: Bench, size: int, rounds: int) -> list[Job]:
     steps = PICTURE_STEPS
+    bench.make("diffusers_unet", "bf16")  # loading is no part of the job
     from_here = {
         "stock": lambda: bench.stock_picture(size, steps),
         "interval 3": lambda: bench.our_picture(INTERVAL_3, size, steps),

@@ -150,6 +150,11 @@ class Bench:
         self.core.VAEDecode().decode(self.stock[2], {"samples": latent})
         return latent
 
+    def make(self, *names: str) -> None:
+        """Have ready what the next jobs use, so that none of them times it."""
+        for name in names:
+            getattr(self, name)
+
     def forget(self, *names: str) -> None:
         """Let go of what the next jobs do not need."""
         for name in names:
