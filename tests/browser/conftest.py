@@ -123,9 +123,13 @@ def save_png(data: bytes, path: Path) -> None:
     image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium of the system."""
+    """A headless Chromium of the system.
+
+    Not for the whole session: while Playwright is open this thread counts as inside an event loop, and every test
+    of another tier that calls `asyncio.run` would fail.
+    """
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         message = (
@@ -155,7 +159,6 @@ def _frontends() -> Any:
 @pytest.fixture(scope="session", params=["pinned", "newest"])
 def server(
     request: pytest.FixtureRequest,
-    chromium: Any,
     tmp_path_factory: pytest.TempPathFactory,
     demo_checkpoint: Path,
     cache_dir: Path,
