@@ -172,7 +172,7 @@ def load_vae(name: str, precision: str) -> Any:
     loader = core_nodes().VAELoader
     # Core lists more than the files in models/vae: tiny VAE pairs, video TAEs and a pass-through.
     if name in loader.INPUT_TYPES()["required"]["vae_name"][0] and name not in folder_paths.get_filename_list("vae"):
-        vae = loader().load_vae(name)[0]
+        vae = _core_vae(loader, name)
         vae = vae if dtype is None else vae_in(vae, dtype)
         return _with_precision(vae, precision)
     path = find_model_file("vae", name)
@@ -181,6 +181,20 @@ def load_vae(name: str, precision: str) -> Any:
         vae = _vae_from_file(path, dtype)
     vae.patcher.set_attachments(VAE_SOURCE, VaeSource(path, in_checkpoint=False))
     return _with_precision(vae, precision)
+
+
+def _core_vae(loader: Any, name: str) -> Any:
+    """What core lists beside the files of models/vae; it may be built from files of models/vae_approx."""
+    import folder_paths
+
+    listed = folder_paths.get_filename_list("vae_approx")
+    paths = [find_model_file("vae_approx", file) for file in listed if file.startswith((f"{name}_", f"{name}."))]
+    for path in paths:
+        refuse_unsafe(path)
+    if not paths:
+        return loader().load_vae(name)[0]
+    with readable(paths[0], "tiny VAE"):
+        return loader().load_vae(name)[0]
 
 
 def _with_precision(vae: Any, precision: str) -> Any:
@@ -289,7 +303,7 @@ def _read_hashes(cache_file: Path | None) -> dict[str, str]:
         data = json.loads(cache_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("SpeedLab: %s cannot be read (%s); checkpoint hashes are computed anew.", cache_file, error)
         return {}
     return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
 
+from .answers import json_object
 from .client import ComfyClient, Listener, RunResult
 from .errors import BenchError, ExecutionFailed, ExecutionInterrupted, ServerGone, failure_from_status
 from .events import Event, EventLog
@@ -76,7 +76,7 @@ class Follower:
                 return await self._silent()
             now = time.perf_counter()
             if message.type is aiohttp.WSMsgType.TEXT:
-                if self._take(now, json.loads(message.data)):
+                if self._take(now, json_object(message.data) or {}):
                     return True
             elif message.type is not aiohttp.WSMsgType.BINARY:
                 return None

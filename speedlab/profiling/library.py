@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import ResultsError, SpeedLabError, first_line
-from .record import RUN_ID, RunRecord, from_json
+from .record import RUN_ID, RunRecord, loosely_from_json
 from .store import RunStore
 
 log = logging.getLogger(__name__)
@@ -121,13 +121,13 @@ class RunLibrary:
         if not path.is_file() or path.is_symlink():
             raise UnknownRunError(f"There is no run {run_id} in {self._store.runs}.")
         text = _read(path)
-        if from_json(text).run_id != run_id:
+        if loosely_from_json(text).run_id != run_id:
             raise ResultsError(f"{path} is the record of another run.")
         return text
 
     def artifact(self, run_id: str, kind: str, index: int = 0) -> Path:
         """The file that a record names, of kind `images`, `chart`, `trace`. Raises UnknownRunError, ResultsError."""
-        paths = _artifact_paths(_mapping(from_json(self.text(run_id)).artifacts).get(kind))
+        paths = _artifact_paths(_mapping(loosely_from_json(self.text(run_id)).artifacts).get(kind))
         if not 0 <= index < len(paths):
             raise UnknownRunError(f"Run {run_id} has no {kind} {index}.")
         path = self._inside(paths[index])
@@ -137,7 +137,7 @@ class RunLibrary:
 
     def delete(self, run_id: str) -> None:
         """Remove a run's record and what it made. Its row in the CSV stays. Raises UnknownRunError, ResultsError."""
-        record = from_json(self.text(run_id))
+        record = loosely_from_json(self.text(run_id))
         path = self._path(run_id)
         try:
             # The record goes first: files without a record are found by nobody, a record without files disappoints.
@@ -259,7 +259,7 @@ def _read(path: Path) -> str:
 
 def _summary_of(path: Path, size: int) -> RunSummary | None:
     try:
-        record = from_json(_read(path)) if size <= _MAX_RECORD_BYTES else None
+        record = loosely_from_json(_read(path)) if size <= _MAX_RECORD_BYTES else None
     except ResultsError:
         return None
     if record is None or record.run_id != path.stem:

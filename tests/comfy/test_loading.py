@@ -297,3 +297,17 @@ def test_the_hash_is_computed_once(engine, tmp_path):
     assert expected in cache.read_text()
     cache.write_text("{broken")
     assert engine("loading").file_hash(file, cache) == expected
+
+
+def test_a_broken_tiny_vae_pair_is_named(node, engine, model_files):
+    """Core reads these files where the name of the pair is chosen as a VAE."""
+    folder = model_files / "vae_approx"
+    pair = [folder / f"taef1_{part}.safetensors" for part in ("encoder", "decoder")]
+    for path in pair:
+        path.write_bytes(b"not weights")
+    try:
+        with pytest.raises(engine("errors").ModelFileError, match="taef1_"):
+            node("SpeedLabVAELoader").load("taef1", "auto")
+    finally:
+        for path in pair:
+            path.unlink()

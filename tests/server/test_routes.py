@@ -107,3 +107,11 @@ def test_delete_wants_a_post_with_json_from_this_site(server, run_id):
     assert (status, answer["deleted"], list(answer["failed"])) == (200, [run_id], ["../x"])
     assert not record.exists()
     assert not list((server.output / "speedlab").rglob(f"{run_id}*"))
+
+
+def test_a_body_in_letters_that_nobody_knows_is_refused_in_words(server):
+    for charset in ("no-such", "rot13", "utf-16"):
+        status, _, data = ask(
+            server, "/speedlab/prune", {"keep": 0}, **{"Content-Type": f"application/json; charset={charset}"}
+        )
+        assert status == 400 and "not JSON" in json.loads(data)["error"]

@@ -1,0 +1,100 @@
+"""Command line: `python run.py torture`. Prints what was tried and what broke, and keeps the figures."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import SpeedLabError
+from ..host.base import pack_root
+from .fuzz import HEADER, SEED, Tally, fuzz, shares
+from .host import enter_comfyui
+from .model_files import model_targets, trap_springs
+from .outcome import Target
+from .readers import pure_targets
+from .results import write_results
+from .web_routes import route_targets
+
+INPUTS = 100_000
+INTERRUPTED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    result = argparse.ArgumentParser(
+        prog="run.py torture",
+        description="Feed broken and hostile input to everything that reads a file or a request, and count what it "
+        "does. Exit code 1 where something broke.",
+    )
+    result.add_argument("--inputs", type=int, default=INPUTS, metavar="N", help="inputs in all (default %(default)s)")
+    result.add_argument("--seed", type=int, default=SEED, metavar="N", help="another seed makes other inputs")
+    result.add_argument("--only", metavar="WORD", default="", help="readers whose name holds this word")
+    result.add_argument(
+        "--out", type=Path, metavar="DIR", default=pack_root() / "benchmarks" / "results", help="folder for the figures"
+    )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code (1: something broke, 2: wrong arguments, 130: interrupted)."""
+    options = parser().parse_args(arguments)
+    if options.inputs < 1:
+        parser().error("--inputs takes a number above 0")
+    logging.basicConfig(level=logging.ERROR)
+    # ComfyUI reads the command line when it is imported.
+    sys.argv = sys.argv[:1]
+    try:
+        with tempfile.TemporaryDirectory(prefix="speedlab-torture-") as folder:
+            tallies = run_all(Path(folder), options.inputs, options.seed, options.only)
+        return _report(tallies, options)
+    except (SpeedLabError, OSError) as error:
+        sys.stderr.write(f"torture: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("torture: interrupted; nothing was kept\n")
+        return INTERRUPTED
+
+
+def run_all(folder: Path, inputs: int, seed: int, only: str) -> list[Tally]:
+    """Every reader with its share of the inputs, printed as it ends. Raises SpeedLabError."""
+    models = enter_comfyui(folder / "base")
+    if not trap_springs():
+        raise SpeedLabError("The trap for pickles does not work here, so nothing would be proved.")
+    with route_targets(folder / "base" / "secret.txt") as routes:
+        targets = [t for t in (*pure_targets(folder), *model_targets(models), *routes) if only in t.name]
+        if not targets:
+            raise SpeedLabError(f"No reader's name holds '{only}'.")
+        return _run(targets, inputs, seed)
+
+
+def _run(targets: Sequence[Target], inputs: int, seed: int) -> list[Tally]:
+    _say(HEADER)
+    tallies = []
+    for target, share in zip(targets, shares(targets, inputs), strict=True):
+        tally = fuzz(target, share, seed)
+        tallies.append(tally)
+        _say(tally.line())
+        for reason, (first, count) in tally.defects.items():
+            _say(f"    {count} x, first at input {first}: {reason}")
+    return tallies
+
+
+def _report(tallies: Sequence[Tally], options: argparse.Namespace) -> int:
+    broken = sum(tally.counts["defect"] for tally in tallies)
+    _say(f"{sum(tally.inputs for tally in tallies)} inputs, {broken} defects (seed {options.seed})")
+    _say(str(write_results(options.out, tallies, options.seed)))
+    return 1 if broken else 0
+
+
+def _say(text: str) -> None:
+    # A reason may quote letters that no terminal can show.
+    sys.stdout.write(text.encode("ascii", "backslashreplace").decode() + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
