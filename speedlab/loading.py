@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .errors import ModelFileError, SpeedLabError, first_line
@@ -69,7 +69,7 @@ def find_model_file(kind: str, name: str) -> Path:
     """The file of that name in a ComfyUI model folder. Raises ModelFileError with what to do if it is not there."""
     import folder_paths
 
-    if "\0" in name or Path(name).is_absolute() or ".." in Path(name.replace("\\", "/")).parts:
+    if not _stays_inside(name):
         raise ModelFileError(f"'{name}' is not a file name inside models/{kind}.")
     path = folder_paths.get_full_path(kind, name)
     if path is None:
@@ -79,6 +79,12 @@ def find_model_file(kind: str, name: str) -> Path:
             f"'{name}' is not in models/{kind}. {hint} Put the file there, press R to refresh, and choose it again."
         )
     return Path(path)
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name is relative on every system: no drive, no root, no way up. Links are the user's own to follow."""
+    posix, windows = PurePosixPath(name.replace("\\", "/")), PureWindowsPath(name)
+    return not ("\0" in name or windows.drive or windows.root or posix.is_absolute() or ".." in posix.parts)
 
 
 @contextmanager

@@ -115,3 +115,14 @@ def test_a_body_in_letters_that_nobody_knows_is_refused_in_words(server):
             server, "/speedlab/prune", {"keep": 0}, **{"Content-Type": f"application/json; charset={charset}"}
         )
         assert status == 400 and "not JSON" in json.loads(data)["error"]
+
+
+def test_only_the_routes_that_are_needed_answer(server, run_id):
+    """Reading is GET, changing is POST; nothing else of this pack answers, and nothing goes by asking."""
+    before = server.get("/speedlab/runs")["files"]
+    for method, path in (("PUT", "/speedlab/runs"), ("DELETE", f"/speedlab/runs/{run_id}"), ("POST", "/speedlab/runs"),
+                         ("GET", "/speedlab/prune"), ("POST", f"/speedlab/runs/{run_id}/file/images/0"),
+                         ("PATCH", "/speedlab/results.csv"), ("GET", "/speedlab"), ("GET", "/speedlab/delete"),
+                         ("POST", f"/speedlab/{run_id}")):  # fmt: skip
+        assert ask(server, path, b"{}" if method != "GET" else None, method, **JSON)[0] in (404, 405), (method, path)
+    assert server.get("/speedlab/runs")["files"] == before
