@@ -93,9 +93,9 @@ def test_no_name_of_a_model_leads_out(model_files, engine, kind):
     inside.write_bytes(b"inside")
     try:
         assert find(kind, "inside.safetensors") == inside
-        for name in (*LEADING_OUT, "../a.safetensors", "../../a.safetensors", str(outside),
-                     "sub/../../../a.safetensors", "..\\..\\a.safetensors", "C:\\a.safetensors", "c:a.safetensors", "\\a.safetensors",
-                     "\\\\host\\a.safetensors", "a.safetensors\0.png"):  # fmt: skip
+        upwards = ("../a.safetensors", "../../a.safetensors", "sub/../../../a.safetensors", "..\\..\\a.safetensors")
+        drives = ("C:\\a.safetensors", "c:a.safetensors", "\\a.safetensors", "\\\\host\\a.safetensors")
+        for name in (*LEADING_OUT, *upwards, *drives, str(outside), "a.safetensors\0.png"):
             with pytest.raises(error) as caught:
                 find(kind, name)
             assert str(caught.value).strip()

@@ -13,7 +13,8 @@ from speedlab.torture.fuzz import Tally, draw, fuzz
 from speedlab.torture.mutate import of_bytes, of_json, of_text
 from speedlab.torture.outcome import Target, judge
 from speedlab.torture.readers import pure_targets
-from speedlab.torture.results import write_results
+from speedlab.torture.results import write_faults, write_fuzz
+from speedlab.torture.writers import FaultTally
 
 INPUTS = 250
 
@@ -104,10 +105,20 @@ def test_nothing_that_reads_is_broken(tmp_path):
 def test_the_figures_are_kept_as_a_table(tmp_path):
     tally = Tally("axis")
     tally.counts.update(fine=3, refused=4)
-    path = write_results(tmp_path / "results", [tally], 7)
+    path = write_fuzz(tmp_path / "results", [tally], 7)
     with path.open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)
     assert (row["reader"], row["inputs"], row["refused"], row["defects"], row["seed"]) == ("axis", "7", "4", "0", "7")
+    faults = write_faults(tmp_path / "results", [FaultTally("cancelled", 10, 9, 8, ["one"])], 7)
+    with faults.open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["fault"], row["faults"], row["runs"], row["halves"], row["broken"]) == (
+        "cancelled",
+        "10",
+        "9",
+        "8",
+        "1",
+    )
     (tmp_path / "file").write_text("x")
     with pytest.raises(ResultsError, match="cannot write"):
-        write_results(tmp_path / "file", [tally], 7)
+        write_fuzz(tmp_path / "file", [tally], 7)
