@@ -99,9 +99,9 @@ def samples(rows: Sequence[Mapping[str, str]], path: Path) -> dict[tuple[str, ..
         except ValueError as error:
             raise BenchError(f"{path}: run {row['run_id']} has a time that is no number: {error}") from None
         if not _SHORTEST_S <= mean <= _LONGEST_S:
-            raise BenchError(f"{path}: run {row['run_id']} has the impossible time {row['time_mean_s']}")
+            raise BenchError(f"{path}: run {row['run_id']} has the impossible time {mean:g} s")
         if not 0.0 <= sample.std <= _LONGEST_S:
-            raise BenchError(f"{path}: run {row['run_id']} has the impossible deviation {row['time_std_s']}")
+            raise BenchError(f"{path}: run {row['run_id']} has the impossible deviation {sample.std:g} s")
         if sample.count > _MOST_REPEATS:
             raise BenchError(f"{path}: run {row['run_id']} has more than {_MOST_REPEATS} repeats")
         grouped.setdefault(tuple(row[name] for name in KEY), []).append(sample)
