@@ -158,9 +158,8 @@ def _run(call: Call, reporter: Reporter) -> int:
         return nsys.run(host, call.arguments, env, reporter)
     if call.command == "test":
         return run_child([str(host.python), "-c", PYTEST, *call.arguments], cwd=root, env=env)
-    if call.command == "torture":
-        return run_child([str(host.python), "-m", "speedlab.torture", *call.arguments], cwd=root, env=env)
-    command = [str(host.python), "-m", "speedlab.bench", call.command, *call.arguments]
+    module = ("speedlab.torture",) if call.command == "torture" else ("speedlab.bench", call.command)
+    command = [str(host.python), "-m", *module, *call.arguments]
     # Python finds the pack from its root, but file names on the command line are relative to where the user stands.
     return run_child(command, cwd=root, env={**env, CALLED_FROM: str(Path.cwd())})
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SpeedLabError
-from ..host.base import pack_root
+from ..host.base import CALLED_FROM, pack_root
 from .faults import run_faults
 from .fuzz import HEADER, SEED, Tally, fuzz, shares
 from .host import enter_comfyui
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--faults", type=int, default=FAULTS, metavar="N", help="faults of each kind (default %(default)s, 0: none)"
     )
     result.add_argument("--seed", type=int, default=SEED, metavar="N", help="another seed makes other inputs")
-    result.add_argument("--only", metavar="WORD", default="", help="readers whose name holds this word")
+    result.add_argument("--only", metavar="WORD", default="", help="readers whose name holds this word, and no faults")
     result.add_argument(
         "--out", type=Path, metavar="DIR", default=pack_root() / "benchmarks" / "results", help="folder for the figures"
     )
@@ -49,13 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.inputs < 0 or options.faults < 0 or not options.inputs + options.faults:
         parser().error("--inputs and --faults take numbers from 0 on, and not 0 both")
+    # Paths are relative to where the user stands.
+    options.out = Path(os.environ.get(CALLED_FROM, ""), options.out).absolute()
     logging.basicConfig(level=logging.ERROR)
     # ComfyUI reads the command line when it is imported.
     sys.argv = sys.argv[:1]
     try:
         with tempfile.TemporaryDirectory(prefix="speedlab-torture-") as folder:
             read = fuzz_all(Path(folder), options.inputs, options.seed, options.only) if options.inputs else []
-            faults = _faults(Path(folder), options) if options.faults else []
+            faults = _faults(Path(folder), options) if options.faults and not options.only else []
         return _report(read, faults, options)
     except (SpeedLabError, OSError) as error:
         sys.stderr.write(f"torture: {error}\n")

@@ -36,7 +36,7 @@ PHASES: dict[str, tuple[str, int | None]] = {
 }
 _STEPS = 8
 _CHECK_EVERY = 10
-_TIMEOUT_S = 300.0
+TIMEOUT_S = 300.0
 
 
 def bring_probe(base: Path) -> None:
@@ -53,7 +53,7 @@ async def _cancel_all(url: str, output: Path, checkpoint: str, faults: int, rng:
     tally, ended = FaultTally("cancelled"), Counter[str]()
     started = time.perf_counter()
     async with ComfyClient(url) as client:
-        await client.run(tortured(checkpoint, seed=0), timeout_s=_TIMEOUT_S)
+        await client.run(tortured(checkpoint, seed=0), timeout_s=TIMEOUT_S)
         before = await look(client, checkpoint)
         for number in range(faults):
             phase = list(PHASES)[number % len(PHASES)]
@@ -65,7 +65,7 @@ async def _cancel_all(url: str, output: Path, checkpoint: str, faults: int, rng:
                 tally.broken += differences(before, await look(client, checkpoint), tally.faults)
     tally.broken += [f"{count} prompts failed: {what}" for what, count in ended.items() if what not in _GOOD_ENDS]
     tally.halves, tally.runs = ended["cancelled"], sum(ended.values())
-    tally.broken += _left_on_disk(output)
+    tally.broken += left_on_disk(output, ("cancelled",))
     tally.seconds = time.perf_counter() - started
     return tally
 
@@ -75,11 +75,11 @@ _GOOD_ENDS = ("cancelled", "finished")
 
 async def _cancel(client: ComfyClient, graph: dict[str, Any], phase: str, delay_s: float) -> str:
     """Run a prompt and interrupt it so long after its phase began; how it ended."""
-    node, step = PHASES[phase]
+    opening, step = PHASES[phase]
     reached = asyncio.Event()
 
     def listen(event: Event) -> None:
-        if event.node == node and (event.kind == "executing" if step is None else event.value >= step):
+        if event.node == opening and (event.kind == "executing" if step is None else event.value >= step):
             reached.set()
 
     async def interrupt() -> None:
@@ -89,7 +89,7 @@ async def _cancel(client: ComfyClient, graph: dict[str, Any], phase: str, delay_
 
     waiting = asyncio.create_task(interrupt())
     try:
-        await client.run(graph, listener=listen, timeout_s=_TIMEOUT_S)
+        await client.run(graph, listener=listen, timeout_s=TIMEOUT_S)
         return "finished"
     except ExecutionInterrupted:
         return "cancelled"
@@ -103,7 +103,7 @@ async def _cancel(client: ComfyClient, graph: dict[str, Any], phase: str, delay_
 
 async def look(client: ComfyClient, checkpoint: str) -> dict[str, Any]:
     """A stock run's latents and what the probe sees."""
-    result = await client.run(stock(checkpoint), timeout_s=_TIMEOUT_S)
+    result = await client.run(stock(checkpoint), timeout_s=TIMEOUT_S)
     seen: dict[str, Any] = json.loads(result.outputs["22"]["text"][0])
     return {**seen, "latents": await _latents(client, result)}
 
@@ -124,17 +124,18 @@ def differences(before: dict[str, Any], after: dict[str, Any], faults: int) -> l
     return lines
 
 
-def _left_on_disk(output: Path) -> list[str]:
-    """Temporary files, records that are not whole, and runs with a wrong number of rows.
+def left_on_disk(output: Path, ends: tuple[str, ...]) -> list[str]:
+    """Temporary files, records that are not whole, and runs with a wrong number of rows or another end than `ends`.
 
-    A cancelled run has one row. One that was sampled to its end gets its row from the report, if that was reached.
+    A run that did not end well has one row. One that was sampled to its end gets its row from the report, where that
+    was reached.
     """
     store = RunStore(output)
     lines = [f"{path.name} is left" for path in output.rglob("*.tmp")]
     page = RunLibrary(store).page(limit=200)
     lines += [f"{page.skipped} files are no whole records"] if page.skipped else []
     text = store.csv_path.read_text(encoding="utf-8")
-    allowed = {"cancelled": (1,), "ok": (0, 1)}
+    allowed: dict[str, tuple[int, ...]] = {"ok": (0, 1), **dict.fromkeys(ends, (1,))}
     for run in page.runs:
         rows = text.count(run.run_id)
         if rows not in allowed.get(run.status, ()):
@@ -146,18 +147,18 @@ def tortured(checkpoint: str, seed: int) -> dict[str, Any]:
     """A prompt with several techniques, each of which has something to undo."""
     return {
         **_shared(checkpoint),
-        "10": _node("SpeedLabDeepCache", model=["1", 0], cache_interval=2, cache_branch_id=0, start_percent=0.0,
+        "10": node("SpeedLabDeepCache", model=["1", 0], cache_interval=2, cache_branch_id=0, start_percent=0.0,
                     end_percent=1.0, schedule="uniform"),
-        "11": _node("SpeedLabDynamicCFG", model=["10", 0], mode="fixed", stop_at=0.5, similarity=0.99),
-        "12": _node("SpeedLabAttention", model=["11", 0], backend="sdpa"),
-        "13": _node("SpeedLabPrecision", model=["12", 0], tf32="on", cudnn_tf32="off", cudnn_benchmark="on",
+        "11": node("SpeedLabDynamicCFG", model=["10", 0], mode="fixed", stop_at=0.5, similarity=0.99),
+        "12": node("SpeedLabAttention", model=["11", 0], backend="sdpa"),
+        "13": node("SpeedLabPrecision", model=["12", 0], tf32="on", cudnn_tf32="off", cudnn_benchmark="on",
                     fp16_accumulation="keep", memory_format="keep", autocast="bf16"),
-        "5": _node("SpeedLabProfileSampler", model=["13", 0], seed=seed, steps=_STEPS, cfg=5.0, sampler_name="euler",
+        "5": node("SpeedLabProfileSampler", model=["13", 0], seed=seed, steps=_STEPS, cfg=5.0, sampler_name="euler",
                    scheduler="normal", positive=["2", 0], negative=["3", 0], latent_image=["4", 0], denoise=1.0,
                    detail="timing", warmup=0, repeats=1, nvtx=True),
-        "6": _node("SpeedLabVAEDecode", samples=["5", 0], vae=["1", 2], slicing=True, tile_size=0, overlap=64,
+        "6": node("SpeedLabVAEDecode", samples=["5", 0], vae=["1", 2], slicing=True, tile_size=0, overlap=64,
                    precision="auto"),
-        "7": _node("SpeedLabProfileReport", profile=["5", 1], images=["6", 0]),
+        "7": node("SpeedLabProfileReport", profile=["5", 1], images=["6", 0]),
     }  # fmt: skip
 
 
@@ -165,21 +166,21 @@ def stock(checkpoint: str) -> dict[str, Any]:
     """Core's sampler on the model that the tortured prompts ran on, and the probe."""
     return {
         **_shared(checkpoint),
-        "20": _node("KSampler", model=["1", 0], seed=42, steps=3, cfg=5.0, sampler_name="euler", scheduler="normal",
+        "20": node("KSampler", model=["1", 0], seed=42, steps=3, cfg=5.0, sampler_name="euler", scheduler="normal",
                     positive=["2", 0], negative=["3", 0], latent_image=["4", 0], denoise=1.0),
-        "21": _node("SaveLatent", samples=["20", 0], filename_prefix="latents/stock"),
-        "22": _node("SpeedLabTortureProbe", model=["1", 0]),
+        "21": node("SaveLatent", samples=["20", 0], filename_prefix="latents/stock"),
+        "22": node("SpeedLabTortureProbe", model=["1", 0]),
     }  # fmt: skip
 
 
 def _shared(checkpoint: str) -> dict[str, Any]:
     return {
-        "1": _node("SpeedLabCheckpointLoader", ckpt_name=checkpoint, precision="auto", memory_format="contiguous"),
-        "2": _node("SpeedLabTextEncode", clip=["1", 1], text="a tree"),
-        "3": _node("SpeedLabTextEncode", clip=["1", 1], text=""),
-        "4": _node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "1": node("SpeedLabCheckpointLoader", ckpt_name=checkpoint, precision="auto", memory_format="contiguous"),
+        "2": node("SpeedLabTextEncode", clip=["1", 1], text="a tree"),
+        "3": node("SpeedLabTextEncode", clip=["1", 1], text=""),
+        "4": node("EmptyLatentImage", width=64, height=64, batch_size=1),
     }
 
 
-def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}

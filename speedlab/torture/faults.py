@@ -12,9 +12,12 @@ from ..bench.files import demo_checkpoint, link_model
 from ..host.base import from_environment, pack_root
 from ..host.server import ComfyServer
 from .cancels import bring_probe, cancel_at_random
+from .memory_faults import run_out_of_memory
 from .writers import FaultTally, fill_the_disk, kill_while_writing, write_at_once
 
 _RUNS_A_WRITER = 50
+# URL, output folder, checkpoint's name, number of faults.
+OnServer = Callable[[str, Path, str, int, Random], FaultTally]
 
 
 def run_faults(folder: Path, faults: int, seed: int, say: Callable[[str], None]) -> list[FaultTally]:
@@ -22,7 +25,8 @@ def run_faults(folder: Path, faults: int, seed: int, say: Callable[[str], None])
     kinds: dict[str, Callable[[], FaultTally]] = {
         "kill": lambda: kill_while_writing(folder / "killed", faults, Random(seed)),
         "writers": lambda: write_at_once(folder / "together", 4, _RUNS_A_WRITER),
-        "cancel": lambda: _cancel(folder / "server", faults, seed),
+        "cancel": lambda: _on_server(folder / "cancelled", cancel_at_random, faults, seed),
+        "memory": lambda: _on_server(folder / "memory", run_out_of_memory, faults, seed),
     }
     if sys.platform != "win32":  # which has no limit of file sizes
         kinds["full"] = lambda: fill_the_disk(folder / "full", faults, Random(seed))
@@ -36,9 +40,9 @@ def run_faults(folder: Path, faults: int, seed: int, say: Callable[[str], None])
     return tallies
 
 
-def _cancel(base: Path, faults: int, seed: int) -> FaultTally:
+def _on_server(base: Path, make: OnServer, faults: int, seed: int) -> FaultTally:
     with _server(base) as (server, checkpoint):
-        return cancel_at_random(server.url, base / "output", checkpoint, faults, Random(seed))
+        return make(server.url, base / "output", checkpoint, faults, Random(seed))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from speedlab.bench.client import ComfyClient
 from speedlab.profiling.library import RunLibrary
 from speedlab.profiling.store import RunStore
 from speedlab.torture import cancels, writers
+from speedlab.torture.memory_faults import run_out_of_memory
 
 pytestmark = pytest.mark.server
 CHECKPOINT = "speedlab_demo_sd15.safetensors"
@@ -57,6 +58,18 @@ def test_prompts_cancelled_in_every_phase_leave_nothing(tortured):
     assert not tally.broken
     assert tally.faults == tally.runs == CANCELS
     assert tally.halves >= CANCELS / 2, "most of them were cancelled before they had ended"
+
+
+def test_memory_that_runs_out_anywhere_leaves_nothing(start_server, tmp_path):
+    cancels.bring_probe(tmp_path)
+    api = start_server(base=tmp_path)
+    try:
+        tally = run_out_of_memory(api.url, api.output, CHECKPOINT, 9, Random(4))
+    finally:
+        api.server.stop()
+    assert not tally.broken
+    assert tally.faults == tally.runs == 9
+    assert tally.halves >= 3, "most of them ended the prompt with an error that says so"
 
 
 def test_what_a_technique_leaves_would_be_seen(tortured):

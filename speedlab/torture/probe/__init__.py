@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .memory import TortureMemory
+
 # Objects that live for one run and have to be gone after it.
 _OF_A_RUN = (".speedlab.accelerate.", ".speedlab.profiling.runner", ".speedlab.profiling.recorder",
              ".speedlab.profiling.trace")  # fmt: skip
@@ -85,4 +87,4 @@ def _objects() -> dict[str, int]:
     return {kind: count for kind, count in kinds.items() if any(part in kind for part in _OF_A_RUN)}
 
 
-NODE_CLASS_MAPPINGS = {"SpeedLabTortureProbe": TortureProbe}
+NODE_CLASS_MAPPINGS = {"SpeedLabTortureProbe": TortureProbe, "SpeedLabTortureMemory": TortureMemory}
