@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_PAGE = 200
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
 _MAX_TEXT = 200
+_LEFT_OVER_S = 3600.0
 # Where this pack lays what belongs to a run; only there, and only under the run's own id, is anything deleted.
 _ARTIFACT_FOLDERS = ("images", "charts")
 _TRACE = ".trace.json.gz"
@@ -186,6 +188,7 @@ class RunLibrary:
             with os.scandir(self._store.runs) as entries:
                 for entry in entries:
                     if entry.name.startswith(".") or RUN_ID.fullmatch(entry.name.removesuffix(_TRACE)):
+                        foreign += _is_left_over(entry)
                         continue  # a record that is being written, or a trace beside its record
                     details = _regular(entry)
                     if details is None or not RUN_ID.fullmatch(entry.name.removesuffix(".json")):
@@ -234,6 +237,16 @@ class RunLibrary:
 def _artifact_paths(value: Any) -> list[str]:
     values = value if isinstance(value, (list, tuple)) else [value]
     return [path for path in values if isinstance(path, str) and path]
+
+
+def _is_left_over(entry: os.DirEntry[str]) -> bool:
+    """Whether a record was begun long ago and never ended: its process was killed while it wrote."""
+    if not entry.name.endswith(".tmp"):
+        return False
+    try:
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT_OVER_S
+    except OSError:
+        return False
 
 
 def _regular(entry: os.DirEntry[str]) -> os.stat_result | None:

@@ -65,7 +65,7 @@ async def _cancel_all(url: str, output: Path, checkpoint: str, faults: int, rng:
                 tally.broken += differences(before, await look(client, checkpoint), tally.faults)
     tally.broken += [f"{count} prompts failed: {what}" for what, count in ended.items() if what not in _GOOD_ENDS]
     tally.halves, tally.runs = ended["cancelled"], sum(ended.values())
-    tally.broken += left_on_disk(output, ("cancelled",))
+    tally.broken += left_on_disk(output)
     tally.seconds = time.perf_counter() - started
     return tally
 
@@ -124,8 +124,8 @@ def differences(before: dict[str, Any], after: dict[str, Any], faults: int) -> l
     return lines
 
 
-def left_on_disk(output: Path, ends: tuple[str, ...]) -> list[str]:
-    """Temporary files, records that are not whole, and runs with a wrong number of rows or another end than `ends`.
+def left_on_disk(output: Path) -> list[str]:
+    """Temporary files, records that are not whole, and runs with a wrong number of rows or an end in an error.
 
     A run that did not end well has one row. One that was sampled to its end gets its row from the report, where that
     was reached.
@@ -135,7 +135,7 @@ def left_on_disk(output: Path, ends: tuple[str, ...]) -> list[str]:
     page = RunLibrary(store).page(limit=200)
     lines += [f"{page.skipped} files are no whole records"] if page.skipped else []
     text = store.csv_path.read_text(encoding="utf-8")
-    allowed: dict[str, tuple[int, ...]] = {"ok": (0, 1), **dict.fromkeys(ends, (1,))}
+    allowed = {"ok": (0, 1), "cancelled": (1,), "oom": (1,)}
     for run in page.runs:
         rows = text.count(run.run_id)
         if rows not in allowed.get(run.status, ()):

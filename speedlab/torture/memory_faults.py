@@ -44,7 +44,7 @@ async def _all(url: str, output: Path, checkpoint: str, faults: int, rng: Random
                 tally.broken += differences(before, await look(client, checkpoint), tally.faults)
     tally.broken += [f"{count} prompts: {what}" for what, count in ended.items() if what not in (_SURVIVED, _TOLD)]
     tally.halves, tally.runs = ended[_TOLD], sum(ended.values())
-    tally.broken += left_on_disk(output, ("oom", "cancelled"))
+    tally.broken += left_on_disk(output)
     tally.seconds = time.perf_counter() - started
     return tally
 

@@ -60,20 +60,15 @@ def test_prompts_cancelled_in_every_phase_leave_nothing(tortured):
     assert tally.halves >= CANCELS / 2, "most of them were cancelled before they had ended"
 
 
-def test_memory_that_runs_out_anywhere_leaves_nothing(start_server, tmp_path):
-    cancels.bring_probe(tmp_path)
-    api = start_server(base=tmp_path)
-    try:
-        tally = run_out_of_memory(api.url, api.output, CHECKPOINT, 9, Random(4))
-    finally:
-        api.server.stop()
+def test_memory_that_runs_out_anywhere_leaves_nothing(tortured):
+    tally = run_out_of_memory(tortured.url, tortured.output, CHECKPOINT, 9, Random(4))
     assert not tally.broken
     assert tally.faults == tally.runs == 9
     assert tally.halves >= 3, "most of them ended the prompt with an error that says so"
 
 
 def test_what_a_technique_leaves_would_be_seen(tortured):
-    """After the test above: what leaks here stays in the server."""
+    """After the tests above: what leaks here stays in the server."""
 
     async def leak():
         async with ComfyClient(tortured.url) as client:
