@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from .core import is_out_of_memory
 from .errors import ModelFileError, SpeedLabError, first_line
 from .precision import CheckpointPrecision, describe_parts, torch_dtype, unet_options
 
@@ -98,6 +99,12 @@ def readable(path: Path, what: str) -> Iterator[None]:
     except (SpeedLabError, mm.InterruptProcessingException, mm.OOM_EXCEPTION, MemoryError):
         raise
     except Exception as error:
+        # torch packs an allocation that fails inside load_state_dict into an error of its own about the file's keys.
+        if is_out_of_memory(error):
+            raise SpeedLabError(
+                f"Out of memory while {path.name} ({size_mb:.1f} MB) was loaded as a {what}; the file is not to blame. "
+                "Put Free Memory (SpeedLab) before it, close other programs, or choose a smaller precision."
+            ) from error
         raise ModelFileError(_explain(path, what, size_mb, error)) from error
 
 

@@ -311,3 +311,18 @@ def test_a_broken_tiny_vae_pair_is_named(node, engine, model_files):
     finally:
         for path in pair:
             path.unlink()
+
+
+def test_memory_that_runs_out_while_loading_is_not_blamed_on_the_file(engine, demo_checkpoint):
+    """As torch tells it: the reason stands below a headline about the file's keys."""
+    packed = "Error(s) in loading state_dict for AutoencoderKL:\n\tWhile copying 'a': ('CUDA out of memory.',)."
+    errors, readable = engine("errors"), engine("loading").readable
+    with (
+        pytest.raises(errors.SpeedLabError, match=r"Out of memory while .*not to blame") as caught,
+        readable(demo_checkpoint, "checkpoint"),
+    ):
+        raise RuntimeError(packed)
+    assert not isinstance(caught.value, errors.ModelFileError)
+    assert engine("core").is_out_of_memory(caught.value), "a benchmark's row says oom"
+    with pytest.raises(errors.ModelFileError), readable(demo_checkpoint, "checkpoint"):
+        raise RuntimeError("Error(s) in loading state_dict for AutoencoderKL: size mismatch")
