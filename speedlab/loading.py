@@ -12,9 +12,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from .core import is_out_of_memory
 from .errors import ModelFileError, SpeedLabError, first_line
 from .precision import CheckpointPrecision, describe_parts, torch_dtype, unet_options
 
@@ -69,7 +70,7 @@ def find_model_file(kind: str, name: str) -> Path:
     """The file of that name in a ComfyUI model folder. Raises ModelFileError with what to do if it is not there."""
     import folder_paths
 
-    if "\0" in name or Path(name).is_absolute() or ".." in Path(name.replace("\\", "/")).parts:
+    if not _stays_inside(name):
         raise ModelFileError(f"'{name}' is not a file name inside models/{kind}.")
     path = folder_paths.get_full_path(kind, name)
     if path is None:
@@ -79,6 +80,12 @@ def find_model_file(kind: str, name: str) -> Path:
             f"'{name}' is not in models/{kind}. {hint} Put the file there, press R to refresh, and choose it again."
         )
     return Path(path)
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a name is relative on every system: no drive, no root, no way up. Links are the user's own to follow."""
+    posix, windows = PurePosixPath(name.replace("\\", "/")), PureWindowsPath(name)
+    return not ("\0" in name or windows.drive or windows.root or posix.is_absolute() or ".." in posix.parts)
 
 
 @contextmanager
@@ -92,6 +99,12 @@ def readable(path: Path, what: str) -> Iterator[None]:
     except (SpeedLabError, mm.InterruptProcessingException, mm.OOM_EXCEPTION, MemoryError):
         raise
     except Exception as error:
+        # torch packs an allocation that fails inside load_state_dict into an error of its own about the file's keys.
+        if is_out_of_memory(error):
+            raise SpeedLabError(
+                f"Out of memory while {path.name} ({size_mb:.1f} MB) was loaded as a {what}; the file is not to blame. "
+                "Put Free Memory (SpeedLab) before it, close other programs, or choose a smaller precision."
+            ) from error
         raise ModelFileError(_explain(path, what, size_mb, error)) from error
 
 
@@ -172,7 +185,7 @@ def load_vae(name: str, precision: str) -> Any:
     loader = core_nodes().VAELoader
     # Core lists more than the files in models/vae: tiny VAE pairs, video TAEs and a pass-through.
     if name in loader.INPUT_TYPES()["required"]["vae_name"][0] and name not in folder_paths.get_filename_list("vae"):
-        vae = loader().load_vae(name)[0]
+        vae = _core_vae(loader, name)
         vae = vae if dtype is None else vae_in(vae, dtype)
         return _with_precision(vae, precision)
     path = find_model_file("vae", name)
@@ -181,6 +194,20 @@ def load_vae(name: str, precision: str) -> Any:
         vae = _vae_from_file(path, dtype)
     vae.patcher.set_attachments(VAE_SOURCE, VaeSource(path, in_checkpoint=False))
     return _with_precision(vae, precision)
+
+
+def _core_vae(loader: Any, name: str) -> Any:
+    """What core lists beside the files of models/vae; it may be built from files of models/vae_approx."""
+    import folder_paths
+
+    listed = folder_paths.get_filename_list("vae_approx")
+    paths = [find_model_file("vae_approx", file) for file in listed if file.startswith((f"{name}_", f"{name}."))]
+    for path in paths:
+        refuse_unsafe(path)
+    if not paths:
+        return loader().load_vae(name)[0]
+    with readable(paths[0], "tiny VAE"):
+        return loader().load_vae(name)[0]
 
 
 def _with_precision(vae: Any, precision: str) -> Any:
@@ -289,7 +316,7 @@ def _read_hashes(cache_file: Path | None) -> dict[str, str]:
         data = json.loads(cache_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("SpeedLab: %s cannot be read (%s); checkpoint hashes are computed anew.", cache_file, error)
         return {}
     return {str(k): str(v) for k, v in data.items()} if isinstance(data, dict) else {}

@@ -40,6 +40,12 @@ def register() -> bool:
     routes = getattr(server, "routes", None)
     if routes is None:
         return False
+    add_to(routes)
+    return True
+
+
+def add_to(routes: Any) -> None:
+    """Add the routes to an aiohttp RouteTableDef."""
     routes.get("/speedlab/runs")(_answering(_list))
     routes.get("/speedlab/runs/{run_id}")(_answering(_record))
     routes.get("/speedlab/runs/{run_id}/file/{kind}/{index}")(_answering(_file))
@@ -47,7 +53,6 @@ def register() -> bool:
     routes.post("/speedlab/delete")(_answering(_delete))
     routes.post("/speedlab/prune")(_answering(_prune))
     routes.post("/speedlab/live")(_answering(_live))
-    return True
 
 
 def _answering(handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
@@ -160,7 +165,7 @@ async def _body(request: Any) -> dict[str, Any]:
         raise _BadRequestError("The body has to be sent as application/json.")
     try:
         body = json.loads(await request.text())
-    except (ValueError, RecursionError) as error:
+    except (ValueError, LookupError, RecursionError) as error:  # a charset that Python does not know is a LookupError
         raise _BadRequestError(f"The body is not JSON: {first_line(error)}.") from error
     if not isinstance(body, dict):
         raise _BadRequestError("The body has to be a JSON object.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -105,7 +106,9 @@ def nonuniform_steps(steps: int, count: int, center: int, power: float) -> tuple
         points = np.linspace((-center) ** (1.0 / power), (steps - center) ** (1.0 / power), count + 1) ** power
         offsets = np.unique(points.real.astype(np.int32))[1:-1]
         chosen = (0, *(int(offset) + center for offset in offsets))
-        if len(chosen) == count:
+        # A center before the window can put a point onto step 0 again.
+        rises = all(earlier < later for earlier, later in itertools.pairwise((*chosen, steps)))
+        if len(chosen) == count and rises:
             return chosen
         power -= _POWER_DECREMENT
     return None

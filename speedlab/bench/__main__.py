@@ -1,4 +1,4 @@
-"""Command line: `python -m speedlab.bench bench|demo|scenarios|compare|workflows`, which `run.py` calls."""
+"""Command line: `python -m speedlab.bench bench|demo|scenarios|compare|workflows|contract`, which `run.py` calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import SpeedLabError
 from ..host.base import CALLED_FROM
-from . import cmd_bench, cmd_compare, cmd_demo, cmd_tables
+from . import cmd_bench, cmd_compare, cmd_contract, cmd_demo, cmd_tables
 from .files import ROOT
 from .scenarios import UnknownScenarioError
 
@@ -68,6 +68,11 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument("--check", action="store_true", help="only say which committed files differ")
     files.add_argument("--signatures", metavar="URL", help="first renew signatures.json from a running ComfyUI")
     files.set_defaults(run=cmd_tables.run_workflows)
+    contract = commands.add_parser("contract", help="at a release: renew what saved workflows may rely on")
+    contract.add_argument("url", metavar="URL", help="a running ComfyUI with this pack")
+    contract.add_argument("--check", action="store_true", help="only say what of the last release is gone")
+    contract.add_argument("--breaking", action="store_true", help="renew even though something is gone")
+    contract.set_defaults(run=cmd_contract.run)
     return top
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 import aiohttp
 
+from .answers import json_object
 from .errors import BenchError, PromptRejected, RunTimeout, ServerGone, describe_rejection
 from .events import Event, EventLog
 from .graph import ApiGraph
@@ -84,22 +84,22 @@ class ComfyClient:
             why = str(error) or type(error).__name__
             raise ServerGone(f"no answer from ComfyUI at {self.url}: {why}") from error
 
-    async def _json(self, method: str, path: str, **options: Any) -> Any:
+    async def _json(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         status, body = await self._request(method, path, **options)
         if status != 200:
             raise BenchError(f"{method} {self.url}{path} answered {status}: {body[:300].decode(errors='replace')}")
-        try:
-            return json.loads(body)
-        except json.JSONDecodeError:
-            raise BenchError(f"{method} {self.url}{path} answered no JSON: is that a ComfyUI server?") from None
+        answer = json_object(body)
+        if answer is None:
+            raise BenchError(f"{method} {self.url}{path} answered no JSON object: is that a ComfyUI server?")
+        return answer
 
     async def object_info(self, node: str | None = None) -> dict[str, Any]:
         """The server's description of every node, or of one (empty where it has no such node)."""
-        return dict(await self._json("GET", f"/object_info/{node}" if node else "/object_info"))
+        return await self._json("GET", f"/object_info/{node}" if node else "/object_info")
 
     async def system_stats(self) -> dict[str, Any]:
         """Versions, RAM and devices of the server."""
-        return dict(await self._json("GET", "/system_stats"))
+        return await self._json("GET", "/system_stats")
 
     async def history(self, prompt_id: str) -> dict[str, Any] | None:
         """What the server keeps of a finished prompt, or None while it runs or is unknown."""
@@ -141,12 +141,9 @@ class ComfyClient:
         """Queue a graph and return its prompt id. PromptRejected where the server refuses it."""
         body = {"prompt": graph, "client_id": self.client_id, "extra_data": dict(extra_data or {})}
         status, answer = await self._request("POST", "/prompt", json=body)
-        try:
-            data = json.loads(answer)
-        except json.JSONDecodeError:
-            raise BenchError(
-                f"/prompt answered {status} and no JSON: {answer[:300].decode(errors='replace')}"
-            ) from None
+        data = json_object(answer)
+        if data is None:
+            raise BenchError(f"/prompt answered {status} and no JSON object: {answer[:300].decode(errors='replace')}")
         # A graph with a broken output beside a sound one is queued in part: that is a refusal too.
         if status != 200 or data.get("node_errors"):
             if data.get("prompt_id"):

@@ -16,6 +16,9 @@ KEY = ("scenario", "plan", "batch", "width", "height", "steps", "cfg", "sampler"
 _NAMED = frozenset({"scenario", "plan", "batch", "width", "height", "steps", "cfg"})
 CONFIDENCE = 0.95
 THRESHOLD = 0.03
+# No run is shorter or longer, and none is repeated more often; beyond that arithmetic would overflow.
+_SHORTEST_S, _LONGEST_S, _MOST_REPEATS = 1e-9, 1e9, 10**6
+_WIDEST = 600.0
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,12 @@ def samples(rows: Sequence[Mapping[str, str]], path: Path) -> dict[tuple[str, ..
             sample = Sample(mean, float(row["time_std_s"] or 0.0), max(int(row["repeats"] or 1), 1))
         except ValueError as error:
             raise BenchError(f"{path}: run {row['run_id']} has a time that is no number: {error}") from None
-        if not (math.isfinite(mean) and mean > 0.0):
-            raise BenchError(f"{path}: run {row['run_id']} has the impossible time {row['time_mean_s']}")
-        if not (math.isfinite(sample.std) and sample.std >= 0.0):
-            raise BenchError(f"{path}: run {row['run_id']} has the impossible deviation {row['time_std_s']}")
+        if not _SHORTEST_S <= mean <= _LONGEST_S:
+            raise BenchError(f"{path}: run {row['run_id']} has the impossible time {mean:g} s")
+        if not 0.0 <= sample.std <= _LONGEST_S:
+            raise BenchError(f"{path}: run {row['run_id']} has the impossible deviation {sample.std:g} s")
+        if sample.count > _MOST_REPEATS:
+            raise BenchError(f"{path}: run {row['run_id']} has more than {_MOST_REPEATS} repeats")
         grouped.setdefault(tuple(row[name] for name in KEY), []).append(sample)
     return {key: _pooled(group) for key, group in grouped.items()}
 
@@ -132,7 +137,9 @@ def _compare(key: tuple[str, ...], a: Sample, b: Sample) -> Comparison:
         return Comparison(key, a, b, ratio, ratio, ratio)
     freedom = total**2 / sum(v**2 / (s.count - 1) for v, s in zip(variances, (a, b), strict=True))
     reach = _student(freedom) * math.sqrt(total)
-    return Comparison(key, a, b, ratio, ratio * math.exp(-reach), ratio * math.exp(reach))
+    # Samples that scatter far beyond their mean bound nothing; exp would overflow.
+    high = ratio * math.exp(reach) if reach < _WIDEST else math.inf
+    return Comparison(key, a, b, ratio, ratio * math.exp(-reach), high)
 
 
 def _student(freedom: float) -> float:

@@ -51,24 +51,24 @@ def describe_rejection(body: Mapping[str, Any], graph: Mapping[str, Mapping[str,
     error = body.get("error")
     head = str(error.get("message", "")) if isinstance(error, Mapping) else str(error or "")
     lines = [f"the server refused the graph: {head or 'no reason given'}"]
-    for node_id, entry in (body.get("node_errors") or {}).items():
-        node = graph.get(str(node_id), {})
+    for node_id, told in _mapping(body.get("node_errors")).items():
+        node, entry = graph.get(str(node_id), {}), _mapping(told)
         class_type = str(entry.get("class_type", node.get("class_type", "?")))
         title = str(node.get("_meta", {}).get("title", class_type))
-        for reason in entry.get("errors", []):
-            lines.append(f"  node {node_id}, {title} ({class_type}): {_reason_words(reason)}")
+        for reason in _list(entry.get("errors")):
+            lines.append(f"  node {node_id}, {title} ({class_type}): {_reason_words(_mapping(reason))}")
     if len(lines) == 1 and isinstance(error, Mapping) and error.get("details"):
         lines.append(f"  {error['details']}")
     return "\n".join(lines)
 
 
 def _reason_words(reason: Mapping[str, Any]) -> str:
-    extra = reason.get("extra_info") or {}
+    extra = _mapping(reason.get("extra_info"))
     name = extra.get("input_name")
     kind = reason.get("type")
     if kind == "value_not_in_list":
-        spec = extra.get("input_config") or [[]]
-        options = spec[0] if isinstance(spec[0], list) else (spec[1] if len(spec) > 1 else {}).get("options", [])
+        spec = [*_list(extra.get("input_config")), None, None]
+        options = spec[0] if isinstance(spec[0], list) else _list(_mapping(spec[1]).get("options"))
         shown = ", ".join(str(option) for option in options[:12]) or "nothing"
         more = f" and {len(options) - 12} more" if len(options) > 12 else ""
         return f"'{extra.get('received_value')}' is no choice of '{name}'; the server has {shown}{more}"
@@ -82,12 +82,21 @@ def failure_from_status(data: Mapping[str, Any], graph: Mapping[str, Mapping[str
     node_id = str(data.get("node_id", "?"))
     class_type = str(data.get("node_type", "?"))
     title = str(graph.get(node_id, {}).get("_meta", {}).get("title", class_type))
-    trace = data.get("traceback") or []
+    trace = data.get("traceback") or ""
     return ExecutionFailed(
         node_id=node_id,
         class_type=class_type,
         title=title,
         kind=str(data.get("exception_type", "")),
         reason=str(data.get("exception_message", "no message")),
-        trace="".join(trace) if isinstance(trace, list) else str(trace),
+        trace="".join(map(str, trace)) if isinstance(trace, list) else str(trace),
     )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A part of a server's answer that should be an object: it may come from any program."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

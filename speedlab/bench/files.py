@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..host.base import cache_root
 from .errors import BenchError
@@ -67,8 +68,8 @@ def _check_safetensors(path: Path, option: str) -> None:
             raise BenchError(f"{option}: {path} is cut off or no safetensors file: its header is not whole{hint}")
         try:
             header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            ends = [_end_of(entry) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise BenchError(f"{option}: {path} is no safetensors file: its header is unreadable") from error
     if not ends:
         raise BenchError(f"{option}: {path} holds no weights")
@@ -76,6 +77,14 @@ def _check_safetensors(path: Path, option: str) -> None:
     if size != whole:
         what = f"has {size} bytes instead of {whole}"
         raise BenchError(f"{option}: {path} is cut off or damaged: it {what}; copy or download it again")
+
+
+def _end_of(entry: Any) -> int:
+    """Where a tensor ends, counted from the end of the header. Raises TypeError, LookupError, ValueError."""
+    start, end = entry["data_offsets"]
+    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
+        raise ValueError("offsets are whole numbers in order")
+    return end
 
 
 def link_model(source: Path, folder: Path) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import aiohttp
 
+from .answers import json_object
 from .client import ComfyClient, Listener, RunResult
 from .errors import BenchError, ExecutionFailed, ExecutionInterrupted, ServerGone, failure_from_status
 from .events import Event, EventLog
@@ -76,7 +76,7 @@ class Follower:
                 return await self._silent()
             now = time.perf_counter()
             if message.type is aiohttp.WSMsgType.TEXT:
-                if self._take(now, json.loads(message.data)):
+                if self._take(now, json_object(message.data) or {}):
                     return True
             elif message.type is not aiohttp.WSMsgType.BINARY:
                 return None
@@ -134,13 +134,14 @@ class Follower:
             return False
         node = data.get("node")
         if kind == "execution_cached":
-            self.log.cached.update(str(entry) for entry in data.get("nodes", []))
+            cached = data.get("nodes")
+            self.log.cached.update(str(entry) for entry in (cached if isinstance(cached, list) else ()))
         event = Event(
             now,
             kind,
             str(node) if node is not None else None,
-            int(data.get("value", 0) or 0),
-            int(data.get("max", 0) or 0),
+            _whole(data.get("value")),
+            _whole(data.get("max")),
         )
         self.log.add(event)
         if self.listener is not None:
@@ -157,3 +158,8 @@ class Follower:
         if status.get("status_str") == "error":
             raise ExecutionFailed("?", "?", "", "", "the server reports an error without a message")
         return RunResult(self.prompt_id, entry.get("outputs") or {}, self.log, self.graph)
+
+
+def _whole(value: Any) -> int:
+    """A step count as the server tells it; 0 for what is none."""
+    return int(value) if isinstance(value, (int, float)) and abs(value) < 1e9 else 0

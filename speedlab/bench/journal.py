@@ -36,7 +36,7 @@ class Journal:
                 str(part): {name: [str(item) for item in entry[name]] for name in ("runs", "pictures")}
                 for part, entry in data.items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             # Without a whole journal nothing is known to be done; running again is safe.
             return {}
 
@@ -58,10 +58,17 @@ class Journal:
             return False
         outcome.rows += [csv_row(record) for record in records]
         outcome.records += [store.json_path(record.run_id) for record in records]
-        outcome.pictures += [Path(path) for path in entry["pictures"] if Path(path).is_file()]
+        outcome.pictures += [Path(path) for path in entry["pictures"] if _is_file(path)]
         outcome.table = store.csv_path
         return True
 
     def close(self) -> None:
         """The series is whole: the same command starts a new one."""
         self.path.unlink(missing_ok=True)
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # names that no file can have
+        return False

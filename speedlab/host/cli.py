@@ -33,6 +33,7 @@ OWN_COMMANDS = {
     "check": "ruff, ruff format and mypy; name some of them, --fix mends",
     "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
     "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
+    "torture": "broken input, cancelled prompts, killed writers, counted: torture [--inputs N] [--faults N]",
     "setup": "only set up what the other commands need",
 }
 
@@ -157,7 +158,8 @@ def _run(call: Call, reporter: Reporter) -> int:
         return nsys.run(host, call.arguments, env, reporter)
     if call.command == "test":
         return run_child([str(host.python), "-c", PYTEST, *call.arguments], cwd=root, env=env)
-    command = [str(host.python), "-m", "speedlab.bench", call.command, *call.arguments]
+    module = ("speedlab.torture",) if call.command == "torture" else ("speedlab.bench", call.command)
+    command = [str(host.python), "-m", *module, *call.arguments]
     # Python finds the pack from its root, but file names on the command line are relative to where the user stands.
     return run_child(command, cwd=root, env={**env, CALLED_FROM: str(Path.cwd())})
 

@@ -101,7 +101,7 @@ class NodeContext:
         where a core node did part of it.
         """
         upstream = self.ancestors()
-        classes = {_path(self.prompt.get(node_id), "class_type") for node_id in upstream}
+        classes = {str(_path(self.prompt.get(node_id), "class_type")) for node_id in upstream}
         if classes & set(_CORE_PHASE_NODES.get(phase, ())):
             return None
         mine = [e for e in entries if e.phase == phase and self._concerns(e, upstream)]

@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -17,7 +18,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import ResultsError, SpeedLabError, first_line
-from .record import RUN_ID, RunRecord, from_json
+from .record import RUN_ID, RunRecord, loosely_from_json
 from .store import RunStore
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_PAGE = 200
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
 _MAX_TEXT = 200
+_LEFT_OVER_S = 3600.0
 # Where this pack lays what belongs to a run; only there, and only under the run's own id, is anything deleted.
 _ARTIFACT_FOLDERS = ("images", "charts")
 _TRACE = ".trace.json.gz"
@@ -121,13 +123,13 @@ class RunLibrary:
         if not path.is_file() or path.is_symlink():
             raise UnknownRunError(f"There is no run {run_id} in {self._store.runs}.")
         text = _read(path)
-        if from_json(text).run_id != run_id:
+        if loosely_from_json(text).run_id != run_id:
             raise ResultsError(f"{path} is the record of another run.")
         return text
 
     def artifact(self, run_id: str, kind: str, index: int = 0) -> Path:
         """The file that a record names, of kind `images`, `chart`, `trace`. Raises UnknownRunError, ResultsError."""
-        paths = _artifact_paths(_mapping(from_json(self.text(run_id)).artifacts).get(kind))
+        paths = _artifact_paths(_mapping(loosely_from_json(self.text(run_id)).artifacts).get(kind))
         if not 0 <= index < len(paths):
             raise UnknownRunError(f"Run {run_id} has no {kind} {index}.")
         path = self._inside(paths[index])
@@ -137,7 +139,7 @@ class RunLibrary:
 
     def delete(self, run_id: str) -> None:
         """Remove a run's record and what it made. Its row in the CSV stays. Raises UnknownRunError, ResultsError."""
-        record = from_json(self.text(run_id))
+        record = loosely_from_json(self.text(run_id))
         path = self._path(run_id)
         try:
             # The record goes first: files without a record are found by nobody, a record without files disappoints.
@@ -186,6 +188,7 @@ class RunLibrary:
             with os.scandir(self._store.runs) as entries:
                 for entry in entries:
                     if entry.name.startswith(".") or RUN_ID.fullmatch(entry.name.removesuffix(_TRACE)):
+                        foreign += _is_left_over(entry)
                         continue  # a record that is being written, or a trace beside its record
                     details = _regular(entry)
                     if details is None or not RUN_ID.fullmatch(entry.name.removesuffix(".json")):
@@ -236,6 +239,16 @@ def _artifact_paths(value: Any) -> list[str]:
     return [path for path in values if isinstance(path, str) and path]
 
 
+def _is_left_over(entry: os.DirEntry[str]) -> bool:
+    """Whether a record was begun long ago and never ended: its process was killed while it wrote."""
+    if not entry.name.endswith(".tmp"):
+        return False
+    try:
+        return time.time() - entry.stat(follow_symlinks=False).st_mtime > _LEFT_OVER_S
+    except OSError:
+        return False
+
+
 def _regular(entry: os.DirEntry[str]) -> os.stat_result | None:
     if not entry.name.endswith(".json"):
         return None
@@ -259,7 +272,7 @@ def _read(path: Path) -> str:
 
 def _summary_of(path: Path, size: int) -> RunSummary | None:
     try:
-        record = from_json(_read(path)) if size <= _MAX_RECORD_BYTES else None
+        record = loosely_from_json(_read(path)) if size <= _MAX_RECORD_BYTES else None
     except ResultsError:
         return None
     if record is None or record.run_id != path.stem:

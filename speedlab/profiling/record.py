@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ResultsError
 from .memory import MemoryPeak
+from .record_shape import shape_fault
 from .statistics import Spread, spread
 from .trace import StepRow
 
@@ -62,7 +63,19 @@ class RunRecord:
 
 
 def from_json(text: str) -> RunRecord:
-    """Read a record back. Raises ResultsError for anything that is not a whole record of a known schema."""
+    """Read a record back. Raises ResultsError for anything that is not a whole record of a known schema.
+
+    Every field has the type that the rest of this pack computes with.
+    """
+    record = loosely_from_json(text)
+    fault = shape_fault(vars(record))
+    if fault is not None:
+        raise ResultsError(f"not a record: {fault}")
+    return record
+
+
+def loosely_from_json(text: str) -> RunRecord:
+    """Read a record to list, show or delete it: schema, names and run id are checked, the types of fields are not."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting without end
@@ -74,7 +87,7 @@ def from_json(text: str) -> RunRecord:
                and f.default_factory is dataclasses.MISSING]  # fmt: skip
     if missing:
         raise ResultsError(f"not a whole record: {', '.join(missing)} missing")
-    if not RUN_ID.fullmatch(str(data["run_id"])):
+    if not isinstance(data["run_id"], str) or not RUN_ID.fullmatch(data["run_id"]):
         raise ResultsError("not a record: its run id is malformed")
     return RunRecord(**{key: value for key, value in data.items() if key in names})
 
@@ -149,7 +162,7 @@ def csv_row(record: RunRecord) -> dict[str, str]:
     """The record's row in results.csv; an unknown value is an empty cell."""
     request, summary, phases = record.request, record.summary, record.phases_ms
     # A benchmark times every repeat from text to picture; a sampler repeats only the sampling.
-    runs = summary.get("totals_ms") or [total_ms(phases, ms) for ms in summary.get("runs_ms", ())]
+    runs = summary.get("totals_ms") or [total_ms(phases, ms) for ms in summary.get("runs_ms") or ()]
     times = spread([ms / 1000.0 for ms in runs if ms is not None])
     overall = record.memory.get("overall", {})
     quality = record.quality or {}
@@ -167,7 +180,7 @@ def csv_row(record: RunRecord) -> dict[str, str]:
         "images_per_min": summary.get("images_per_min"),
         "repeats": summary.get("repeats"),
         "precision": precision_text(request.get("precision")),
-        "accelerators": "+".join(request.get("accelerators", ())),
+        "accelerators": "+".join(request.get("accelerators") or ()),
         "checkpoint": (request.get("checkpoint") or {}).get("name"),
         "peak_rss_gb": overall.get("peak_rss_gb"),
         "psnr": math.inf if quality.get("identical") else quality.get("psnr"),
@@ -199,9 +212,15 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = str(value).replace("\r", " ").replace("\n", " ")
+    # Python 3.10 reads no table with a NUL in it.
+    text = _encodable(str(value)).replace("\r", " ").replace("\n", " ").replace("\0", " ")
     # A spreadsheet would run a text that begins like a formula.
     return f"'{text}" if isinstance(value, str) and text[:1] in ("=", "+", "-", "@", "\t") else text
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which JSON can name and no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _of(values: Spread | None, name: str) -> float | None:
@@ -227,8 +246,10 @@ def _rounded(values: Spread | None) -> dict[str, float] | None:
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if value == value and value not in (float("inf"), float("-inf")) else None
+    if isinstance(value, str):
+        return _encodable(value)
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {_encodable(str(key)): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value

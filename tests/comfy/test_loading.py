@@ -297,3 +297,32 @@ def test_the_hash_is_computed_once(engine, tmp_path):
     assert expected in cache.read_text()
     cache.write_text("{broken")
     assert engine("loading").file_hash(file, cache) == expected
+
+
+def test_a_broken_tiny_vae_pair_is_named(node, engine, model_files):
+    """Core reads these files where the name of the pair is chosen as a VAE."""
+    folder = model_files / "vae_approx"
+    pair = [folder / f"taef1_{part}.safetensors" for part in ("encoder", "decoder")]
+    for path in pair:
+        path.write_bytes(b"not weights")
+    try:
+        with pytest.raises(engine("errors").ModelFileError, match="taef1_"):
+            node("SpeedLabVAELoader").load("taef1", "auto")
+    finally:
+        for path in pair:
+            path.unlink()
+
+
+def test_memory_that_runs_out_while_loading_is_not_blamed_on_the_file(engine, demo_checkpoint):
+    """As torch tells it: the reason stands below a headline about the file's keys."""
+    packed = "Error(s) in loading state_dict for AutoencoderKL:\n\tWhile copying 'a': ('CUDA out of memory.',)."
+    errors, readable = engine("errors"), engine("loading").readable
+    with (
+        pytest.raises(errors.SpeedLabError, match=r"Out of memory while .*not to blame") as caught,
+        readable(demo_checkpoint, "checkpoint"),
+    ):
+        raise RuntimeError(packed)
+    assert not isinstance(caught.value, errors.ModelFileError)
+    assert engine("core").is_out_of_memory(caught.value), "a benchmark's row says oom"
+    with pytest.raises(errors.ModelFileError), readable(demo_checkpoint, "checkpoint"):
+        raise RuntimeError("Error(s) in loading state_dict for AutoencoderKL: size mismatch")

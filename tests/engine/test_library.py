@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,15 @@ def test_half_written_foreign_and_mislabelled_files_are_skipped_and_counted(stor
     assert [run.run_id for run in page.runs] == [run_id(8), run_id(1)]
     assert page.runs[0].it_per_s is None
     assert page.skipped == 6
+
+
+def test_a_record_that_a_killed_process_left_half_written_is_counted_after_an_hour(store):
+    put(store, 1)
+    for age, name in ((0, ".20260101-000000-new.tmp"), (7200, ".20260101-000000-old.tmp"), (7200, ".hidden")):
+        (store.runs / name).write_text("half")
+        os.utime(store.runs / name, (time.time() - age,) * 2)
+    page = RunLibrary(store).page()
+    assert [run.run_id for run in page.runs] == [run_id(1)] and page.skipped == 1
 
 
 @pytest.mark.parametrize("text", ['{"schema": 1, "x": ' + "9" * 5000 + "}", "[" * 100_000, '{"schema": NaN}'])

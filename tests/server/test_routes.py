@@ -107,3 +107,22 @@ def test_delete_wants_a_post_with_json_from_this_site(server, run_id):
     assert (status, answer["deleted"], list(answer["failed"])) == (200, [run_id], ["../x"])
     assert not record.exists()
     assert not list((server.output / "speedlab").rglob(f"{run_id}*"))
+
+
+def test_a_body_in_letters_that_nobody_knows_is_refused_in_words(server):
+    for charset in ("no-such", "rot13", "utf-16"):
+        status, _, data = ask(
+            server, "/speedlab/prune", {"keep": 0}, **{"Content-Type": f"application/json; charset={charset}"}
+        )
+        assert status == 400 and "not JSON" in json.loads(data)["error"]
+
+
+def test_only_the_routes_that_are_needed_answer(server, run_id):
+    """Reading is GET, changing is POST; nothing else of this pack answers, and nothing goes by asking."""
+    before = server.get("/speedlab/runs")["files"]
+    for method, path in (("PUT", "/speedlab/runs"), ("DELETE", f"/speedlab/runs/{run_id}"), ("POST", "/speedlab/runs"),
+                         ("GET", "/speedlab/prune"), ("POST", f"/speedlab/runs/{run_id}/file/images/0"),
+                         ("PATCH", "/speedlab/results.csv"), ("GET", "/speedlab"), ("GET", "/speedlab/delete"),
+                         ("POST", f"/speedlab/{run_id}")):  # fmt: skip
+        assert ask(server, path, b"{}" if method != "GET" else None, method, **JSON)[0] in (404, 405), (method, path)
+    assert server.get("/speedlab/runs")["files"] == before

@@ -1,0 +1,155 @@
+"""Input that once ended in a traceback, or would: each is refused in words or read past."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+
+import pytest
+
+from speedlab.accelerate.deepcache_schedule import nonuniform_steps
+from speedlab.bench import compare_csv
+from speedlab.bench.answers import json_object
+from speedlab.bench.errors import BenchError, describe_rejection, failure_from_status
+from speedlab.bench.files import check_model_file
+from speedlab.bench.journal import Journal
+from speedlab.bench.results import Outcome
+from speedlab.errors import ResultsError
+from speedlab.loading import file_hash
+from speedlab.profiling.context import NodeContext
+from speedlab.profiling.record import CSV_COLUMNS, csv_row, from_json
+from speedlab.profiling.store import RunStore, new_run_id
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "header",
+    ['{"a": {"data_offsets": [0, "4"]}}', '{"a": {"data_offsets": [0]}}', '{"a": {"data_offsets": [0, -4]}}',
+     '{"a": {"data_offsets": [4, 0]}}', '{"a": {"data_offsets": [0, true]}}', '{"a": {"data_offsets": [0, 1e999]}}',
+     '{"a": {"data_offsets": "04"}}', '{"a": ' + DEEP, '{"a": {"data_offsets": [0, 4]}, "b": {"data_offsets": []}}'],
+)  # fmt: skip
+def test_a_safetensors_header_with_impossible_offsets_is_refused(tmp_path, header):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
+    with pytest.raises(BenchError, match="header is unreadable"):
+        check_model_file(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"request": [1]}, "request is not an object"),
+        ({"summary": {"runs_ms": [True]}}, "summary.runs_ms"),
+        ({"summary": {"runs_ms": [10**400]}}, "summary.runs_ms"),
+        ({"summary": {"step_median_ms": []}}, "summary.step_median_ms"),
+        ({"request": {"accelerators": [1.5]}}, "request.accelerators"),
+        ({"request": {"checkpoint": "a"}}, "request.checkpoint"),
+        ({"request": {"precision": {"unet": [1]}}}, "request.precision"),
+        ({"memory": {"overall": 3}}, "memory"),
+        ({"phases_ms": {"decode": {}}}, "phases_ms"),
+        ({"env": None}, "env is not"),
+        ({"env_hash": []}, "env_hash"),
+        ({"quality": "good"}, "quality"),
+        ({"run_id": 3}, "run id"),
+    ],
+)
+def test_a_record_of_wrong_types_is_none(make_record, tmp_path, change, words):
+    data = {**json.loads(make_record().to_json()), **change}
+    with pytest.raises(ResultsError, match=words):
+        from_json(json.dumps(data))
+    store = RunStore(tmp_path)
+    path = store.write(make_record())
+    path.write_text(json.dumps(data))
+    with pytest.raises(ResultsError):
+        store.read(make_record().run_id)
+
+
+def test_letters_that_no_file_holds_cost_no_record(make_record, tmp_path):
+    """A prompt in JSON can name half of a surrogate pair; it must not end a run when its record is written."""
+    record = make_record(
+        run_id=new_run_id(), request={**make_record().request, "plan": "a\ud800\0b", "k\udfff": 1}, error="\udc00"
+    )
+    store = RunStore(tmp_path)
+    store.write(record)
+    assert store.append_csv(record)
+    assert store.read(record.run_id).request["plan"] == "a?\0b"
+    (row,) = compare_csv.read_table(store.csv_path)
+    assert (row["plan"], row["error"]) == ("a? b", "?") and row == csv_row(record)
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [({"time_s": "1e300"}, "impossible time"), ({"time_std_s": "1e200"}, "impossible deviation"),
+     ({"repeats": "9" * 400}, "more than 1000000 repeats"), ({"time_s": "nan"}, "impossible time"),
+     ({"repeats": "9" * 5000}, "no number")],
+)  # fmt: skip
+def test_a_table_with_impossible_numbers_is_refused(tmp_path, cells, words):
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS)
+        writer.writeheader()
+        writer.writerow({"status": "ok", "time_s": "1", "time_std_s": "0", "repeats": "3", "run_id": "r", **cells})
+    with pytest.raises(BenchError, match=words):
+        compare_csv.samples(compare_csv.read_table(path), path)
+
+
+def test_times_that_scatter_beyond_their_mean_bound_nothing():
+    wild = {("x",) * len(compare_csv.KEY): compare_csv.Sample(1e-6, 1.0, 2)}
+    (entry,) = compare_csv.compare(wild, wild)
+    assert entry.high == float("inf") and not entry.is_regression
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a/0": {"runs": ["x"], "pictures": ["' + "9" * 5000 + '"]}}', '{"a/0": []}'])
+def test_a_journal_that_is_none_means_nothing_is_done(tmp_path, make_record, text):
+    journal = Journal(tmp_path, "series")
+    journal.finished("a/0", [make_record().run_id], [])
+    journal.path.write_text(text)
+    assert not Journal(tmp_path, "series").recall("a/0", tmp_path, Outcome("x"))
+
+
+def test_a_picture_with_an_impossible_name_is_left_out(tmp_path, make_record):
+    RunStore(tmp_path).write(make_record())
+    journal = Journal(tmp_path, "series")
+    (tmp_path / "a.png").write_bytes(b"x")
+    journal.finished("a/0", [make_record().run_id], [tmp_path / "a.png", tmp_path / ("9" * 5000)])
+    outcome = Outcome("x")
+    assert Journal(tmp_path, "series").recall("a/0", tmp_path, outcome)
+    assert [path.name for path in outcome.pictures] == ["a.png"] and len(outcome.rows) == 1
+
+
+def test_hashes_that_cannot_be_read_are_computed_anew(tmp_path):
+    (tmp_path / "model").write_bytes(b"x")
+    (tmp_path / "hashes.json").write_text(DEEP)
+    assert len(file_hash(tmp_path / "model", tmp_path / "hashes.json")) == 64
+
+
+@pytest.mark.parametrize("class_type", [["SpeedLabTextEncode"], {"a": 1}, 3, None])
+def test_a_class_that_is_no_text_is_no_class(class_type):
+    prompt = {"1": {"class_type": class_type, "inputs": {}}, "2": {"class_type": "X", "inputs": {"a": ["1", 0]}}}
+    assert NodeContext.of(prompt, {}, "2").phase_ms("text_encode", []) is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"node_errors": 3}, {"node_errors": {"1": "x"}}, {"node_errors": {"1": {"errors": 3}}}, {"error": [1]},
+     {"node_errors": {"1": {"errors": [3, {"type": "value_not_in_list", "extra_info": {"input_config": 3}}]}}},
+     {"node_errors": {"1": {"errors": [{"type": "value_not_in_list", "extra_info": {"input_config": ["COMBO"]}}]}}}],
+)  # fmt: skip
+def test_a_rejection_of_another_shape_is_words_all_the_same(body):
+    assert describe_rejection(body, {}).startswith("the server refused the graph")
+
+
+def test_a_failure_of_another_shape_is_words_all_the_same():
+    assert "failed: 3" in str(failure_from_status({"traceback": [1, None], "exception_message": 3}, {}))
+
+
+@pytest.mark.parametrize("body", [b"\xff\xfe", b"[1]", b"", DEEP.encode(), b"<html>", b"null"])
+def test_what_is_no_object_is_no_answer(body):
+    assert json_object(body) is None
+    assert json_object(b'{"a": 1}') == {"a": 1}
+
+
+def test_a_center_before_the_window_repeats_no_step():
+    assert nonuniform_steps(2, 2, -2, 2.0) in (None, (0, 1))
