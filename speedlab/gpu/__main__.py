@@ -48,25 +48,30 @@ def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -
     environment = importlib.import_module(f"{inprocess.PACK_NAME}.speedlab.profiling.environment").environment
     import torch
 
-    chosen = plan.chosen(plan.BLOCKS, options.only)
+    chosen = plan.blocks_of(options)
     chosen = plan.small(chosen) if options.small else chosen
     device = importlib.import_module("comfy.model_management").get_torch_device()
     if device.type == "cpu" and not options.small:
         raise SpeedLabError("PyTorch finds no GPU here. `--small` runs the whole suite on a processor, to try it out.")
     out = _folder(options.out)
     settings = {"repeats": options.repeats, "small": options.small}
+    is_part = bool(options.only or options.plans)
     errors = importlib.import_module(f"{inprocess.PACK_NAME}.speedlab.errors")
     try:
         journal = journal_module.open_journal(
             out, [RESULTS, *map(_folder, options.resume)], environment(device), settings,
-            small=options.small, again=options.again,
+            small=options.small, again=options.again and not is_part,
         )  # fmt: skip
+        if is_part and options.again:
+            journal.drop(block.row(arm) for block in chosen for arm in block.arms)
+        elif options.plans:
+            journal.drop_others({block.row(arm): arm.stack for block in chosen for arm in block.arms})
         _write_tiny_decoders(base)
         measured = bench_module.Settings(out, options.minutes, options.repeats, options.small)
         bench = bench_module.Bench(pack, journal, measured, began)
         with torch.inference_mode():
             done = suite.run(bench, chosen, lambda text: print(text, flush=True))
-        journal.complete = journal.complete or (done and not options.only)
+        journal.complete = journal.complete or (done and not is_part)
         journal.save()
         print(f"\n{report.text(journal, chosen)}", flush=True)
     except bench_module.LostDeviceError as error:

@@ -72,6 +72,23 @@ class Journal:
         self.started = self._without(row)
         self.save()
 
+    def drop(self, rows: Iterable[str]) -> None:
+        """Forget these rows and what belongs to them (`row-...`), to measure them anew."""
+        gone = tuple(rows)
+        beside = tuple(f"{row}-" for row in gone)
+
+        def stays(name: str) -> bool:
+            return name not in gone and not name.startswith(beside)
+
+        self.rows = {name: row for name, row in self.rows.items() if stays(name)}
+        self.started = {name: count for name, count in self.started.items() if stays(name)}
+        self.complete = False
+
+    def drop_others(self, stacks: Mapping[str, str]) -> None:
+        """Forget the rows that were measured with another stack of techniques than the one given for them."""
+        known = {name: row.get("plan") for name, row in self.rows.items()}
+        self.drop([name for name, stack in stacks.items() if name in known and known[name] != stack])
+
     def give_up(self) -> None:
         """Rows for what ended the process as often as it was tried."""
         for row in [row for row, count in self.started.items() if count >= _ATTEMPTS and row not in self.rows]:

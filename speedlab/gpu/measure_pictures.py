@@ -38,6 +38,7 @@ def run(bench: Bench, block: Block) -> None:
     pending = bench.pending(block)
     stock = [arm for arm in block.arms if arm.stack == STOCK and arm not in pending]
     lanes = [Lane(arm) for arm in (*stock, *pending)]
+    bench.models.parts(block.model, block.dtype)  # before the card is made smaller
     with _card_of(block.cap_gb, bench.device):
         if block.apart:
             for lane in lanes:

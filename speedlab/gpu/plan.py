@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..bench.catalog_common import LIGHTHOUSE, S0_SETTINGS, S1_SETTINGS
+from ..bench.sweep.plan_text import parse_plan
 
 STOCK = "stock"
 # Every step is computed in whole, so the pictures are stock's up to rounding.
@@ -133,6 +135,7 @@ BLOCKS: tuple[Block, ...] = (
         Arm("channels-last", "precision(memory_format=channels_last)"),
         Arm("cudnn-benchmark", "precision(cudnn_benchmark=on)"),
         Arm("fp16-accumulation", "precision(fp16_accumulation=on)"),
+        Arm("compile-vae", "compile_vae(inductor)"),
         needs_s=70.0,
     ),
     _alone(
@@ -174,19 +177,37 @@ BLOCKS: tuple[Block, ...] = (
 
 
 def small(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """The same blocks for tiny models on a processor: tracing in place of a compiler that takes a minute a graph."""
+    """The same blocks for tiny models on a processor: no fp16, which it only stores, and tracing in place of a
+    compiler that takes a minute a graph."""
 
     def traced(arm: Arm) -> Arm:
         # A trace takes no attention of another node.
         stack = arm.stack.replace("inductor", "jit_trace")
         return replace(arm, stack=stack.removeprefix("attention(auto)+") if "jit_trace" in stack else stack)
 
-    return tuple(replace(block, arms=tuple(map(traced, block.arms))) for block in blocks)
+    return tuple(
+        replace(block, dtype=block.dtype.replace("fp16", "fp32"), arms=tuple(map(traced, block.arms)))
+        for block in blocks
+    )
 
 
 def scene_of(model: str, is_small: bool) -> Scene:
     """What is made with a model."""
     return _SMALL_SCENE if is_small else SCENES[model]
+
+
+def tried(plans: Iterable[str], model: str, dtype: str) -> Block:
+    """A block of plans as somebody wrote them, `name=stack`, in turns with stock. Raises SweepTextError."""
+    read = [parse_plan(text) for text in plans]
+    arms = tuple(Arm(one.name, "+".join(t.words() for t in one.techniques), whole=False) for one in read)
+    return Block(f"try-{model}-{dtype}", "pictures", "plans of the command line", (_STOCK, *arms), model, dtype)
+
+
+def blocks_of(options: Namespace) -> tuple[Block, ...]:
+    """What a command line asks for. Raises ValueError, SweepTextError."""
+    if options.plans:
+        return (tried(options.plans, options.model, options.dtype),)
+    return chosen(BLOCKS, options.only)
 
 
 def chosen(blocks: Iterable[Block], only: Iterable[str]) -> tuple[Block, ...]:

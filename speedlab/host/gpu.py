@@ -11,8 +11,9 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..bench.sweep.plan_text import SweepTextError
 from ..gpu.options import LOST_DEVICE, PACK_FOLDER, WHEELS_VARIABLE, parser
-from ..gpu.plan import BLOCKS, chosen
+from ..gpu.plan import blocks_of
 from . import wheel
 from .base import CALLED_FROM, Host, HostError, cache_root, child_environment, is_comfyui, pack_locations, pack_root
 from .commands import run_child
@@ -33,9 +34,9 @@ def run(arguments: Sequence[str], comfyui: str | None, install: bool, managed: b
     """Do what the command line asks for. Returns the exit code. Raises HostError."""
     options = parser().parse_args(list(arguments))
     try:
-        blocks = chosen(BLOCKS, options.only)
-    except ValueError as error:
-        raise HostError(f"--only: {error}") from error
+        blocks = blocks_of(options)
+    except (ValueError, SweepTextError) as error:
+        raise HostError(str(error)) from error
     if options.list:
         for block in blocks:
             reporter.line(f"{block.id:<36} {block.shows} ({', '.join(arm.name for arm in block.arms)})")

@@ -119,6 +119,30 @@ def test_what_ends_the_process_twice_is_given_up_and_what_was_left_in_order_is_n
     assert journal.value("a/bad", "picture_s") is None
 
 
+def test_rows_are_measured_anew_where_asked_or_where_the_plan_is_another(tmp_path: Path) -> None:
+    journal = new_journal(tmp_path)
+    for name in ("a/stock", "a/stock-1", "a/stocks", "b/stock"):
+        journal.write(name, {"plan": "stock"})
+    journal.drop_others({"a/stock": "stock", "b/stock": "tiny", "c/none": "tiny"})
+    assert set(journal.rows) == {"a/stock", "a/stock-1", "a/stocks"}
+    journal.drop(["a/stock"])
+    assert set(journal.rows) == {"a/stocks"}
+
+
+def test_plans_of_the_command_line_stand_beside_stock() -> None:
+    block = plan.tried(["mine=compile(inductor)+tiny", "deepcache(3)"], "sdxl", "bf16")
+    assert [(arm.name, arm.stack) for arm in block.arms] == [
+        ("stock", "stock"), ("mine", "compile(inductor)+tiny"), ("deepcache(3)", "deepcache(3)"),
+    ]  # fmt: skip
+    answer = gpu_command("--try", "mine=tiny(")
+    assert answer.returncode == 1 and "parenthesis" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def gpu_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(pack_root() / "run.py"), "gpu", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": 3}', '{"env": {}, "settings": {}, "rows": [7]}'])
 def test_a_results_file_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     path = new_journal(tmp_path).path
