@@ -21,7 +21,7 @@ from .models import release
 from .plan import Arm, Block, Scene
 from .shot import shoot
 
-_LARGEST, _LARGEST_SMALL = 64, 4
+_LARGEST, _LARGEST_SMALL = 64, 2
 # A doubled batch that brings less than this is past saturation.
 _GAIN = 1.03
 _HANDOFF = 0.8

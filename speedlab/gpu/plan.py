@@ -74,7 +74,7 @@ SCENES = {
     "sd15": Scene(512, 512, 30, S0_SETTINGS.cfg),
     "refiner": Scene(1024, 1024, 30, S1_SETTINGS.cfg),
 }
-_SMALL_SCENE = Scene(64, 64, 4, S0_SETTINGS.cfg)
+_SMALL_SCENE = Scene(64, 64, 2, S0_SETTINGS.cfg)
 
 _STOCK = Arm(STOCK)
 _EXACT = Arm("exact", EXACT)

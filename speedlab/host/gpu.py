@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -16,7 +17,7 @@ from ..gpu.options import LOST_DEVICE, PACK_FOLDER, WHEELS_VARIABLE, parser
 from ..gpu.plan import blocks_of
 from . import wheel
 from .base import CALLED_FROM, Host, HostError, cache_root, child_environment, is_comfyui, pack_locations, pack_root
-from .commands import run_child
+from .commands import INTERRUPTED, run_child
 from .managed import ManagedHost
 from .pip import Pip
 from .progress import Reporter
@@ -54,11 +55,16 @@ def run(arguments: Sequence[str], comfyui: str | None, install: bool, managed: b
         left = options.minutes - (time.monotonic() - began) / 60.0
         # `--again` has been done by the first process; the others go on with its results.
         code = run_child([*command, *again, "--minutes", f"{max(left, 0.01):.3f}"], cwd=pack_root(), env=env)
-        if code != LOST_DEVICE:
+        if code != LOST_DEVICE and not _crashed(code):
             return code
         again = [argument for argument in arguments if argument != "--again"]
-    reporter.line(f"The device was lost {_MOST_STARTS} times; what was measured is kept.")
+    reporter.line(f"The device was lost, or the process died, {_MOST_STARTS} times; what was measured is kept.")
     return 1
+
+
+def _crashed(code: int) -> bool:
+    """Whether a signal ended the process that nobody here sent. The suite gives up what ended it twice."""
+    return code > 128 and code not in (INTERRUPTED, 128 + signal.SIGTERM)
 
 
 def _host(comfyui: str | None, install: bool, managed: bool, reporter: Reporter) -> tuple[Host, Path | None]:

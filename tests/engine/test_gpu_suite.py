@@ -209,7 +209,8 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "starts", "code"), [([0], 1, 0), ([75, 75, 0], 3, 0), ([75, 3], 2, 3), ([75] * 6, 6, 1)]
+    ("codes", "starts", "code"),
+    [([0], 1, 0), ([75, 139, 0], 3, 0), ([75, 3], 2, 3), ([130], 1, 130), ([143], 1, 143), ([75] * 6, 6, 1)],
 )
 def test_a_lost_device_is_gone_on_with_by_another_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, codes: list[int], starts: int, code: int
