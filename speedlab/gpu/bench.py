@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core import compute_device, core_nodes
+from ..core import compute_device, core_nodes, release_unused_memory
 from ..errors import ResultsError, SpeedLabError, UnavailableError, first_line
 from ..profiling.runner import failure_message, failure_status
 from .journal import Journal
@@ -112,7 +112,9 @@ class Bench:
                 self.write(block, arm, **failure)
             if lost:
                 raise LostDeviceError(lost)
-            release()
+            release_unused_memory()
+            if failure["status"] == "oom":
+                release()
 
 
 def is_lost(error: BaseException) -> bool:

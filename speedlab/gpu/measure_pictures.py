@@ -60,6 +60,8 @@ def take_turns(bench: Bench, block: Block, lanes: Sequence[Lane]) -> None:
         with bench.into_row(block, lane.arm):
             lane.ready = bench.ready(block, lane.arm)
             lane.first = shoot(lane.ready, scene)
+    # A failure takes weights off the device; the picture after it brings them back and must not count.
+    failed = not all(lane.runs for lane in lanes)
     for number in range(bench.settings.repeats):
         for lane in lanes if number % 2 == 0 else reversed(lanes):
             bench.check_time()
@@ -67,7 +69,10 @@ def take_turns(bench: Bench, block: Block, lanes: Sequence[Lane]) -> None:
                 continue
             shot = None
             with bench.into_row(block, lane.arm):
+                if failed:
+                    shoot(lane.ready, scene)
                 shot = shoot(lane.ready, scene)
+            failed = shot is None
             if shot is None:
                 lane.first = None
             else:

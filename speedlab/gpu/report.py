@@ -65,7 +65,9 @@ def text(journal: Journal, blocks: Sequence[Block]) -> str:
     if failed:
         lines += ["", "What did not run:", *(f"  {row['id']}: {row['status']}: {_short(row)}" for row in failed)]
     left = [block.row(arm) for block in blocks for arm in block.arms if block.row(arm) not in journal.rows]
-    if left:
+    if not left:
+        lines += ["", "Nothing is left. --again measures anew, with --only some blocks of it."]
+    else:
         lines += ["", f"{len(left)} measurements are left; the same command goes on with {left[0]}."]
     return "\n".join([*lines, "", f"Written to {journal.path} and .csv beside it"])
 
