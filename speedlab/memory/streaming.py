@@ -74,6 +74,9 @@ class _Slot:
 class NetworkStream:
     """Streams one network. `install` hooks it up, `remove` takes every hook off; weights are home in between."""
 
+    # Off only to measure what copying ahead is worth.
+    prefetch = True
+
     def __init__(self, network: torch.nn.Module, device: torch.device, keep_cast: bool = False) -> None:
         self.network, self.device, self._keep_cast = network, device, keep_cast
         self.units = units_of(network)
@@ -164,7 +167,7 @@ class NetworkStream:
             self._follows[before] = index
         self._queue.computation_waits_for(slot.filled)
         self._swap_in(slot)
-        following = self._follows.get(index)
+        following = self._follows.get(index) if self.prefetch else None
         if following is not None and following != index:
             self._fetch(self._slots[1] if slot is self._slots[0] else self._slots[0], following)
 

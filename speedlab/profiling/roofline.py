@@ -27,25 +27,27 @@ class Peak:
     tflops: float
 
 
-def measured_peak(device: Any, dtype: Any) -> Peak:
+def measured_peak(device: Any, dtype: Any, side: int | None = None) -> Peak:
     """A large square matrix product on `device` in `dtype`, timed for a quarter of a second; once per process.
 
-    The flags that change its speed (TF32, fp16 accumulation) are part of what is remembered.
+    The flags that change its speed (TF32, fp16 accumulation) are part of what is remembered. `side` of the matrices:
+    None for one that is large enough and fits any card.
     """
     import torch
 
+    side = _SIDE.get(device.type, _SIDE_ELSEWHERE) if side is None else side
+
     matmul = torch.backends.cuda.matmul
-    key = (str(device), dtype, bool(matmul.allow_tf32), bool(getattr(matmul, "allow_fp16_accumulation", False)))
+    key = (str(device), side, dtype, bool(matmul.allow_tf32), bool(getattr(matmul, "allow_fp16_accumulation", False)))
     if key not in _peaks:
-        _peaks[key] = _measure(device, dtype, tf32=key[2] and device.type == "cuda" and dtype == torch.float32)
+        _peaks[key] = _measure(device, dtype, side, tf32=key[3] and device.type == "cuda" and dtype == torch.float32)
     return _peaks[key]
 
 
-def _measure(device: Any, dtype: Any, tf32: bool) -> Peak:
+def _measure(device: Any, dtype: Any, side: int, tf32: bool) -> Peak:
     import comfy.model_management as mm
     import torch
 
-    side = _SIDE.get(device.type, _SIDE_ELSEWHERE)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
     out = torch.empty_like(a)

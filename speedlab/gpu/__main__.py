@@ -1,0 +1,99 @@
+"""The suite's process: `run.py gpu` starts it with ComfyUI's folder in SPEEDLAB_COMFYUI."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import SpeedLabError
+from ..host.base import CALLED_FROM, from_environment
+from ..host.commands import INTERRUPTED
+from . import inprocess
+from .options import LOST_DEVICE, RESULTS, WHEELS_VARIABLE, parser
+
+log = logging.getLogger("speedlab.gpu")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one call. Returns 0 when it ended in good order, LOST_DEVICE when a new process has to go on."""
+    began = time.monotonic()
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # A compiler's folder that the user chose would make every cold figure a warm one.
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    wheels = os.environ.get(WHEELS_VARIABLE)
+    try:
+        with tempfile.TemporaryDirectory(prefix="speedlab-gpu-", ignore_cleanup_errors=True) as base:
+            pack = inprocess.start(from_environment().comfyui, Path(base), Path(wheels) if wheels else None)
+            return _measure(pack, options, began, Path(base))
+    except SpeedLabError as error:
+        sys.stderr.write(f"run.py gpu: {error}\n")
+        return 1
+
+
+def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -> int:
+    # The engine as the pack holds it: one set of modules for nodes and suite.
+    names = ("bench", "journal", "report", "suite", "plan")
+    bench_module, journal_module, report, suite, plan = (
+        importlib.import_module(f"{inprocess.PACK_NAME}.speedlab.gpu.{name}") for name in names
+    )
+    environment = importlib.import_module(f"{inprocess.PACK_NAME}.speedlab.profiling.environment").environment
+    import torch
+
+    chosen = plan.blocks_of(options)
+    chosen = plan.small(chosen) if options.small else chosen
+    device = importlib.import_module("comfy.model_management").get_torch_device()
+    if device.type == "cpu" and not options.small:
+        raise SpeedLabError("PyTorch finds no GPU here. `--small` runs the whole suite on a processor, to try it out.")
+    out = _folder(options.out)
+    settings = {"repeats": options.repeats, "small": options.small}
+    is_part = bool(options.only or options.plans)
+    errors = importlib.import_module(f"{inprocess.PACK_NAME}.speedlab.errors")
+    try:
+        journal = journal_module.open_journal(
+            out, [RESULTS, *map(_folder, options.resume)], environment(device), settings,
+            small=options.small, again=options.again and not is_part,
+        )  # fmt: skip
+        if is_part and options.again:
+            journal.drop(block.row(arm) for block in chosen for arm in block.arms)
+        elif options.plans:
+            journal.drop_others({block.row(arm): arm.stack for block in chosen for arm in block.arms})
+        _write_tiny_decoders(base)
+        measured = bench_module.Settings(out, options.minutes, options.repeats, options.small)
+        bench = bench_module.Bench(pack, journal, measured, began)
+        with torch.inference_mode():
+            done = suite.run(bench, chosen, lambda text: print(text, flush=True))
+        journal.complete = journal.complete or (done and not is_part)
+        journal.save()
+        print(f"\n{report.text(journal, chosen)}", flush=True)
+    except bench_module.LostDeviceError as error:
+        log.warning("the device was lost (%s); a new process goes on", error)
+        return LOST_DEVICE
+    except errors.SpeedLabError as error:
+        raise SpeedLabError(str(error)) from error
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _folder(given: Path) -> Path:
+    """A folder of the command line, which is relative to where the user stands."""
+    return (Path(os.environ.get(CALLED_FROM) or Path.cwd()) / given.expanduser()).absolute()
+
+
+def _write_tiny_decoders(base: Path) -> None:
+    synthetic = importlib.import_module(f"{inprocess.PACK_NAME}.speedlab.synthetic")
+    for name in ("taesd", "taesdxl"):
+        synthetic.write_taesd(base / "models" / "vae_approx", name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

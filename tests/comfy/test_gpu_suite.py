@@ -1,0 +1,193 @@
+"""The GPU suite on a processor: models whose activations stay near 1, and every block from end to end on tiny ones."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+# On a processor these have no kernel, no package or no such mode; that, too, is a row.
+CANNOT = (
+    "alone-attention/attention-sdpa_mem_efficient", "alone-attention/attention-sdpa_cudnn",
+    "alone-attention-slow/attention-xformers", "alone-attention-slow/attention-flash_attn",
+    "alone-attention-slow/attention-sage", "sdxl-fp16/sdxl-fastest-deepcache", "sdxl-bf16/sdxl-fastest-deepcache",
+    "sd15-fp16/fastest-deepcache", "compile-blocks/blocks", "compile-reduce-overhead/reduce-overhead",
+    "compile-cudagraphs/cudagraphs", "compile-dynamic/dynamic", "compile-max-autotune/max-autotune",
+    "compile-max-autotune-no-cudagraphs/max-autotune-no-cudagraphs",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_refiner"])
+def test_activations_of_the_full_depth_stay_near_one(comfy: ModuleType, family: Any) -> None:
+    """Each block of the full-depth network, one level as wide as the next; widths change the fan-in alone."""
+    from speedlab.synthetic.spec import CheckpointSpec, architecture
+    from speedlab.synthetic.unet import unet_layout
+    from speedlab.synthetic.weights import draw
+
+    full = architecture(CheckpointSpec(family, "full")).unet
+    config = replace(full, channel_mult=(1,) * len(full.channel_mult))
+    weights = {name: draw(name, w, 0, torch.float32, "cpu") for name, w in unet_layout(config).items()}
+    detected = comfy.model_detection.detect_unet_config(dict(weights), "")
+    unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
+        **detected, num_head_channels=64, device="cpu", operations=comfy.ops.disable_weight_init
+    )
+    unet.load_state_dict(weights)
+    seen: list[float] = []
+    blocks = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
+    layers = [layer for block in blocks for layer in block]
+    for layer in layers:
+        layer.register_forward_hook(lambda _module, _inputs, out: seen.append(float(out.std())))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 4, 16, 16, generator=generator)
+    context = torch.randn(1, 77, config.context_dim, generator=generator)
+    label = None if config.adm_channels is None else torch.randn(1, config.adm_channels, generator=generator)
+    predicted = unet(noise, torch.tensor([500.0]), context=context, y=label)
+    assert len(seen) == len(layers)
+    assert min(seen) > 0.8, min(seen)
+    assert max(seen) < 2.5, max(seen)
+    assert predicted.std().item() == pytest.approx(1.0, abs=0.3)
+
+
+def suite(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "speedlab.gpu", "--small", "--repeats", "1", "--out", str(out), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+
+
+@pytest.mark.timeout(2400)
+def test_the_whole_suite_runs_from_end_to_end(comfy: ModuleType, tmp_path: Path) -> None:
+    done = suite(tmp_path, "--minutes", "35")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = tmp_path.glob("*_gpu-small.json")
+    document = json.loads(path.read_text())
+    rows = {row["id"]: row for row in document["rows"]}
+    from speedlab.gpu import plan
+
+    assert document["complete"] and document["started"] == {}
+    expected = {block.row(arm) for block in plan.BLOCKS for arm in block.arms}
+    assert expected <= rows.keys()
+    assert {name: row.get("error") for name, row in rows.items() if row["status"] != "ok"}.keys() == set(CANNOT)
+    assert all(rows[name]["status"] == "unavailable" for name in CANNOT)
+    exact, stock = rows["sdxl-fp16/exact"], rows["sdxl-fp16/stock"]
+    assert stock["ratio"] == 1.0 and stock["relative_error"] == 0.0 and exact["relative_error"] < 0.05
+    assert exact["ratio"] == pytest.approx(stock["picture_s"] / exact["picture_s"], rel=0.01)
+    assert (
+        0.0
+        < exact["tflops"]
+        == pytest.approx(rows["work-sdxl/step"]["flop_per_step"] * 4 / exact["sampling_s"] / 1e12, rel=0.05, abs=2e-3)
+    )
+    assert rows["sdxl-fp16/sdxl-fastest"].get("tflops") is None
+    assert rows["alone-lossy/deepcache-3"]["relative_error"] > 0.0
+    assert rows["offload/sequential-tiny"]["samples"] and rows["kernels/exact"]["kernels"]
+    assert 0.5 < rows["kernels/stock"]["steps_over_wall"] <= 1.0
+    assert len(rows["tour-lora/compile"]["stages"]) == 5 and len(rows["tour-size/compile"]["stages"]) == 5
+    assert rows["batch-sdxl/stock-1"]["status"] == "ok"
+    with path.with_suffix(".csv").open(newline="") as file:
+        assert {row["id"] for row in csv.DictReader(file)} == rows.keys()
+    (trace,) = tmp_path.glob("*-trace.json.gz")
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert "no figure below says anything of a real one" in done.stdout
+    assert "What did not run:" in done.stdout and "not measured" in done.stdout
+
+    before = path.read_text()
+    again = suite(tmp_path)
+    assert again.returncode == 0 and json.loads(path.read_text())["rows"] == json.loads(before)["rows"]
+    assert "[1/" not in again.stdout, "nothing is measured twice"
+
+
+def test_a_call_without_time_writes_what_it_has_and_says_what_is_left(comfy: ModuleType, tmp_path: Path) -> None:
+    done = suite(tmp_path, "--minutes", "0.001", "--only", "peak", "sdxl-fp16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "7 measurements are left; the same command goes on with peak/fp16" in done.stdout
+
+
+def test_a_plan_of_the_command_line_is_measured_beside_stock(comfy: ModuleType, tmp_path: Path) -> None:
+    done = suite(tmp_path, "--try", "mine=deepcache(2)+tiny", "dynamic_cfg(0.5)", "--model", "sd15")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = tmp_path.glob("*_gpu-small.json")
+    document = json.loads(path.read_text())
+    rows = {row["id"]: row for row in document["rows"]}
+    names = ("stock", "mine", "dynamic_cfg(0.5)")
+    assert [rows[f"try-sd15-fp16/{name}"]["status"] for name in names] == ["ok"] * 3 and len(rows) == 3
+    assert rows["try-sd15-fp16/mine"]["plan"] == "deepcache(2)+tiny" and not document["complete"]
+    assert all(rows[f"try-sd15-fp16/{name}"]["ratio"] > 0 for name in names)
+
+
+@pytest.fixture
+def bench(engine: Any, pack: ModuleType, tiny: SimpleNamespace, tmp_path: Path) -> Any:
+    """The tools of a call, with a journal of its own."""
+    journal = engine("gpu.journal").open_journal(
+        tmp_path, [], {"device": "a card", "torch": "2.11.0"}, {}, small=True, again=False
+    )
+    tools = engine("gpu.bench")
+    return tools.Bench(pack, journal, tools.Settings(tmp_path, 60.0, 1, True), began=_now())
+
+
+def _now() -> float:
+    import time
+
+    return time.monotonic()
+
+
+def test_a_failing_measurement_is_a_row_and_the_next_block_runs(engine: Any, bench: Any, monkeypatch: Any) -> None:
+    plan, runner = engine("gpu.plan"), engine("gpu.suite")
+    ran: list[str] = []
+
+    def breaks(tools: Any, block: Any) -> None:
+        with tools.into_row(block, block.arms[0]):
+            raise MemoryError("no room")
+        raise ValueError("outside of any arm")
+
+    monkeypatch.setitem(runner.RUNNERS, "breaks", breaks)
+    monkeypatch.setitem(runner.RUNNERS, "works", lambda tools, block: ran.append(block.id))
+    arms = (plan.Arm("first"), plan.Arm("second"))
+    blocks = [plan.Block("one", "breaks", "", arms), plan.Block("two", "works", "", arms)]
+    assert not runner.run(bench, blocks, lambda _text: None)
+    rows = bench.journal.rows
+    assert (rows["one/first"]["status"], rows["one/second"]["status"]) == ("oom", "error")
+    assert rows["one/second"]["error"] == "ValueError: outside of any arm" and bench.journal.started == {}
+    assert ran == ["two"]
+
+
+def test_a_lost_device_ends_the_process_with_its_row_written(engine: Any, bench: Any, monkeypatch: Any) -> None:
+    plan, runner = engine("gpu.plan"), engine("gpu.suite")
+
+    def breaks(tools: Any, block: Any) -> None:
+        with tools.into_row(block, block.arms[0]):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(runner.RUNNERS, "breaks", breaks)
+    block = plan.Block("one", "breaks", "", (plan.Arm("first"), plan.Arm("second")))
+    with pytest.raises(engine("gpu.bench").LostDeviceError):
+        runner.run(bench, [block], lambda _text: None)
+    assert bench.journal.rows["one/first"]["status"] == "error" and "one/second" not in bench.journal.rows
+
+
+def test_a_capped_card_is_given_back(engine: Any, bench: Any) -> None:
+    import comfy.model_management as mm
+
+    pictures = engine("gpu.measure_pictures")
+    before = mm.EXTRA_RESERVED_VRAM
+    with pytest.raises(KeyError), pictures._card_of(4.0, bench.device):
+        raise KeyError
+    assert before == mm.EXTRA_RESERVED_VRAM
+
+
+def test_nan_is_an_error_and_no_time(engine: Any, bench: Any) -> None:
+    shots, memory = engine("gpu.shot"), engine("profiling.memory")
+    pictures = engine("gpu.measure_pictures")
+    good = shots.Shot(0.1, 1.0, 0.2, 1.3, memory.MemoryPeak(), torch.zeros(1), True)
+    lane = pictures.Lane(engine("gpu.plan").Arm("a"), None, good, [good, replace(good, finite=False)])
+    fields = pictures.timed(lane)
+    assert fields["status"] == "error" and "NaN" in fields["error"]
+    assert pictures.timed(replace(lane, shots=[good]))["picture_s"] == 1.3
