@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import shutil
 import sys
 import time
@@ -143,10 +142,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run the series; 1 where a scenario failed."""
     args = arguments()
-    comfyui = os.environ.get("COMFYUI_PATH")
-    if comfyui is not None:
-        os.environ.setdefault("SPEEDLAB_COMFYUI", comfyui)
-        os.environ.setdefault("SPEEDLAB_PYTHON", sys.executable)
     started = time.monotonic()
     scenarios = series()
     choice = choose_models(args, [*scenarios, replace(find("sdxl-tiny-vae"), family="sd15")])

@@ -81,6 +81,10 @@ class Benchmark:
                     "", "Techniques for every cell, such as attention(sdpa)+tiny; blank: the graph as it is.", False
                 ),
             },
+            "optional": {
+                "refiner": ("MODEL", {"tooltip": "The refiner, for the axis handoff alone."}),
+                "refiner_clip": ("CLIP", {"tooltip": "The refiner's own text encoder, for the axis handoff alone."}),
+            },
             "hidden": _HIDDEN,
         }  # fmt: skip
 
@@ -92,8 +96,8 @@ class Benchmark:
     def benchmark(
         self, model: object, clip: object, vae: object, positive: str, negative: str, axis_x: str, values_x: str,
         axis_y: str, values_y: str, width: int, height: int, batch: int, steps: int, cfg: float, sampler_name: str,
-        scheduler: str, seed: str, warmup: int = 1, repeats: int = 5, plan: str = "", prompt: object = None,
-        extra_pnginfo: object = None, unique_id: object = None,
+        scheduler: str, seed: str, warmup: int = 1, repeats: int = 5, plan: str = "", refiner: object = None,
+        refiner_clip: object = None, prompt: object = None, extra_pnginfo: object = None, unique_id: object = None,
     ) -> dict:  # fmt: skip
         from . import NODE_CLASS_MAPPINGS
 
@@ -103,7 +107,8 @@ class Benchmark:
             plan, read_prompts(positive, negative, seed), warmup, repeats,
         )  # fmt: skip
         nodes = {**core_nodes().NODE_CLASS_MAPPINGS, **NODE_CLASS_MAPPINGS}
-        sweep = Sweep(Parts(model, clip, vae), request, nodes, NodeContext.of(prompt, extra_pnginfo, unique_id))
+        parts = Parts(model, clip, vae, refiner, refiner_clip)
+        sweep = Sweep(parts, request, nodes, NodeContext.of(prompt, extra_pnginfo, unique_id))
         output = write_output(sweep.run(), sweep.store)
         return {"ui": output.ui, "result": (output.table, output.plot, output.sheet, output.csv_path)}
 

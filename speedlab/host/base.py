@@ -110,10 +110,14 @@ def clean_python_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def from_environment(env: Mapping[str, str] | None = None) -> Host:
-    """The host that `run.py` chose, for the commands it starts. Raises HostError outside of such a command."""
+    """The host that `run.py` chose, or the folder in COMFYUI_PATH with this Python. Raises HostError without either."""
     source = os.environ if env is None else env
-    comfyui, python = source.get("SPEEDLAB_COMFYUI"), source.get("SPEEDLAB_PYTHON")
-    if not comfyui or not python:
-        raise HostError("No ComfyUI was chosen for this command. Start it through `python run.py`.")
+    comfyui = source.get("SPEEDLAB_COMFYUI") or source.get(COMFYUI_VARIABLE)
+    python = source.get("SPEEDLAB_PYTHON") or sys.executable
+    if not comfyui:
+        raise HostError(
+            "No ComfyUI was chosen for this command. Start it through `python run.py`, or name a ComfyUI folder in "
+            f"{COMFYUI_VARIABLE}."
+        )
     managed = source.get("SPEEDLAB_MANAGED") == "1"
     return Host(Path(comfyui), Path(python), managed, "chosen by run.py")

@@ -220,7 +220,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
 def _observed(callback: Callable[..., Any] | None, trace: SamplingTrace) -> Callable[..., Any]:
     def observed(step: int, *args: Any, **kwargs: Any) -> Any:
         if trace.on_step is not None:
-            trace.on_step(int(step) + 1)
+            trace.on_step(trace.first_step + int(step) + 1)
             result = None
         else:
             result = callback(step, *args, **kwargs) if callback is not None else None

@@ -137,8 +137,6 @@ def test_what_cannot_run_is_a_row_and_the_rest_goes_on(bench):
     status, error = states["compile=stable_fast"]
     assert status == "error" and "not installed" in error
     assert "stable_fast: error" in table
-    _, rows, _ = bench(axis_x="handoff", values_x="0.8")
-    assert rows[-1]["status"] == "error" and "refiner" in rows[-1]["error"]
 
 
 def test_out_of_memory_is_a_row_and_the_largest_batch_is_found(bench, engine, monkeypatch):
@@ -281,6 +279,23 @@ def test_precision_reloads_the_checkpoint_and_keeps_patches(bench, output, loade
 def test_precision_without_the_loaders_mark_is_an_error_row(bench, tiny):
     _, rows, _ = bench(model=tiny.model, axis_x="precision", values_x="fp32")
     assert rows[0]["status"] == "error" and "Load Checkpoint (SpeedLab)" in rows[0]["error"]
+
+
+def test_handoff_runs_base_and_refiner_on_one_schedule(bench, loaded, output):
+    model, clip, _ = loaded
+    _, rows, _ = bench(
+        refiner=model.clone(), refiner_clip=clip, axis_x="handoff", values_x="*1, 0.5", steps=4, values_y=""
+    )
+    assert [row["status"] for row in rows] == ["ok", "ok"], rows
+    roles = [[step["model"] for step in record_of(output, row)["steps"]] for row in rows]
+    assert roles == [["base"] * 4, ["base", "base", "refiner", "refiner"]]
+    assert float(rows[1]["psnr"]) > 60, "the refiner is the base here, so handing over changes nothing"
+
+
+def test_handoff_without_a_refiner_is_an_error_row(bench, loaded):
+    for given in ({}, {"refiner": loaded[0]}):
+        _, rows, _ = bench(axis_x="handoff", values_x="0.5", **given)
+        assert rows[-1]["status"] == "error" and "refiner_clip" in rows[-1]["error"]
 
 
 def test_prompt_tokens_are_exact(bench, loaded, engine):

@@ -8,13 +8,14 @@ from typing import Any
 
 from ... import conditioning, decoding, tiny_vae
 from ...core import core_nodes
+from ...ensemble import EnsembleRequest, Expert, sample_ensemble
 from ...errors import SpeedLabError
 from ...loading import family_of
 from ...profiling.complete import merge_memory, save_pngs
 from ...profiling.context import NodeContext
 from ...profiling.memory import MemoryPeak
 from ...profiling.record import RunRecord, memory_dict
-from ...profiling.runner import ProfileOptions, SamplingRequest, profile_sampling
+from ...profiling.runner import ProfiledLatent, ProfileOptions, SamplingRequest, profile_sampling
 from ...profiling.store import RunStore
 from ...profiling.timeline import Block, measured
 from .plan_text import SweepTextError
@@ -65,10 +66,10 @@ class OneRun:
 
 def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Reloader) -> Prepared:
     """Load and attach what the settings ask for. Raises SpeedLabError where this graph or this machine cannot."""
-    if settings.handoff is not None:
+    if settings.handoff is not None and (parts.refiner is None or parts.refiner_clip is None):
         raise SpeedLabError(
-            "The handoff axis needs a refiner, and Benchmark has no input for one. Measure a hand-over with Ensemble "
-            "Sampler (SpeedLab)."
+            "The handoff axis needs a refiner: connect its checkpoint's model and clip to Benchmark's inputs refiner "
+            "and refiner_clip."
         )
     if settings.weights is not None:
         wanted = options_of(settings.weights, WEIGHTS, nodes)
@@ -78,6 +79,8 @@ def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Re
     if settings.decoder.name == "full":
         decoding.require_vae(parts.vae)
     conditioning.require_clip(parts.clip)
+    if settings.handoff is not None:
+        conditioning.require_clip(parts.refiner_clip)
     return Prepared(parts, settings, options_of(settings.decoder, DECODERS[settings.decoder.name], nodes))
 
 
@@ -106,14 +109,12 @@ def run_once(
     if settings.prompt_tokens is not None:
         text = prompt_of_length(parts.clip, text, settings.prompt_tokens)
     with measured("text_encode", conditioning.device_of(parts.clip)) as encoded:
-        positive = conditioning.encode(parts.clip, text)
-        negative = _negative(parts, prompt, positive)
+        base = _expert(parts.model, parts.clip, text, prompt.negative)
+        refiner = None
+        if settings.handoff is not None:
+            refiner = _expert(parts.refiner, parts.refiner_clip, text, prompt.negative)
     latent = core_nodes().EmptyLatentImage().generate(settings.width, settings.height, settings.batch)[0]
-    sampled = profile_sampling(
-        parts.model,
-        SamplingRequest(prompt.seed, settings.steps, settings.cfg, settings.sampler, settings.scheduler),
-        positive, negative, latent, ProfileOptions(part=True, on_step=on_step), context,
-    )  # fmt: skip
+    sampled = _sample(base, refiner, latent, prompt.seed, settings, ProfileOptions(part=True, on_step=on_step), context)
     device = tiny_vae.decode_device() if settings.decoder.name == "tiny" else parts.vae.device
     with measured("decode", device) as decoded:
         result = _decode(prepared, sampled.latent)
@@ -132,11 +133,25 @@ def run_once(
     )
 
 
-def _negative(parts: Parts, prompt: Prompt, positive: Any) -> Any:
-    """No negative prompt is zeroed conditioning on SDXL, and the encoded empty text elsewhere."""
-    if not prompt.negative.strip() and family_of(parts.model).startswith("SDXL"):
-        return core_nodes().ConditioningZeroOut().zero_out(positive)[0]
-    return conditioning.encode(parts.clip, prompt.negative)
+def _expert(model: Any, clip: Any, text: str, negative: str) -> Expert:
+    """A model with its prompt. No negative is zeroed conditioning on SDXL, and the encoded empty text elsewhere."""
+    positive = conditioning.encode(clip, text)
+    if not negative.strip() and family_of(model).startswith("SDXL"):
+        return Expert(model, positive, core_nodes().ConditioningZeroOut().zero_out(positive)[0])
+    return Expert(model, positive, conditioning.encode(clip, negative))
+
+
+def _sample(
+    base: Expert, refiner: Expert | None, latent: dict[str, Any], seed: int, settings: CellSettings,
+    options: ProfileOptions, context: NodeContext,
+) -> ProfiledLatent:  # fmt: skip
+    """The base alone, or base and refiner where the cell hands over."""
+    chosen = (seed, settings.steps, settings.cfg, settings.sampler, settings.scheduler)
+    if refiner is not None and settings.handoff is not None:
+        return sample_ensemble(base, refiner, latent, EnsembleRequest(*chosen, settings.handoff), options, context)
+    return profile_sampling(
+        base.model, SamplingRequest(*chosen), base.positive, base.negative, latent, options, context
+    )
 
 
 def _decode(prepared: Prepared, latent: dict[str, Any]) -> decoding.Decoded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 from ...errors import SpeedLabError
@@ -62,7 +63,7 @@ class Reloader:
         vae_source = vae.patcher.get_attachment(VAE_SOURCE) if vae is not None else None
         if loaded.vae is not None and vae_source is not None and vae_source.path == source.path:
             vae = loaded.vae
-        return Parts(model, clip, vae)
+        return replace(given, model=model, clip=clip, vae=vae)
 
 
 def _repatched(given: Any, fresh: Any) -> Any:

@@ -43,11 +43,13 @@ _NOT_OPTIONS = frozenset({"ckpt_name", "samples", "vae", "model", "clip"})
 
 @dataclass(frozen=True)
 class Parts:
-    """What a cell runs on."""
+    """What a cell runs on. Techniques are attached to `model`; the refiner runs as the graph gives it."""
 
     model: Any
     clip: Any
     vae: Any
+    refiner: Any = None
+    refiner_clip: Any = None
 
 
 def check_techniques(settings: CellSettings, nodes: NodeTable) -> None:
