@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import SpeedLabError
+from .finite import is_finite
 from .loading import VAE_SOURCE
 from .precision import short_name, torch_dtype
 from .vae_attempts import SMALLEST_TILE, Way, decode_fitting
@@ -157,13 +158,6 @@ def check_family(vae: Any, latent: Mapping[str, Any]) -> None:
             f"These latents were made by an {made_by} model and this VAE comes from an {decodes} checkpoint "
             f"({source.path.name}). Use the VAE of the checkpoint that made the latents."
         )
-
-
-def is_finite(tensor: Any) -> bool:
-    """Whether a tensor has neither NaN nor Inf."""
-    import torch
-
-    return bool(torch.isfinite(tensor).all())
 
 
 def report_bad_latents() -> str:

@@ -81,6 +81,14 @@ def _doubled(band: Any, _is_last: bool) -> Any:
     return torch.nn.functional.interpolate(band, scale_factor=2, mode="nearest")
 
 
+def _held(buffer: Any | None, rows: Any) -> Any:
+    """Keep rows for the next band, in the same memory where they fit: small pieces that outlive large ones, band after
+    band, would leave the heap in holes, and the peak would grow with the picture."""
+    if buffer is None or buffer.shape != rows.shape:
+        return rows.clone()
+    return buffer.copy_(rows)
+
+
 class _Convolution:
     """A 3x3 convolution with one pixel of zeros around the picture, fed with rows from top to bottom."""
 
@@ -98,10 +106,10 @@ class _Convolution:
         first = 0 if self._at_top else 1
         last = rows.shape[2] if is_last else rows.shape[2] - 1
         if last <= first:
-            self._kept = rows
+            self._kept = rows.clone()
             return band.new_empty((band.shape[0], self._layer.out_channels, 0, band.shape[3]))
         self._at_top = False
-        self._kept = rows[:, :, -2:].clone()
+        self._kept = _held(self._kept, rows[:, :, -2:])
         return self._layer(rows)[:, :, first:last]
 
 
@@ -122,5 +130,5 @@ class _Residual:
         for layer in self._branch:
             band = layer(band, is_last)
         done = band.shape[2]
-        self._waiting = waiting[:, :, done:].clone()
+        self._waiting = _held(self._waiting, waiting[:, :, done:])
         return torch.relu_(band.add_(waiting[:, :, :done]))

@@ -21,12 +21,12 @@ from .decoding import (
     LATENT_MARK,
     Decoded,
     check_latent,
-    is_finite,
     picture_latents,
     report,
     report_bad_latents,
 )
 from .errors import ModelFileError, SpeedLabError, first_line
+from .finite import is_finite
 from .loading import readable, refuse_unsafe
 from .tiny_stream import VALUES_PER_PIXEL, bands, can_stream, decode_rows
 

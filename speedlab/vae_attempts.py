@@ -12,6 +12,7 @@ from typing import Any
 
 from .core import is_out_of_memory, out_of_memory_advice, progress_bar, release_unused_memory
 from .errors import SpeedLabError
+from .finite import is_finite
 from .memory.patcher import settle
 from .vae_tiles import Grid, blend, grid
 
@@ -114,7 +115,7 @@ def _decode_by_core(vae: Any, samples: Any, way: Way) -> tuple[Any, bool]:
     else:
         images = torch.cat([vae.decode(part) for part in parts])
     images = images.reshape(-1, *images.shape[-3:]) if images.ndim == 5 else images
-    return images, bool(torch.isfinite(images).all())
+    return images, is_finite(images)
 
 
 def _whole(vae: Any, samples: Any, one_at_a_time: bool) -> tuple[Any, bool]:
@@ -176,7 +177,6 @@ class _Decoder:
 
     def __call__(self, samples: Any) -> Any:
         import comfy.model_management as mm
-        import torch
 
         mm.throw_exception_if_processing_interrupted()
         vae = self._vae
@@ -187,5 +187,5 @@ class _Decoder:
         # A copy: the output is scaled in place, and there are decoders that hand back what they were given.
         pixels = raw.to(device=vae.output_device, dtype=self._output_dtype, copy=True)
         del raw
-        self.finite = self.finite and bool(torch.isfinite(pixels).all())
+        self.finite = self.finite and is_finite(pixels)
         return vae.process_output(pixels)
