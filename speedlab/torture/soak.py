@@ -16,11 +16,12 @@ from ..bench.client import ComfyClient
 from ..bench.errors import BenchError, ExecutionFailed, PromptRejected, ServerGone
 from .cancels import TIMEOUT_S
 from .soak_graphs import Files, SoakPrompt, SoakPrompts
-from .soak_watch import READINGS, Growth, Measures, growths, read
+from .soak_watch import Growth, Measures, growths, read
 
 LEAST_PROMPTS = 20
 WARM_UP_SHARE, LEAST_WARM_UP = 0.2, 8
 REPEATED_SHARE, LEAST_REPEATED = 0.03, 3
+MOST_READINGS, LEAST_READINGS, _PROMPTS_A_READING = 20, 4, 6
 _REPORTED_EVERY = 100
 
 
@@ -54,7 +55,8 @@ def soak(url: str, files: Files, count: int, seed: int, say: Callable[[str], Non
 async def _soak(url: str, files: Files, count: int, seed: int, say: Callable[[str], None]) -> SoakTally:
     tally, started = SoakTally(), time.perf_counter()
     warm_up = min(max(LEAST_WARM_UP, int(count * WARM_UP_SHARE)), count)
-    marks = {round(warm_up + (count - warm_up) * part / (READINGS - 1)) for part in range(READINGS)}
+    readings = min(max(count // _PROMPTS_A_READING, LEAST_READINGS), MOST_READINGS)
+    marks = {round(warm_up + (count - warm_up) * part / (readings - 1)) for part in range(readings)}
     async with ComfyClient(url) as client:
         prompts = SoakPrompts(await client.object_info(), files, seed)
         for number in range(count):

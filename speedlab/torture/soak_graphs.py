@@ -20,8 +20,12 @@ COMPILED = 33
 _COMPILED_OTHERWISE = 5
 # It takes as many evaluations as it likes, which on random weights is without end.
 _NO_SAMPLER = frozenset({"dpm_adaptive"})
+# Without fp16: processors without instructions for it take minutes for one small picture.
+_VAE_PRECISIONS = ("auto", "auto", "fp32", "bf16")
 # What picks by measuring may pick another way in another process.
 _MEASURED = {("SpeedLabAttention", "backend", "auto"), ("SpeedLabPrecision", "linear", "auto")}
+# Nodes with a share of their own, for what they cost.
+_APART = ("SpeedLabTorture", "SpeedLabCompile", "SpeedLabMemoryPlan")
 _WORDS = ("a tree", "a house by the sea", "", "fog", "an (old:1.3) man, [smiling]", "a very long road " * 30)
 _AXES = (
     ("steps", "1, 2"),
@@ -92,12 +96,12 @@ class SoakPrompts:
 
 
 def chained(info: Mapping[str, Any]) -> list[str]:
-    """The nodes of this pack that take a model, settings and nothing else, and give a model; none that compiles."""
+    """The nodes of this pack that take a model, settings and nothing else, and give a model, but for those apart."""
     return [
         name
         for name, node in sorted(info.items())
         if name.startswith("SpeedLab")
-        and not name.startswith(("SpeedLabTorture", "SpeedLabCompile"))
+        and not name.startswith(_APART)
         and list(sockets(node).values()) == ["MODEL"]
         and node["output"][:1] == ["MODEL"]
     ]
@@ -118,13 +122,15 @@ class _Graph:
         model, clip, vae = [loaded, 0], [loaded, 1], [loaded, 2]
         latent = [self._latent(), 0]
         if self.files.vaes and self.chance(0.15):
-            vae = [self._random("SpeedLabVAELoader", vae_name=self.rng.choice(self.files.vaes)), 0]
-        if self.files.loras and self.loader["ckpt_name"] == self.files.sd15 and self.chance(0.35):
+            vae = [self._random("SpeedLabVAELoader", vae_name=self.rng.choice(self.files.vaes),
+                                precision=self.rng.choice(_VAE_PRECISIONS)), 0]  # fmt: skip
+        if self.files.loras and self.loader["ckpt_name"] == self.files.sd15 and self.chance(0.2):
             model, clip = self._loras(model, clip)
         plain = model
         model = self._chain(model)
-        if self.chance(0.25):
-            planned = self._random("SpeedLabMemoryPlan", model=model, budget_gb=self.rng.choice((0.0, 0.0, 0.05, 2.0)),
+        if self.chance(0.2):
+            budget = self.rng.choice((0.0, 0.0, 0.0, 0.05, 2.0))
+            planned = self._random("SpeedLabMemoryPlan", model=model, budget_gb=budget,
                                    **self._some(clip=clip, vae=vae, latent=latent))  # fmt: skip
             inputs = self.nodes[planned]["inputs"]
             model = [planned, 0]
@@ -154,20 +160,20 @@ class _Graph:
         return {name: value for name, value in inputs.items() if self.chance(0.6)}
 
     def _latent(self) -> str:
-        sides = (64, 64, 64, 72, 96, 128)
-        return self.add("EmptyLatentImage", width=self.rng.choice(sides), height=self.rng.choice(sides),
-                        batch_size=self.rng.choice((1, 1, 1, 2, 3)))  # fmt: skip
+        width, height = (self.rng.choices((64, 72, 96), (10, 1, 1))[0] for _ in range(2))
+        return self.add("EmptyLatentImage", width=width, height=height,
+                        batch_size=self.rng.choices((1, 2, 3), (10, 2, 1))[0])  # fmt: skip
 
     def _loras(self, model: Link, clip: Link) -> tuple[Link, Link]:
         names = ["None", *self.files.loras]
-        chosen = {f"lora_{slot}": self.rng.choice(names) for slot in range(1, 5)}
+        chosen = {f"lora_{slot}": self.rng.choices(names, (4, *(1 for _ in names[1:])))[0] for slot in range(1, 5)}
         strengths = {f"strength_{slot}": self.rng.choice((1.0, 1.0, 0.5, 0.0, -0.7, 3.0)) for slot in range(1, 5)}
         stack = self.add("SpeedLabLoraStack", model=model, clip=clip, **chosen, **strengths)
         return [stack, 0], [stack, 1]
 
     def _chain(self, model: Link) -> Link:
         """Some of the nodes that change a model, in any order."""
-        names = [name for name in chained(self.info) if self.chance(0.35)]
+        names = [name for name in chained(self.info) if self.chance(0.3)]
         self.rng.shuffle(names)
         for name in names:
             model = [self._random(name, model=model), 0]
@@ -218,7 +224,7 @@ class _Graph:
                 ) -> None:  # fmt: skip
         sampled, profile, same = self._sampler(models, texts, latent)
         result = [sampled, 0]
-        if same is not None and self.chance(0.15):
+        if same is not None and self.chance(0.06):
             other = self.add("KSampler", **{**same, "seed": texts[2]})
             self.add("SpeedLabCompareLatents", samples_a=result, samples_b=[other, 0])
         if self.chance(0.2):
@@ -237,17 +243,17 @@ class _Graph:
         """The sampler's id, whether it gives a profile, and the inputs that KSampler would take."""
         positive, negative, seed = texts
         samplers = [n for n in choices(self.info["KSampler"], "sampler_name") if n not in _NO_SAMPLER]
-        common = {"seed": seed, "steps": self.rng.randint(1, 4), "cfg": self.rng.choice((1.0, 4.0, 7.5)),
+        common = {"seed": seed, "steps": self.rng.choice((1, 2, 2, 3, 4)), "cfg": self.rng.choice((1.0, 4.0, 7.5)),
                   "sampler_name": self.rng.choice(samplers),
                   "scheduler": self.rng.choice(choices(self.info["KSampler"], "scheduler"))}  # fmt: skip
-        if self.chance(0.1):
+        if self.chance(0.06):
             return self._ensemble(models, positive, negative, latent, common), True, None
         inputs = {**common, "model": models[0], "positive": positive, "negative": negative, "latent_image": latent,
                   "denoise": self.rng.choice((1.0, 1.0, 1.0, 0.6, 0.3))}  # fmt: skip
         if self.chance(0.1):
             return self.add("KSampler", **inputs), False, None
         detail = self.rng.choices(choices(self.info["SpeedLabProfileSampler"], "detail"), (20, 1, 1))[0]
-        measured = {"detail": detail, "warmup": int(self.chance(0.1)), "repeats": 1 + int(self.chance(0.1)),
+        measured = {"detail": detail, "warmup": int(self.chance(0.04)), "repeats": 1 + int(self.chance(0.04)),
                     "nvtx": self.chance(0.5)}  # fmt: skip
         return self.add("SpeedLabProfileSampler", **inputs, **measured), True, inputs
 
@@ -266,7 +272,7 @@ class _Graph:
                         handoff=self.rng.choice((0.0, 0.5, 0.8, 1.0)), detail="timing", **common)  # fmt: skip
 
     def _decoded(self, latent: Link, vae: Link, model: Link) -> Link | None:
-        way = self.rng.choices(("tiny", "full", "both", "core", "none"), (5, 2, 1, 1, 2))[0]
+        way = self.rng.choices(("tiny", "full", "both", "core", "none"), (10, 4, 1, 1, 4))[0]
         tiny = {"decoder": "auto", "model": model, "slice_size": self.rng.choice((0, 1, 2)),
                 "tile_size": self.rng.choice((0, 64))}  # fmt: skip
         if way in ("tiny", "both"):
@@ -281,7 +287,8 @@ class _Graph:
 
     def _full(self, latent: Link, vae: Link) -> str:
         return self._random("SpeedLabVAEDecode", samples=latent, vae=vae, tile_size=self.rng.choice((0, 0, 64)),
-                            overlap=self.rng.choice((0, 32, 64)))  # fmt: skip
+                            overlap=self.rng.choice((0, 32, 64)),
+                            precision=self.rng.choice(_VAE_PRECISIONS))  # fmt: skip
 
 
 def without_a_place(info: Mapping[str, Any], prompts: Iterable[SoakPrompt]) -> set[str]:
