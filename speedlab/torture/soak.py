@@ -15,7 +15,7 @@ from random import Random
 from ..bench.client import ComfyClient
 from ..bench.errors import BenchError, ExecutionFailed, PromptRejected, ServerGone
 from .cancels import TIMEOUT_S
-from .soak_graphs import Files, SoakPrompt, SoakPrompts
+from .soak_graphs import Kit, SoakPrompt, SoakPrompts
 from .soak_watch import Growth, Measures, growths, read
 
 LEAST_PROMPTS = 20
@@ -47,18 +47,18 @@ class SoakTally:
         return [*self.unreadable, *(str(growth) for growth in self.growths if growth.broken), *self.unequal]
 
 
-def soak(url: str, files: Files, count: int, seed: int, say: Callable[[str], None]) -> SoakTally:
+def soak(url: str, kit: Kit, count: int, seed: int, say: Callable[[str], None]) -> SoakTally:
     """Run `count` prompts on the server at `url`, which has the probe. Raises ServerGone where it dies of one."""
-    return asyncio.run(_soak(url, files, count, seed, say))
+    return asyncio.run(_soak(url, kit, count, seed, say))
 
 
-async def _soak(url: str, files: Files, count: int, seed: int, say: Callable[[str], None]) -> SoakTally:
+async def _soak(url: str, kit: Kit, count: int, seed: int, say: Callable[[str], None]) -> SoakTally:
     tally, started = SoakTally(), time.perf_counter()
     warm_up = min(max(LEAST_WARM_UP, int(count * WARM_UP_SHARE)), count)
     readings = min(max(count // _PROMPTS_A_READING, LEAST_READINGS), MOST_READINGS)
     marks = {round(warm_up + (count - warm_up) * part / (readings - 1)) for part in range(readings)}
     async with ComfyClient(url) as client:
-        prompts = SoakPrompts(await client.object_info(), files, seed)
+        prompts = SoakPrompts(await client.object_info(), kit, seed)
         for number in range(count):
             if number in marks:
                 tally.readings.append(await read(client))
@@ -122,14 +122,14 @@ def sample(tally: SoakTally, seed: int) -> list[int]:
     return Random(seed).sample(sorted(tally.digests), min(wanted, len(tally.digests)))
 
 
-def repeat(url: str, files: Files, numbers: Sequence[int], seed: int, tally: SoakTally) -> None:
+def repeat(url: str, kit: Kit, numbers: Sequence[int], seed: int, tally: SoakTally) -> None:
     """Run the prompts `numbers` once more on a fresh server and compare; the outcome goes into `tally`."""
-    asyncio.run(_repeat(url, files, numbers, seed, tally))
+    asyncio.run(_repeat(url, kit, numbers, seed, tally))
 
 
-async def _repeat(url: str, files: Files, numbers: Sequence[int], seed: int, tally: SoakTally) -> None:
+async def _repeat(url: str, kit: Kit, numbers: Sequence[int], seed: int, tally: SoakTally) -> None:
     async with ComfyClient(url) as client:
-        prompts = SoakPrompts(await client.object_info(), files, seed)
+        prompts = SoakPrompts(await client.object_info(), kit, seed)
         for prompt in sorted(map(prompts.prompt, numbers), key=lambda prompt: prompt.loads):
             tally.repeated += 1
             try:

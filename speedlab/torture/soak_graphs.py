@@ -22,8 +22,12 @@ _COMPILED_OTHERWISE = 5
 _NO_SAMPLER = frozenset({"dpm_adaptive"})
 # Without fp16: processors without instructions for it take minutes for one small picture.
 _VAE_PRECISIONS = ("auto", "auto", "fp32", "bf16")
-# What picks by measuring may pick another way in another process.
-_MEASURED = {("SpeedLabAttention", "backend", "auto"), ("SpeedLabPrecision", "linear", "auto")}
+# What picks by measuring may pick another way in another process, and inductor makes other code for sizes seen before.
+_MEASURED = {
+    ("SpeedLabAttention", "backend", "auto"),
+    ("SpeedLabPrecision", "linear", "auto"),
+    ("SpeedLabCompileModel", "backend", "inductor"),
+}
 # Nodes with a share of their own, for what they cost.
 _APART = ("SpeedLabTorture", "SpeedLabCompile", "SpeedLabMemoryPlan")
 _WORDS = ("a tree", "a house by the sea", "", "fog", "an (old:1.3) man, [smiling]", "a very long road " * 30)
@@ -41,14 +45,16 @@ Link = list[Any]
 
 
 @dataclass(frozen=True)
-class Files:
-    """Model files by their names on the server. `refiner` belongs to `sdxl`; "" where there is none."""
+class Kit:
+    """What the prompts may use: model files by their names on the server (`refiner` belongs to `sdxl`; "" where there
+    is none), and inductor, whose first graphs take a minute on a processor."""
 
     sd15: str
     loras: Sequence[str] = ()
     vaes: Sequence[str] = ()
     sdxl: str = ""
     refiner: str = ""
+    inductor: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,16 +81,16 @@ class SoakPrompt:
 class SoakPrompts:
     """The prompts of a seed, for a server that describes its nodes as `info` (`/object_info`)."""
 
-    def __init__(self, info: Mapping[str, Any], files: Files, seed: int) -> None:
-        self.info, self.files, self.seed = info, files, seed
+    def __init__(self, info: Mapping[str, Any], kit: Kit, seed: int) -> None:
+        self.info, self.kit, self.seed = info, kit, seed
 
     def prompt(self, number: int) -> SoakPrompt:
         """Prompt `number`, from 0 on."""
         block = Random(f"{self.seed}/block/{number // BLOCK}")
-        sdxl = bool(self.files.sdxl) and block.random() < 0.1
+        sdxl = bool(self.kit.sdxl) and block.random() < 0.1
         loader = widget_values(self.info["SpeedLabCheckpointLoader"], block)
-        loader["ckpt_name"] = self.files.sdxl if sdxl else self.files.sd15
-        graph = _Graph(self.info, self.files, Random(f"{self.seed}/{number}"), loader)
+        loader["ckpt_name"] = self.kit.sdxl if sdxl else self.kit.sd15
+        graph = _Graph(self.info, self.kit, Random(f"{self.seed}/{number}"), loader)
         graph.build(number)
         measured = any(
             (node["class_type"], name, value) in _MEASURED
@@ -112,7 +118,7 @@ class _Graph:
     """A graph while it is made."""
 
     info: Mapping[str, Any]
-    files: Files
+    kit: Kit
     rng: Random
     loader: Mapping[str, Any]
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -121,10 +127,10 @@ class _Graph:
         loaded = self.add("SpeedLabCheckpointLoader", **self.loader)
         model, clip, vae = [loaded, 0], [loaded, 1], [loaded, 2]
         latent = [self._latent(), 0]
-        if self.files.vaes and self.chance(0.15):
-            vae = [self._random("SpeedLabVAELoader", vae_name=self.rng.choice(self.files.vaes),
+        if self.kit.vaes and self.chance(0.15):
+            vae = [self._random("SpeedLabVAELoader", vae_name=self.rng.choice(self.kit.vaes),
                                 precision=self.rng.choice(_VAE_PRECISIONS)), 0]  # fmt: skip
-        if self.files.loras and self.loader["ckpt_name"] == self.files.sd15 and self.chance(0.2):
+        if self.kit.loras and self.loader["ckpt_name"] == self.kit.sd15 and self.chance(0.2):
             model, clip = self._loras(model, clip)
         plain = model
         model = self._chain(model)
@@ -165,7 +171,7 @@ class _Graph:
                         batch_size=self.rng.choices((1, 2, 3), (10, 2, 1))[0])  # fmt: skip
 
     def _loras(self, model: Link, clip: Link) -> tuple[Link, Link]:
-        names = ["None", *self.files.loras]
+        names = ["None", *self.kit.loras]
         chosen = {f"lora_{slot}": self.rng.choices(names, (4, *(1 for _ in names[1:])))[0] for slot in range(1, 5)}
         strengths = {f"strength_{slot}": self.rng.choice((1.0, 1.0, 0.5, 0.0, -0.7, 3.0)) for slot in range(1, 5)}
         stack = self.add("SpeedLabLoraStack", model=model, clip=clip, **chosen, **strengths)
@@ -180,17 +186,10 @@ class _Graph:
         return model
 
     def _compiled(self, model: Link) -> Link:
-        settings = {
-            "backend": "jit_trace",
-            "scope": "auto",
-            "mode": "default",
-            "dynamic": "auto",
-            "on_failure": "error",
-        }
+        settings = {"backend": "jit_trace", "scope": "auto", "mode": "default", "dynamic": "auto"}
         if self.rng.randrange(_COMPILED_OTHERWISE) == 0:
-            # Those that take minutes on a processor have tests of their own.
-            backends = [b for b in choices(self.info["SpeedLabCompileModel"], "backend") if b not in ("inductor",)]
-            settings["backend"] = self.rng.choice(backends)
+            backends = choices(self.info["SpeedLabCompileModel"], "backend")
+            settings["backend"] = self.rng.choice([b for b in backends if self.kit.inductor or b != "inductor"])
         frozen = settings["backend"] == "jit_trace" and self.chance(0.3)
         return [self.add("SpeedLabCompileModel", model=model, on_failure="error", freeze_weights=frozen,
                          **settings), 0]  # fmt: skip
@@ -261,8 +260,8 @@ class _Graph:
                   common: Mapping[str, Any]) -> str:  # fmt: skip
         """Base and refiner; where there is no refiner, the base with other techniques on it stands for one."""
         refiner, texts = self._chain(models[1]), (positive, negative)
-        if self.files.refiner and self.loader["ckpt_name"] == self.files.sdxl and self.chance(0.5):
-            loaded = self.add("SpeedLabCheckpointLoader", **{**self.loader, "ckpt_name": self.files.refiner})
+        if self.kit.refiner and self.loader["ckpt_name"] == self.kit.sdxl and self.chance(0.5):
+            loaded = self.add("SpeedLabCheckpointLoader", **{**self.loader, "ckpt_name": self.kit.refiner})
             refiner = [loaded, 0]
             texts = tuple(  # type: ignore[assignment]
                 [self.add("SpeedLabTextEncode", clip=[loaded, 1], text=text), 0] for text in ("a tree", "")

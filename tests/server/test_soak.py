@@ -11,8 +11,8 @@ from speedlab.bench.errors import ExecutionFailed, PromptRejected
 from speedlab.torture import soak
 from speedlab.torture.cancels import bring_probe, node
 from speedlab.torture.results import SOAK_COLUMNS, soak_rows, write_soak
-from speedlab.torture.soak_graphs import Files, SoakPrompts, without_a_place
-from speedlab.torture.soak_run import demo_files
+from speedlab.torture.soak_graphs import Kit, SoakPrompts, without_a_place
+from speedlab.torture.soak_run import demo_kit
 from speedlab.torture.soak_watch import BOUNDS, growths, read
 
 pytestmark = pytest.mark.server
@@ -44,8 +44,8 @@ NODE_CLASS_MAPPINGS = {"TestLeak": Leak}
 
 
 @pytest.fixture(scope="module")
-def files() -> Files:
-    return demo_files(large=False)[0]
+def kit() -> Kit:
+    return demo_kit(large=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def start(start_server, tmp_path_factory):
         bring_probe(base)
         (base / "custom_nodes" / "leak").mkdir()
         (base / "custom_nodes" / "leak" / "__init__.py").write_text(LEAK)
-        for kind, paths in demo_files(large=False)[1].items():
+        for kind, paths in demo_kit(large=False)[1].items():
             (base / "models" / kind).mkdir(parents=True, exist_ok=True)
             for path in paths:
                 (base / "models" / kind / path.name).symlink_to(path)
@@ -80,15 +80,15 @@ def info(soaked):
     return soaked.get("/object_info")
 
 
-def test_random_prompts_leave_nothing_and_give_the_same_bits_in_a_fresh_process(soaked, start, files, tmp_path):
+def test_random_prompts_leave_nothing_and_give_the_same_bits_in_a_fresh_process(soaked, start, kit, tmp_path):
     told = []
-    tally = soak.soak(soaked.url, files, PROMPTS, SEED, told.append)
+    tally = soak.soak(soaked.url, kit, PROMPTS, SEED, told.append)
     assert not tally.broken, told
     assert tally.prompts == PROMPTS and tally.fine >= PROMPTS / 2
     assert tally.fine + tally.refused.total() == PROMPTS
     numbers = soak.sample(tally, SEED)
     assert len(numbers) == soak.LEAST_REPEATED
-    soak.repeat(start().url, files, numbers, SEED, tally)
+    soak.repeat(start().url, kit, numbers, SEED, tally)
     assert tally.repeated == len(numbers) and not tally.broken
     rows = {row[0]: row for row in soak_rows(tally)}
     assert rows["prompts"][1] == str(PROMPTS) and set(BOUNDS) <= set(rows)
@@ -96,16 +96,16 @@ def test_random_prompts_leave_nothing_and_give_the_same_bits_in_a_fresh_process(
     assert len(SOAK_COLUMNS) > 5
 
 
-def test_every_node_of_the_pack_has_its_place(info, files):
-    prompts = SoakPrompts(info, files, SEED)
+def test_every_node_of_the_pack_has_its_place(info, kit):
+    prompts = SoakPrompts(info, kit, SEED)
     assert without_a_place(info, (prompts.prompt(n) for n in range(500))) == set()
-    large = SoakPrompts(info, Files(files.sd15, sdxl="xl.safetensors", refiner="refiner.safetensors"), SEED)
+    large = SoakPrompts(info, Kit(kit.sd15, sdxl="xl.safetensors", refiner="refiner.safetensors"), SEED)
     loaded = {str(prompt.loads) for prompt in map(large.prompt, range(1000))}
     assert any("'xl.safetensors" in text for text in loaded) and any("'refiner.safetensors" in text for text in loaded)
 
 
-def test_a_prompt_follows_from_seed_and_number(info, files):
-    prompts, others = SoakPrompts(info, files, 1), SoakPrompts(info, files, 2)
+def test_a_prompt_follows_from_seed_and_number(info, kit):
+    prompts, others = SoakPrompts(info, kit, 1), SoakPrompts(info, kit, 2)
     assert [prompts.prompt(n) for n in (7, 3)] == [prompts.prompt(n) for n in (7, 3)]
     assert prompts.prompt(7).graph != prompts.prompt(8).graph != others.prompt(8).graph
     measured = next(p for p in map(prompts.prompt, range(300)) if "'backend': 'auto'" in str(p.graph))
@@ -125,7 +125,7 @@ def test_what_is_kept_would_be_seen(soaked):
     assert {"rss_mb", "open_files", "threads", "python_threads", "modules", "objects"} <= broken
 
 
-def test_an_error_without_words_would_be_seen(soaked, files):
+def test_an_error_without_words_would_be_seen(soaked, kit):
     async def fail(graph):
         async with ComfyClient(soaked.url) as client:
             with pytest.raises((ExecutionFailed, PromptRejected)) as caught:
@@ -133,7 +133,7 @@ def test_an_error_without_words_would_be_seen(soaked, files):
             return caught.value
 
     assert not soak.is_readable(asyncio.run(fail({"1": node("TestLeak", error=True)})))
-    loader = node("SpeedLabCheckpointLoader", ckpt_name=files.sd15, precision="auto", memory_format="contiguous")
+    loader = node("SpeedLabCheckpointLoader", ckpt_name=kit.sd15, precision="auto", memory_format="contiguous")
     attention = node("SpeedLabAttention", model=["1", 0], backend="sage")
     sampled = {"1": loader, "2": attention, "3": node("SpeedLabTortureProbe", model=["2", 0])}
     assert soak.is_readable(asyncio.run(fail(sampled)))
@@ -142,9 +142,9 @@ def test_an_error_without_words_would_be_seen(soaked, files):
     )
 
 
-def test_an_unequal_result_would_be_seen(soaked, files, info):
-    prompts = SoakPrompts(info, files, SEED)
+def test_an_unequal_result_would_be_seen(soaked, kit, info):
+    prompts = SoakPrompts(info, kit, SEED)
     number = next(n for n in range(99) if prompts.prompt(n).classes >= {"SpeedLabTinyVAEDecode"})
     tally = soak.SoakTally(digests={number: "another"})
-    soak.repeat(soaked.url, files, [number], SEED, tally)
+    soak.repeat(soaked.url, kit, [number], SEED, tally)
     assert tally.unequal and str(number) in tally.unequal[0]
