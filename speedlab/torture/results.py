@@ -43,6 +43,7 @@ def soak_rows(tally: SoakTally) -> list[tuple[str, str, str, str, str]]:
         ("prompts", tally.prompts, ""),
         ("with a result", tally.fine, ""),
         ("refused with a message", tally.refused.total(), ""),
+        ("failed as core does by itself", tally.failed_in_core.total(), ""),
         ("errors without one", len(tally.unreadable), "0"),
         ("run again in a fresh process", tally.repeated, ""),
         ("unequal there", len(tally.unequal), "0"),

@@ -6,6 +6,7 @@ Some of them are run again in a fresh process afterwards and have to give the sa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from random import Random
 
 from ..bench.client import ComfyClient
 from ..bench.errors import BenchError, ExecutionFailed, PromptRejected, ServerGone
+from ..bench.graph import ApiGraph
 from .cancels import TIMEOUT_S
 from .soak_graphs import Kit, SoakPrompt, SoakPrompts
 from .soak_watch import Growth, Measures, growths, read
@@ -32,6 +34,7 @@ class SoakTally:
     prompts: int = 0
     fine: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    failed_in_core: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
     nodes: Counter[str] = field(default_factory=Counter)
     readings: list[Measures] = field(default_factory=list)
@@ -59,10 +62,13 @@ async def _soak(url: str, kit: Kit, count: int, seed: int, say: Callable[[str], 
     marks = {round(warm_up + (count - warm_up) * part / (readings - 1)) for part in range(readings)}
     async with ComfyClient(url) as client:
         prompts = SoakPrompts(await client.object_info(), kit, seed)
+        for graph in prompts.first():
+            with contextlib.suppress(ExecutionFailed):  # a backend that cannot run here
+                await client.run(graph, timeout_s=TIMEOUT_S)
         for number in range(count):
             if number in marks:
                 tally.readings.append(await read(client))
-            await _run(client, prompts.prompt(number), tally, say)
+            await _run(client, prompts, number, tally, say)
             if tally.prompts % _REPORTED_EVERY == 0:
                 say(f"    {tally.prompts} prompts, {tally.prompts - tally.fine} refused")
         tally.readings.append(await read(client))
@@ -71,7 +77,10 @@ async def _soak(url: str, kit: Kit, count: int, seed: int, say: Callable[[str], 
     return tally
 
 
-async def _run(client: ComfyClient, prompt: SoakPrompt, tally: SoakTally, say: Callable[[str], None]) -> None:
+async def _run(
+    client: ComfyClient, prompts: SoakPrompts, number: int, tally: SoakTally, say: Callable[[str], None]
+) -> None:
+    prompt = prompts.prompt(number)
     tally.prompts += 1
     tally.nodes.update(name for name in prompt.classes if name.startswith("SpeedLab"))
     try:
@@ -82,6 +91,8 @@ async def _run(client: ComfyClient, prompt: SoakPrompt, tally: SoakTally, say: C
     except (ExecutionFailed, PromptRejected) as error:
         if is_readable(error):
             tally.refused[_reason(error)] += 1
+        elif await _fails_in_core(client, prompts.stock_twin(prompt), error):
+            tally.failed_in_core[_reason(error)] += 1
         else:
             tally.unreadable.append(f"prompt {prompt.number}: {_reason(error)}")
             say(f"    {tally.unreadable[-1]}"[:400])
@@ -106,6 +117,17 @@ def is_readable(error: BenchError) -> bool:
     if not isinstance(error, ExecutionFailed) or not error.reason.strip() or "Traceback" in error.reason:
         return False
     return ".speedlab." in error.kind or "OutOfMemory" in error.kind
+
+
+async def _fails_in_core(client: ComfyClient, twin: ApiGraph | None, error: BenchError) -> bool:
+    """Whether core's own sampler says the very same of these settings without anything of this pack on the model."""
+    if twin is None or not isinstance(error, ExecutionFailed):
+        return False
+    try:
+        await client.run(twin, timeout_s=TIMEOUT_S)
+    except ExecutionFailed as other:
+        return (other.kind, other.reason) == (error.kind, error.reason)
+    return False
 
 
 def _reason(error: BenchError) -> str:

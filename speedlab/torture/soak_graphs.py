@@ -5,8 +5,9 @@ A prompt follows from the seed and its number alone, so that each can be made ag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..bench.graph import ApiGraph
 from .soak_values import choices, sockets, widget_values
 
 # Prompts in a row that share a checkpoint and its precision: loading one anew takes longer than all that follows.
-BLOCK = 10
+BLOCK = 20
 # Of that many prompts one runs compiled: by jit_trace, or by another backend once in _COMPILED_OTHERWISE of these.
 COMPILED = 33
 _COMPILED_OTHERWISE = 5
@@ -40,6 +41,8 @@ _AXES = (
     ("deepcache_interval", "off, 2"),
     ("plan", "stock\nfast=attention(sdpa)+deepcache(cache_interval=2)"),
 )
+
+_PLAIN = {"seed": 1, "steps": 2, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 
 Link = list[Any]
 
@@ -100,6 +103,31 @@ class SoakPrompts:
         )
         return SoakPrompt(number, graph.nodes, not measured)
 
+    def first(self) -> list[ApiGraph]:
+        """Prompts with what loads a library or fills a cache once, to be run before anything is counted."""
+        backends = usable_backends(self.info, self.kit)
+        return [self._plain(partial(_Graph.build_first, backend=backend)) for backend in backends]
+
+    def stock_twin(self, prompt: SoakPrompt) -> ApiGraph | None:
+        """Core's sampler with the settings of a prompt's first one, on the plain model; None where it has none."""
+        for node in prompt.graph.values():
+            if node["class_type"] in ("SpeedLabProfileSampler", "KSampler"):
+                kept = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
+                settings = {name: node["inputs"][name] for name in kept}
+                return self._plain(partial(_Graph.build_stock, settings=settings))
+        return None
+
+    def _plain(self, build: Callable[[_Graph], None]) -> ApiGraph:
+        loader = {"ckpt_name": self.kit.sd15, "precision": "auto", "memory_format": "contiguous"}
+        graph = _Graph(self.info, self.kit, Random(self.seed), loader)
+        build(graph)
+        return graph.nodes
+
+
+def usable_backends(info: Mapping[str, Any], kit: Kit) -> list[str]:
+    """The backends of Compile Model that prompts may choose."""
+    return [name for name in choices(info["SpeedLabCompileModel"], "backend") if kit.inductor or name != "inductor"]
+
 
 def chained(info: Mapping[str, Any]) -> list[str]:
     """The nodes of this pack that take a model, settings and nothing else, and give a model, but for those apart."""
@@ -150,6 +178,31 @@ class _Graph:
             self._benchmark(model, clip, vae)
         self._sample((model, plain), (positive, negative, seed), latent, vae, number)
 
+    def build_first(self, backend: str) -> None:
+        """The model compiled by that backend, traced, drawn and measured."""
+        loaded = self.add("SpeedLabCheckpointLoader", **self.loader)
+        compiled = self.add("SpeedLabCompileModel", model=[loaded, 0], backend=backend, scope="auto", mode="default",
+                            dynamic="auto", on_failure="error", freeze_weights=False)  # fmt: skip
+        latent, texts = self._small(loaded)
+        sampled = self.add("SpeedLabProfileSampler", model=[compiled, 0], **_PLAIN, **texts, latent_image=[latent, 0],
+                           detail="trace", warmup=0, repeats=1, nvtx=True)  # fmt: skip
+        report = self.add("SpeedLabProfileReport", profile=[sampled, 1])
+        self.add("PreviewImage", images=[report, 2])
+        self._benchmark([loaded, 0], [loaded, 1], [loaded, 2])
+
+    def build_stock(self, settings: Mapping[str, Any]) -> None:
+        """Core's sampler alone."""
+        loaded = self.add("SpeedLabCheckpointLoader", **self.loader)
+        latent, texts = self._small(loaded)
+        inputs = {**_PLAIN, **settings, **texts, "latent_image": [latent, 0]}
+        self.add("SpeedLabTortureDigest", samples=[self.add("KSampler", model=[loaded, 0], **inputs), 0])
+
+    def _small(self, loaded: str) -> tuple[str, dict[str, Link]]:
+        """A latent, and the positive and negative text."""
+        text = self.add("SpeedLabTextEncode", clip=[loaded, 1], text="a tree")
+        latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+        return latent, {"positive": [text, 0], "negative": [text, 0]}
+
     def add(self, class_type: str, **inputs: Any) -> str:
         """A node; its id."""
         self.nodes[str(len(self.nodes) + 1)] = {"class_type": class_type, "inputs": inputs}
@@ -188,8 +241,7 @@ class _Graph:
     def _compiled(self, model: Link) -> Link:
         settings = {"backend": "jit_trace", "scope": "auto", "mode": "default", "dynamic": "auto"}
         if self.rng.randrange(_COMPILED_OTHERWISE) == 0:
-            backends = choices(self.info["SpeedLabCompileModel"], "backend")
-            settings["backend"] = self.rng.choice([b for b in backends if self.kit.inductor or b != "inductor"])
+            settings["backend"] = self.rng.choice(usable_backends(self.info, self.kit))
         frozen = settings["backend"] == "jit_trace" and self.chance(0.3)
         return [self.add("SpeedLabCompileModel", model=model, on_failure="error", freeze_weights=frozen,
                          **settings), 0]  # fmt: skip
@@ -242,7 +294,7 @@ class _Graph:
         """The sampler's id, whether it gives a profile, and the inputs that KSampler would take."""
         positive, negative, seed = texts
         samplers = [n for n in choices(self.info["KSampler"], "sampler_name") if n not in _NO_SAMPLER]
-        common = {"seed": seed, "steps": self.rng.choice((1, 2, 2, 3, 4)), "cfg": self.rng.choice((1.0, 4.0, 7.5)),
+        common = {"seed": seed, "steps": self.rng.choice((1, 2, 2, 2, 3)), "cfg": self.rng.choice((1.0, 4.0, 7.5)),
                   "sampler_name": self.rng.choice(samplers),
                   "scheduler": self.rng.choice(choices(self.info["KSampler"], "scheduler"))}  # fmt: skip
         if self.chance(0.06):

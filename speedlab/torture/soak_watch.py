@@ -34,6 +34,7 @@ BOUNDS: Mapping[str, Bound] = {
     "python_threads": Bound(0),
     "device_mb": Bound(16.0),
     "dynamo_graphs": Bound(64),
+    "compiled_networks": Bound(2),
     "modules": Bound(0),
     "tensors": Bound(64),
     "objects": Bound(20_000, 2.0),
