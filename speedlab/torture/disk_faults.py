@@ -22,6 +22,7 @@ from .writers import FaultTally, check_written
 
 # From nothing at all to room for the record but not for the picture, or for both but not for the row.
 _LEAST_FREE, _MOST_FREE = 0, 60_000
+_END_OF_PNG = b"IEND\xaeB`\x82"
 
 
 def fill_real_disk(url: str, disk: SmallDisk, checkpoint: str, faults: int, rng: Random) -> FaultTally:
@@ -73,6 +74,7 @@ async def _all(
     tally.halves = sum(ended.values()) - ended[""]
     tally.seconds = time.perf_counter() - started
     halves, checked = tally.halves, check_written(tally, disk.path, told)
+    checked.broken += [f"{path.name} is cut off" for path in disk.path.rglob("*.png") if not _is_whole(path)]
     checked.broken += [f"{checked.halves} rows are no whole rows"] if checked.halves else []
     checked.halves = halves
     return checked
@@ -90,6 +92,10 @@ async def _write(client: ComfyClient, checkpoint: str, told: list[str]) -> str:
         return f"{type(error).__name__}: {error}"
     told.append(result.outputs["7"]["speedlab"][0]["run_id"])
     return ""
+
+
+def _is_whole(picture: Path) -> bool:
+    return picture.read_bytes().endswith(_END_OF_PNG)
 
 
 def _is_told(what: str, path: Path) -> bool:

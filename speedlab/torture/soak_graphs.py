@@ -50,14 +50,14 @@ Link = list[Any]
 @dataclass(frozen=True)
 class Kit:
     """What the prompts may use: model files by their names on the server (`refiner` belongs to `sdxl`; "" where there
-    is none), and inductor, whose first graphs take a minute on a processor."""
+    is none), and backends of Compile Model, of which many take a minute for their first program."""
 
     sd15: str
     loras: Sequence[str] = ()
     vaes: Sequence[str] = ()
     sdxl: str = ""
     refiner: str = ""
-    inductor: bool = False
+    backends: Sequence[str] = ("jit_trace",)
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,10 @@ class SoakPrompts:
 
     def first(self) -> list[ApiGraph]:
         """Prompts with what loads a library or fills a cache once, to be run before anything is counted."""
-        backends = usable_backends(self.info, self.kit)
-        return [self._plain(partial(_Graph.build_first, backend=backend)) for backend in backends]
+        return [
+            self._plain(partial(_Graph.build_first, backend=backend, measured=number == 0))
+            for number, backend in enumerate(self.kit.backends)
+        ]
 
     def stock_twin(self, prompt: SoakPrompt) -> ApiGraph | None:
         """Core's sampler with the settings of a prompt's first one, on the plain model; None where it has none."""
@@ -122,11 +124,6 @@ class SoakPrompts:
         graph = _Graph(self.info, self.kit, Random(self.seed), loader)
         build(graph)
         return graph.nodes
-
-
-def usable_backends(info: Mapping[str, Any], kit: Kit) -> list[str]:
-    """The backends of Compile Model that prompts may choose."""
-    return [name for name in choices(info["SpeedLabCompileModel"], "backend") if kit.inductor or name != "inductor"]
 
 
 def chained(info: Mapping[str, Any]) -> list[str]:
@@ -178,14 +175,17 @@ class _Graph:
             self._benchmark(model, clip, vae)
         self._sample((model, plain), (positive, negative, seed), latent, vae, number)
 
-    def build_first(self, backend: str) -> None:
-        """The model compiled by that backend, traced, drawn and measured."""
+    def build_first(self, backend: str, measured: bool) -> None:
+        """The model compiled by that backend; `measured`: traced, drawn and benchmarked too."""
         loaded = self.add("SpeedLabCheckpointLoader", **self.loader)
         compiled = self.add("SpeedLabCompileModel", model=[loaded, 0], backend=backend, scope="auto", mode="default",
                             dynamic="auto", on_failure="error", freeze_weights=False)  # fmt: skip
         latent, texts = self._small(loaded)
         sampled = self.add("SpeedLabProfileSampler", model=[compiled, 0], **_PLAIN, **texts, latent_image=[latent, 0],
-                           detail="trace", warmup=0, repeats=1, nvtx=True)  # fmt: skip
+                           detail="trace" if measured else "timing", warmup=0, repeats=1, nvtx=True)  # fmt: skip
+        self.add("SpeedLabTortureDigest", samples=[sampled, 0])
+        if not measured:
+            return
         report = self.add("SpeedLabProfileReport", profile=[sampled, 1])
         self.add("PreviewImage", images=[report, 2])
         self._benchmark([loaded, 0], [loaded, 1], [loaded, 2])
@@ -241,7 +241,7 @@ class _Graph:
     def _compiled(self, model: Link) -> Link:
         settings = {"backend": "jit_trace", "scope": "auto", "mode": "default", "dynamic": "auto"}
         if self.rng.randrange(_COMPILED_OTHERWISE) == 0:
-            settings["backend"] = self.rng.choice(usable_backends(self.info, self.kit))
+            settings["backend"] = self.rng.choice(self.kit.backends)
         frozen = settings["backend"] == "jit_trace" and self.chance(0.3)
         return [self.add("SpeedLabCompileModel", model=model, on_failure="error", freeze_weights=frozen,
                          **settings), 0]  # fmt: skip

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ..accelerate.backends import NAMES
 from ..bench.files import demo_checkpoint, demo_lora, demo_tiny_vae, demo_vae
 from .server import tortured_server
 from .soak import SoakTally, repeat, sample, soak
 from .soak_graphs import Kit
 
-# The SDXL family's demo models take 4 GB on the disk and 8 GB of memory, which a short soak is not worth.
+# The SDXL family's demo models take 4 GB on the disk and 8 GB of memory, and every backend of Compile Model up to a
+# minute for its first program: a short soak is not worth that.
 LARGE_FROM = 200
 
 
@@ -37,6 +39,6 @@ def demo_kit(large: bool) -> tuple[Kit, Mapping[str, Sequence[Path]]]:
         vaes=[vae.name, "taesd"],
         sdxl=sdxl[0].name if large else "",
         refiner=sdxl[1].name if large else "",
-        inductor=large,
+        **({"backends": NAMES} if large else {}),
     )
     return names, {"checkpoints": [sd15, *sdxl], "loras": loras, "vae": [vae], "vae_approx": tiny}
