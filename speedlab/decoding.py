@@ -16,7 +16,7 @@ from .finite import is_finite
 from .loading import VAE_SOURCE
 from .precision import short_name, torch_dtype
 from .vae_attempts import SMALLEST_TILE, Way, decode_fitting
-from .vae_precision import abilities, remember_not_finite, safer, sibling, sibling_bytes, starting_dtype
+from .vae_precision import abilities, remember_not_finite, safer, sibling, sibling_bytes, slow_choice, starting_dtype
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded
     warnings = [] if is_finite(samples) else [report_bad_latents()]
     sound_latents = not warnings
     dtype, way = starting_dtype(vae, config.precision), Way(config.slicing, config.tile_size, config.overlap)
+    slow = slow_choice(vae, dtype)
+    warnings += [report(slow)] if slow else []
     while True:
         chosen = sibling(vae, dtype)
         result = decode_fitting(chosen, samples, way, report)

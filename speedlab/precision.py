@@ -81,6 +81,15 @@ def cpu_computes_bf16() -> bool:
     return True
 
 
+@lru_cache(maxsize=1)
+def cpu_computes_fp16() -> bool:
+    """Whether this processor has fp16 instructions (AVX512-FP16, AMX-FP16, Arm FP16), asked of oneDNN."""
+    import torch
+
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return probe is not None and torch.backends.mkldnn.is_available() and bool(probe())
+
+
 def _is_x86() -> bool:
     import platform
 

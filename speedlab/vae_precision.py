@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from . import precision
 from .loading import FIXED_PRECISION, vae_in
 from .precision import cpu_computes_bf16, short_name, torch_dtype
 
@@ -25,9 +26,9 @@ class Abilities:
     bf16: bool
 
 
-def starting_dtype(vae: Any, precision: str) -> Any:
+def starting_dtype(vae: Any, wanted: str) -> Any:
     """The torch dtype to decode in first: the one asked for, else what `auto` means for this VAE and its past."""
-    asked = torch_dtype(precision)
+    asked = torch_dtype(wanted)
     if asked is not None:
         return asked
     first = "fp16" if _may_try_fp16(vae) else str(short_name(vae.vae_dtype))
@@ -48,6 +49,16 @@ def safer(name: str, able: Abilities) -> str | None:
     if name == "fp32":
         return None
     return "bf16" if name == "fp16" and able.bf16 else "fp32"
+
+
+def slow_choice(vae: Any, dtype: Any) -> str:
+    """A sentence where decoding in `dtype` takes many times as long as in another on this device; "" otherwise."""
+    if short_name(dtype) != "fp16" or vae.device.type != "cpu" or precision.cpu_computes_fp16():
+        return ""
+    return (
+        "The VAE decodes in fp16, for which this processor has no instructions: that can take minutes for one "
+        "small picture. Set precision to auto, bf16 or fp32, here and in Load VAE."
+    )
 
 
 def remember_not_finite(vae: Any, dtype: Any) -> None:

@@ -137,6 +137,10 @@ class ComfyClient:
         """Let the server drop its models and what it keeps of earlier graphs, before the next prompt."""
         await self._request("POST", "/free", json={"unload_models": True, "free_memory": True})
 
+    async def forget(self) -> None:
+        """Let the server drop its history: what finished prompts showed, and their graphs."""
+        await self._request("POST", "/history", json={"clear": True})
+
     async def queue(self, graph: ApiGraph, extra_data: Mapping[str, Any] | None = None) -> str:
         """Queue a graph and return its prompt id. PromptRejected where the server refuses it."""
         body = {"prompt": graph, "client_id": self.client_id, "extra_data": dict(extra_data or {})}

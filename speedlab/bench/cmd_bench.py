@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import csv
 import io
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .tables import format_table
 
 ALL = "all"
 MOST_RESTARTS = 3
+BACK_WITHIN_S = 120.0  # how long a server of somebody else may take to come back
+_ASKED_EVERY_S = 1.0
 
 
 class Series:
@@ -39,6 +42,7 @@ class Series:
     ) -> None:
         self.scenarios, self.choice, self.args, self.overrides = scenarios, choice, args, overrides
         self.outcomes: dict[str, Outcome] = {}
+        self.restarts, self.reached = 0, False
         self.journal = Journal(args.out, self._key())
         if args.restart:
             self.journal.close()
@@ -61,9 +65,10 @@ class Series:
     async def run_on(self, target: Target) -> None:
         """Run what waits. Raises ServerGone with that scenario's outcome noted, so that the rest can go on."""
         async with ComfyClient(target.url) as client:
+            self.reached = self.reached or await is_back(client, within_s=0.0)
             for scenario in self.waiting:
                 try:
-                    outcome = await self._run(client, scenario)
+                    outcome = await self._run_through_restarts(client, scenario, target)
                 except ServerGone as error:
                     tail = target.tail()
                     outcome = Outcome(scenario.id, error=f"{error}\n{tail}" if tail else str(error))
@@ -75,6 +80,23 @@ class Series:
                     nonsense = f"the server's answer makes no sense: {type(error).__name__}: {first_line(error)}"
                     outcome = Outcome(scenario.id, error=nonsense)
                 self._keep(outcome, scenario)
+
+    async def _run_through_restarts(self, client: ComfyClient, scenario: Scenario, target: Target) -> Outcome:
+        """Run a scenario; where somebody else's server went away and came back, go on with what it left undone.
+
+        A server that was started here has most likely died of the scenario, which is not run on the next one.
+        """
+        while True:
+            try:
+                return await self._run(client, scenario)
+            except ServerGone as error:
+                if target.process is not None or not self.reached or self.restarts >= MOST_RESTARTS:
+                    raise
+                self.restarts += 1
+                print(f"\n{error}. Waiting up to {BACK_WITHIN_S:.0f} s for it.", flush=True)
+                if not await is_back(client, BACK_WITHIN_S):
+                    raise
+                print(f"ComfyUI at {client.url} answers again: going on with {scenario.id}.", flush=True)
 
     async def _run(self, client: ComfyClient, scenario: Scenario) -> Outcome:
         checkpoint = self.choice.checkpoints.get(scenario.id) or await server_checkpoint(client, scenario)
@@ -96,6 +118,19 @@ class Series:
             write_rows(self.args.csv, [row for outcome in outcomes for row in outcome.rows])
         if self.args.html is not None:
             write_html(self.args.html, html_page(self.scenarios, outcomes, self.choice.notes))
+
+
+async def is_back(client: ComfyClient, within_s: float) -> bool:
+    """Whether the server answers, or does so again within that time."""
+    end = time.monotonic() + within_s
+    while True:
+        try:
+            await client.system_stats()
+            return True
+        except BenchError:
+            if time.monotonic() > end:
+                return False
+            await asyncio.sleep(_ASKED_EVERY_S)
 
 
 def report(outcome: Outcome, scenario: Scenario) -> None:

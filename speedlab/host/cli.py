@@ -33,7 +33,7 @@ OWN_COMMANDS = {
     "check": "ruff, ruff format and mypy; name some of them, --fix mends",
     "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
     "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
-    "torture": "broken input, cancelled prompts, killed writers, counted: torture [--inputs N] [--faults N]",
+    "torture": "broken input, faults and a soak, counted: torture [--inputs N] [--faults N] [--soak N]",
     "gpu": "measure everything on an NVIDIA card with full-size random models; --pack for machines without network",
     "setup": "only set up what the other commands need",
 }

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core import compute_device, output_directory
-from ..errors import ResultsError, first_line
 from . import timeline
 from .charts import OF_REPORT, STEPS, chart_or_blank
 from .context import NodeContext
 from .memory import MemoryPeak, measure_peak
 from .record import RunRecord, memory_dict, total_ms
 from .runner import with_rates
-from .store import RunStore, new_run_id
+from .store import RunStore, new_run_id, write_picture
 
 _MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "device_used_gb")
 
@@ -143,12 +142,8 @@ def _with_images(record: RunRecord, images: Any, context: NodeContext, store: Ru
 def _with_chart(record: RunRecord, chart: Any, store: RunStore) -> RunRecord:
     from PIL import Image
 
-    path = store.root / "charts" / f"{record.run_id}.png"
-    try:
-        store.folder("charts")
-        Image.fromarray(to_bytes(chart)[0]).save(path)
-    except OSError as error:
-        raise ResultsError(f"The chart could not be saved to {path}: {first_line(error)}") from error
+    path = store.folder("charts") / f"{record.run_id}.png"
+    write_picture(path, Image.fromarray(to_bytes(chart)[0]))
     relative = path.relative_to(store.root.parent).as_posix()
     return record.changed(artifacts={**record.artifacts, "chart": relative})
 
@@ -158,15 +153,11 @@ def save_pngs(images: Any, run_id: str, context: NodeContext, store: RunStore, f
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    paths, folder = [], store.root / "images"
-    try:
-        store.folder("images")
-        for index, pixels in enumerate(to_bytes(images), start=first):
-            path = folder / f"{run_id}_{index:03d}.png"
-            Image.fromarray(pixels).save(path, pnginfo=_metadata(PngInfo(), context), compress_level=4)
-            paths.append(path)
-    except OSError as error:
-        raise ResultsError(f"The pictures could not be saved to {folder}: {first_line(error)}") from error
+    paths, folder = [], store.folder("images")
+    for index, pixels in enumerate(to_bytes(images), start=first):
+        path = folder / f"{run_id}_{index:03d}.png"
+        write_picture(path, Image.fromarray(pixels), pnginfo=_metadata(PngInfo(), context), compress_level=4)
+        paths.append(path)
     return paths
 
 

@@ -6,6 +6,7 @@ lock; an append that fails half-way is cut off again, so earlier rows stay whole
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import logging
@@ -131,9 +132,12 @@ class RunStore:
             )
 
     def folder(self, name: str) -> Path:
-        """A folder for records, pictures or charts, made if it is not there. Raises ResultsError, OSError."""
+        """A folder for records, pictures or charts, made if it is not there. Raises ResultsError naming it."""
         path = self.root / name
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from error
         self._refuse_symlink_out()
         return path
 
@@ -163,6 +167,18 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_picture(path: Path, picture: Any, **options: Any) -> None:
+    """Write a PIL picture as PNG; on failure nothing of it is left. Raises ResultsError naming the path."""
+    data = io.BytesIO()
+    picture.save(data, "PNG", **options)
+    try:
+        path.write_bytes(data.getvalue())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
 
 
 def _append(path: Path, line: bytes, header: bytes) -> None:

@@ -18,11 +18,13 @@ from .host import enter_comfyui
 from .model_files import model_targets, trap_springs
 from .outcome import Target
 from .readers import pure_targets
-from .results import write_faults, write_fuzz
+from .results import SOAK_COLUMNS, soak_rows, write_faults, write_fuzz, write_soak
+from .soak import LEAST_PROMPTS, SoakTally
+from .soak_run import run_soak
 from .web_routes import route_targets
 from .writers import FAULT_HEADER, FaultTally
 
-INPUTS, FAULTS = 100_000, 100
+INPUTS, FAULTS, PROMPTS = 100_000, 100, 1000
 INTERRUPTED = 130
 
 
@@ -31,14 +33,23 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="run.py torture",
         description="Feed broken and hostile input to everything that reads a file or a request, cancel prompts and "
-        "kill writers, and count what that does. Exit code 1 where something broke.",
+        "kill writers, soak a server with random prompts, and count what that does. Exit code 1 where something broke.",
     )
     result.add_argument("--inputs", type=int, default=INPUTS, metavar="N", help="inputs in all (default %(default)s)")
     result.add_argument(
         "--faults", type=int, default=FAULTS, metavar="N", help="faults of each kind (default %(default)s, 0: none)"
     )
+    result.add_argument(
+        "--soak",
+        type=int,
+        default=PROMPTS,
+        metavar="N",
+        help="random prompts on one server (default %(default)s, 0: none)",
+    )
     result.add_argument("--seed", type=int, default=SEED, metavar="N", help="another seed makes other inputs")
-    result.add_argument("--only", metavar="WORD", default="", help="readers whose name holds this word, and no faults")
+    result.add_argument(
+        "--only", metavar="WORD", default="", help="readers whose name holds this word, and nothing else"
+    )
     result.add_argument(
         "--out", type=Path, metavar="DIR", default=pack_root() / "benchmarks" / "results", help="folder for the figures"
     )
@@ -48,8 +59,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code (1: something broke, 2: wrong arguments, 130: interrupted)."""
     options = parser().parse_args(arguments)
-    if options.inputs < 0 or options.faults < 0 or not options.inputs + options.faults:
-        parser().error("--inputs and --faults take numbers from 0 on, and not 0 both")
+    numbers = (options.inputs, options.faults, options.soak)
+    if min(numbers) < 0 or not any(numbers):
+        parser().error("--inputs, --faults and --soak take numbers from 0 on, and not 0 all three")
+    if 0 < options.soak < LEAST_PROMPTS:
+        parser().error(f"--soak takes 0 or at least {LEAST_PROMPTS} prompts: fewer tell nothing about growth")
     # Paths are relative to where the user stands.
     options.out = Path(os.environ.get(CALLED_FROM, ""), options.out).absolute()
     logging.basicConfig(level=logging.ERROR)
@@ -59,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="speedlab-torture-") as folder:
             read = fuzz_all(Path(folder), options.inputs, options.seed, options.only) if options.inputs else []
             faults = _faults(Path(folder), options) if options.faults and not options.only else []
-        return _report(read, faults, options)
+            soaked = _soak(Path(folder), options) if options.soak and not options.only else None
+        return _report(read, faults, soaked, options)
     except (SpeedLabError, OSError) as error:
         sys.stderr.write(f"torture: {error}\n")
         return 1
@@ -97,18 +112,33 @@ def _faults(folder: Path, options: argparse.Namespace) -> list[FaultTally]:
     return run_faults(folder / "faults", options.faults, options.seed, _say)
 
 
-def _report(read: Sequence[Tally], faults: Sequence[FaultTally], options: argparse.Namespace) -> int:
+def _soak(folder: Path, options: argparse.Namespace) -> SoakTally:
+    _say(f"{options.soak} random prompts on one server")
+    tally = run_soak(folder / "soak", options.soak, options.seed, _say)
+    for row in (SOAK_COLUMNS[:5], *soak_rows(tally)):
+        _say(f"{row[0]:<32}" + "".join(f"{cell:>10}" for cell in row[1:]))
+    for what in tally.broken[:20]:
+        _say(f"    {what[:400]}")
+    return tally
+
+
+def _report(
+    read: Sequence[Tally], faults: Sequence[FaultTally], soaked: SoakTally | None, options: argparse.Namespace
+) -> int:
     defects = sum(tally.counts["defect"] for tally in read)
-    broken = sum(len(tally.broken) for tally in faults)
+    broken = sum(len(tally.broken) for tally in faults) + (len(soaked.broken) if soaked else 0)
     _say(
         f"{sum(tally.inputs for tally in read)} inputs, {defects} defects; "
-        f"{sum(tally.faults for tally in faults)} faults, {broken} things lost or left (seed {options.seed})"
+        f"{sum(tally.faults for tally in faults)} faults, {soaked.prompts if soaked else 0} prompts, "
+        f"{broken} things lost or left (seed {options.seed})"
     )
     # A part of the readers is a look at them, no figure to keep.
     if read and not options.only:
         _say(str(write_fuzz(options.out, read, options.seed)))
     if faults:
         _say(str(write_faults(options.out, faults, options.seed)))
+    if soaked is not None:
+        _say(str(write_soak(options.out, soaked, options.seed)))
     return 1 if defects or broken else 0
 
 

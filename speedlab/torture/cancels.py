@@ -1,5 +1,7 @@
 """Prompts cancelled at random moments of each phase on a real server; afterwards nothing of them may be left.
 
+The phases: loading, encoding, preparing, compiling, the first, a cached and the last step, decoding, writing.
+
 A stock KSampler on the same loaded model has to give the same latents bit for bit, and a probe in the server's process
 has to see the same wrappers, hooks, torch flags, threads and objects as before.
 """
@@ -28,6 +30,7 @@ PHASES: dict[str, tuple[str, int | None]] = {
     "load": ("1", None),
     "text encoding": ("2", None),
     "preparing": ("5", None),
+    "compiling": ("5", None),
     "first step": ("5", 1),
     "cached step": ("5", 2),
     "last step": ("5", 7),
@@ -36,6 +39,7 @@ PHASES: dict[str, tuple[str, int | None]] = {
 }
 _STEPS = 8
 _CHECK_EVERY = 10
+_SOON_S = 0.15
 TIMEOUT_S = 300.0
 
 
@@ -54,12 +58,16 @@ async def _cancel_all(url: str, output: Path, checkpoint: str, faults: int, rng:
     started = time.perf_counter()
     async with ComfyClient(url) as client:
         await client.run(tortured(checkpoint, seed=0), timeout_s=TIMEOUT_S)
+        compiling_s = await _time_compiling(client, checkpoint)
         before = await look(client, checkpoint)
         for number in range(faults):
             phase = list(PHASES)[number % len(PHASES)]
             if phase == "load":
                 await client.free()
-            ended[await _cancel(client, tortured(checkpoint, seed=number + 1), phase, rng.uniform(0.0, 0.15))] += 1
+            graph, longest_s = tortured(checkpoint, seed=number + 1), _SOON_S
+            if phase == "compiling":
+                graph, longest_s = compiled(checkpoint, number + 1, _side(rng), _side(rng)), compiling_s
+            ended[await _cancel(client, graph, phase, rng.uniform(0.0, longest_s))] += 1
             tally.faults += 1
             if tally.faults % _CHECK_EVERY == 0 or tally.faults == faults:
                 tally.broken += differences(before, await look(client, checkpoint), tally.faults)
@@ -71,6 +79,19 @@ async def _cancel_all(url: str, output: Path, checkpoint: str, faults: int, rng:
 
 
 _GOOD_ENDS = ("cancelled", "finished")
+
+
+async def _time_compiling(client: ComfyClient, checkpoint: str) -> float:
+    """Seconds from the sampler's start to the end of its first step, for a size that was not compiled before."""
+    graph = compiled(checkpoint, 0, 72, 72)
+    events = (await client.run(graph, timeout_s=TIMEOUT_S)).log.events
+    started = next(event.time_s for event in events if event.kind == "executing" and event.node == "5")
+    return next(event.time_s for event in events if event.kind == "progress" and event.node == "5") - started
+
+
+def _side(rng: Random) -> int:
+    """A picture's side: jit_trace compiles every size for itself, and keeps few."""
+    return 64 + 8 * rng.randrange(9)
 
 
 async def _cancel(client: ComfyClient, graph: dict[str, Any], phase: str, delay_s: float) -> str:
@@ -160,6 +181,15 @@ def tortured(checkpoint: str, seed: int) -> dict[str, Any]:
                    precision="auto"),
         "7": node("SpeedLabProfileReport", profile=["5", 1], images=["6", 0]),
     }  # fmt: skip
+
+
+def compiled(checkpoint: str, seed: int, width: int, height: int) -> dict[str, Any]:
+    """The tortured prompt with the network compiled as a whole, where DeepCache cannot be."""
+    graph = tortured(checkpoint, seed)
+    graph["4"]["inputs"].update(width=width, height=height)
+    graph["10"] = node("SpeedLabCompileModel", model=["1", 0], backend="jit_trace", scope="model", mode="default",
+                       dynamic="auto", on_failure="error", freeze_weights=False)  # fmt: skip
+    return graph
 
 
 def stock(checkpoint: str) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from pathlib import Path
 from .. import __version__
 from ..profiling.store import cannot_write, write_atomically
 from .fuzz import Tally
+from .soak import SoakTally
 from .writers import FaultTally
 
 _ABOUT = ("seed", "speedlab", "torch", "python", "system", "date")
 FUZZ_COLUMNS = ("reader", "inputs", "fine", "refused", "defects", "seconds", *_ABOUT)
 FAULT_COLUMNS = ("fault", "faults", "runs", "halves", "broken", "seconds", *_ABOUT)
+# `start` is after the warm-up; `bound` is the most that may lie between start and end, or that a count may be.
+SOAK_COLUMNS = ("what", "count", "start", "end", "bound", *_ABOUT)
 
 
 def write_fuzz(folder: Path, tallies: Sequence[Tally], seed: int) -> Path:
@@ -32,6 +35,30 @@ def write_faults(folder: Path, tallies: Sequence[FaultTally], seed: int) -> Path
     """One row a kind of fault, in place of an earlier table of that day. Raises ResultsError naming the path."""
     rows = [(t.fault, t.faults, t.runs, t.halves, len(t.broken), f"{t.seconds:.1f}") for t in tallies]
     return _write(folder, "torture-faults", FAULT_COLUMNS, rows, seed)
+
+
+def soak_rows(tally: SoakTally) -> list[tuple[str, str, str, str, str]]:
+    """What a soak did, as the rows of its table: counts, what may grow, and how many prompts had each node."""
+    counts = (
+        ("prompts", tally.prompts, ""),
+        ("with a result", tally.fine, ""),
+        ("refused with a message", tally.refused.total(), ""),
+        ("failed as core does by itself", tally.failed_in_core.total(), ""),
+        ("errors without one", len(tally.unreadable), "0"),
+        ("run again in a fresh process", tally.repeated, ""),
+        ("unequal there", len(tally.unequal), "0"),
+        ("seconds", round(tally.seconds), ""),
+    )
+    return [
+        *((what, str(count), "", "", bound) for what, count, bound in counts),
+        *((g.what, "", f"{g.start:.1f}", f"{g.end:.1f}", f"{g.bound:.1f}") for g in tally.growths),
+        *((name, str(count), "", "", "") for name, count in sorted(tally.nodes.items())),
+    ]
+
+
+def write_soak(folder: Path, tally: SoakTally, seed: int) -> Path:
+    """Counts and growths, in place of an earlier table of that day. Raises ResultsError naming the path."""
+    return _write(folder, "torture-soak", SOAK_COLUMNS, soak_rows(tally), seed)
 
 
 def _write(folder: Path, what: str, columns: Sequence[str], rows: Sequence[Sequence[object]], seed: int) -> Path:

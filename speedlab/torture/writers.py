@@ -18,6 +18,7 @@ from ..host.base import pack_root
 from ..profiling.library import RunLibrary
 from ..profiling.record import CSV_COLUMNS
 from ..profiling.store import RunStore
+from .small_disk import SmallDisk
 
 _CHILD = Path(__file__).with_name("writer_child.py")
 _ENDS_WITHIN_S = 120.0
@@ -76,6 +77,26 @@ def fill_the_disk(folder: Path, faults: int, rng: Random) -> FaultTally:
             # A limit below the first probe of the folder is refused before anything is written.
             tally.broken.append(f"limit {limit}: code {child.returncode}, {last!r}")
         tally.faults += 1
+    tally.seconds = time.perf_counter() - started
+    return check_written(tally, folder, told)
+
+
+def fill_small_disk(disk: SmallDisk, faults: int, rng: Random) -> FaultTally:
+    """Writers on a real disk with a little room: each ends with a sentence that names the file."""
+    tally, told = FaultTally("writers, real disk full"), []
+    folder = disk.path / "written"
+    folder.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    for _ in range(faults):
+        disk.fill(rng.randrange(16_384, 65_536))
+        with _child(folder, 10_000) as child:
+            text = child.communicate(timeout=_ENDS_WITHIN_S)[0]
+        told += _ids(text)
+        last = text.splitlines()[-1] if text.strip() else ""
+        if child.returncode != 3 or "cannot write to" not in last:
+            tally.broken.append(f"code {child.returncode}, {last!r}")
+        tally.faults += 1
+    disk.empty()
     tally.seconds = time.perf_counter() - started
     return check_written(tally, folder, told)
 

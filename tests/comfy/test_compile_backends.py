@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib.util
+import weakref
 from typing import Any
 
 import pytest
@@ -136,3 +139,21 @@ def test_a_backend_for_fixed_weights_refuses_a_lora(unet: Any, compiled: Any, en
     assert program._obstacle_of_model(started, unet.model) == ""
     with pytest.raises(run.CompileError, match=r"tensorrt.*takes no LoRA.*inductor"):
         program.ProgramEngine(started, lora(unet.model, 1.0))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_trace_does_not_keep_the_network(unet: Any, engine: Any, freeze: bool) -> None:
+    """ComfyUI lets go of models; what was compiled of them goes with them."""
+    network = copy.deepcopy(unet.unet)
+    example = (torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, tiny_unet.TOKENS, tiny_unet.CONTEXT))
+    options = engine("accelerate.backends").CompileOptions(
+        freeze=freeze, device=torch.device("cpu"), folder=None, example=example
+    )
+    target = engine("accelerate.compile_program").PureNetwork(network, {})
+    with torch.no_grad():
+        program = engine("accelerate.backends.jit_trace").compile(target, options)
+        assert torch.equal(program(*example), program(*example))
+    gone = weakref.ref(network)
+    del target, network
+    gc.collect()
+    assert gone() is None

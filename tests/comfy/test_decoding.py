@@ -214,3 +214,12 @@ def test_inputs_are_not_changed(tiny_decode, decode):
     decode(samples, slicing=True)
     assert samples.keys() == before.keys()
     assert torch.equal(samples["samples"], before["samples"])
+
+
+@pytest.mark.parametrize(("able", "words"), [(False, "this processor has no instructions"), (True, "")])
+def test_fp16_on_a_processor_that_cannot_is_told(node, engine, model_files, taesd_files, monkeypatch, able, words):
+    monkeypatch.setattr(engine("precision"), "cpu_computes_fp16", lambda: able)
+    decoding, vae = engine("decoding"), node("SpeedLabVAELoader").load("taesd", "fp16")[0]
+    told = decoding.decode(vae, latent(), decoding.DecodeConfig()).info.get("warning", "")
+    assert words in told and bool(words) == bool(told)
+    assert "warning" not in decoding.decode(vae, latent(), decoding.DecodeConfig(precision="fp32")).info

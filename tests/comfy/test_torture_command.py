@@ -24,7 +24,7 @@ def torture(*arguments, cwd):
 
 
 def test_it_prints_and_keeps_its_figures(tmp_path):
-    done = torture("--inputs", "400", "--faults", "0", "--out", "figures", cwd=tmp_path)
+    done = torture("--inputs", "400", "--faults", "0", "--soak", "0", "--out", "figures", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "400 inputs, 0 defects" in done.stdout
     (path,) = (tmp_path / "figures").iterdir()
@@ -37,7 +37,8 @@ def test_it_prints_and_keeps_its_figures(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
-    [(("--inputs", "-1"), 2, "numbers from 0 on"), (("--inputs", "0", "--faults", "0"), 2, "not 0 both"),
+    [(("--inputs", "-1"), 2, "numbers from 0 on"), (("--inputs", "0", "--faults", "0", "--soak", "0"), 2, "not 0 all"),
+     (("--soak", "3"), 2, "at least 20 prompts"),
      (("--only", "no such reader", "--inputs", "1"), 1, "No reader's name holds")],
 )  # fmt: skip
 def test_mistakes_are_sentences(tmp_path, arguments, code, words):

@@ -51,6 +51,8 @@ def _with_live_weights(target: torch.nn.Module, options: CompileOptions) -> Call
         return tuple(_read(slots[name]) for name in names)
 
     traced = torch.jit.trace(call, (weights(), *options.example), check_trace=False, strict=False)
+    # PyTorch notes on a trace what it was made of, for a compiler to inline, and so would keep the network alive.
+    vars(traced).pop("_torchdynamo_inline", None)
     return lambda *inputs: traced(weights(), *inputs)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from ...errors import ResultsError, SpeedLabError, first_line
-from ...profiling.store import RunStore, write_atomically
+from ...errors import SpeedLabError
+from ...profiling.store import RunStore, cannot_write, write_atomically
 from .measure import Prompt
 from .plot import sweep_plot
 from .runner import SweepResult
@@ -42,7 +42,7 @@ def write_output(result: SweepResult, store: RunStore) -> SweepOutput:
     try:
         write_atomically(path, (table + "\n").encode())
     except OSError as error:
-        raise ResultsError(f"The table could not be saved to {path}: {first_line(error)}") from error
+        raise cannot_write(path, error) from error
     # `speedlab` names every run, as Profile Report does, so that a client finds their records.
     runs: list[Any] = [
         {"run_id": runs.run_id, "status": runs.status, "plan": runs.cell.settings.plan, "cell": runs.cell.name}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...errors import ResultsError, first_line
 from ...profiling.complete import to_bytes
 from ...profiling.record import csv_row
-from ...profiling.store import RunStore
+from ...profiling.store import RunStore, write_picture
 from .axes import Axis
 from .cell_record import CellRuns
 
@@ -90,12 +89,8 @@ def save_picture(store: RunStore, folder: str, name: str, image: Any) -> str:
     """Save one IMAGE [1, H, W, 3] under the results; returns the path below ComfyUI's output. Raises ResultsError."""
     from PIL import Image
 
-    path = store.root / folder / name
-    try:
-        store.folder(folder)
-        Image.fromarray(to_bytes(image)[0]).save(path)
-    except OSError as error:
-        raise ResultsError(f"The picture could not be saved to {path}: {first_line(error)}") from error
+    path = store.folder(folder) / name
+    write_picture(path, Image.fromarray(to_bytes(image)[0]))
     return path.relative_to(store.root.parent).as_posix()
 
 

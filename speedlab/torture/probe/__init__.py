@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from .measures import TortureDigest, TortureMeasures
 from .memory import TortureMemory
 
 # Objects that live for one run and have to be gone after it.
 _OF_A_RUN = (".speedlab.accelerate.", ".speedlab.profiling.runner", ".speedlab.profiling.recorder",
              ".speedlab.profiling.trace")  # fmt: skip
+# Which programs were compiled of a network is remembered as long as it lives.
+_OF_A_NETWORK = ".speedlab.accelerate.compile_program.Programs"
 
 
 class TortureProbe:
@@ -84,7 +87,16 @@ def _threads() -> list[str]:
 def _objects() -> dict[str, int]:
     gc.collect()
     kinds = Counter(f"{type(o).__module__}.{type(o).__qualname__}" for o in gc.get_objects())
-    return {kind: count for kind, count in kinds.items() if any(part in kind for part in _OF_A_RUN)}
+    return {
+        kind: count
+        for kind, count in kinds.items()
+        if any(part in kind for part in _OF_A_RUN) and not kind.endswith(_OF_A_NETWORK)
+    }
 
 
-NODE_CLASS_MAPPINGS = {"SpeedLabTortureProbe": TortureProbe, "SpeedLabTortureMemory": TortureMemory}
+NODE_CLASS_MAPPINGS = {
+    "SpeedLabTortureProbe": TortureProbe,
+    "SpeedLabTortureMemory": TortureMemory,
+    "SpeedLabTortureMeasures": TortureMeasures,
+    "SpeedLabTortureDigest": TortureDigest,
+}
