@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from ..errors import ResultsError
@@ -53,6 +53,9 @@ class Keeper:
         failures = [record.error or record.status for record in records if record.status != "ok"]
         failed = bool(records) and len(failures) == len(records)
         pictures = self._pictures(task, answer.pictures)
+        # The worker's own pictures and charts are gone; what the record names has to be here.
+        artifacts = {"images": [picture.file for picture in pictures]} if len(records) == 1 else {}
+        records = [record.changed(artifacts=artifacts) for record in records]
         for record in records:
             self.store.write(record)
         row = _row(
@@ -96,10 +99,11 @@ def _row(
     run_ids: tuple[str, ...] = (), device: str | None = None, comfyui_seconds: float | None = None,
     error: str | None = None,
 ) -> Row:  # fmt: skip
+    started = datetime.fromtimestamp(origin.began).astimezone().isoformat(timespec="milliseconds")
     return Row(
         index=task.index, name=task.name, prompt=task.prompt, negative=task.negative, seed=task.seed, status=status,
         pictures=pictures, run_ids=run_ids, worker=hand_out.worker, machine=origin.machine, device=device,
-        attempts=hand_out.attempt, started=time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(origin.began)),
+        attempts=hand_out.attempt, started=started,
         seconds=round(origin.seconds, 3), comfyui_seconds=comfyui_seconds, error=error, key=task.key,
     )  # fmt: skip
 

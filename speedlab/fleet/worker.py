@@ -55,9 +55,11 @@ class Worker:
         watch = asyncio.ensure_future(_until_ended(server))
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
-            return Gone(f"ComfyUI ended with exit code {watch.result()}; its log ends with\n{_tail(server)}")
+            answer = work.result() if work.done() else None
+            code = None if server.process is None else server.process.poll()
+            if code is not None and not isinstance(answer, Done):
+                return Gone(f"ComfyUI ended with exit code {code}; its log ends with\n{_tail(server)}")
+            return answer or Gone("its ComfyUI was stopped")
         finally:
             for task in (work, watch):
                 task.cancel()
@@ -122,11 +124,10 @@ class Worker:
         return Done(tuple(pictures), tuple(records), seconds)
 
 
-async def _until_ended(server: ComfyServer) -> int | None:
-    """Wait until the server's process is no more; its exit code."""
+async def _until_ended(server: ComfyServer) -> None:
+    """Wait until the server's process is no more."""
     while server.process is not None and server.process.poll() is None:
         await asyncio.sleep(_LOOK_S)
-    return None if server.process is None else server.process.returncode
 
 
 def _tail(server: ComfyServer) -> str:

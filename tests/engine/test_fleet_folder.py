@@ -196,5 +196,7 @@ def test_records_of_workers_on_one_machine_say_so(tmp_path, make_record):
         keeper = Keeper(folder)
         answer = Done((b"x",), (record.to_json(),), 1.0)
         keeper.done(task, HandOut(1, 0, "w1", 1), answer, replace(ORIGIN, shared=2))
-        (warning,) = keeper.store.read(record.run_id).warnings
+        kept = keeper.store.read(record.run_id)
+    (warning,) = kept.warnings
+    assert kept.artifacts == {"images": ["pictures/00001.png"]}
     assert "2 workers of a fleet shared this machine" in warning
