@@ -65,8 +65,12 @@ async def fetch_records(client: ComfyClient, result: RunResult, out: Path, outco
         outcome.error = failures[0]
 
 
-async def fetch_pictures(client: ComfyClient, result: RunResult, folder: Path, name: str) -> list[Path]:
-    """Fetch what Benchmark, Profile Report, or else Save Image, saved, as `<name>.png`, `<name>-1.png` ..."""
+def shown_pictures(result: RunResult) -> list[ImageRef]:
+    """What Benchmark, Profile Report, or else Save Image, saved."""
     sheets = [image for image in result.images(SWEEP) if image.type == "output"]
-    images = sheets or result.images(REPORT) or result.images(SAVE)
-    return [save_picture(folder, name, await client.view(image)) for image in images]
+    return sheets or result.images(REPORT) or result.images(SAVE)
+
+
+async def fetch_pictures(client: ComfyClient, result: RunResult, folder: Path, name: str) -> list[Path]:
+    """Fetch what a run saved, as `<name>.png`, `<name>-1.png` ..."""
+    return [save_picture(folder, name, await client.view(image)) for image in shown_pictures(result)]

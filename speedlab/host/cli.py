@@ -34,6 +34,7 @@ OWN_COMMANDS = {
     "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
     "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
     "torture": "broken input, faults and a soak, counted: torture [--inputs N] [--faults N] [--soak N]",
+    "fleet": "prompts or cells over many ComfyUI workers on a Ray cluster: fleet SCENARIO --prompts FILE --out DIR",
     "gpu": "measure everything on an NVIDIA card with full-size random models; --pack for machines without network",
     "setup": "only set up what the other commands need",
 }
@@ -161,7 +162,7 @@ def _run(call: Call, reporter: Reporter) -> int:
         return nsys.run(host, call.arguments, env, reporter)
     if call.command == "test":
         return run_child([str(host.python), "-c", PYTEST, *call.arguments], cwd=root, env=env)
-    module = ("speedlab.torture",) if call.command == "torture" else ("speedlab.bench", call.command)
+    module = (f"speedlab.{call.command}",) if call.command in OWN_COMMANDS else ("speedlab.bench", call.command)
     command = [str(host.python), "-m", *module, *call.arguments]
     # Python finds the pack from its root, but file names on the command line are relative to where the user stands.
     return run_child(command, cwd=root, env={**env, CALLED_FROM: str(Path.cwd())})

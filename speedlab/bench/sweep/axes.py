@@ -158,6 +158,11 @@ _PARSERS: dict[str, Callable[[str], AxisValue]] = {
 AXES = tuple(_PARSERS)
 
 
+def written_values(name: str, text: str) -> list[str]:
+    """The values of an axis as they are written, marks included."""
+    return [part for part in split_outside(text, "\n" if name == "plan" else "\n,") if part]
+
+
 def parse_axis(name: str, text: str) -> Axis:
     """Read an axis. Raises SweepTextError for an unknown axis or a value that cannot be read or is out of range."""
     if name == NO_AXIS:
@@ -166,7 +171,7 @@ def parse_axis(name: str, text: str) -> Axis:
         close = difflib.get_close_matches(name, AXES, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise SweepTextError(f"There is no axis '{name}'.{hint} The axes are {', '.join(AXES)}.")
-    texts = [part for part in split_outside(text, "\n" if name == "plan" else "\n,") if part]
+    texts = written_values(name, text)
     open_end, most = False, None
     if name == "batch" and texts and (ending := _OPEN_END.fullmatch(texts[-1])):
         open_end, most = True, int(ending[1]) if ending[1] else None

@@ -1,0 +1,1 @@
+"""Many ComfyUI workers on a Ray cluster, one result a prompt."""

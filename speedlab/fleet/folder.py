@@ -1,0 +1,173 @@
+"""The output folder of a fleet: what it was begun with, the rows as they came, the pictures, and the ordered manifest.
+
+`fleet.json` says what was asked, `fleet.jsonl` has a row as soon as its pictures are whole (the last row of a task
+counts), `manifest.jsonl` the same rows in the order of the prompts. A picture stands under its task's number, so that
+whatever is made again takes the place of what was there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bench.files import prepare_output
+from ..profiling.store import write_atomically
+from .errors import FleetError
+from .rows import OK, Row, row_of
+from .tasks import Task
+
+PICTURES = "pictures"
+_SHOWN = 60
+
+
+class FleetFolder:
+    """One fleet's folder. Use as a context manager: no second fleet writes there meanwhile. Raises FleetError."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = prepare_output(out)
+        self.begun = self.out / "fleet.json"
+        self.journal = self.out / "fleet.jsonl"
+        self.manifest = self.out / "manifest.jsonl"
+        self.rows: dict[int, Row] = {}
+        self._lock: Any = None
+
+    def __enter__(self) -> FleetFolder:
+        from filelock import FileLock, Timeout
+
+        self._lock = FileLock(str(self.out / "fleet.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise FleetError(f"Another fleet writes into {self.out}. Wait for it, or name another --out.") from error
+        (self.out / PICTURES).mkdir(exist_ok=True)
+        if not (self.out / PICTURES).resolve().is_relative_to(self.out):
+            self._lock.release()
+            raise FleetError(f"{self.out / PICTURES} is a link that leads out of {self.out}. Take it away.")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def open(self, asked: Mapping[str, Any], tasks: Sequence[Task], *, restart: bool, accept: bool) -> list[int]:
+        """Begin, or go on with what is there. Returns the tasks that have no good result yet.
+
+        `asked` says what was asked for, by name. Where the folder was begun with something else, FleetError tells what
+        differs; `accept` keeps the rows that are still asked for, `restart` keeps none.
+        """
+        wanted = {**asked, "keys": [task.key for task in tasks]}
+        before = self._begun_with()
+        rows = self._read()
+        if restart:
+            self._drop(rows.values())
+            rows = {}
+        elif before is not None and not accept:
+            self._refuse_other(before, wanted)
+        keys = {task.index: task.key for task in tasks}
+        stale = [row for row in rows.values() if keys.get(row.index) != row.key]
+        self._drop(stale, keep_journal=True)
+        self.rows = {row.index: row for row in rows.values() if keys.get(row.index) == row.key and self._is_whole(row)}
+        write_atomically(self.begun, json.dumps(wanted).encode())
+        # Only what counts, each task once: what a crash left half or twice ends here.
+        write_atomically(self.journal, "".join(row.line() for row in self.rows.values()).encode())
+        return [task.index for task in tasks if task.index not in self.rows or self.rows[task.index].status != OK]
+
+    def keep(self, row: Row) -> None:
+        """Append a row, on disk when this returns. Its pictures have to lie there already. Raises OSError."""
+        with self.journal.open("ab") as file:
+            file.write(row.line().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows[row.index] = row
+
+    def write_manifest(self) -> Path:
+        """Write the ordered manifest of what there is."""
+        ordered = "".join(self.rows[index].line() for index in sorted(self.rows))
+        write_atomically(self.manifest, ordered.encode())
+        return self.manifest
+
+    def picture(self, task: Task, number: int) -> tuple[str, Path]:
+        """Name (below the output folder) and path of a task's picture; the first has number 0."""
+        name = f"{PICTURES}/{task.index + 1:05d}{f'-{number}' if number else ''}.png"
+        return name, self.out / name
+
+    def _begun_with(self) -> dict[str, Any] | None:
+        try:
+            data = json.loads(self.begun.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise FleetError(f"{self.begun} cannot be read. --restart begins anew, or name another --out.") from error
+        return data if isinstance(data, dict) else {}
+
+    def _read(self) -> dict[int, Row]:
+        """The last row of each task. Half a row at the end, left by a crash, is no row."""
+        try:
+            text = self.journal.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return {}
+        rows = (row_of(line) for line in text.split("\n"))
+        return {row.index: row for row in rows if row is not None}
+
+    def _is_whole(self, row: Row) -> bool:
+        """Whether a row's pictures lie there in full; a row without pictures is whole by itself."""
+        return all(
+            (path := self.out / picture.file).is_file() and path.stat().st_size == picture.bytes
+            for picture in row.pictures
+        )
+
+    def _drop(self, rows: Any, keep_journal: bool = False) -> None:
+        for row in rows:
+            for picture in row.pictures:
+                (self.out / picture.file).unlink(missing_ok=True)
+        self.manifest.unlink(missing_ok=True)
+        if not keep_journal:
+            self.journal.unlink(missing_ok=True)
+
+    def _refuse_other(self, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        told = differences(before, wanted)
+        if told:
+            listed = "\n".join(f"  {line}" for line in told)
+            raise FleetError(
+                f"{self.out} was begun with something else:\n{listed}\n"
+                "Name another --out; or --accept-changes goes on and keeps every result that is still asked for; or "
+                "--restart begins anew."
+            )
+
+
+def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What of a fleet's order has changed, a line each, for a reader. None where the same results are asked for."""
+    if before.get("keys") == wanted["keys"]:
+        return []
+    told = []
+    for name, value in wanted.items():
+        if name == "keys" or before.get(name) == value:
+            continue
+        if name == "prompts_sha256":
+            told.append(_changed_prompts(before, wanted))
+        elif name != "prompts":
+            told.append(f"{name.replace('_', ' ')}: {_short(before.get(name))} then, {_short(value)} now")
+    if not told:
+        told.append("the scenario's graph: this version of SpeedLab builds another one")
+    return told
+
+
+def _changed_prompts(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    old, new = before.get("keys"), wanted["keys"]
+    name = wanted.get("prompts")
+    if not isinstance(old, list):
+        return f"the prompts file {name}: another one"
+    same = sum(one == other for one, other in zip(old, new, strict=False))
+    pairs = enumerate(zip(old, new, strict=False), start=1)
+    first = next((number for number, (a, b) in pairs if a != b), min(len(old), len(new)) + 1)
+    return (
+        f"the prompts file {name}: {len(old)} prompts then, {len(new)} now; {same} are the same, the first that "
+        f"differs is number {first}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

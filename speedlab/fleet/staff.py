@@ -1,0 +1,57 @@
+"""Which workers there are and what each does. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .ledger import HandOut
+from .messages import Ready
+
+# A worker that fails so often with no result in between is not started again: its machine is not fit.
+MOST_FAILURES = 3
+
+
+@dataclass
+class Member:
+    """One worker. `hire` counts its starts; `since` is when it began what it does, on the driver's clock."""
+
+    name: str
+    since: float
+    hire: int = 1
+    ready: Ready | None = None
+    work: HandOut | None = None
+    failures: int = 0
+    reason: str = ""
+
+    @property
+    def is_out(self) -> bool:
+        """Whether it is given up."""
+        return self.failures >= MOST_FAILURES
+
+
+@dataclass
+class Staff:
+    """The workers by name."""
+
+    members: dict[str, Member] = field(default_factory=dict)
+
+    def idle(self) -> list[Member]:
+        """Workers that are ready and have nothing to do."""
+        return [member for member in self.members.values() if member.ready and member.work is None]
+
+    def colleagues(self) -> list[str]:
+        """The workers that are not given up."""
+        return [member.name for member in self.members.values() if not member.is_out]
+
+    def overdue(self, now: float, start_s: float, task_s: float) -> list[Member]:
+        """Workers that take longer than allowed to start or for a task: they do not answer any more."""
+        late = []
+        for member in self.members.values():
+            waits = member.work is not None or member.ready is None
+            if waits and not member.is_out and now - member.since > (start_s if member.work is None else task_s):
+                late.append(member)
+        return late
+
+    def sharing(self, machine: str) -> int:
+        """How many workers run on a machine."""
+        return sum(member.ready is not None and member.ready.machine == machine for member in self.members.values())
