@@ -13,11 +13,13 @@ import argparse
 import asyncio
 import json
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -37,7 +39,7 @@ from speedlab.bench.scenarios import LIGHTHOUSE, find  # noqa: E402
 from speedlab.bench.session import ServerOptions, Target, open_server  # noqa: E402
 from speedlab.profiling.store import RunStore  # noqa: E402
 
-SIDE, STEPS = 256, 8
+SIDE, STEPS, PROMPTS = 256, 8, 5
 FAST = "attention(sdpa)+deepcache(3)+dynamic_cfg(stop_at=0.5)+tiny"
 PLANS = f"""*stock=stock
 sdpa=attention(sdpa)
@@ -54,9 +56,8 @@ def series() -> list[Scenario]:
     """The scenarios of the table at sizes that a processor manages; two of them are the same, for the spread."""
     base = Settings(prompts=(LIGHTHOUSE,), width=SIDE, height=SIDE, steps=STEPS, warmup=1, repeats=2)
     again = sweep("plan", f"*stock=attention(sdpa)\nall={FAST}")
-    rerun = replace(base, steps=4, repeats=5)
+    rerun = replace(base, steps=4, warmup=2, repeats=7)
     return [
-        _like("xy-grid", "rerun-a", base=rerun, build=again),
         _like("sweep-batch", base=replace(base, steps=4), build=sweep("batch", "1, 2, 4", plan="attention(sdpa)")),
         _like(
             "sweep-resolution",
@@ -82,6 +83,8 @@ def series() -> list[Scenario]:
         ),
         _like("xy-grid", base=replace(base, warmup=0, repeats=1), build=sweep("steps", "4, *8", "cfg", "5, *8, 11")),
         _like("xy-grid", "techniques", base=base, build=sweep("plan", PLANS)),
+        # One right after the other: minutes apart they would show how the machine's speed drifts.
+        _like("xy-grid", "rerun-a", base=rerun, build=again),
         _like("xy-grid", "rerun-b", base=rerun, build=again),
     ]
 
@@ -100,27 +103,39 @@ def spread(first: Sequence[dict[str, str]], second: Sequence[dict[str, str]]) ->
     }
 
 
-async def overhead(target: Target, choice: ModelChoice, out: Path, small: bool) -> dict[str, float]:
-    """Wall time of one prompt without loading, against what its record names: the rest is the harness."""
+async def overhead(target: Target, choice: ModelChoice, out: Path, small: bool) -> dict[str, Any]:
+    """Wall time of a prompt without loading, against what its record names: the rest is the harness.
+
+    Medians of some prompts after one that loads and warms up; another text each time, so that the encoding does not
+    come out of the cache.
+    """
     settings = Settings(prompts=(LIGHTHOUSE,), width=SIDE, height=SIDE, steps=STEPS)
     scenario = replace(find("txt2img-default"), settings=settings)
     scenario = adapt(scenario, Overrides(), next(iter(choice.checkpoints.values())))
     store = RunStore(out)
+    runs: list[tuple[float, float]] = []
     async with ComfyClient(target.url) as client:
         (_, graph), *_ = parts_of(scenario, small)
         await client.run(graph)
-        # The first run loaded and warmed up; another text keeps the encoding from coming out of the cache.
-        for node in graph.values():
-            if node["class_type"] == "SpeedLabTextEncode":
-                node["inputs"]["text"] += ", again"
-        result = await client.run(graph)
-        outcome = Outcome("overhead")
-        await fetch_records(client, result, out, outcome)
-    spans = node_spans(result.log.events)
-    wall = sum(span.seconds for span in spans if graph[span.node]["class_type"] not in LOADERS)
-    phases = store.read(outcome.records[-1].stem).phases_ms
-    named = sum(float(ms) for name in PHASES if isinstance(ms := phases.get(name), (int, float))) / 1000.0
-    return {"wall_s": wall, "work_s": named, "share": (wall - named) / wall}
+        for _ in range(PROMPTS):
+            for node in graph.values():
+                if node["class_type"] == "SpeedLabTextEncode":
+                    node["inputs"]["text"] += ", again"
+            result = await client.run(graph)
+            outcome = Outcome("overhead")
+            await fetch_records(client, result, out, outcome)
+            spans = node_spans(result.log.events)
+            wall = sum(span.seconds for span in spans if graph[span.node]["class_type"] not in LOADERS)
+            phases = store.read(outcome.records[-1].stem).phases_ms
+            named = sum(float(ms) for name in PHASES if isinstance(ms := phases.get(name), (int, float))) / 1000.0
+            runs.append((wall, named))
+    shares = sorted((wall - named) / wall for wall, named in runs)
+    return {
+        "wall_s": statistics.median(wall for wall, _ in runs),
+        "work_s": statistics.median(named for _, named in runs),
+        "share": statistics.median(shares),
+        "shares": shares,
+    }
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -130,6 +145,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--name", default="series", help="begins the names of the files")
     options.add_argument("--out", type=Path, default=ROOT / "output", help="folder for the results")
     options.add_argument("--server", help="a running ComfyUI")
+    options.add_argument("--only", nargs="+", default=[], metavar="ID", help="these scenarios of the series alone")
     options.add_argument("--small", action="store_true", help="only try it out")
     options.add_argument("--restart", action="store_true", help="begin anew")
     args = options.parse_args(argv)
@@ -143,7 +159,7 @@ def main() -> int:
     """Run the series; 1 where a scenario failed."""
     args = arguments()
     started = time.monotonic()
-    scenarios = series()
+    scenarios = [one for one in series() if not args.only or one.id in args.only]
     choice = choose_models(args, [*scenarios, replace(find("sdxl-tiny-vae"), family="sd15")])
     options = ServerOptions(args.server, args.port, args.out)
     todo = cmd_bench.Series(scenarios, choice, args, Overrides())
