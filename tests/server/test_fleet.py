@@ -77,6 +77,11 @@ class Call:
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.seen |= {child.pid for child in children}
 
+    def addresses(self) -> set[str]:
+        """Where the processes of this call listen."""
+        connections = [entry for pid in self.seen for entry in psutil.Process(pid).net_connections("tcp")]
+        return {entry.laddr.ip for entry in connections if entry.status == psutil.CONN_LISTEN}
+
     def end(self) -> int:
         code = self.process.wait(PATIENCE_S)
         require_gone(self.seen | {pid for _, actor, server in self.ready for pid in (actor, server)})
@@ -165,6 +170,8 @@ def test_a_fleet_that_is_interrupted_and_whose_workers_are_killed_loses_nothing(
 
     first = fleet(*order, out=out)
     first.wait_for(lambda: first.rows(), "a first result")
+    listening = first.addresses()
+    assert listening and all(address.removeprefix("::ffff:") in ("127.0.0.1", "::1") for address in listening)
     # As a terminal does it: Ctrl-C reaches Ray's processes too.
     os.killpg(first.process.pid, signal.SIGINT)
     assert first.end() == 130
