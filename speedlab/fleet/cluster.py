@@ -82,7 +82,9 @@ def _embedded(ray: Any, workers: int | None) -> Iterator[None]:
     folder = _short_folder()
     try:
         try:
+            # Not the cluster that RAY_ADDRESS names: that one is for --address auto.
             ray.init(
+                address="local",
                 num_cpus=workers or 1,
                 include_dashboard=False,
                 log_to_driver=False,

@@ -78,4 +78,10 @@ class RayCrew:
         try:
             return self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            return Gone(f"its process ended ({type(error).__name__}: {first_line(error)})")
+            return Gone(f"its process ended ({type(error).__name__}: {_in_short(error)})")
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of Ray's report and the last one, which names the cause where a worker could not be made."""
+    first, last = first_line(error), (str(error).strip().splitlines() or [""])[-1].strip()
+    return first if last in ("", first) else f"{first} ... {last}"

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import ResultsError
 from .errors import FleetError
 from .keeping import Keeper, Origin
-from .ledger import HandOut, Ledger
+from .ledger import Ledger
 from .messages import Done, Event, Failed, Job, Ready
 from .progress import FleetProgress
 from .rows import OK, Row
@@ -117,18 +116,8 @@ class Fleet:
         if isinstance(answer, Failed):
             row = self.keeper.failed(task, hand_out, answer.error, origin)
         else:
-            row = self._kept(hand_out, answer, origin)
+            row = self.keeper.done(task, hand_out, answer, origin)
         self._count(row)
-
-    def _kept(self, hand_out: HandOut, answer: Done, origin: Origin) -> Row:
-        task = self.work.tasks[hand_out.task]
-        try:
-            return self.keeper.done(task, hand_out, answer, origin)
-        except ResultsError as error:
-            # A disk that refuses ends the fleet; a record that makes no sense is this task's alone.
-            if isinstance(error.__cause__, OSError):
-                raise
-            return self.keeper.failed(task, hand_out, f"the worker's record: {error}", origin)
 
     def _origin(self, ticket: int, worker: str) -> Origin:
         wall, began = self._began.pop(ticket, (time.time(), self.clock()))

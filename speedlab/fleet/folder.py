@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class FleetFolder:
         differs; `accept` keeps the rows that are still asked for, `restart` keeps none.
         """
         wanted = {**asked, "keys": [task.key for task in tasks]}
-        before = self._begun_with()
+        before = None if restart else self._begun_with()
         rows = self._read()
         if restart:
             self._drop(rows.values())
@@ -118,7 +118,7 @@ class FleetFolder:
             for picture in row.pictures
         )
 
-    def _drop(self, rows: Any, keep_journal: bool = False) -> None:
+    def _drop(self, rows: Iterable[Row], keep_journal: bool = False) -> None:
         for row in rows:
             for picture in row.pictures:
                 (self.out / picture.file).unlink(missing_ok=True)

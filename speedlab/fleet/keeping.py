@@ -44,12 +44,20 @@ class Keeper:
         written = _run_ids(self.store.csv_path)
         for row in self.folder.rows.values():
             for run_id in row.run_ids:
-                if run_id not in written and self.store.json_path(run_id).is_file():
-                    self.store.append_csv(self.store.read(run_id))
+                if run_id in written:
+                    continue
+                try:
+                    record = self.store.read(run_id)
+                except ResultsError:  # somebody took it away or changed it since
+                    continue
+                self.store.append_csv(record)
 
     def done(self, task: Task, hand_out: HandOut, answer: Done, origin: Origin) -> Row:
-        """Keep a task's result. Raises ResultsError where a record makes no sense or the disk refuses."""
-        records = [_marked(from_json(text), origin.shared) for text in answer.records]
+        """Keep a task's result; a record that makes no sense is the task's error."""
+        try:
+            records = [_marked(from_json(text), origin.shared) for text in answer.records]
+        except ResultsError as error:
+            return self.failed(task, hand_out, f"what the worker sent is {error}", origin)
         failures = [record.error or record.status for record in records if record.status != "ok"]
         failed = bool(records) and len(failures) == len(records)
         pictures = self._pictures(task, answer.pictures)

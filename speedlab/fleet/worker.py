@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import platform
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -42,9 +42,9 @@ class Worker:
             server = await asyncio.to_thread(self._start)
         except (SpeedLabError, OSError) as error:
             await self.stop()
-            return Gone(f"{socket.gethostname()}: {error}")
+            return Gone(f"{platform.node()}: {error}")
         assert server.process is not None
-        return Ready(socket.gethostname(), server.url, os.getpid(), server.process.pid)
+        return Ready(platform.node(), server.url, os.getpid(), server.process.pid)
 
     async def run(self, job: Job) -> Done | Failed | Gone:
         """Queue a task's graph and fetch what it made."""

@@ -158,6 +158,10 @@ def test_a_broken_order_file_is_an_error_with_a_way_out(begun, content):
     (path / "fleet.json").write_text(content)
     with FleetFolder(path) as folder, pytest.raises(FleetError, match="--restart"):
         opened(folder, tasks)
+    with FleetFolder(path) as folder:
+        assert opened(folder, tasks, restart=True) == [0, 1, 2, 3]
+    with FleetFolder(path) as folder:
+        assert opened(folder, tasks) == [0, 1, 2, 3]
 
 
 def test_a_record_gets_its_row_once_also_after_a_crash(tmp_path, make_record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from speedlab.bench.client import ComfyClient
 from speedlab.bench.overrides import Overrides, adapt
@@ -76,6 +78,11 @@ class Call:
         """Remember every process of this call that there is now."""
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.seen |= {child.pid for child in children}
+
+    def addresses(self) -> set[str]:
+        """Where the processes of this call listen."""
+        connections = [entry for pid in self.seen for entry in psutil.Process(pid).net_connections("tcp")]
+        return {entry.laddr.ip for entry in connections if entry.status == psutil.CONN_LISTEN}
 
     def end(self) -> int:
         code = self.process.wait(PATIENCE_S)
@@ -138,6 +145,11 @@ def prompts(tmp_path) -> Path:
     return path
 
 
+def pixels(picture: bytes) -> tuple[tuple[int, int], bytes]:
+    with Image.open(io.BytesIO(picture)) as image:
+        return image.size, image.convert("RGB").tobytes()
+
+
 def one_machine(url: str, prompts: Path, checkpoint: str) -> list[bytes]:
     """The same prompts on one server, one after another."""
     scenario = adapt(find(SCENARIO), Overrides(width=64, height=64, steps=2), checkpoint)
@@ -163,8 +175,11 @@ def test_a_fleet_that_is_interrupted_and_whose_workers_are_killed_loses_nothing(
     order = (SCENARIO, "--prompts", "prompts.txt", "--seed", str(SEED), *SIZES)
     folders = set(Path(tempfile.gettempdir()).glob("slray*"))
 
-    first = fleet(*order, out=out)
+    # A cluster of somebody else is not used unasked.
+    first = fleet(*order, out=out, environment={"RAY_ADDRESS": "127.0.0.1:9"})
     first.wait_for(lambda: first.rows(), "a first result")
+    listening = first.addresses()
+    assert listening and all(address.removeprefix("::ffff:") in ("127.0.0.1", "::1") for address in listening)
     # As a terminal does it: Ctrl-C reaches Ray's processes too.
     os.killpg(first.process.pid, signal.SIGINT)
     assert first.end() == 130
@@ -196,7 +211,9 @@ def test_a_fleet_that_is_interrupted_and_whose_workers_are_killed_loses_nothing(
     assert max(row["attempts"] for row in rows) >= 2
     pictures = [(out / row["pictures"][0]["file"]).read_bytes() for row in rows]
     assert len(list((out / "pictures").iterdir())) == len(PROMPTS)
-    assert pictures == one_machine(server.url, prompts, demo_checkpoint.name)
+    expected = one_machine(server.url, prompts, demo_checkpoint.name)
+    assert [pixels(picture) for picture in pictures] == [pixels(picture) for picture in expected]
+    assert len({pixels(picture) for picture in pictures}) == len(PROMPTS)
 
     with (out / "speedlab" / "results.csv").open(newline="") as file:
         written = [row["run_id"] for row in csv.DictReader(file)]

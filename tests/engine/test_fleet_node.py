@@ -1,0 +1,76 @@
+"""What a worker looks for on its own machine: a ComfyUI, a Python, the model files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from speedlab.fleet.messages import ModelFile, WorkerSpec
+from speedlab.fleet.node import find_host, show_models
+from speedlab.host import Host, HostError
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A machine with an empty cache and no ComfyUI named."""
+    monkeypatch.setenv("SPEEDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    return tmp_path
+
+
+def comfyui(folder: Path) -> Path:
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "main.py").touch()
+    return folder
+
+
+def spec_of(path: Path) -> WorkerSpec:
+    return WorkerSpec("w1", "f", comfyui=str(path), python=sys.executable, managed=True)
+
+
+def test_the_drivers_comfyui_is_taken_where_it_exists(elsewhere):
+    host = find_host(spec_of(comfyui(elsewhere / "driver")))
+    assert (host.comfyui, host.python, host.managed) == (elsewhere / "driver", Path(sys.executable), True)
+
+
+def test_the_machines_own_comfyui_is_next(elsewhere, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui(elsewhere / "own")))
+    host = find_host(spec_of(elsewhere / "driver"))
+    assert (host.comfyui, host.managed) == (elsewhere / "own", False)
+    monkeypatch.setenv("COMFYUI_PATH", str(elsewhere / "none"))
+    with pytest.raises(HostError, match="COMFYUI_PATH names"):
+        find_host(spec_of(elsewhere / "driver"))
+
+
+def test_a_machine_without_one_says_what_to_do(elsewhere):
+    with pytest.raises(HostError, match=r"run\.py setup") as caught:
+        find_host(spec_of(elsewhere / "driver"))
+    assert "COMFYUI_PATH" in str(caught.value) and str(elsewhere / "driver") in str(caught.value)
+    assert not (elsewhere / "cache").exists(), "nothing is installed"
+
+
+def test_a_model_is_the_drivers_or_one_of_that_size_here(elsewhere):
+    host = Host(comfyui(elsewhere / "own"), Path(sys.executable), False, "")
+    own = elsewhere / "own" / "models" / "checkpoints" / "a.safetensors"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"12345")
+    there = elsewhere / "shared" / "a.safetensors"
+    file = ModelFile("checkpoints", str(there), 5)
+    show_models([file], host, elsewhere / "base")
+    shown = elsewhere / "base" / "models" / "checkpoints" / "a.safetensors"
+    assert shown.resolve() == own
+    there.parent.mkdir()
+    there.write_bytes(b"54321")
+    show_models([file], host, elsewhere / "base")
+    assert shown.read_bytes() == b"54321", "the driver's own path comes first"
+
+
+def test_a_model_of_another_size_is_not_taken(elsewhere):
+    host = Host(comfyui(elsewhere / "own"), Path(sys.executable), True, "")
+    there = elsewhere / "a.safetensors"
+    there.write_bytes(b"1")
+    with pytest.raises(HostError, match=r"a\.safetensors of 5 bytes is not on this machine") as caught:
+        show_models([ModelFile("checkpoints", str(there), 5)], host, elsewhere / "base")
+    assert f"{there} (1 bytes)" in str(caught.value) and "not there" in str(caught.value)
