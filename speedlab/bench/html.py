@@ -6,8 +6,10 @@ Every text goes through Jinja's autoescape: plan names, prompts and errors come 
 from __future__ import annotations
 
 import base64
+import io
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from .results import Outcome
 from .scenario import SOURCES, Scenario
 from .small import MARK
 from .tables import HEADER, NOTHING, RAM_COLUMN, cells, seconds
+
+_LARGE = 100_000  # bytes
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MORE = ("min", "max", "std", "images/min", "PSNR", "SSIM", "status")
@@ -101,4 +105,14 @@ def _row(row: dict[str, str]) -> list[str]:
 
 
 def _inline(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """A picture inside the page; a large one as JPEG, because the PNG itself lies beside the page."""
+    data, kind = path.read_bytes(), "png"
+    if len(data) > _LARGE:
+        with suppress(ImportError, OSError):  # without Pillow, or where it cannot read the file, as it is
+            from PIL import Image
+
+            smaller = io.BytesIO()
+            with Image.open(path) as picture:
+                picture.convert("RGB").save(smaller, "JPEG", quality=85)
+            data, kind = smaller.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

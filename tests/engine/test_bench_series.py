@@ -245,6 +245,21 @@ def test_the_page_escapes_everything_and_needs_nothing_else(tmp_path):
     assert "3.72 s, 0.147 s a step, 7.4 GB (A100-PCIE-40GB)" in page
 
 
+def test_a_large_picture_is_in_the_page_as_jpeg(tmp_path):
+    import random
+
+    from PIL import Image
+
+    picture = tmp_path / "sheet.png"
+    Image.frombytes("RGB", (300, 300), random.Random(0).randbytes(300 * 300 * 3)).save(picture)
+    assert picture.stat().st_size > 200_000
+    scenario = find("txt2img-default")
+    page = html_page([scenario], [Outcome(scenario.id, pictures=[picture])], [])
+    assert "data:image/jpeg;base64," in page and len(page) < picture.stat().st_size
+    picture.write_bytes(b"\x89PNG" + bytes(200_000))
+    assert "data:image/png;base64," in html_page([scenario], [Outcome(scenario.id, pictures=[picture])], [])
+
+
 def test_all_is_every_scenario_once():
     assert [s.id for s in cmd_bench.chosen(["xy-grid", "all"])][:1] == ["xy-grid"]
     assert len(cmd_bench.chosen(["all", "xy-grid"])) == len(SCENARIOS)
