@@ -22,9 +22,9 @@ def programs(folder: Path, text: str) -> str:
 
 def test_a_refused_mount_is_told_in_the_systems_words(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", programs(tmp_path, "echo mount: only root can do that >&2; exit 1"))
-    with pytest.raises(NoSmallDiskError, match="cannot be mounted: mount: only root can do that"):
-        with small_disk(tmp_path / "disk", 4):
-            pytest.fail("nothing was mounted")
+    words = "cannot be mounted: mount: only root can do that"
+    with pytest.raises(NoSmallDiskError, match=words), small_disk(tmp_path / "disk", 4):
+        pytest.fail("nothing was mounted")
 
 
 def test_a_system_without_mount_is_told(tmp_path, monkeypatch):
