@@ -17,7 +17,8 @@ from ..bench.client import ComfyClient
 from ..bench.errors import BenchError, ExecutionFailed, PromptRejected, ServerGone
 from ..bench.graph import ApiGraph
 from .cancels import TIMEOUT_S
-from .soak_graphs import Kit, SoakPrompt, SoakPrompts
+from .soak_builder import Kit
+from .soak_prompts import SoakPrompt, SoakPrompts
 from .soak_watch import Growth, Measures, growths, read
 
 LEAST_PROMPTS = 20

@@ -9,7 +9,7 @@ from ..accelerate.backends import NAMES
 from ..bench.files import demo_checkpoint, demo_lora, demo_tiny_vae, demo_vae
 from .server import tortured_server
 from .soak import SoakTally, repeat, sample, soak
-from .soak_graphs import Kit
+from .soak_builder import Kit
 
 # The SDXL family's demo models take 4 GB on the disk and 8 GB of memory, and every backend of Compile Model up to a
 # minute for its first program: a short soak is not worth that.

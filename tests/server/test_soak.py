@@ -11,7 +11,8 @@ from speedlab.bench.errors import ExecutionFailed, PromptRejected
 from speedlab.torture import soak
 from speedlab.torture.cancels import bring_probe, node
 from speedlab.torture.results import SOAK_COLUMNS, soak_rows, write_soak
-from speedlab.torture.soak_graphs import Kit, SoakPrompts, without_a_place
+from speedlab.torture.soak_builder import Kit
+from speedlab.torture.soak_prompts import SoakPrompts, without_a_place
 from speedlab.torture.soak_run import demo_kit
 from speedlab.torture.soak_watch import BOUNDS, growths, read
 
