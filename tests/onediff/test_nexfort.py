@@ -28,18 +28,19 @@ def unmet(reason: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def python() -> Path:
+def python(request: pytest.FixtureRequest) -> Path:
     """The interpreter that has OneDiff and nexfort, set up once and kept."""
     reason = not_built_for()
     if reason:
         pytest.skip(reason)
     if not from_environment().managed:
         pytest.skip("runs against the managed ComfyUI, whose packages are known: call run.py with --managed")
-    environment = NexfortEnvironment(cache_root() / "onediff")
-    try:
-        environment.prepare()
-    except HostError as error:
-        unmet(str(error))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        environment = NexfortEnvironment(cache_root() / "onediff")
+        try:
+            environment.prepare()  # says what it fetches, for minutes
+        except HostError as error:
+            unmet(str(error))
     return environment.python
 
 
