@@ -101,11 +101,10 @@ class Child:
         """One run compiled, twice, against one that is not."""
         eager = self.sample(plain, size)
         self.messages.taken()
-        begun, graphs = time.monotonic(), [graph_count()]
+        begun = time.monotonic()
         first = self.sample(compiled, size)
         seconds = time.monotonic() - begun
         said = self.messages.taken()
-        graphs.append(graph_count())
         with forwards_of(self.network) as python:
             again = self.sample(compiled, size)
         with forwards_of(self.network) as of_eager:
@@ -115,7 +114,6 @@ class Child:
             "error": max(relative(first, eager), relative(again, eager)),
             "compiled": programs_in(said),
             "compiled_again": programs_in(self.messages.taken()),
-            "graphs": [graphs[1] - graphs[0], graph_count() - graphs[1]],
             "python_forwards": python[0],
             "python_forwards_eager": of_eager[0],
             "first_s": round(seconds, 1),
@@ -181,32 +179,6 @@ def programs_in(said: list[str]) -> int:
     return sum(text.startswith("SpeedLab: Compile: onediff_nexfort compiled the network") for text in said)
 
 
-def graph_count() -> int:
-    """Graphs that dynamo has compiled in this process."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["stats"]["unique_graphs"])
-
-
-def flags() -> list[Any]:
-    """What torch is set to, for the whole process."""
-    import torch
-
-    matmul = torch.backends.cuda.matmul
-    return [
-        torch.get_float32_matmul_precision(),
-        matmul.allow_tf32,
-        matmul.allow_fp16_reduced_precision_reduction,
-        matmul.allow_bf16_reduced_precision_reduction,
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.mkldnn.enabled,
-        torch._C._get_graph_executor_optimize(),
-        torch.is_grad_enabled(),
-        torch.get_num_threads(),
-    ]
-
-
 def message(action: Callable[[], Any]) -> str:
     try:
         action()
@@ -266,7 +238,6 @@ def main(pack: str, comfyui: str, base: str, checkpoint: str, lora: str, answer:
 
     with torch.inference_mode():  # as ComfyUI runs its nodes
         child = Child(comfy, checkpoint, lora)
-        flags_before = flags()
         imported_at_start = sorted({"onediff", "nexfort"} & sys.modules.keys())
         compiled = child.compile.attach_compile(child.model, child.config())
         imported_by_attach = sorted({"onediff", "nexfort"} & sys.modules.keys())
@@ -276,7 +247,6 @@ def main(pack: str, comfyui: str, base: str, checkpoint: str, lora: str, answer:
             "sizes": [child.compared(compiled, child.model, size) for size in SIZES],
             "lora": child.under_a_lora(compiled),
             "kept": child.kept(),
-            "flags": [flags_before, flags()],
             "cancelled": child.cancelled(compiled),
             "refused": child.refused(),
             "modes": modes(),

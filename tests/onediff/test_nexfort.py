@@ -74,7 +74,7 @@ def test_it_equals_eager_at_each_size_and_python_no_longer_runs_the_network(seen
     assert len({tuple(run["size"]) for run in seen["sizes"]}) == 2
     for run in seen["sizes"]:
         assert run["error"] < 1e-4, run
-        assert (run["compiled"], run["compiled_again"]) == (1, 0) and run["graphs"] == [1, 0], run
+        assert (run["compiled"], run["compiled_again"]) == (1, 0), run
         assert run["python_forwards"] == 0 and run["python_forwards_eager"] == 2, run
         assert run["left"] == [], run
 
@@ -87,12 +87,7 @@ def test_a_lora_acts_and_is_gone_again(seen: dict[str, Any]) -> None:
 
 
 def test_programs_that_nothing_needs_are_let_go(seen: dict[str, Any]) -> None:
-    assert seen["kept"] <= 2, "four were compiled; one is in use, and dynamo may hold on to the one before"
-
-
-def test_flags_of_the_process_stay(seen: dict[str, Any]) -> None:
-    before, after = seen["flags"]
-    assert before == after
+    assert seen["kept"] <= 2, "four were compiled: more than the last two live on"
 
 
 def test_a_cancel_leaves_the_network_as_it_was(seen: dict[str, Any]) -> None:
