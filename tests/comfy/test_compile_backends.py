@@ -125,10 +125,23 @@ def test_nexforts_modes_are_checked(engine: Any) -> None:
     for mode in engine("accelerate.backends").MODES:
         for device in ("cpu", "cuda"):
             assert "freezing" not in nexfort.nexfort_mode(mode, torch.device(device))
-    with pytest.raises(ValueError, match="no mode faster"):
+    with pytest.raises(ValueError, match="no mode 'faster'"):
         onediff.checked_mode("O2:faster")
     with pytest.raises(ValueError, match="later LoRA would have no effect"):
         onediff.checked_mode("max-optimize:freezing")
+
+
+def test_each_torch_tensorrt_is_told_the_types_in_its_own_words(engine: Any) -> None:
+    """torch-tensorrt does not run here; these are the parameters that its versions have."""
+
+    def first(program: Any, *, enabled_precisions: Any = ()) -> None: ...
+    def later(program: Any, *, enabled_precisions: Any = (), use_explicit_typing: bool = True) -> None: ...
+    def newest(program: Any, **settings: Any) -> None: ...
+
+    typing = engine("accelerate.backends.tensorrt")._typing
+    assert typing(first, {torch.float16}) == {"enabled_precisions": {torch.float16, torch.float32}}
+    assert typing(later, {torch.float16}) == {"use_explicit_typing": True}
+    assert typing(newest, {torch.float16}) == {}
 
 
 def test_a_backend_for_fixed_weights_refuses_a_lora(unet: Any, compiled: Any, engine: Any) -> None:

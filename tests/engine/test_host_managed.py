@@ -20,6 +20,7 @@ from speedlab.host import HostError, environment, packages, resolve
 from speedlab.host import resolve as resolve_function
 from speedlab.host.base import environment_python, require_writable
 from speedlab.host.managed import ManagedHost
+from speedlab.host.nexfort import NexfortEnvironment
 from speedlab.host.progress import Reporter
 from speedlab.host.spec import ManagedSpec
 
@@ -138,6 +139,28 @@ def site(made: Site, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copytree(made.root, root, symlinks=True)
     files = [shutil.copy2(path, tmp_path) for path in made.spec.requirements]
     return Site(root, dataclasses.replace(made.spec, requirements=tuple(Path(file) for file in files)))
+
+
+def test_onediffs_environment_is_set_up_by_the_same_stages(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull})
+    stream = io.StringIO()
+
+    def environment(*lines: str) -> NexfortEnvironment:
+        return NexfortEnvironment(tmp_path / "onediff", packages=lines, reporter=Reporter(stream))
+
+    with pytest.raises(HostError, match=r"sl-torch \(for OneDiff and nexfort\)"):
+        environment("sl-torch==1.0", "sl-vision").prepare()
+    use(monkeypatch, pip_settings(index))
+    environment("sl-torch==1.0", "sl-vision").prepare()
+    assert "[1/2] Python environment: ready" in stream.getvalue(), "it went on where it had ended"
+    use(monkeypatch, {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"})
+    said = stream.getvalue()
+    environment("sl-torch==1.0", "sl-vision").prepare()
+    assert stream.getvalue() == said
+    assert packages.installed(packages.site_packages(tmp_path / "onediff" / "venv"))["sl-torch"].version == "1.0"
+    assert environment("sl-torch==2.0").missing() == "OneDiff and nexfort: what it is made from has changed"
 
 
 def test_a_finished_set_up(made: Site) -> None:

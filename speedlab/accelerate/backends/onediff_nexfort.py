@@ -1,4 +1,7 @@
-"""onediff_nexfort: OneDiff with its compiler nexfort, which is built for one version of PyTorch (2.4.0)."""
+"""onediff_nexfort: OneDiff with its compiler nexfort, which is built for one version of PyTorch (2.4.0).
+
+Run with OneDiff 1.2.0 and nexfort 0.1.dev330 on a CPU, in mode `jit`; the modes for GPUs never ran.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,20 @@ _ON_GPU = {
     "max-autotune": "max-optimize:max-autotune:cudagraphs",
     "max-autotune-no-cudagraphs": "max-optimize:max-autotune",
 }
+# By itself nexfort puts the tanh approximation in the place of each GELU, 2e-4 beside eager in fp32.
+_EXACT = {"common.optimize_gelu": False}
 
 
 def available() -> tuple[bool, str]:
     """Whether both packages are installed."""
-    reason = missing("onediff", "nexfort")
-    return not reason, reason and f"{reason} (nexfort needs Python 3.8 to 3.11 and PyTorch 2.4.0)"
+    absent = missing("onediff", "nexfort")
+    if not absent:
+        return True, ""
+    return False, (
+        f"{' and '.join(absent)} not installed: nexfort runs with PyTorch 2.4.0 alone, on Linux and Python 3.8 to "
+        "3.11. Make a Python environment of its own for such a ComfyUI and run pip install torch==2.4.0 "
+        "onediff==1.2.0 nexfort==0.1.dev330 there; in another one pip would replace its PyTorch"
+    )
 
 
 def nexfort_mode(mode: str, device: torch.device | None = None) -> str:
@@ -39,9 +50,11 @@ def nexfort_mode(mode: str, device: torch.device | None = None) -> str:
 
 
 def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
-    """`target(*tensors)` compiled by nexfort."""
+    """`target(*tensors)` compiled by nexfort for the shapes of `options.example`."""
     device = options.example[0].device
-    settings: dict[str, Any] = {"mode": nexfort_mode(options.mode, device)}
-    if options.dynamic is not None and device.type != "cpu":
-        settings["dynamic"] = options.dynamic
-    return compiled(target, "nexfort", settings)
+    settings: dict[str, Any] = {
+        "mode": nexfort_mode(options.mode, device),
+        "dynamic": False,  # its traces do not know open sizes, and a second size would be compiled with some
+        "options": dict(_EXACT),
+    }
+    return compiled(target, "nexfort", settings, options.example)

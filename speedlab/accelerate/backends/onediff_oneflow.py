@@ -20,13 +20,16 @@ REMEDY = "Choose inductor, or take the node out."
 
 def available() -> tuple[bool, str]:
     """Whether both packages are installed and there is a GPU for them."""
-    reason = missing("onediff", "oneflow")
-    if reason:
-        return False, f"{reason} (OneFlow's builds for GPUs are not on PyPI; see OneDiff's installation page)"
+    absent = missing("onediff", "oneflow")
+    if absent:
+        return False, (
+            f"{' and '.join(absent)} not installed: install them as OneDiff's installation page says (OneFlow's builds "
+            "for GPUs are not on PyPI)"
+        )
     device = compute_device().type
     return device == "cuda", "" if device == "cuda" else f"OneFlow needs an NVIDIA GPU, and ComfyUI runs on {device}"
 
 
 def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
     """`target(*tensors)` compiled by OneFlow."""
-    return compiled(target, "oneflow", None)
+    return compiled(target, "oneflow", None, options.example)

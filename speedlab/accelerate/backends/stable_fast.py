@@ -39,6 +39,7 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
     config.enable_cuda_graph = options.mode == "reduce-overhead"
     config.memory_format = None  # it would re-lay the shared weights; the Precision node does that for a run
     module = compile_unet(target, config)  # changes `target` alone, which wraps the shared network
+    module(*options.example)  # it traces at the first call: what cannot be traced fails here, as compiling does
     if config.enable_cuda_graph:
         return lambda *inputs: module(*inputs).clone()
     return lambda *inputs: module(*inputs)

@@ -6,6 +6,7 @@ The weights are part of the engine: a LoRA is refused, and so are ControlNet and
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,19 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
 
     exported = torch.export.export(target.eval(), options.example, strict=False)
     inputs = [torch_tensorrt.Input(tuple(t.shape), dtype=t.dtype) for t in options.example]
-    types = {tensor.dtype for tensor in options.example} | {torch.float32}
-    settings: dict[str, Any] = {"inputs": inputs, "enabled_precisions": types, "truncate_double": True}
-    return torch_tensorrt.dynamo.compile(exported, **settings)
+    types = {tensor.dtype for tensor in options.example}
+    build = torch_tensorrt.dynamo.compile
+    return build(exported, inputs=inputs, truncate_double=True, **_typing(build, types))
+
+
+def _typing(build: Callable[..., Any], types: set[torch.dtype]) -> dict[str, Any]:
+    """How this torch-tensorrt is told to compute in the network's own types.
+
+    Where it has `use_explicit_typing` it refuses a list of types beside it; the newest has neither and does so anyway.
+    """
+    known = inspect.signature(build).parameters
+    if "use_explicit_typing" in known:
+        return {"use_explicit_typing": True}
+    if "enabled_precisions" in known:
+        return {"enabled_precisions": types | {torch.float32}}
+    return {}

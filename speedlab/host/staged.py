@@ -1,0 +1,125 @@
+"""A virtual environment in the cache folder, made and mended stage by stage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import packages
+from .base import CACHE_VARIABLE, HostError, environment_python, require_writable
+from .environment import environment_fault, identity, make_environment
+from .lock import SetupLock
+from .pip import Pip
+from .progress import Reporter
+from .stages import Facts, Stage, first_reason, run_stages, write_whole
+
+
+class StagedEnvironment:
+    """An environment under `root` with a lock, stamps and logs of its own. What it is made of, `stages` says."""
+
+    def __init__(self, root: Path, reporter: Reporter | None = None) -> None:
+        self.root = root
+        self.reporter = Reporter() if reporter is None else reporter
+        self.environment = root / "venv"
+        self.python = environment_python(self.environment)
+        self.logs = root / "logs"
+        self.stamps = root / "stamps"
+        self._inherit: tuple[int, ...] = ()
+        self._present: Mapping[str, packages.Package] | None = None
+
+    def stages(self) -> list[Stage]:
+        raise NotImplementedError
+
+    def announcement(self) -> str:
+        """What is said before a set-up begins."""
+        raise NotImplementedError
+
+    def space(self) -> tuple[str, float]:
+        """The stage that takes the most space, and the GB that all of them take."""
+        raise NotImplementedError
+
+    def missing(self) -> str:
+        """Why it is not ready, "" where it is. Changes nothing."""
+        self._present = None
+        return first_reason(self.stages(), self.stamps)
+
+    def prepare(self) -> None:
+        """Set up what is missing. Raises HostError with what to do; a later call goes on where this one ended."""
+        if not self.missing():
+            return
+        require_writable(self.root)
+        with SetupLock(self.root / "setup.lock", on_wait=self.reporter.line) as lock:
+            self._inherit = lock.inherit
+            if self.missing():
+                self._announce()
+                try:
+                    run_stages(self.stages(), self.stamps, self.reporter)
+                except OSError as error:
+                    raise HostError(
+                        f"The set-up in {self.root} failed: {error}. Free or repair that folder, or set "
+                        f"{CACHE_VARIABLE} to another one, then run the same command again."
+                    ) from error
+
+    def environment_stage(self) -> Stage:
+        return Stage("environment", "Python environment", identity, self._make_environment, self._environment_fault)
+
+    def _announce(self) -> None:
+        self.reporter.line(self.announcement())
+        largest, needed_gb = self.space()
+        free_gb = shutil.disk_usage(self.root).free / 1e9
+        if not self.stamps.joinpath(f"{largest}.json").is_file() and free_gb < needed_gb:
+            self.reporter.line(
+                f"Warning: {free_gb:.1f} GB are free there and the set-up takes about {needed_gb:.0f} GB."
+            )
+
+    def _environment_fault(self, _facts: Facts) -> str:
+        return environment_fault(self.environment)
+
+    def _make_environment(self, label: str) -> Facts:
+        self._present = None
+        make_environment(self.environment, self.logs / "environment.log", self.reporter, label, self._inherit)
+        return {}
+
+    def _install(
+        self,
+        name: str,
+        lines: Sequence[str],
+        label: str,
+        what: str,
+        pins: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+    ) -> Facts:
+        """Install requirement lines; `pins` are versions, by name, that pip must not move."""
+        folder = packages.site_packages(self.environment)
+        for broken in packages.remove_broken(folder):
+            self.reporter.line(f"{label}: installing anew {broken}")
+        wanted = self.logs / f"{name}.txt"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        write_whole(wanted, "\n".join(lines) + "\n")
+        arguments = ["install", *options, "-r", str(wanted)]
+        if pins is not None:
+            constraints = self.logs / "constraints.txt"
+            write_whole(constraints, "\n".join(f"{name}=={version}" for name, version in pins.items()) + "\n")
+            arguments += ["-c", str(constraints)]
+        self._present = None
+        Pip(self.python, self.logs, self.reporter, self._inherit).run(arguments, name=name, label=label, what=what)
+        roots = [packages.requirement_name(line) for line in lines]
+        return {"packages": list(packages.closure(roots, self._installed()))}
+
+    def _installed(self) -> Mapping[str, packages.Package]:
+        if self._present is None:
+            self._present = packages.installed(packages.site_packages(self.environment))
+        return self._present
+
+    def _packages_fault(self, facts: Facts) -> str:
+        present = self._installed()
+        for name in facts["packages"]:
+            if name not in present:
+                return f"{name} is not installed"
+            if present[name].fault:
+                return f"{name} is damaged: {present[name].fault}"
+        for name, version in facts.get("versions", {}).items():
+            if present[name].version != version:
+                return f"{name} is {present[name].version} instead of {version}"
+        return ""
