@@ -83,8 +83,8 @@ def test_half_a_row_left_by_a_crash_spoils_no_later_row(make_record, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(make_record, tmp_path):
     (tmp_path / "speedlab").write_text("a file where the folder should be")
-    store = stores.RunStore(tmp_path)
-    for act in (store.check_writable, lambda: store.write(make_record()), lambda: store.append_csv(make_record())):
+    store, record = stores.RunStore(tmp_path), make_record(run_id=stores.new_run_id())
+    for act in (store.check_writable, lambda: store.write(record), lambda: store.append_csv(record)):
         with pytest.raises(ResultsError, match=r"cannot write to .*speedlab"):
             act()
 

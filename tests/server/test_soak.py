@@ -34,7 +34,7 @@ class Leak:
     def leak(self, error):
         if error:
             return {}["a key of ours"]
-        kept.append((torch.nn.Linear(8000, 8000), [open(__file__) for _ in range(5)], [object() for _ in range(50000)]))
+        kept.append((torch.nn.Linear(8000, 8000), [open(__file__) for _ in range(5)], [[] for _ in range(50000)]))
         for _ in range(5):
             threading.Thread(target=time.sleep, args=(600,), daemon=True, name="left behind").start()
         torch.set_num_threads(torch.get_num_threads())
