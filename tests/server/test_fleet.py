@@ -246,7 +246,7 @@ def test_a_fleet_that_is_interrupted_and_whose_workers_are_killed_loses_nothing(
     prompts.write_text("\n".join([*PROMPTS[:3], "a fish", *PROMPTS[4:]]))
     changed = fleet(*order, out=out)
     assert changed.end() == 1
-    assert "5 are the same, the first that differs is number 4" in changed.text
+    assert f"{len(PROMPTS) - 1} are the same, the first that differs is number 4" in changed.text
 
 
 def test_cells_are_spread_over_a_cluster_that_runs(fleet, tmp_path):
