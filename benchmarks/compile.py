@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import inprocess
-from accelerate import Job, Series, write
 from accelerate_jobs import Bench, Plan, prepare
+from in_turn import Job, Series, write
 
 EAGER, CORE = "eager SDPA", "TorchCompileModel"
 FP32 = {

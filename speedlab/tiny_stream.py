@@ -30,11 +30,29 @@ def decode_rows(decoder: Any, latents: Any, rows: int, before_band: Callable[[],
     height = latents.shape[2]
     for top in range(0, height, rows):
         before_band()
-        band, is_last = latents[:, :, top : top + rows], top + rows >= height
-        for layer in layers:
-            band = layer(band, is_last)
-        if band.shape[2]:
-            yield band
+        yield from _through(layers, latents[:, :, top : top + rows], top + rows >= height, rows, before_band)
+
+
+def _through(layers: list[Any], band: Any, is_last: bool, limit: int, before_band: Callable[[], None]) -> Iterator[Any]:
+    """Yield what `layers` give for a band, of which each takes at most `limit` rows of the first one's size at once.
+
+    With the last band every layer lets go of what it held back, which adds up to far more rows than a band has.
+    """
+    for place, layer in enumerate(layers):
+        if band.shape[2] == 0 and not is_last:
+            return
+        if band.shape[2] > limit:
+            pieces = band.tensor_split(-(-band.shape[2] // limit), dim=2)
+            del band
+            for number, piece in enumerate(pieces, start=1):
+                before_band()
+                yield from _through(layers[place:], piece, is_last and number == len(pieces), limit, before_band)
+            return
+        band = layer(band, is_last)
+        if layer is _doubled:
+            limit *= 2
+    if band.shape[2]:
+        yield band
 
 
 def can_stream(decoder: Any) -> bool:
@@ -49,11 +67,6 @@ def can_stream(decoder: Any) -> bool:
     except UnknownLayerError:
         return False
     return True
-
-
-def bands(height: int, rows: int) -> int:
-    """How many bands of `rows` rows a latent of that height takes."""
-    return -(-height // rows)
 
 
 def _stream(layer: Any) -> Any:

@@ -28,7 +28,7 @@ from .decoding import (
 from .errors import ModelFileError, SpeedLabError, first_line
 from .finite import is_finite
 from .loading import readable, refuse_unsafe
-from .tiny_stream import VALUES_PER_PIXEL, bands, can_stream, decode_rows
+from .tiny_stream import VALUES_PER_PIXEL, can_stream, decode_rows
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _UPSCALE = 8
 # what fills a graphics card.
 _BAND_ON_CPU, _BAND_ELSEWHERE = 256, 1024
 _SMALLEST_BAND = 64
-_ROWS_AT_LEAST = 4
+_ROWS_AT_LEAST = 2
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _decode_slices(vae: Any, samples: Any, config: TinyDecodeConfig) -> Any:
     least = 1 if config.tile_size else _ROWS_AT_LEAST
     rows = min(max(side * side // (width * _UPSCALE) // _UPSCALE, least), height)
     _load_for(vae, (min(at_once, count), samples.shape[1], rows, width))
-    progress = progress_bar(-(-count // at_once) * bands(height, rows))
+    progress = progress_bar(-(-count // at_once) * height * _UPSCALE)
     images = torch.empty((count, 3, height * _UPSCALE, width * _UPSCALE), device=vae.output_device)
     for start in range(0, count, at_once):
         _decode_bands(vae, samples[start : start + at_once], rows, progress, images[start : start + at_once])
@@ -298,18 +298,16 @@ def _decode_bands(vae: Any, part: Any, rows: int, progress: Any, images: Any) ->
     """Fill `images` [b, 3, H, W] from top to bottom; stops within one band when cancelled."""
     import comfy.model_management as mm
 
-    def before_band() -> None:
-        mm.throw_exception_if_processing_interrupted()
-        progress.update(1)
-
     model = vae.first_stage_model
     latents = (part.to(vae.vae_dtype).to(vae.device) - model.vae_shift) * model.vae_scale
     top = 0
-    for band in decode_rows(model.taesd_decoder, _fast_layout(latents), rows, before_band):
+    stop = mm.throw_exception_if_processing_interrupted
+    for band in decode_rows(model.taesd_decoder, _fast_layout(latents), rows, stop):
         # The decoder's pixels are 0..1; core's wrapper spreads them to -1..1 and its VAE brings them back.
         pixels = band.to(device=images.device, dtype=images.dtype).clamp_(0.0, 1.0)
         images[:, :, top : top + pixels.shape[2]] = pixels
         top += pixels.shape[2]
+        progress.update(pixels.shape[2])
 
 
 def _fast_layout(latents: Any) -> Any:

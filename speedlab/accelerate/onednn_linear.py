@@ -109,7 +109,7 @@ def _forward_of(part: Any) -> Callable[..., Any]:
     plain = part.forward
 
     def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_traced() or args or kwargs or _casts(part) or not _suits(x, part.weight, part.bias):
+        if is_traced() or args or kwargs or _casts(part) or not suits(x, part.weight, part.bias):
             return plain(x, *args, **kwargs)
         return linear(x, part.weight, part.bias)
 
@@ -125,7 +125,8 @@ def _casts(part: Any) -> bool:
     )
 
 
-def _suits(x: Any, weight: Any, bias: Any = None) -> bool:
+def suits(x: Any, weight: Any, bias: Any = None) -> bool:
+    """Whether oneDNN computes these as PyTorch would: fp32 on the CPU, weights in rows, sizes that fit, no gradient."""
     return (
         not torch.is_autocast_enabled("cpu")
         and type(x) is torch.Tensor

@@ -254,7 +254,7 @@ def test_bands_of_any_height_give_the_whole_decoder(engine, taesd, rows):
 
 
 def test_bands_hold_a_bands_memory_whatever_the_height(engine, taesd):
-    """Largest tensor that any layer sees, counted: the same for a picture four times as high."""
+    """Largest tensor that any layer gives, counted: a band's, also when the last one brings what was held back."""
     stream = engine("tiny_stream")
     decoder = taesd.first_stage_model.taesd_decoder
 
@@ -269,7 +269,8 @@ def test_bands_hold_a_bands_memory_whatever_the_height(engine, taesd):
                 hook.remove()
         return max(seen)
 
-    assert largest(96) == largest(24)
+    kept_rows, channels, width = 2, 64, 4 * 8
+    assert largest(96) == largest(24) <= channels * width * (4 * 8 + kept_rows)
 
 
 def test_a_tiny_decoder_out_of_memory_takes_smaller_bands(engine, node, taesd_files, model_files, caplog):

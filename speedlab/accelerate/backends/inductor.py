@@ -10,6 +10,7 @@ import torch
 
 from ...core import compute_device
 from ...errors import first_line
+from ..onednn_graph import use_onednn
 from . import MODES, CompileOptions
 from .dynamo import shared_function, switched_off
 
@@ -57,5 +58,6 @@ def uses_cuda_graphs(options: CompileOptions) -> bool:
 def _compile_graph(options: CompileOptions, graph: Any, inputs: list[Any]) -> Callable[..., Any]:
     import torch._inductor
 
+    use_onednn(graph)
     settings = dict(torch._inductor.list_mode_options(options.mode, options.dynamic))
     return torch._inductor.compile(graph, inputs, options=settings)
