@@ -42,7 +42,7 @@ def _through(layers: list[Any], band: Any, is_last: bool, limit: int, before_ban
         if band.shape[2] == 0 and not is_last:
             return
         if band.shape[2] > limit:
-            pieces = band.tensor_split(-(-band.shape[2] // limit), dim=2)
+            pieces = band.split(limit, dim=2)
             del band
             for number, piece in enumerate(pieces, start=1):
                 before_band()

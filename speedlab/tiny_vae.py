@@ -8,6 +8,7 @@ memory does not grow with the picture and there are no seams to hide.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ _UPSCALE = 8
 # What a band holds where nobody names a size, in pixels to each side of a square: what a processor's cache takes, and
 # what fills a graphics card.
 _BAND_ON_CPU, _BAND_ELSEWHERE = 256, 1024
+_BANDS_ON_CPU = 5
 _SMALLEST_BAND = 64
 _ROWS_AT_LEAST = 2
 
@@ -248,8 +250,13 @@ def _smaller(config: TinyDecodeConfig, samples: Any, device: Any) -> TinyDecodeC
 
 def _band_side(tile_size: int, samples: Any, device: Any) -> int:
     """Side of the square that has as many pixels as a band, never more than the picture's longer side."""
-    side = tile_size or (_BAND_ON_CPU if device.type == "cpu" else _BAND_ELSEWHERE)
-    return int(min(side, max(samples.shape[-2:]) * _UPSCALE))
+    height, width = (pixels * _UPSCALE for pixels in samples.shape[-2:])
+    if device.type == "cpu":
+        # Small pictures in several bands too, so that each takes far less memory than in one piece.
+        side = min(max(math.isqrt(height * width // _BANDS_ON_CPU), _BAND_ON_CPU // 2), _BAND_ON_CPU)
+    else:
+        side = _BAND_ELSEWHERE
+    return int(min(tile_size or side, max(height, width)))
 
 
 def _decode_slices(vae: Any, samples: Any, config: TinyDecodeConfig) -> Any:
