@@ -3,7 +3,7 @@
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/compile.py
 
 Each run is one row of `..._compile-runs.csv`, written when it ends; a series that was cut off goes on where it stopped.
-Round 0 of a job is cold: it holds the compiling. `..._compile.csv` holds the figures: warm speed-up over eager, what a
+Round 0 of a job is cold: it holds the compiling, for what earlier series left on the disk is deleted first. `..._compile.csv` holds the figures: warm speed-up over eager, what a
 first run costs over a warm one, the largest difference to eager, and graphs over a tour of LoRAs and sizes. Weights are
 random: times are real.
 """
@@ -11,6 +11,9 @@ random: times are real.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,6 +154,9 @@ def main() -> None:
     options.add_argument("--only", choices=("fp32", "bf16", "vae", "tour"), help="one part")
     args = options.parse_args()
     pack = inprocess.start(args.base)
+    # Core's compiled code and ours are kept in the same place, which is new.
+    kept = tempfile.TemporaryDirectory(prefix="speedlab-compile-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = kept.name
     import torch
 
     from speedlab.profiling.environment import device_name
@@ -164,6 +170,8 @@ def main() -> None:
         return args.results / inprocess.result_name(what, device, torch.__version__, time.strftime("%Y-%m-%d"))
 
     series = Series(result("compile-runs"), facts, args.minutes)
+    if not series.rows:
+        shutil.rmtree(args.base / "user" / "speedlab" / "compiled", ignore_errors=True)
     extra: list[tuple] = []
     with torch.inference_mode():
         bench = CompileBench(pack, args.base)
