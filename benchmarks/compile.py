@@ -3,9 +3,9 @@
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/compile.py
 
 Each run is one row of `..._compile-runs.csv`, written when it ends; a series that was cut off goes on where it stopped.
-Round 0 of a job is cold: it holds the compiling, for what earlier series left on the disk is deleted first. `..._compile.csv` holds the figures: warm speed-up over eager, what a
-first run costs over a warm one, the largest difference to eager, and graphs over a tour of LoRAs and sizes. Weights are
-random: times are real.
+Round 0 of a job is cold: it holds the compiling, for what earlier series left on the disk is deleted first.
+`..._compile.csv` holds the figures: warm speed-up over eager, what a first run costs over a warm one, the largest
+difference to eager, and graphs over a tour of LoRAs and sizes. Weights are random: times are real.
 """
 
 from __future__ import annotations
