@@ -60,4 +60,18 @@ def _compile_graph(options: CompileOptions, graph: Any, inputs: list[Any]) -> Ca
 
     use_onednn(graph)
     settings = dict(torch._inductor.list_mode_options(options.mode, options.dynamic))
+    if _copies_weights(options, inputs):
+        settings["layout_optimization"] = False
     return torch._inductor.compile(graph, inputs, options=settings)
+
+
+def _copies_weights(options: CompileOptions, inputs: list[Any]) -> bool:
+    """Whether inductor would copy weights of convolutions to another layout in every call.
+
+    On a CPU it computes convolutions channels-last. Frozen weights are converted once, live ones each time, which takes
+    longer than the convolution gains.
+    """
+    import torch._inductor.config
+
+    on_cpu = any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in inputs)
+    return on_cpu and not options.freeze and hasattr(torch._inductor.config, "layout_optimization")
