@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,25 +40,49 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
 
 
 def _with_live_weights(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
-    slots = dict(_slots(target))
-    names = [name for name, _ in (*target.named_parameters(), *target.named_buffers())]
+    slots = _ordered_slots(target)
 
     def call(weights: tuple[torch.Tensor, ...], *inputs: torch.Tensor) -> torch.Tensor:
-        with _in_place([slots[name] for name in names], weights):
+        with _in_place(slots, weights):
             return target(*inputs)
 
     def weights() -> tuple[torch.Tensor, ...]:
-        return tuple(_read(slots[name]) for name in names)
+        return tuple(_read(slot) for slot in slots)
 
-    traced = torch.jit.trace(call, (weights(), *options.example), check_trace=False, strict=False)
-    # PyTorch notes on a trace what it was made of, for a compiler to inline, and so would keep the network alive.
-    vars(traced).pop("_torchdynamo_inline", None)
+    traced = _trace(call, (weights(), *options.example))
     return lambda *inputs: traced(weights(), *inputs)
 
 
 def _frozen(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
-    traced = torch.jit.trace(target.eval(), options.example, check_trace=False, strict=False)
-    return torch.jit.freeze(traced.eval())
+    """A trace with today's weights as constants, which PyTorch computes with in advance.
+
+    `torch.jit.freeze` would do the same for a module, and keep its constants until the process ends: the code of a
+    module is never let go. A function made of a graph owns what is in it.
+    """
+    slots = _ordered_slots(target)
+    weights = [_read(slot).detach() for slot in slots]
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        with _in_place(slots, tensors[: len(slots)]):
+            return target(*tensors[len(slots) :])
+
+    graph: Any = _trace(call, (*weights, *options.example)).graph.copy()
+    first = next(iter(graph.nodes()))
+    graph.setInsertPoint(first)
+    for value, weight in zip(list(graph.inputs()), weights, strict=False):
+        value.replaceAllUsesWith(graph.insertConstant(weight))
+    for number in reversed(range(len(weights))):
+        graph.eraseInput(number)
+    torch._C._jit_pass_optimize_frozen_graph(graph, True)
+    program: Callable[..., Any] = torch._C._create_function_from_graph("frozen", graph)
+    return program
+
+
+def _trace(call: Callable[..., Any], example: tuple[Any, ...]) -> Any:
+    traced = torch.jit.trace(call, example, check_trace=False, strict=False)
+    # PyTorch notes on a trace what it was made of, for a compiler to inline, and so would keep the network alive.
+    vars(traced).pop("_torchdynamo_inline", None)
+    return traced
 
 
 Slot = tuple["weakref.ref[torch.nn.Module]", str]
@@ -73,6 +97,12 @@ def _slots(target: torch.nn.Module) -> list[tuple[str, Slot]]:
     return found
 
 
+def _ordered_slots(target: torch.nn.Module) -> list[Slot]:
+    """The places of all weights, parameters first."""
+    slots = dict(_slots(target))
+    return [slots[name] for name, _ in (*target.named_parameters(), *target.named_buffers())]
+
+
 def _read(slot: Slot) -> torch.Tensor:
     module = slot[0]()
     assert module is not None
@@ -80,7 +110,7 @@ def _read(slot: Slot) -> torch.Tensor:
 
 
 @contextmanager
-def _in_place(slots: list[Slot], values: tuple[torch.Tensor, ...]) -> Iterator[None]:
+def _in_place(slots: list[Slot], values: Sequence[torch.Tensor]) -> Iterator[None]:
     """Other tensors where the modules look for their weights, while a trace is made (torch.func refuses traces)."""
     places = [_place(slot) for slot in slots]
     before = [place[name] for place, name in places]
