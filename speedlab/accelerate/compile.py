@@ -80,9 +80,9 @@ def known_loss(config: CompileConfig, device: torch.device) -> str:
     """A warning where another choice was far faster when it was measured; "" otherwise."""
     if device.type == "cpu" and config.backend == "inductor" and not config.freeze_weights:
         return (
-            "plain inductor gains little on a CPU and can be slower than no compiling (1.2 times the speed when measured "
-            "on SD 1.5 in fp32, about the same in bf16). freeze_weights (1.9 times) or the backends onnxruntime (2.1 times) "
-            "and openvino (2.4 times) are faster there."
+            "plain inductor gains little on a CPU and can be slower than no compiling (1.2 times the speed when "
+            "measured on SD 1.5 in fp32, about the same in bf16). freeze_weights (1.9 times) or the backends "
+            "onnxruntime (2.1 times) and openvino (2.4 times) are faster there."
         )
     return ""
 
