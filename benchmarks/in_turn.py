@@ -103,7 +103,8 @@ def write(path: Path, rows: Iterator[tuple] | list[tuple], facts: dict[str, str]
             if measured is None:
                 continue
             row = {
-                "figure": figure, "measured": f"{measured:.4f}", "limit": "" if limit is None else f"{limit:.4f}",
+                "figure": figure, "measured": f"{measured:.4f}" if measured >= 0.001 else f"{measured:.1e}",
+                "limit": "" if limit is None else f"{limit:.4f}",
                 "share_of_limit": "" if limit is None else f"{measured / limit:.3f}",
                 "target": "" if target is None else f"{target:.3f}",
                 "reached": "" if target is None else ("yes" if measured >= target else "no"), **facts, "date": date,

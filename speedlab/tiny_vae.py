@@ -41,6 +41,7 @@ _UPSCALE = 8
 # What a band holds where nobody names a size, in pixels to each side of a square: what a processor's cache takes, and
 # what fills a graphics card.
 _BAND_ON_CPU, _BAND_ELSEWHERE = 256, 1024
+# A small picture has this many bands on a processor.
 _BANDS_ON_CPU = 5
 _SMALLEST_BAND = 64
 _ROWS_AT_LEAST = 2

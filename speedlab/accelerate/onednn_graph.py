@@ -20,7 +20,8 @@ _kept: list[torch.library.Library] = []
 def use_onednn(graph: torch.fx.GraphModule) -> int:
     """Let oneDNN compute the fp32 linear layers of a Dynamo graph on the CPU where it is faster; returns how many."""
     found = [node for node in graph.graph.nodes if _is_linear(node)]
-    if not found or not is_faster_here():
+    # The operator has no gradient.
+    if not found or torch.is_grad_enabled() or not is_faster_here():
         return 0
     operator = _operator()
     for node in found:

@@ -93,6 +93,15 @@ def test_what_is_not_fp32_or_not_faster_stays(faster):
     assert counts == [0, 0, 0]
 
 
+def test_a_graph_that_needs_gradients_keeps_pytorchs_layers(faster):
+    faster(True)
+    counts: list[int] = []
+    x = torch.randn(2, 40, 32, requires_grad=True)
+    compiled(Network(), counts)(x).sum().backward()
+    assert counts == [0]
+    assert x.grad is not None
+
+
 @torch.inference_mode()
 def test_weights_that_change_are_seen(faster):
     faster(True)
