@@ -28,7 +28,7 @@ Link = list[Any]
 @dataclass(frozen=True)
 class Kit:
     """What the prompts may use: model files by their names on the server (`refiner` belongs to `sdxl`; "" where there
-    is none), and backends of Compile Model, of which many take a minute for their first program."""
+    is none), tiny decoders, and backends of Compile Model, of which many take a minute for their first program."""
 
     sd15: str
     loras: Sequence[str] = ()
@@ -36,6 +36,7 @@ class Kit:
     sdxl: str = ""
     refiner: str = ""
     backends: Sequence[str] = ("jit_trace",)
+    tiny: Sequence[str] = ()
 
 
 def chained(info: Mapping[str, Any]) -> list[str]:
@@ -86,7 +87,8 @@ class GraphBuilder:
                  cfg=5.0, sampler_name="euler", scheduler="normal", seed="1", warmup=0, repeats=1, plan="")  # fmt: skip
 
     def build_first(self, backend: str, measured: bool) -> None:
-        """The model compiled by that backend; `measured`: traced, drawn and benchmarked too."""
+        """The model compiled by that backend; `measured`: traced, drawn and benchmarked too, and what a process loads
+        once and keeps."""
         loaded = self.add("SpeedLabCheckpointLoader", **self.loader)
         compiled = self.add("SpeedLabCompileModel", model=[loaded, 0], backend=backend, scope="auto", mode="default",
                             dynamic="auto", on_failure="error", freeze_weights=False)  # fmt: skip
@@ -99,6 +101,13 @@ class GraphBuilder:
         report = self.add("SpeedLabProfileReport", profile=[sampled, 1])
         self.add("PreviewImage", images=[report, 2])
         self.benchmark([loaded, 0], [loaded, 1], [loaded, 2])
+        for decoder in self.kit.tiny:
+            images = self.add("SpeedLabTinyVAEDecode", samples=[latent, 0], decoder=decoder, slice_size=0, tile_size=0)
+            self.add("SpeedLabTortureDigest", samples=[latent, 0], images=[images, 0])
+        # It takes gradients, for which PyTorch starts threads.
+        deis = self.add("KSampler", model=[loaded, 0], **{**_PLAIN, "sampler_name": "deis"}, **texts,
+                        latent_image=[latent, 0])  # fmt: skip
+        self.add("SpeedLabTortureDigest", samples=[deis, 0])
 
     def build_stock(self, settings: Mapping[str, Any]) -> None:
         """Core's sampler alone."""

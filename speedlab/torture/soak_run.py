@@ -37,6 +37,7 @@ def demo_kit(large: bool) -> tuple[Kit, Mapping[str, Sequence[Path]]]:
         sd15.name,
         loras=[path.name for path in loras],
         vaes=[vae.name, "taesd"],
+        tiny=["taesd", *(["taesdxl"] if large else [])],
         sdxl=sdxl[0].name if large else "",
         refiner=sdxl[1].name if large else "",
         **({"backends": NAMES} if large else {}),

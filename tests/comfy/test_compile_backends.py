@@ -172,6 +172,19 @@ def test_a_trace_does_not_keep_the_network(unet: Any, engine: Any, freeze: bool)
     assert gone() is None
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_trace_goes_with_the_program(engine: Any, freeze: bool) -> None:
+    """What torch.jit.trace makes stays among the functions of the process: 26 MB for each trace of a small UNet."""
+    options = engine("accelerate.backends").CompileOptions(freeze=freeze, example=(torch.ones(1, 3),))
+    known = torch.jit._state._python_cu.get_functions
+    before = len(known())
+    with torch.no_grad():
+        engine("accelerate.backends.jit_trace").compile(torch.nn.Linear(3, 3), options)
+    assert len(known()) == before
+    torch.jit.trace(torch.neg, torch.ones(1))
+    assert len(known()) > before
+
+
 def test_frozen_weights_go_with_the_program(engine: Any) -> None:
     """torch.jit.freeze would keep them until the process ends: 200 MB after these six."""
     options = engine("accelerate.backends").CompileOptions(freeze=True, example=(torch.ones(1, 3000),))

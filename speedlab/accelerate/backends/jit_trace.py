@@ -42,47 +42,51 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
 def _with_live_weights(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
     slots = _ordered_slots(target)
 
-    def call(weights: tuple[torch.Tensor, ...], *inputs: torch.Tensor) -> torch.Tensor:
-        with _in_place(slots, weights):
-            return target(*inputs)
+    def weights() -> list[torch.Tensor]:
+        return [_read(slot) for slot in slots]
 
-    def weights() -> tuple[torch.Tensor, ...]:
-        return tuple(_read(slot) for slot in slots)
-
-    traced = _trace(call, (weights(), *options.example))
-    return lambda *inputs: traced(weights(), *inputs)
+    program = _program(_graph(target, slots, weights(), options.example))
+    return lambda *inputs: program(*weights(), *inputs)
 
 
 def _frozen(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
     """A trace with today's weights as constants, which PyTorch computes with in advance.
 
     `torch.jit.freeze` would do the same for a module, and keep its constants until the process ends: the code of a
-    module is never let go. A function made of a graph owns what is in it.
+    module is never let go.
     """
     slots = _ordered_slots(target)
     weights = [_read(slot).detach() for slot in slots]
-
-    def call(*tensors: torch.Tensor) -> torch.Tensor:
-        with _in_place(slots, tensors[: len(slots)]):
-            return target(*tensors[len(slots) :])
-
-    graph: Any = _trace(call, (*weights, *options.example)).graph.copy()
-    first = next(iter(graph.nodes()))
-    graph.setInsertPoint(first)
+    graph = _graph(target, slots, weights, options.example)
+    graph.setInsertPoint(next(iter(graph.nodes())))
     for value, weight in zip(list(graph.inputs()), weights, strict=False):
         value.replaceAllUsesWith(graph.insertConstant(weight))
     for number in reversed(range(len(weights))):
         graph.eraseInput(number)
     torch._C._jit_pass_optimize_frozen_graph(graph, True)
-    program: Callable[..., Any] = torch._C._create_function_from_graph("frozen", graph)
+    return _program(graph)
+
+
+def _graph(
+    target: torch.nn.Module, slots: list[Slot], weights: Sequence[torch.Tensor], example: tuple[Any, ...]
+) -> Any:
+    """One evaluation of `target`: a graph that takes the weights, then the inputs.
+
+    `torch.jit.trace` would put it among the functions of the process, which live as long as that: 26 MB a trace.
+    """
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        with _in_place(slots, tensors[: len(slots)]):
+            return target(*tensors[len(slots) :])
+
+    graph, _ = torch._C._create_graph_by_tracing(call, (*weights, *example), lambda _: "", False, False)
+    return graph
+
+
+def _program(graph: Any) -> Callable[..., Any]:
+    """A function of its own, which owns the graph."""
+    program: Callable[..., Any] = torch._C._create_function_from_graph("traced", graph)
     return program
-
-
-def _trace(call: Callable[..., Any], example: tuple[Any, ...]) -> Any:
-    traced = torch.jit.trace(call, example, check_trace=False, strict=False)
-    # PyTorch notes on a trace what it was made of, for a compiler to inline, and so would keep the network alive.
-    vars(traced).pop("_torchdynamo_inline", None)
-    return traced
 
 
 Slot = tuple["weakref.ref[torch.nn.Module]", str]
