@@ -106,8 +106,14 @@ async def _file(request: Any) -> Any:
 
 
 async def _csv(_request: Any) -> Any:
-    path = RunStore(output_directory()).csv_path
-    there = await asyncio.to_thread(lambda: path.is_file() and not path.is_symlink())
+    store = RunStore(output_directory())
+    path = store.csv_path
+
+    def is_there() -> bool:
+        store.refuse_symlink_out()
+        return path.is_file() and not path.is_symlink()
+
+    there = await asyncio.to_thread(is_there)
     if not there:
         raise UnknownRunError(f"There is no {path} yet.")
     return _file_response(path, "text/csv", path.name)
@@ -161,10 +167,14 @@ def _library() -> RunLibrary:
 
 async def _body(request: Any) -> dict[str, Any]:
     """The JSON object of a POST. Only with its content type: a page of another site cannot send that unasked."""
+    from aiohttp import web
+
     if request.content_type != "application/json":
         raise _BadRequestError("The body has to be sent as application/json.")
     try:
         body = json.loads(await request.text())
+    except web.RequestPayloadError as error:
+        raise _BadRequestError(f"The body is not packed as its header says: {first_line(error)}.") from error
     except (ValueError, LookupError, RecursionError) as error:  # a charset that Python does not know is a LookupError
         raise _BadRequestError(f"The body is not JSON: {first_line(error)}.") from error
     if not isinstance(body, dict):

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..errors import first_line
 from ..host.base import cache_root
 from .errors import BenchError
 
@@ -24,21 +25,37 @@ MAX_HEADER = 100_000_000
 DEMO_FAMILIES = {"sd15": "sd15", "sdxl": "vega", "refiner": "sdxl_refiner"}
 
 
+def users_path(value: str | Path, option: str) -> Path:
+    """A path as a user wrote it, with `~` for a home folder. Raises BenchError where that user is not known."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise BenchError(f"{option}: {value} names no home folder: {first_line(error)}") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file lies there, as far as this user may know; no name is an error."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def looks_like_path(value: str) -> bool:
     """Whether a --checkpoint or --vae value means a file of this machine rather than a name the server knows."""
-    return Path(value).expanduser().is_file() or Path(value).is_absolute() or value.startswith((".", "~"))
+    return value.startswith((".", "~")) or Path(value).is_absolute() or is_file(Path(value))
 
 
 def check_model_file(value: str | Path, option: str = "--checkpoint") -> Path:
     """The absolute path of a model file that is whole, as far as its header tells; BenchError otherwise."""
-    path = Path(value).expanduser()
-    if not path.exists():
-        raise BenchError(f"{option}: there is no file {path}")
-    if path.is_dir():
-        raise BenchError(f"{option}: {path} is a folder; name the model file in it")
-    if path.suffix.lower() not in MODEL_SUFFIXES:
-        raise BenchError(f"{option}: {path.name} is no model file: known endings are {', '.join(MODEL_SUFFIXES)}")
+    path = users_path(value, option)
     try:
+        if not path.exists():
+            raise BenchError(f"{option}: there is no file {path}")
+        if path.is_dir():
+            raise BenchError(f"{option}: {path} is a folder; name the model file in it")
+        if path.suffix.lower() not in MODEL_SUFFIXES:
+            raise BenchError(f"{option}: {path.name} is no model file: known endings are {', '.join(MODEL_SUFFIXES)}")
         if path.suffix.lower() in (".safetensors", ".sft"):
             _check_safetensors(path, option)
         elif path.stat().st_size < 1024:
@@ -47,7 +64,8 @@ def check_model_file(value: str | Path, option: str = "--checkpoint") -> Path:
             raise BenchError(f"{option}: {path} is cut off: its archive has no end; copy or download it again")
     except OSError as error:
         raise BenchError(f"{option}: {path} cannot be read: {error.strerror or error}") from error
-    return path.resolve()
+    # Not where a link leads to: downloaders keep files under names without an ending, and link to them.
+    return path.parent.resolve() / path.name
 
 
 def _is_cut_zip(path: Path) -> bool:
@@ -95,7 +113,7 @@ def link_model(source: Path, folder: Path) -> str:
         target.unlink()
     for make in (target.symlink_to, target.hardlink_to):
         with contextlib.suppress(OSError, NotImplementedError):
-            make(source)
+            make(source.resolve())
             return target.name
     shutil.copy2(source, target)
     return target.name
@@ -156,13 +174,13 @@ def has_tiny_vae(family: str, folders: Iterable[Path]) -> bool:
 
 def prepare_output(folder: Path) -> Path:
     """Create the output folder and prove that it can be written; BenchError with the path otherwise."""
-    folder = folder.expanduser().resolve()
     try:
+        folder = users_path(folder, "--out").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"speedlab")
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a link to itself is a RuntimeError
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise BenchError(f"--out: cannot write to {folder}: {reason}. Choose another folder with --out") from error
     return folder
 

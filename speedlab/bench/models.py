@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +89,23 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
         if named["vae"] is None:
             files["vae"], more = vae_files(scenarios)
             notes += more
+    _refuse_equal_names(files)
     known = {key: name for key, name in checkpoints.items() if name}
     others = {kind: name for kind in OTHER_MODELS if (name := named[kind])}
     return ModelChoice(known, others, files, tuple(notes))
+
+
+def _refuse_equal_names(files: Mapping[str, Sequence[Path]]) -> None:
+    """ComfyUI knows a file by its name, so of two with one name in a folder it would load one twice."""
+    for folder, paths in files.items():
+        seen: dict[str, Path] = {}
+        for path in paths:
+            other = seen.setdefault(path.name.lower(), path)
+            if not other.samefile(path):
+                raise BenchError(
+                    f"{other} and {path} have the same name, and ComfyUI would see one of them in models/{folder}. "
+                    "Rename one, or link it under another name."
+                )
 
 
 def tiny_vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import secrets
@@ -11,8 +12,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..bench.files import is_file, users_path
 from ..bench.scenarios import UnknownScenarioError
-from ..errors import SpeedLabError
+from ..errors import ResultsError, SpeedLabError
 from ..host import from_environment
 from ..host.base import CALLED_FROM
 from ..host.commands import INTERRUPTED
@@ -36,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one call; returns the exit code (1: something failed, 2: wrong arguments, 130: interrupted)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parser().parse_args(arguments)
-    _from_where_the_user_stands(args)
     try:
+        _from_where_the_user_stands(args)
         return run(args)
     except UnknownScenarioError as error:
         sys.stderr.write(f"run.py fleet: {error}\n")
@@ -65,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
         try:
             if todo:
                 _run_fleet(args, order, todo, keeper)
-        finally:
-            _say(f"manifest: {folder.write_manifest()}")
+        except BaseException:
+            with contextlib.suppress(ResultsError):  # what ended the run says more
+                folder.write_manifest()
+            raise
+        _say(f"manifest: {folder.write_manifest()}")
         failed = [row for row in folder.rows.values() if row.status != OK]
         _say(f"{len(tasks) - len(failed)} of {len(tasks)} done" + (f", {len(failed)} failed" if failed else ""))
         return 1 if failed else 0
@@ -130,11 +135,11 @@ def _from_where_the_user_stands(args: argparse.Namespace) -> None:
     here = Path(os.environ.get(CALLED_FROM) or Path.cwd())
     for name in _PATHS:
         if getattr(args, name) is not None:
-            setattr(args, name, (here / getattr(args, name).expanduser()).absolute())
+            setattr(args, name, (here / users_path(getattr(args, name), f"--{name}")).absolute())
     for name in _MODELS:
         value = getattr(args, name)
-        if value is not None and (here / Path(value).expanduser()).is_file():
-            setattr(args, name, str((here / Path(value).expanduser()).absolute()))
+        if value is not None and is_file(path := here / users_path(value, f"--{name.replace('_', '-')}")):
+            setattr(args, name, str(path.absolute()))
 
 
 def _say(text: str) -> None:

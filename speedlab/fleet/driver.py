@@ -94,12 +94,13 @@ class Fleet:
         answer, is_current = event.answer, event.hire == member.hire and not member.is_out
         if isinstance(answer, Ready):
             if is_current:
-                member.ready, member.since = answer, self.clock()
+                member.ready, member.since, member.failed_starts = answer, self.clock(), 0
                 self.progress.ready(member.name, answer)
         elif isinstance(answer, (Done, Failed)):
             self._keep(event, answer)
             if is_current:
-                member.work, member.failures = None, 0
+                member.work = None
+                member.lost_tasks.clear()
         else:
             if event.ticket is not None:
                 self._lost(event.ticket, answer.reason)
@@ -139,9 +140,8 @@ class Fleet:
         if member.work is not None:
             self._lost(member.work.ticket, reason)
         self.crew.dismiss(member.name, member.hire)
-        member.ready, member.work, member.since = None, None, self.clock()
-        member.failures += 1
-        member.reason = reason
+        self.staff.failed(member, reason)
+        member.since = self.clock()
         self.progress.lost(member, reason)
         if not member.is_out:
             member.hire += 1
@@ -167,5 +167,5 @@ class Fleet:
                 f"No worker is left: each one failed {MOST_FAILURES} times in a row.\n" + "\n".join(sorted(reasons))
             )
         error, times = next(iter(self._failures.most_common(1)), ("", 0))
-        if times >= HOPELESS and not self.counts[OK]:
+        if times >= HOPELESS and not any(row.status == OK for row in self.keeper.folder.rows.values()):
             raise FleetError(f"The first {times} tasks failed alike, so the others were not tried: {error}")

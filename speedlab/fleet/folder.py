@@ -7,20 +7,24 @@ whatever is made again takes the place of what was there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..bench.files import prepare_output
-from ..profiling.store import write_atomically
+from ..profiling.store import cannot_write, write_atomically
 from .errors import FleetError
-from .rows import OK, Row, row_of
+from .rows import OK, PictureFile, Row, row_of
 from .tasks import Task
 
 PICTURES = "pictures"
 _SHOWN = 60
+# Behind the name of a picture that is on its way to another place.
+_MOVING = ".moving"
 
 
 class FleetFolder:
@@ -55,7 +59,8 @@ class FleetFolder:
         """Begin, or go on with what is there. Returns the tasks that have no good result yet.
 
         `asked` says what was asked for, by name. Where the folder was begun with something else, FleetError tells what
-        differs; `accept` keeps the rows that are still asked for, `restart` keeps none.
+        differs; `accept` keeps the rows that are still asked for, at whatever place, `restart` keeps none. ResultsError
+        where the folder cannot be written.
         """
         wanted = {**asked, "keys": [task.key for task in tasks]}
         before = None if restart else self._begun_with()
@@ -65,13 +70,13 @@ class FleetFolder:
             rows = {}
         elif before is not None and not accept:
             self._refuse_other(before, wanted)
-        keys = {task.index: task.key for task in tasks}
-        stale = [row for row in rows.values() if keys.get(row.index) != row.key]
-        self._drop(stale, keep_journal=True)
-        self.rows = {row.index: row for row in rows.values() if keys.get(row.index) == row.key and self._is_whole(row)}
-        write_atomically(self.begun, json.dumps(wanted).encode())
-        # Only what counts, each task once: what a crash left half or twice ends here.
-        write_atomically(self.journal, "".join(row.line() for row in self.rows.values()).encode())
+        try:
+            self.rows = self._in_place(rows, tasks)
+            write_atomically(self.begun, json.dumps(wanted).encode())
+            # Only what counts, each task once: what a crash left half or twice ends here.
+            write_atomically(self.journal, "".join(row.line() for row in self.rows.values()).encode())
+        except OSError as error:
+            raise cannot_write(self.out, error) from error
         return [task.index for task in tasks if task.index not in self.rows or self.rows[task.index].status != OK]
 
     def keep(self, row: Row) -> None:
@@ -83,9 +88,12 @@ class FleetFolder:
         self.rows[row.index] = row
 
     def write_manifest(self) -> Path:
-        """Write the ordered manifest of what there is."""
+        """Write the ordered manifest of what there is. Raises ResultsError that names it."""
         ordered = "".join(self.rows[index].line() for index in sorted(self.rows))
-        write_atomically(self.manifest, ordered.encode())
+        try:
+            write_atomically(self.manifest, ordered.encode())
+        except OSError as error:
+            raise cannot_write(self.manifest, error) from error
         return self.manifest
 
     def picture(self, task: Task, number: int) -> tuple[str, Path]:
@@ -111,12 +119,41 @@ class FleetFolder:
         rows = (row_of(line) for line in text.split("\n"))
         return {row.index: row for row in rows if row is not None}
 
+    def _in_place(self, rows: Mapping[int, Row], tasks: Sequence[Task]) -> dict[int, Row]:
+        """The whole rows that are still asked for, each at its task's place; pictures of the others are deleted."""
+        for left_over in (self.out / PICTURES).glob(f"*{_MOVING}"):
+            left_over.unlink()
+        keys = {task.index: task.key for task in tasks}
+        kept = {index: row for index, row in rows.items() if keys.get(index) == row.key}
+        free: dict[str, list[Task]] = {}
+        for task in tasks:
+            if task.index not in kept:
+                free.setdefault(task.key, []).append(task)
+        others = [row for index, row in rows.items() if index not in kept]
+        moved = [(row, free[row.key].pop(0)) for row in others if free.get(row.key)]
+        going = {row.index for row, _ in moved}
+        self._drop((row for row in others if row.index not in going), keep_journal=True)
+        kept.update((row.index, row) for row in self._moved(moved))
+        return {index: row for index, row in kept.items() if self._is_whole(row)}
+
+    def _moved(self, moves: Sequence[tuple[Row, Task]]) -> list[Row]:
+        """Rows at their tasks' places, and their pictures with them. All are put aside first: places may be swapped."""
+        rows, aside = [], []
+        for row, task in moves:
+            names = [self.picture(task, number)[0] for number in range(len(row.pictures))]
+            for old, new in zip(row.pictures, names, strict=True):
+                path = self.out / old.file
+                if path.is_file():
+                    aside.append((path.rename(path.with_name(path.name + _MOVING)), self.out / new))
+            pictures = tuple(replace(old, file=new) for old, new in zip(row.pictures, names, strict=True))
+            rows.append(replace(row, index=task.index, name=task.name, pictures=pictures))
+        for path, target in aside:
+            path.replace(target)
+        return rows
+
     def _is_whole(self, row: Row) -> bool:
-        """Whether a row's pictures lie there in full; a row without pictures is whole by itself."""
-        return all(
-            (path := self.out / picture.file).is_file() and path.stat().st_size == picture.bytes
-            for picture in row.pictures
-        )
+        """Whether a row's pictures lie there bit for bit; a row without pictures is whole by itself."""
+        return all(_holds(self.out / picture.file, picture) for picture in row.pictures)
 
     def _drop(self, rows: Iterable[Row], keep_journal: bool = False) -> None:
         for row in rows:
@@ -135,6 +172,12 @@ class FleetFolder:
                 "Name another --out; or --accept-changes goes on and keeps every result that is still asked for; or "
                 "--restart begins anew."
             )
+
+
+def _holds(path: Path, picture: PictureFile) -> bool:
+    if not path.is_file() or path.stat().st_size != picture.bytes:
+        return False
+    return hashlib.sha256(path.read_bytes()).hexdigest() == picture.sha256
 
 
 def differences(before: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

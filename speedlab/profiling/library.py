@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import ResultsError, SpeedLabError, first_line
 from .record import RUN_ID, RunRecord, loosely_from_json
-from .store import RunStore
+from .store import RunStore, leads_into
 
 log = logging.getLogger(__name__)
 
@@ -156,10 +156,12 @@ class RunLibrary:
                 log.warning("SpeedLab: %s could not be deleted: %s", file, first_line(error))
 
     def prune(self, keep: int) -> list[str]:
-        """Delete the oldest runs down to `keep`; 0 keeps all. Returns the ids. Files that are no records stay."""
+        """Delete the runs written longest ago down to `keep`; 0 keeps all. Returns the ids. Files that are no records
+        stay. By the time of writing, not by the id: the local time in that goes backwards once a year."""
         if keep <= 0:
             return []
-        runs = [summary.run_id for summary in (self._summary(*file) for file in self._files()[0]) if summary]
+        files = sorted(self._files()[0], key=lambda file: (file[1], file[0]), reverse=True)
+        runs = [summary.run_id for summary in (self._summary(*file) for file in files) if summary]
         deleted = []
         for run_id in runs[keep:]:
             try:
@@ -176,7 +178,7 @@ class RunLibrary:
 
     def _require_inside(self) -> None:
         base = self._store.root.parent.resolve()
-        if not self._store.runs.resolve().is_relative_to(base):
+        if not leads_into(base, self._store.runs):
             raise ResultsError(f"{self._store.runs} is a link that leads out of {base}; SpeedLab does not follow it.")
 
     def _files(self) -> tuple[list[tuple[str, int, int]], int]:
@@ -219,7 +221,7 @@ class RunLibrary:
         root = self._store.root.resolve()
         path = self._store.root.parent / posix
         try:
-            return path if path.resolve().is_relative_to(root) and not path.is_symlink() else None
+            return path if leads_into(root, path) and not path.is_symlink() else None
         except (OSError, ValueError):  # letters that no file name can have
             return None
 

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,20 @@ _LOCK_TIMEOUT_S = 30
 _KEPT_APPENDED = 4096
 
 
+_STAMP = "%Y%m%d-%H%M%S"
+_last_stamp = ""
+_stamp_lock = threading.Lock()
+
+
 def new_run_id() -> str:
-    """A sortable id that is unique without a look at the disk."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+    """A sortable id that is unique without a look at the disk, also while the clock goes backwards."""
+    global _last_stamp
+    with _stamp_lock:
+        stamp = time.strftime(_STAMP)
+        if stamp < _last_stamp:
+            stamp = (datetime.strptime(_last_stamp, _STAMP) + timedelta(seconds=1)).strftime(_STAMP)
+        _last_stamp = stamp
+    return f"{stamp}-{secrets.token_hex(4)}"
 
 
 class RunStore:
@@ -57,8 +69,8 @@ class RunStore:
     def check_writable(self) -> None:
         """Fail before minutes of sampling, not after. Raises ResultsError naming the path."""
         try:
+            self.refuse_symlink_out()
             self.runs.mkdir(parents=True, exist_ok=True)
-            self._refuse_symlink_out()
             with tempfile.TemporaryFile(dir=self.runs) as probe:
                 probe.write(b"speedlab")
             if self.csv_path.exists():
@@ -72,9 +84,10 @@ class RunStore:
         """Write or replace a run's JSON. Raises ResultsError naming the path; an earlier version then stays."""
         path = self.json_path(record.run_id)
         try:
+            self.refuse_symlink_out()
             self.runs.mkdir(parents=True, exist_ok=True)
-            self._refuse_symlink_out()
             write_atomically(path, record.to_json().encode())
+            self._make_newest(path)
         except OSError as error:
             raise cannot_write(path, error) from error
         return path
@@ -97,8 +110,8 @@ class RunStore:
             if record.run_id in self._appended:
                 return False
         try:
+            self.refuse_symlink_out()
             self.root.mkdir(parents=True, exist_ok=True)
-            self._refuse_symlink_out()
             with FileLock(str(self.root / "results.csv.lock"), timeout=_LOCK_TIMEOUT_S):
                 self._check_header()
                 _append(
@@ -123,7 +136,7 @@ class RunStore:
                 header = next(csv.reader(file), None)
         except FileNotFoundError:
             return
-        except UnicodeDecodeError as error:
+        except (UnicodeDecodeError, csv.Error) as error:
             raise ResultsError(f"{self.csv_path} is not a results table. Move it away; it was not touched.") from error
         if header is not None and tuple(header) != CSV_COLUMNS:
             raise ResultsError(
@@ -134,11 +147,11 @@ class RunStore:
     def folder(self, name: str) -> Path:
         """A folder for records, pictures or charts, made if it is not there. Raises ResultsError naming it."""
         path = self.root / name
+        self.refuse_symlink_out()
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(path, error) from error
-        self._refuse_symlink_out()
         return path
 
     def was_reported(self, run_id: str) -> bool:
@@ -146,12 +159,30 @@ class RunStore:
         with self._appended_lock:
             return run_id in self._appended
 
-    def _refuse_symlink_out(self) -> None:
+    def refuse_symlink_out(self) -> None:
+        """Raises ResultsError where a folder or table is a link that leads out of the output folder, or to itself."""
         base = self.root.parent.resolve()
         names = ("runs", "images", "charts", "results.csv", "results.csv.lock", "hashes.json")
         for path in (self.root, *(self.root / name for name in names)):
-            if not path.resolve().is_relative_to(base):
+            if not leads_into(base, path):
                 raise ResultsError(f"{path} is a link that leads out of {base}; SpeedLab does not write through it.")
+
+    def _make_newest(self, path: Path) -> None:
+        """Let a record be younger than all before it, for the oldest are deleted first: clocks go backwards."""
+        with contextlib.suppress(OSError):  # then it is as old as its clock says
+            with os.scandir(self.runs) as entries:
+                others = (entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries if entry.name != path.name)
+                newest = max(others, default=0)
+            if path.stat().st_mtime_ns <= newest:
+                os.utime(path, ns=(newest + 1, newest + 1))
+
+
+def leads_into(base: Path, path: Path) -> bool:
+    """Whether a path, links followed, lies in a folder that has no link in its own path."""
+    try:
+        return path.resolve().is_relative_to(base)
+    except (OSError, RuntimeError):  # before Python 3.13 a link to itself is a RuntimeError
+        return False
 
 
 def write_atomically(path: Path, data: bytes) -> None:

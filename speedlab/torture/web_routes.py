@@ -59,7 +59,10 @@ def make_request(rng: Random) -> Request:
         )
     body = of_json_text(_BODIES)(rng).encode("utf-8", "surrogatepass")
     kind = _TYPES[0] if rng.random() < 0.6 else rng.choice(_TYPES)
-    return Request(rng.choice(("POST", "POST", "POST", "DELETE")), path, body, {"Content-Type": kind} if kind else {})
+    headers = {"Content-Type": kind} if kind else {}
+    if rng.random() < 0.1:
+        headers["Content-Encoding"] = rng.choice(("gzip", "deflate", "br", "zstd", "no-such"))
+    return Request(rng.choice(("POST", "POST", "POST", "DELETE")), path, body, headers)
 
 
 @contextmanager

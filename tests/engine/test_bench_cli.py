@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import struct
+from pathlib import Path
 
 import pytest
 
 from speedlab.bench import __main__ as cli
 from speedlab.bench import cmd_demo, errors, files
 from speedlab.bench.events import Event
+from speedlab.bench.models import choose_models
 from speedlab.bench.overrides import Overrides, adapt
 from speedlab.bench.plans import STOCK
 from speedlab.bench.progress import ProgressLine, progress_text
@@ -24,6 +26,9 @@ def safetensors(path, *, extra: int = 0, header: bytes | None = None):
     data = struct.pack("<Q", len(text)) + text + b"\0" * max(4 + extra, 0)
     path.write_bytes(data)
     return path
+
+
+OTHER = json.dumps({"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
 
 
 def test_a_whole_model_file_passes_also_through_dots(tmp_path):
@@ -86,6 +91,43 @@ def test_models_are_linked_under_their_own_name_and_replaced(tmp_path):
     for source in (first, second):
         assert files.link_model(source / "m.safetensors", tmp_path / "models") == "m.safetensors"
     assert (tmp_path / "models" / "m.safetensors").read_bytes() == b"2"
+
+
+def test_a_link_of_a_downloader_keeps_its_ending(tmp_path):
+    """Hugging Face's cache: snapshots/x/model.safetensors leads to blobs/<sha256>."""
+    blob = tmp_path / "blobs" / ("0" * 64)
+    blob.parent.mkdir()
+    safetensors(blob)
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    path = files.check_model_file(tmp_path / "model.safetensors")
+    assert files.link_model(path, tmp_path / "models") == "model.safetensors"
+    assert (tmp_path / "models" / "model.safetensors").read_bytes() == blob.read_bytes()
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    paths = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        paths.append(str(safetensors(tmp_path / name / "lora.safetensors", header=None if name == "one" else OTHER)))
+    args = cli.parser().parse_args(["bench", "sd15-lora-stack", "--lora", paths[0], "--lora-2", paths[1]])
+    with pytest.raises(errors.BenchError, match="the same name") as caught:
+        choose_models(args, [find("sd15-lora-stack")])
+    assert paths[0] in str(caught.value) and paths[1] in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["~nosuchuser/x.safetensors", "/" + "x" * 300 + ".safetensors"])
+def test_a_path_that_cannot_be_is_told_in_words(text):
+    assert files.looks_like_path(text)
+    with pytest.raises(errors.BenchError, match="--checkpoint"):
+        files.check_model_file(text)
+    with pytest.raises(errors.BenchError, match="--out"):
+        files.prepare_output(Path(text))
+
+
+def test_an_output_folder_that_is_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(errors.BenchError, match="--out: cannot write to .*loop"):
+        files.prepare_output(tmp_path / "loop")
 
 
 def test_an_unwritable_output_folder_is_named(tmp_path):

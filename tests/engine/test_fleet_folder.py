@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from speedlab.errors import ResultsError
 from speedlab.fleet.errors import FleetError
 from speedlab.fleet.folder import FleetFolder
 from speedlab.fleet.keeping import Keeper, Origin
@@ -86,6 +87,45 @@ def test_a_changed_prompts_file_is_explained(begun):
     with FleetFolder(path) as folder:
         assert opened(folder, changed, accept=True) == [1, 2, 3, 4]
     assert [file.name for file in (path / "pictures").iterdir()] == ["00001.png"]
+
+
+def test_results_that_are_still_asked_for_move_to_their_new_places(begun):
+    """A line put in at the top, two that changed places, one twice: by the key, for each has a seed of its own."""
+    path, _ = begun
+    with FleetFolder(path) as folder:
+        assert opened(folder, tasks_of("x", "c", "b", "a", "a"), accept=True) == [0, 2, 4]
+        folder.write_manifest()
+    rows = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
+    assert [(row["index"], row["name"], row["prompt"]) for row in rows] == [(1, "00002", "c"), (3, "00004", "a")]
+    held = {file.name: file.read_bytes() for file in (path / "pictures").iterdir()}
+    assert held == {"00002.png": b"c", "00004.png": b"a"}
+    with FleetFolder(path) as folder:
+        assert opened(folder, tasks_of("a", "c"), accept=True) == [], "each takes the other's place"
+    assert {file.name: file.read_bytes() for file in (path / "pictures").iterdir()} == {
+        "00001.png": b"a",
+        "00002.png": b"c",
+    }
+
+
+def test_a_picture_with_another_byte_is_made_again(begun):
+    path, tasks = begun
+    (path / "pictures" / "00001.png").write_bytes(b"A")
+    with FleetFolder(path) as folder:
+        assert opened(folder, tasks) == [0, 1, 3]
+
+
+def test_a_full_disk_is_told_with_the_path(begun, monkeypatch):
+    path, tasks = begun
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("speedlab.fleet.folder.write_atomically", full)
+    with FleetFolder(path) as folder:
+        with pytest.raises(ResultsError, match=str(path)):
+            opened(folder, tasks)
+        with pytest.raises(ResultsError, match="manifest.jsonl"):
+            folder.write_manifest()
 
 
 def test_prompts_that_were_added_or_taken_away_are_counted(begun):

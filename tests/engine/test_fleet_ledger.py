@@ -193,6 +193,26 @@ def test_a_prompt_that_costs_every_worker_gets_a_row_that_says_so(tmp_path):
     assert "3 workers were lost on it" in rows[1]["error"] and "out of memory" in rows[1]["error"]
 
 
+@pytest.mark.parametrize("workers", [("w1",), ("w1", "w2")])
+def test_prompts_that_cost_every_worker_do_not_keep_the_others_from_running(tmp_path, workers):
+    bad = {"prompt 1", "prompt 2", "prompt 3", "prompt 4"}
+
+    def script(worker, hire, job):
+        return [Gone("out of memory") if job.graph["text"] in bad else picture_of(job)]
+
+    rows = run(tmp_path, ScriptedCrew(script), 9, workers)
+    assert [row["status"] for row in rows] == ["ok", *["lost"] * 4, *["ok"] * 4]
+    rows = run(tmp_path, again := ScriptedCrew(script), 9, workers)
+    assert [row["status"] for row in rows] == ["ok", *["lost"] * 4, *["ok"] * 4], "tried again, and no end before that"
+    assert {job.graph["text"] for _, _, job in again.given} == bad
+
+
+def test_a_worker_that_loses_what_others_do_is_given_up(tmp_path):
+    crew = ScriptedCrew(lambda worker, hire, job: [Gone("its card") if worker == "w2" else picture_of(job)])
+    check_whole(tmp_path, run(tmp_path, crew, 12), 12)
+    assert sum(worker == "w2" for worker, _ in crew.hired) == MOST_FAILURES
+
+
 def test_an_answer_that_comes_after_the_retry_is_dropped(tmp_path):
     """The first worker is overdue; its answer comes when another one has made the picture."""
     now = [0.0]
@@ -265,11 +285,16 @@ def test_a_machine_that_is_not_fit_is_given_up_and_the_others_go_on(tmp_path):
 
 
 def test_no_worker_left_ends_with_the_reason_and_keeps_what_was_done(tmp_path):
+    gone = Gone("the card fell off")
+
     def script(worker, hire, job):
-        return [picture_of(job)] if job.graph["text"] == "prompt 0" else [Gone("the card fell off")]
+        return [picture_of(job)] if job.graph["text"] == "prompt 0" else [gone]
+
+    def starts(worker, hire):
+        return [ready(worker)] if hire == 1 else [gone]
 
     with pytest.raises(FleetError, match="No worker is left") as caught:
-        run(tmp_path, ScriptedCrew(script), workers=("w1",), attempts=9)
+        run(tmp_path, ScriptedCrew(script, starts), workers=("w1",), attempts=9)
     assert "the card fell off" in str(caught.value)
     rows = run(tmp_path, crew := ScriptedCrew(lambda w, h, job: [picture_of(job)]))
     check_whole(tmp_path, rows)

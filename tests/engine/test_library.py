@@ -198,6 +198,33 @@ def test_pruning_keeps_the_newest_and_everything_that_is_no_record(store):
     )
 
 
+def test_pruning_goes_by_the_time_of_writing(store):
+    """Ids hold the local time, which goes backwards once a year, and where somebody sets the clock."""
+    for number in (7, 8, 9, 0):
+        path = store.runs / f"{put(store, number)}.json"
+        os.utime(path, ns=(number or 10,) * 2)
+    assert RunLibrary(store).prune(2) == [run_id(8), run_id(7)]
+
+
+@pytest.mark.parametrize("name", ["runs", "images/l.png"])
+def test_a_link_to_itself_is_no_traceback(store, name):
+    put(store, 0, artifacts={"images": ["speedlab/images/l.png"]})
+    path = store.root / name
+    if name == "runs":
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(path)
+    library = RunLibrary(store)
+    acts = (library.page, lambda: library.artifact(run_id(0), "images"), lambda: library.delete(run_id(0)))
+    for act in acts if name == "runs" else acts[1:2]:
+        with pytest.raises((ResultsError, UnknownRunError)):
+            act()
+    if name != "runs":
+        library.delete(run_id(0))
+
+
 def test_a_runs_folder_that_is_a_link_out_is_refused(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

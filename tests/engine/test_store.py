@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +45,33 @@ def test_new_run_ids_are_valid_and_unique(tmp_path):
     assert len(ids) == 200
     for run_id in ids:
         stores.RunStore(tmp_path).json_path(run_id)
+
+
+def test_run_ids_never_go_backwards_with_the_clock(monkeypatch):
+    times = iter(("20991025-025959", "20991025-020000", "20991025-020001", "20991025-040000"))
+    monkeypatch.setattr(stores, "_last_stamp", "")
+    monkeypatch.setattr(stores, "time", SimpleNamespace(strftime=lambda _: next(times)))
+    stamps = [stores.new_run_id()[:15] for _ in range(4)]
+    assert stamps == ["20991025-025959", "20991025-030000", "20991025-030001", "20991025-040000"]
+
+
+def test_a_record_is_younger_than_all_before_it(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    earlier = store.write(make_record(run_id="20990101-000000-00000000"))
+    future = earlier.stat().st_mtime_ns + 10**15
+    os.utime(earlier, ns=(future, future))
+    assert store.write(make_record()).stat().st_mtime_ns > future
+
+
+@pytest.mark.parametrize("content", [b"a" * 200_000, b'"' + b"a,\n" * 70_000])
+def test_what_is_no_table_is_named_and_left_alone(make_record, tmp_path, content):
+    store = stores.RunStore(tmp_path)
+    store.root.mkdir()
+    store.csv_path.write_bytes(content)
+    for act in (store.check_writable, lambda: store.append_csv(make_record(run_id=stores.new_run_id()))):
+        with pytest.raises(ResultsError, match=r"results\.csv"):
+            act()
+    assert store.csv_path.read_bytes() == content
 
 
 def test_rows_are_appended_once_a_run(make_record, tmp_path):
@@ -117,6 +145,22 @@ def test_a_link_that_leads_out_is_refused(make_record, tmp_path):
     store = stores.RunStore(output)
     with pytest.raises(ResultsError, match="leads out"):
         store.write(make_record())
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links on this system")
+@pytest.mark.parametrize("name", [".", "runs", "results.csv"])
+def test_a_link_to_itself_is_refused_and_nothing_is_made_behind_one(make_record, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    store = stores.RunStore(tmp_path / "output")
+    path = store.root / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(outside if name == "." else path, target_is_directory=name == ".")
+    acts = (store.check_writable, lambda: store.write(make_record()), lambda: store.folder("images"))
+    for act in (*acts, lambda: store.append_csv(make_record(run_id=stores.new_run_id()))):
+        with pytest.raises(ResultsError, match="leads out"):
+            act()
     assert not list(outside.iterdir())
 
 

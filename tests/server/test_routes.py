@@ -117,6 +117,23 @@ def test_a_body_in_letters_that_nobody_knows_is_refused_in_words(server):
         assert status == 400 and "not JSON" in json.loads(data)["error"]
 
 
+def test_a_body_that_is_not_packed_as_it_says_is_refused_in_words(server):
+    status, _, data = ask(server, "/speedlab/prune", {"keep": 0}, **JSON, **{"Content-Encoding": "gzip"})
+    assert status == 400 and "packed" in json.loads(data)["error"]
+
+
+def test_the_table_is_not_served_through_a_link(server, run_id, tmp_path):
+    folder = server.output / "speedlab"
+    folder.rename(tmp_path / "outside")
+    try:
+        folder.symlink_to(tmp_path / "outside", target_is_directory=True)
+        status, _, data = ask(server, "/speedlab/results.csv")
+        assert status == 409 and "leads out" in json.loads(data)["error"]
+    finally:
+        folder.unlink(missing_ok=True)
+        (tmp_path / "outside").rename(folder)
+
+
 def test_only_the_routes_that_are_needed_answer(server, run_id):
     """Reading is GET, changing is POST; nothing else of this pack answers, and nothing goes by asking."""
     before = server.get("/speedlab/runs")["files"]
