@@ -65,6 +65,7 @@ def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded
     dtype, way = starting_dtype(vae, config.precision), Way(config.slicing, config.tile_size, config.overlap)
     slow = slow_choice(vae, dtype)
     warnings += [report(slow)] if slow else []
+    not_finite: list[Any] = []
     while True:
         chosen = sibling(vae, dtype)
         result = decode_fitting(chosen, samples, way, report)
@@ -73,10 +74,12 @@ def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded
         if result.finite or not sound_latents:
             break
         name = str(short_name(chosen.vae_dtype))
-        remember_not_finite(vae, chosen.vae_dtype)
+        not_finite.append(chosen.vae_dtype)
         following = safer(name, abilities(vae.device))
         if following is None:
-            warnings.append(report("The VAE gives NaN or Inf in fp32 too; its weights are bad."))
+            warnings.append(
+                report("The VAE gives NaN or Inf in fp32 too: its weights are bad, or the latents out of its range.")
+            )
             break
         warnings.append(
             report(
@@ -85,6 +88,9 @@ def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded
             )
         )
         dtype = torch_dtype(following)
+    if result.finite:  # only then was it the precision
+        for bad in not_finite:
+            remember_not_finite(vae, bad)
     return Decoded(result.images, _info(vae, chosen, way, config, warnings))
 
 
@@ -139,6 +145,11 @@ def check_latent(vae: Any, samples: Any) -> None:
         raise SpeedLabError(
             f"The latents are {samples.shape[2]} frames of a video, and this VAE decodes still pictures: they belong "
             "to different model families. Use the VAE of the model that made the latents."
+        )
+    if samples.ndim == 4 and getattr(vae, "latent_dim", 2) == 3:
+        raise SpeedLabError(
+            "The latents are of still pictures, and this VAE decodes videos: they belong to different model families. "
+            "Use the VAE of the model that made the latents."
         )
     channels = getattr(vae, "latent_channels", samples.shape[1])
     if samples.shape[1] != channels:

@@ -62,8 +62,8 @@ def sample_ensemble(
     sound), and whatever `profiling.runner.profile_run` raises.
     """
     _check(base, refiner, latent)
-    sigmas = _sigmas(base.model, request)
     first, second = request.base_steps, request.steps - request.base_steps
+    sigmas = _sigmas(base.model if first else refiner.model, request)
 
     def first_part(model: Any) -> dict[str, Any]:
         if not first:
@@ -126,7 +126,7 @@ def _check_width(name: str, conditioning: Any, model: Any, role: str) -> None:
 
 
 def _sigmas(model: Any, request: EnsembleRequest) -> Any:
-    """The base's noise levels for all steps, which both models follow."""
+    """A model's noise levels for all steps: the base's, which both models follow, unless the refiner is alone."""
     import comfy.samplers
 
     sampler = comfy.samplers.KSampler(

@@ -75,7 +75,7 @@ def _stream(layer: Any) -> Any:
 
     if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3) and layer.padding == (1, 1):
         return _Convolution(layer)
-    if isinstance(layer, Block):
+    if isinstance(layer, Block) and getattr(layer, "pool", None) is None:  # a pool looks at the whole picture
         return _Residual(layer)
     if isinstance(layer, torch.nn.Upsample) and layer.mode == "nearest" and layer.scale_factor == 2:
         return _doubled

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from ..errors import UnavailableError
 from .backends import dynamo
-from .compile_graphs import blocks_of, swapped_in, whole
+from .compile_graphs import Part, blocks_of, swapped_in, whole
+from .compile_program import NETWORKS, weights_word
 from .compile_run import Run
+
+# Whose weights are in code that was compiled with them, by the network's id: the last ones.
+_frozen: OrderedDict[int, Hashable] = OrderedDict()
 
 
 class GraphEngine:
     """Compiled functions for the blocks of a network, or for all of it."""
 
-    def __init__(self, run: Run, network: torch.nn.Module, by_blocks: bool) -> None:
-        self.run, self.network = run, network
-        self.parts = blocks_of(network, run) if by_blocks else whole(network, run)
+    def __init__(self, run: Run, patcher: Any, by_blocks: bool) -> None:
+        self.run, self.network = run, patcher.model.diffusion_model
+        self.parts: list[Part] = []
+        if run.options.freeze and getattr(patcher, "hook_patches", None):
+            reason = UnavailableError(f"{run.backend.NAME} with freeze_weights cannot follow hooks that change weights")
+            run.fail(type(self.network).__name__, reason, "Switch freeze_weights off, or take the hooks out.")
+            return
+        weights = _frozen_weights(self.network, patcher) if run.options.freeze else None
+        self.parts = blocks_of(self.network, run, weights) if by_blocks else whole(self.network, run, weights)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -42,3 +55,18 @@ class GraphEngine:
         if not self.run.eager:
             kept = "all compiled code was found again" if graphs == 0 else f"{graphs} graphs were compiled"
             self.run.note(f"{name}: {kept}, for {self.run.parts} kinds of {len(self.parts)} parts.", logging.INFO)
+
+
+def _frozen_weights(network: Any, patcher: Any) -> Hashable:
+    """A word for the weights that code is compiled with. Code with others, or of networks before the last, is let go:
+    each holds its weights once more, and a function has room for few."""
+    weights = (id(network), weights_word(patcher))
+    before = _frozen.get(id(network))
+    stale = [] if before in (None, weights) else [before]
+    _frozen[id(network)] = weights
+    _frozen.move_to_end(id(network))
+    while len(_frozen) > NETWORKS:
+        stale.append(_frozen.popitem(last=False)[1])
+    for word in stale:
+        dynamo.forget(word)
+    return weights

@@ -32,24 +32,28 @@ class Part:
     function: Callable[..., Any]
 
 
-def blocks_of(network: torch.nn.Module, run: Run) -> list[Part]:
-    """The residual and transformer blocks of a UNet, and the feed-forward parts within, each with its function."""
+def blocks_of(network: torch.nn.Module, run: Run, frozen: Hashable = None) -> list[Part]:
+    """The residual and transformer blocks of a UNet, and the feed-forward parts within, each with its function.
+
+    `frozen` names the weights that become part of the code; None where they are inputs.
+    """
     calls = {ResBlock: _residual, SpatialTransformer: _transformer, FeedForward: _feed_forward}
     parts = []
     for name, module in network.named_modules():
         call = calls.get(type(module))
         if call is None or "forward" in module.__dict__:  # another pack put a function of its own there
             continue
-        kind = (*kind_of(module), name) if run.options.freeze else kind_of(module)
+        kind = kind_of(module) if frozen is None else (*kind_of(module), name, frozen)
         parts.append(Part(module, name, run.backend.compile(call, run.options, kind)))
     run.parts = len({id(part.function) for part in parts if not isinstance(part.module, FeedForward)})
     return parts
 
 
-def whole(network: torch.nn.Module, run: Run) -> list[Part]:
+def whole(network: torch.nn.Module, run: Run, frozen: Hashable = None) -> list[Part]:
     """The network as one part."""
     run.parts = 1
-    return [Part(network, type(network).__name__, run.backend.compile(_network, run.options, kind_of(network)))]
+    kind = kind_of(network) if frozen is None else (*kind_of(network), frozen)
+    return [Part(network, type(network).__name__, run.backend.compile(_network, run.options, kind))]
 
 
 def kind_of(module: torch.nn.Module) -> tuple[Hashable, ...]:

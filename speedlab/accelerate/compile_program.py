@@ -19,13 +19,15 @@ import torch
 from ..errors import UnavailableError
 from ..lora import LORAS
 from .compile_attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
-from .compile_run import CompileError, Run, passing
+from .compile_run import CompileError, Run, raise_what_passes
 
 log = logging.getLogger(__name__)
 
-# Programs of one model that are kept: sizes, or attentions, that were used last. Each may hold the weights once more.
+# Programs of one model that are kept: sizes, or attentions, that were used last. Each may hold the weights once more,
+# so there are few of those: two for backends of fixed sizes, since with and without CFG are two.
 KEPT = 8
 KEPT_WITH_WEIGHTS = 1
+KEPT_WITH_WEIGHTS_FIXED = 2
 # Networks whose programs are kept, such as base and refiner: some programs keep their network alive.
 NETWORKS = 2
 
@@ -49,6 +51,7 @@ class Programs:
 
     weights: Hashable = None
     by_key: OrderedDict[Hashable, Callable[..., Any]] = field(default_factory=OrderedDict)
+    let_go: set[Hashable] = field(default_factory=set)
 
 
 _programs: WeakKeyDictionary[Any, dict[Hashable, Programs]] = WeakKeyDictionary()
@@ -87,7 +90,7 @@ class ProgramEngine:
             self.network.__dict__.pop("_forward", None)
 
     def _follow(self, patcher: Any) -> None:
-        weights = getattr(patcher.model, "current_weight_patches_uuid", None) or patcher.patches_uuid
+        weights = weights_word(patcher)
         if self.programs.by_key and self.programs.weights != weights:
             self.run.note(
                 f"{self.run.backend.NAME} holds weights of its own, and a LoRA or another patch has changed them: "
@@ -95,6 +98,7 @@ class ProgramEngine:
                 logging.INFO,
             )
             self.programs.by_key.clear()
+            self.programs.let_go.clear()
         self.programs.weights = weights
 
     def _forward(
@@ -124,11 +128,17 @@ class ProgramEngine:
         try:
             program = self._program(inputs, seen)
         except Exception as error:  # exporters raise whatever their layers raise
-            if isinstance(error, (CompileError, *passing())):
+            if isinstance(error, CompileError):
                 raise
+            raise_what_passes(error)
             self.run.fail(type(self.network).__name__, error)
             return eager()
-        return program(*inputs)
+        try:
+            return program(*inputs)
+        except Exception as error:  # a program of another library raises whatever that library raises
+            raise_what_passes(error)
+            self.run.fail(type(self.network).__name__, error, doing="run")
+            return eager()
 
     def _program(self, inputs: tuple[torch.Tensor, ...], seen: Mapping[str, Any]) -> Callable[..., Any]:
         backend, options = self.run.backend, self.run.options
@@ -137,6 +147,11 @@ class ProgramEngine:
         if key in known:
             known.move_to_end(key)
             return known[key]
+        if key in self.programs.let_go:
+            self.run.note(
+                f"{backend.NAME} compiled {_words(inputs[0])} once more: each of its programs is for one size and may "
+                f"hold the weights, so only {self._most_kept} are kept. Inductor takes all sizes."
+            )
         log.info("SpeedLab: %s compiles the network for %s; this can take minutes", backend.NAME, _words(inputs[0]))
         given = replace(options, example=inputs, changing=_changing(inputs), result=(self.network.out_channels, 1))
         with torch.no_grad():
@@ -145,18 +160,32 @@ class ProgramEngine:
         self.run.graphs += 1
         self.run.note(f"{backend.NAME} compiled the network for {_words(inputs[0])}.", logging.INFO)
         self.run.compiling(f"the network for {_words(inputs[0])}")
-        while len(known) > (KEPT_WITH_WEIGHTS if self.holds_weights else KEPT):
-            known.popitem(last=False)
+        while len(known) > self._most_kept:
+            self.programs.let_go.add(known.popitem(last=False)[0])
         return program
+
+    @property
+    def _most_kept(self) -> int:
+        if not self.holds_weights:
+            return KEPT
+        return KEPT_WITH_WEIGHTS_FIXED if self.run.backend.FIXED_SHAPES else KEPT_WITH_WEIGHTS
 
 
 _OTHER = "choose the backend inductor, which can do that"
+
+
+def weights_word(patcher: Any) -> Hashable:
+    """Another one when ComfyUI has patched other weights into the model."""
+    return getattr(patcher.model, "current_weight_patches_uuid", None) or patcher.patches_uuid
 
 
 def _obstacle_of_model(run: Run, patcher: Any) -> str:
     name = run.backend.NAME
     if getattr(patcher, "hook_patches", None):
         return f"{name} cannot follow hooks that change weights during a run"
+    inside = [key for key in getattr(patcher, "object_patches", ()) if str(key).startswith("diffusion_model")]
+    if inside:
+        return f"{name} cannot follow what another node put in the place of {inside[0]}"
     if any(getattr(part, attribute, None) for part in patcher.model.diffusion_model.modules() for attribute in _CASTS):
         return f"{name} needs the whole model on the device, and ComfyUI has loaded it only in part"
     if patcher.patches and getattr(run.backend, "REFUSES_LORA", False):
@@ -175,6 +204,8 @@ def _obstacle_of_evaluation(run: Run, control: Any, options: Mapping[str, Any]) 
     patch = any_patch(options)
     if patch:
         return f"{name} cannot run the patch {patch}"
+    if not getattr(run.backend, "KEEPS_AUTOCAST", False) and torch.is_autocast_enabled(run.options.device.type):
+        return f"{name} computes in the model's own precision, so that Precision's autocast cannot act in it"
     override = options.get(OVERRIDE)
     if override is None:
         return ""

@@ -41,10 +41,10 @@ class Run:
         """A sentence for the log and the record, once a run."""
         self.notes.setdefault(text, level)
 
-    def fail(self, part: str, error: BaseException, remedy: str = "") -> None:
+    def fail(self, part: str, error: BaseException, remedy: str = "", doing: str = "compile") -> None:
         """Go on without compiling where the user chose so; CompileError otherwise."""
         name, remedy = self.backend.NAME, remedy or self.backend.REMEDY
-        what = f"{name} could not compile {part}: {first_line(error)}"
+        what = f"{name} could not {doing} {part}: {first_line(error)}"
         if not self.falls_back:
             raise CompileError(
                 f"Compile: {what}. {remedy} Setting on_failure to eager lets the run go on uncompiled."
@@ -70,6 +70,15 @@ class Run:
             log.log(level, "SpeedLab: Compile: %s", text)
             report_note(transformer_options, f"Compile: {text}")
         self.notes.clear()
+
+
+def raise_what_passes(error: BaseException) -> None:
+    """Raise the cancel or lack of memory that an error is, or that a library has wrapped into it."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, passing()):
+            raise inner from None
+        inner = inner.__cause__ or inner.__context__
 
 
 def passing() -> tuple[type[BaseException], ...]:

@@ -24,7 +24,7 @@ from . import backends
 from .backends import FOR_VAE, MODES, CompileOptions, dynamo
 from .compile_folder import cache_folder
 from .compile_graphs import kind_of
-from .compile_run import CompileError, passing
+from .compile_run import CompileError, passing, raise_what_passes
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,11 @@ def _decoder(network: Any, backend: ModuleType, options: CompileOptions) -> Call
             known.move_to_end(key)
             while len(known) > _KEPT:
                 known.popitem(last=False)
-            return known[key](samples)
+            try:
+                return known[key](samples)
+            except Exception as error:  # a program of another library raises whatever that library raises
+                raise_what_passes(error)
+                raise _failed(backend, network, error, "run") from error
 
     return decode
 
@@ -129,15 +133,14 @@ def _program(network: Any, backend: ModuleType, options: CompileOptions, samples
     try:
         with torch.no_grad():
             return backend.compile(PureDecoder(network), given)
-    except passing():
-        raise
     except Exception as error:  # exporters raise whatever their layers raise
+        raise_what_passes(error)
         raise _failed(backend, network, error) from error
 
 
-def _failed(backend: ModuleType, network: Any, error: BaseException) -> CompileError:
+def _failed(backend: ModuleType, network: Any, error: BaseException, doing: str = "compile") -> CompileError:
     return CompileError(
-        f"Compile VAE: {backend.NAME} could not compile the decoder of {type(network).__name__}: {first_line(error)}. "
+        f"Compile VAE: {backend.NAME} could not {doing} the decoder of {type(network).__name__}: {first_line(error)}. "
         f"{backend.REMEDY}"
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,9 +65,31 @@ def explaining_out_of_memory(offload: Offload, group: Group) -> Callable[..., An
     return outer_sample
 
 
+def settling(group: Group) -> Callable[..., Any]:
+    """An APPLY_MODEL wrapper: after a cancel in the middle of a layer its weights are at home before anything further
+    out puts other weights, or another layout of them, back."""
+
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return executor(*args, **kwargs)
+        except BaseException:
+            group.settle()
+            raise
+
+    return apply_model
+
+
+def is_compiled_model(model: Any) -> bool:
+    """Whether Compile Model or ComfyUI's TorchCompileModel is on a MODEL."""
+    return _has_compile_key(getattr(model, "wrappers", {}))
+
+
 def _is_compiled(guider: Any) -> bool:
-    """Whether ComfyUI swaps compiled modules in for this run: it does so by a wrapper under a key of that name."""
-    wrappers = guider.model_options.get("transformer_options", {}).get("wrappers", {})
+    return _has_compile_key(guider.model_options.get("transformer_options", {}).get("wrappers", {}))
+
+
+def _has_compile_key(wrappers: Mapping[str, Any]) -> bool:
+    """Compiled modules are swapped in by a wrapper under a key of that name."""
     return any("compile" in str(key) and found for key, found in wrappers.get(Site.APPLY_MODEL.value, {}).items())
 
 
@@ -87,7 +109,13 @@ def _explained_class(base: type, phase: str, methods: tuple[str, ...]) -> type:
         method.__name__ = name
         return method
 
+    def clone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The plan goes along: nodes behind it clone, to add a LoRA or to leave out a layer."""
+        return _explained(base.clone(self, *args, **kwargs), phase, methods, *self.speedlab_plan)  # type: ignore[attr-defined]
+
     methods_of = {name: wrapped(name) for name in methods if hasattr(base, name)}
+    if hasattr(base, "clone"):
+        methods_of["clone"] = clone
     _classes[base] = type(f"Explained{base.__name__}", (base,), {"plain": base, **methods_of})
     return _classes[base]
 

@@ -15,10 +15,10 @@ from ..accelerate.patching import Accelerator, Site, accelerators, attach, decla
 from ..decoding import require_vae
 from ..errors import SpeedLabError, UnavailableError
 from .activations import PictureSize
-from .explain import explained_clip, explained_vae, explaining_out_of_memory
+from .explain import explained_clip, explained_vae, explaining_out_of_memory, is_compiled_model, settling
 from .patcher import Group, Offload, Placement, is_dynamic, is_planned, planned, refusal_of_compiled, unplanned
 from .predict import OFFLOADS, Prediction, is_measured, parts_of, predict
-from .wording import plan_text, too_small
+from .wording import gigabytes, plan_text, too_small
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ def plan_memory(
     parts = parts_of(model, clip, vae, size)
     predictions = {offload: predict(parts, offload) for offload in OFFLOADS}
     budget = config.budget_gb * GB or free_bytes(model, clip, vae)
-    refused: tuple[Offload, ...] = ("sequential",) if vae is not None and is_compiled(vae) else ()
+    compiled = is_compiled_model(model) or (vae is not None and is_compiled(vae))
+    refused: tuple[Offload, ...] = ("sequential",) if compiled else ()
     chosen = _choose(config, predictions, budget, refused)
     text = plan_text(
         predictions, chosen, size, budget, config.budget_gb > 0, model.load_device.type, is_dynamic(model),
@@ -132,17 +133,22 @@ def _choose(
     config: MemoryPlanConfig, predictions: dict[Offload, Prediction], budget: float, refused: tuple[Offload, ...]
 ) -> Offload:
     given = config.budget_gb > 0
-    fits = [offload for offload in OFFLOADS if predictions[offload].peak <= budget]
-    possible = [offload for offload in fits if offload not in refused]
-    if config.offload in refused or (config.offload == "auto" and fits and not possible):
+    if config.offload in refused:
         raise refusal_of_compiled()
-    if config.offload == "auto":
-        if not fits:
-            raise MemoryBudgetError(too_small(predictions, budget, None, given))
-        return possible[0]
-    if given and config.offload not in fits:
-        raise MemoryBudgetError(too_small(predictions, budget, config.offload, given))
-    return config.offload
+    possible = {offload: one for offload, one in predictions.items() if offload not in refused}
+    fits = [offload for offload in OFFLOADS if offload in possible and predictions[offload].peak <= budget]
+    asked = None if config.offload == "auto" else config.offload
+    if asked is None and fits:
+        return fits[0]
+    if asked is not None and (asked in fits or not given):
+        return asked
+    left_out = "".join(
+        f" With {offload} offload, {gigabytes(predictions[offload].peak)} would do, but compiled code excludes it: "
+        "take the compile node out."
+        for offload in refused
+        if predictions[offload].peak < min(one.peak for one in possible.values())
+    )
+    raise MemoryBudgetError(too_small(possible, budget, asked, given) + left_out)
 
 
 def _attach(
@@ -163,7 +169,8 @@ def _attach(
         return planned(patcher, Placement(chosen if alike else "model", group))
 
     options = {"offload": chosen, **({"budget_gb": config.budget_gb} if config.budget_gb else {})}
-    out = attach(place(model), KEY, {Site.OUTER_SAMPLE: explaining_out_of_memory(chosen, group)})
+    wrappers = {Site.OUTER_SAMPLE: explaining_out_of_memory(chosen, group), Site.APPLY_MODEL: settling(group)}
+    out = attach(place(model), KEY, wrappers)
     declare(out, Accelerator("memory_plan", options))
     return (
         out,

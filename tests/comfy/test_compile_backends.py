@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib.util
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,91 @@ def test_another_attention_is_refused(unet: Any, compiled: Any, engine: Any, bac
     model = attention.attach_attention(unet.model, attention.AttentionConfig("split"))
     with pytest.raises(engine("errors").SpeedLabError, match=r"brings its own attention.*Attention Backend"):
         unet.sample(compiled.attach_compile(model, compiled.CompileConfig(backend)), steps=1, size=SIZE)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_autocast_is_refused_where_it_cannot_act(
+    unet: Any, compiled: Any, engine: Any, node: Any, backend: str
+) -> None:
+    """Both orders; jit_trace records the casts."""
+    precision = node("SpeedLabPrecision")
+    cast = (*("keep",) * 5, "bf16", "keep")
+    (model,) = precision.apply(unet.model, *cast)
+    after = compiled.attach_compile(model, compiled.CompileConfig(backend))
+    (before,) = precision.apply(compiled.attach_compile(unet.model, compiled.CompileConfig(backend)), *cast)
+    for both in (after, before):
+        with pytest.raises(engine("errors").SpeedLabError, match=rf"{backend}.*Precision's autocast.*inductor"):
+            unet.sample(both, steps=1, size=SIZE)
+    traced = compiled.attach_compile(model, compiled.CompileConfig("jit_trace"))
+    assert torch.equal(unet.sample(traced, steps=2, size=SIZE), unet.sample(model, steps=2, size=SIZE))
+
+
+def test_a_damaged_graph_is_exported_anew(unet: Any, compiled: Any, engine: Any, base_dir: Path, caplog: Any) -> None:
+    config = compiled.CompileConfig("onnxruntime")
+    wanted = unet.sample(compiled.attach_compile(unet.model, config), steps=1, size=SIZE)
+    (folder,) = (base_dir / "user" / "speedlab" / "compiled").glob("onnxruntime-*")
+    (newest, *_) = sorted(folder.glob("*.graph"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for damage in (lambda data: data[: len(data) // 2], lambda data: bytes(len(data)), lambda data: b""):
+        newest.write_bytes(damage(newest.read_bytes()))
+        engine("accelerate.compile_program")._programs.clear()
+        again = unet.sample(compiled.attach_compile(unet.model, config), steps=1, size=SIZE)
+        assert torch.equal(again, wanted)
+        assert "is damaged" in caplog.text
+        caplog.clear()
+
+
+def test_two_fixed_sizes_of_a_frozen_trace_are_both_kept(unet: Any, compiled: Any, caplog: Any) -> None:
+    """With and without CFG in turn; with more than two in turn the record says what that costs."""
+    caplog.set_level("INFO")
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", freeze_weights=True))
+    for cfg in (5.0, 1.0, 5.0, 1.0):
+        unet.sample(model, steps=1, size=SIZE, cfg=cfg)
+    assert caplog.text.count("compiled the network for") == 2 and "once more" not in caplog.text
+    for size in ((8, 8), (8, 24), (24, 8), (8, 8)):
+        unet.sample(model, steps=1, size=size)
+    assert "once more" in caplog.text
+
+
+def test_a_part_of_the_network_that_another_node_put_in_is_refused(unet: Any, compiled: Any, engine: Any) -> None:
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace"))
+    model.add_object_patch("diffusion_model.middle_block", unet.unet.middle_block)
+    with pytest.raises(engine("errors").SpeedLabError, match=r"jit_trace.*diffusion_model\.middle_block"):
+        unet.sample(model, steps=1, size=SIZE)
+
+
+@pytest.mark.parametrize("on_failure", ["error", "eager"])
+def test_what_fails_while_it_runs_is_told_as_well(
+    unet: Any, compiled: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any, on_failure: str
+) -> None:
+    def broken(*inputs: Any) -> Any:
+        raise ValueError("no kernel for this size")
+
+    monkeypatch.setattr(engine("accelerate.backends.jit_trace"), "compile", lambda *a: broken)
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", on_failure=on_failure))
+    if on_failure == "error":
+        with pytest.raises(engine("errors").SpeedLabError, match="jit_trace could not run UNetModel: no kernel"):
+            unet.sample(model, steps=1, size=(16, 8))
+        return
+    assert torch.equal(unet.sample(model, steps=1, size=(16, 8)), unet.sample(steps=1, size=(16, 8)))
+    assert "could not run" in caplog.text and "went on uncompiled" in caplog.text
+
+
+def test_a_cancel_that_a_library_wrapped_is_a_cancel(
+    unet: Any, compiled: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO turns whatever its trace raises into an error of its own."""
+    import comfy.model_management as mm
+
+    def cancelled(*_: Any) -> Any:
+        try:
+            raise mm.InterruptProcessingException
+        except BaseException as error:
+            raise RuntimeError("Couldn't get TorchScript module by tracing.") from error
+
+    monkeypatch.setattr(engine("accelerate.backends.jit_trace"), "compile", cancelled)
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", on_failure="eager"))
+    with pytest.raises(mm.InterruptProcessingException):
+        unet.sample(model, steps=1, size=(16, 8))
 
 
 def test_frozen_traces_follow_a_lora(unet: Any, compiled: Any) -> None:

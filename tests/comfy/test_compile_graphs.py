@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -333,3 +335,32 @@ def test_settings_that_make_no_sense_are_refused(unet: Any, compiled: Any, engin
         compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", scope="blocks"))
     with pytest.raises(unavailable, match="CUDA graphs need an NVIDIA GPU"):
         compiled.attach_compile(unet.model, compiled.CompileConfig("cudagraphs"))
+
+
+def test_frozen_code_of_other_weights_is_let_go(unet: Any, compiled: Any, engine: Any) -> None:
+    """Each holds its weights once more, and a function has room for sixteen."""
+    functions = engine("accelerate.backends.dynamo")._functions
+    config = compiled.CompileConfig(freeze_weights=True)
+    counts, held = set(), []
+    for number in range(1, 5):
+        model = compiled.attach_compile(lora(unet.model, 0.05 * number), config)
+        unet.sample(model, steps=1, size=(8, 8))
+        counts.add(len(functions))
+        held.append(weakref.ref(unet.unet.input_blocks[1][1].transformer_blocks[0].attn1.to_q.weight))
+    assert len(counts) == 1
+    del model
+    unet.sample(steps=1, size=(8, 8))
+    gc.collect()
+    assert [ref() for ref in held[:-1]] == [None] * 3
+
+
+def test_frozen_weights_and_hooks_that_change_them_are_refused(unet: Any, compiled: Any, engine: Any) -> None:
+    import comfy.hooks
+
+    hook = comfy.hooks.create_hook_lora(lora={}, strength_model=1.0, strength_clip=0.0)
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(freeze_weights=True))
+    name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    weight = unet.model.model.state_dict()[name]
+    model.add_hook_patches(hook.hooks[0], {name: ("diff", (torch.ones_like(weight),))}, 1.0)
+    with pytest.raises(engine("errors").SpeedLabError, match=r"freeze_weights cannot follow hooks.*freeze_weights off"):
+        unet.sample(model, steps=1, size=(8, 8))

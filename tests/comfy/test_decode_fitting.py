@@ -206,6 +206,26 @@ def test_fp16_that_overflows_ends_in_a_safer_precision_and_is_remembered(decodin
     assert next(large.first_stage_model.parameters()).dtype == torch.float32
 
 
+def test_latents_out_of_range_are_not_held_against_a_precision(decoding, engine, vae):
+    import comfy.sd
+    import torch
+
+    half = comfy.sd.VAE(sd=vae.get_sd(), dtype=torch.bfloat16)
+    absurd = {"samples": torch.full((1, 4, 8, 8), 3e38)}
+    assert "out of its range" in decoding.decode(half, absurd, decoding.DecodeConfig()).info["warning"]
+    assert decoding.decode(half, latent(), decoding.DecodeConfig()).info["precision"] == "bf16"
+    assert half.first_stage_model not in engine("vae_precision")._not_finite_in
+
+
+def test_pictures_on_a_vae_for_videos_are_refused(decoding, engine, vae):
+    import copy
+
+    video = copy.copy(vae)
+    video.latent_dim = 3
+    with pytest.raises(engine("errors").SpeedLabError, match="this VAE decodes videos"):
+        decoding.decode(video, latent(), decoding.DecodeConfig())
+
+
 def test_auto_on_a_cpu_keeps_what_was_loaded_and_says_so(decoding, vae):
     info = decoding.decode(vae, latent(), decoding.DecodeConfig()).info
     assert (info["precision"], info["precision_asked"]) == ("fp32", "auto")

@@ -93,6 +93,19 @@ def test_one_model_alone_at_the_ends(core, node, pair, handoff, role):
     assert [step["model"] for step in record.steps] == [role] * STEPS
 
 
+def test_a_refiner_alone_follows_its_own_schedule(core, node, pair):
+    """Of two models with other noise levels: here the base goes on to no signal at all."""
+    import importlib
+
+    discrete = importlib.import_module("comfy_extras.nodes_model_advanced").ModelSamplingDiscrete()
+    (base,) = discrete.patch(pair.base.model, "eps", True)
+    out, _ = ensemble(node, base, pair.refiner.model, pair, handoff=0.0)
+    (expected,) = core.NODE_CLASS_MAPPINGS["KSampler"]().sample(
+        pair.refiner.model, 5, STEPS, 5.0, "euler", "normal", pair.refiner.cond(3), pair.refiner.cond(4), latent()
+    )
+    assert torch.equal(out["samples"], expected["samples"])
+
+
 def test_batch_mask_and_batch_index_go_through(core, node, pair):
     start = {
         "samples": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9)),

@@ -177,6 +177,26 @@ def test_a_compiled_vae_is_planned_for_and_not_streamed(memory, node, checkpoint
         node("SpeedLabCompileVAE").apply(plan(memory, known, "sequential").vae, "jit_trace", "default")
 
 
+def test_a_budget_error_names_no_plan_that_would_be_refused(memory, node, checkpoint, engine):
+    (compiled,) = node("SpeedLabCompileVAE").apply(checkpoint.vae, "jit_trace", "default")
+    with_vae = SimpleNamespace(model=checkpoint.model, clip=None, vae=compiled)
+    model = engine("accelerate.compile").attach_compile(
+        checkpoint.model, engine("accelerate.compile").CompileConfig("jit_trace")
+    )
+    for models in (with_vae, SimpleNamespace(model=model, clip=checkpoint.clip, vae=checkpoint.vae)):
+        peaks = {name: one.peak / GB for name, one in predictions(memory, models).items()}
+        with pytest.raises(
+            memory.plan.MemoryBudgetError, match=r"smallest is model .*compiled code excludes"
+        ) as caught:
+            plan(memory, models, "auto", 0.001)
+        named = float(str(caught.value).split("budget_gb to ")[1].split(" ")[0])
+        assert plan(memory, models, "auto", named).prediction.offload == "model"
+        with pytest.raises(memory.plan.MemoryBudgetError, match=r"smallest is model .*compiled code excludes"):
+            plan(memory, models, "model", (peaks["model"] + peaks["sequential"]) / 2)
+        with pytest.raises(RuntimeError, match="exclude each other"):
+            plan(memory, models, "sequential")
+
+
 def test_what_is_free_is_no_budget_to_raise(memory, checkpoint, monkeypatch):
     monkeypatch.setattr(memory.plan, "free_bytes", lambda *_: int(0.01 * GB))
     with pytest.raises(memory.plan.MemoryBudgetError, match="that are free") as caught:
@@ -281,8 +301,9 @@ def test_out_of_memory_in_the_text_encoder_and_the_vae(memory, node, checkpoint)
     layer = next(m for m in checkpoint.clip.cond_stage_model.modules() if type(m).__name__ == "CLIPLayer")
     handle = layer.register_forward_pre_hook(out_of_memory)
     try:
-        with pytest.raises(memory.explain.OutOfMemoryError, match="while text encoding with offload model"):
-            encoded(node, planned.clip)
+        for clip in (planned.clip, planned.clip.clone()):  # as a LoRA or Set Last Layer behind the plan makes
+            with pytest.raises(memory.explain.OutOfMemoryError, match="while text encoding with offload model"):
+                encoded(node, clip)
     finally:
         handle.remove()
     broken = checkpoint.vae.first_stage_model.decoder.register_forward_pre_hook(out_of_memory)

@@ -187,6 +187,38 @@ def test_an_error_in_a_layer_leaves_every_weight_where_it_was(engine, error):
     assert torch.equal(tiny.sample(model), expected)
 
 
+def test_a_cancel_under_a_hook_leaves_the_weights_as_they_were(engine):
+    """ComfyUI puts weights back that a hook changed, on the way out of a cancelled run: into the weights at home."""
+    hooks = importlib.import_module("comfy.hooks")
+    tiny = tiny_unet.build("sd15")
+    expected, before = tiny.sample(), {name: value.clone() for name, value in tiny.unet.state_dict().items()}
+    state = {}
+    for name, weight in tiny.unet.state_dict().items():
+        if name.endswith("attn2.to_v.weight"):
+            key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+            state[f"{key}.lora_up.weight"] = torch.ones(weight.shape[0], 2)
+            state[f"{key}.lora_down.weight"] = torch.ones(2, weight.shape[1])
+    hooked = hooks.set_hooks_for_conditioning(tiny.cond(1), hooks.create_hook_lora(state, 1.0, 0.0))
+    model = as_users_have_it(engine, tiny.model)
+    changed = []
+
+    def cancel(layer, *_):
+        changed.append(not torch.equal(layer.weight, before["middle_block.1.transformer_blocks.0.attn2.to_v.weight"]))
+        if changed[-1]:
+            raise _CancelOfNewerComfyUIError
+
+    handle = tiny.unet.middle_block[1].transformer_blocks[0].attn2.to_v.register_forward_hook(cancel)
+    try:
+        with pytest.raises(_CancelOfNewerComfyUIError):
+            tiny.sample(model, positive=[*hooked, *tiny.cond(3)])
+    finally:
+        handle.remove()
+    assert changed[-1], "in the middle of a layer that the hook changed"
+    now = tiny.unet.state_dict()
+    assert [name for name, value in before.items() if not torch.equal(now[name], value)] == []
+    assert torch.equal(tiny.sample(), expected)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_another_compute_dtype_chosen_by_cores_node(memory, dtype):
     """ModelComputeDtype has loaded weights cast in use, and so it does with streamed ones."""

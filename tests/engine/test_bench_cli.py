@@ -126,7 +126,7 @@ def test_a_path_that_cannot_be_is_told_in_words(text):
 
 def test_an_output_folder_that_is_a_link_to_itself_is_named(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    with pytest.raises(errors.BenchError, match="--out: cannot write to .*loop"):
+    with pytest.raises(errors.BenchError, match=r"--out: cannot write to .*loop"):
         files.prepare_output(tmp_path / "loop")
 
 

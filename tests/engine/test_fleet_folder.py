@@ -124,7 +124,7 @@ def test_a_full_disk_is_told_with_the_path(begun, monkeypatch):
     with FleetFolder(path) as folder:
         with pytest.raises(ResultsError, match=str(path)):
             opened(folder, tasks)
-        with pytest.raises(ResultsError, match="manifest.jsonl"):
+        with pytest.raises(ResultsError, match=r"manifest\.jsonl"):
             folder.write_manifest()
 
 

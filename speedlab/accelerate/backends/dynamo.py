@@ -46,6 +46,26 @@ def shared_function(
     return _functions[key]
 
 
+def forget(word: Hashable) -> None:
+    """Let go of the functions whose kind ends in that word, and of all that was compiled for them."""
+    for key in [key for key in _functions if isinstance(key, tuple) and any(_ends_in(part, word) for part in key)]:
+        _let_go(_functions.pop(key))
+
+
+def _let_go(function: Callable[..., Any]) -> None:
+    """Empty the cache at a function's code. Dynamo notes the code of what it made from it, so that neither would ever
+    be freed, nor the weights in it. Older PyTorch cannot; there they stay until the process ends."""
+    import torch._dynamo.eval_frame as eval_frame
+
+    original = getattr(function, "_torchdynamo_orig_callable", None)
+    if original is not None and hasattr(eval_frame, "reset_code"):
+        eval_frame.reset_code(original.__code__)
+
+
+def _ends_in(part: Hashable, word: Hashable) -> bool:
+    return isinstance(part, tuple) and bool(part) and part[-1] == word
+
+
 def failures() -> tuple[type[BaseException], ...]:
     """The exceptions that mean: not compiled. They come before anything of the graph has run."""
     import torch._dynamo.exc as exc

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,7 +64,33 @@ def _compile_graph(options: CompileOptions, graph: Any, inputs: list[Any]) -> Ca
     settings = dict(torch._inductor.list_mode_options(options.mode, options.dynamic))
     if _copies_weights(options, inputs):
         settings["layout_optimization"] = False
-    return torch._inductor.compile(graph, inputs, options=settings)
+    if not options.freeze:
+        return torch._inductor.compile(graph, inputs, options=settings)
+    before = {id(module) for module in _code_modules()}
+    program: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=settings)
+    made = [module for module in _code_modules() if id(module) not in before]
+    # Inductor keeps the modules of its code until the process ends, and frozen weights are attributes of theirs.
+    weakref.finalize(_innermost(program), _let_go_of_tensors, made).atexit = False
+    return program
+
+
+def _innermost(function: Any) -> Any:
+    """What dynamo keeps of a function that it has wrapped."""
+    while (inner := getattr(function, "_torchdynamo_orig_callable", None)) is not None:
+        function = inner
+    return function
+
+
+def _code_modules() -> list[ModuleType]:
+    from torch._inductor import codecache
+
+    return list(getattr(getattr(codecache, "PyCodeCache", None), "modules", ()))
+
+
+def _let_go_of_tensors(modules: list[ModuleType]) -> None:
+    for module in modules:
+        for name in [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]:
+            delattr(module, name)
 
 
 def _copies_weights(options: CompileOptions, inputs: list[Any]) -> bool:

@@ -21,6 +21,7 @@ CAN_FREEZE = True
 FOLLOWS_WEIGHTS = True
 FIXED_SHAPES = True
 KEEPS_ATTENTION = True
+KEEPS_AUTOCAST = True
 REMEDY = "Choose inductor, or take the node out."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 NOWHERE = "weights-of-the-live-model"
 INPUT_NAMES = ("x", "timesteps", "context", "y")
 _DIMENSIONS = {("x", 0): "batch", ("x", 2): "height", ("x", 3): "width", ("context", 1): "tokens"}
-_SCHEMA = 1
+_SCHEMA = 2
+_DIGEST = hashlib.sha256().digest_size
 
 
 def weights_of(target: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -31,19 +33,36 @@ def weights_of(target: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def exported(target: torch.nn.Module, options: CompileOptions, opset: int) -> bytes:
     """The ONNX model, its weights by name only. From `options.folder` where it was made before, else put there."""
-    path = None if options.folder is None else options.folder / f"{_key(target, options, opset)}.onnx"
-    if path is not None and path.is_file():
-        return path.read_bytes()
+    path = None if options.folder is None else options.folder / f"{_key(target, options, opset)}.graph"
+    kept = None if path is None else _kept(path)
+    if kept is not None:
+        return kept
     data = _export(target, options, opset)
     if path is not None:
         _keep(path, data)
     return data
 
 
+def _kept(path: Path) -> bytes | None:
+    """The graph in a file; None where there is none, or one that is not as it was written."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        log.warning("SpeedLab: the graph kept in %s cannot be read (%s); it is exported anew.", path, error)
+        return None
+    graph, digest = data[:-_DIGEST], data[-_DIGEST:]
+    if hashlib.sha256(graph).digest() != digest:
+        log.warning("SpeedLab: the graph kept in %s is damaged; it is exported anew.", path)
+        return None
+    return graph
+
+
 def _keep(path: Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_bytes(data)
+        partial.write_bytes(data + hashlib.sha256(data).digest())
         partial.replace(path)
     except OSError as error:
         log.warning("SpeedLab: the exported graph is not kept, for %s cannot be written: %s", path, error)
@@ -52,7 +71,7 @@ def _keep(path: Path, data: bytes) -> None:
 
 
 def _key(target: torch.nn.Module, options: CompileOptions, opset: int) -> str:
-    """A hash of what a graph depends on: structure, shapes and types of weights and inputs, and versions."""
+    """A hash of what a graph depends on: structure and code, shapes and types of weights and inputs, and versions."""
     import onnx
     import onnxscript
 
@@ -61,6 +80,7 @@ def _key(target: torch.nn.Module, options: CompileOptions, opset: int) -> str:
         "opset": opset,
         "versions": [torch.__version__, onnx.__version__, onnxscript.__version__],
         "structure": str(target),
+        "code": _code_of(target),
         "settings": [_plain_values(module) for module in target.modules()],
         "weights": [(name, str(t.dtype), list(t.shape)) for name, t in weights_of(target).items()],
         "inputs": [(str(tensor.dtype), tensor.ndim) for tensor in options.example],
@@ -70,6 +90,13 @@ def _key(target: torch.nn.Module, options: CompileOptions, opset: int) -> str:
         ],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _code_of(target: torch.nn.Module) -> list[str]:
+    """Hashes of the files that define the layers, those of PyTorch left out."""
+    kinds = {type(module) for module in target.modules() if not type(module).__module__.startswith("torch.")}
+    files = {inspect.getsourcefile(kind) for kind in kinds}
+    return sorted(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file)
 
 
 def _plain_values(module: torch.nn.Module) -> list[tuple[str, str]]:
