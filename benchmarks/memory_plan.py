@@ -31,7 +31,8 @@ COLUMNS = ("offload", "checkpoint", "width", "height", "batch", "phase", "predic
            "measured_as", "device", "torch", "comfyui", "date")  # fmt: skip
 OFFLOADS = ("none", "model", "sequential")
 JOBS = [(family, side, batch) for family, side, batch in
-        (("sd15", 256, 1), ("sd15", 512, 1), ("vega", 512, 1), ("sd15", 256, 4), ("vega", 768, 1), ("vega", 1024, 1))]  # fmt: skip
+        (("sd15", 256, 1), ("sd15", 512, 1), ("vega", 512, 1), ("sd15", 256, 4), ("vega", 768, 1),
+         ("vega", 1024, 1))]  # fmt: skip
 
 
 def main() -> None:
