@@ -137,6 +137,7 @@ class ProgramEngine:
             return program(*inputs)
         except Exception as error:  # a program of another library raises whatever that library raises
             raise_what_passes(error)
+            self.programs.by_key = OrderedDict((k, v) for k, v in self.programs.by_key.items() if v is not program)
             self.run.fail(type(self.network).__name__, error, doing="run")
             return eager()
 

@@ -101,7 +101,9 @@ def test_autocast_is_refused_where_it_cannot_act(
         with pytest.raises(engine("errors").SpeedLabError, match=rf"{backend}.*Precision's autocast.*inductor"):
             unet.sample(both, steps=1, size=SIZE)
     traced = compiled.attach_compile(model, compiled.CompileConfig("jit_trace"))
-    assert torch.equal(unet.sample(traced, steps=2, size=SIZE), unet.sample(model, steps=2, size=SIZE))
+    plain = unet.sample(steps=2, size=SIZE)
+    cast_error = relative(unet.sample(model, steps=2, size=SIZE), plain)
+    assert 0.5 * cast_error < relative(unet.sample(traced, steps=2, size=SIZE), plain) < 2 * cast_error
 
 
 def test_a_damaged_graph_is_exported_anew(unet: Any, compiled: Any, engine: Any, base_dir: Path, caplog: Any) -> None:
@@ -124,7 +126,7 @@ def test_two_fixed_sizes_of_a_frozen_trace_are_both_kept(unet: Any, compiled: An
     model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", freeze_weights=True))
     for cfg in (5.0, 1.0, 5.0, 1.0):
         unet.sample(model, steps=1, size=SIZE, cfg=cfg)
-    assert caplog.text.count("compiled the network for") == 2 and "once more" not in caplog.text
+    assert caplog.text.count("this can take minutes") == 2 and "once more" not in caplog.text
     for size in ((8, 8), (8, 24), (24, 8), (8, 8)):
         unet.sample(model, steps=1, size=size)
     assert "once more" in caplog.text
@@ -144,6 +146,7 @@ def test_what_fails_while_it_runs_is_told_as_well(
     def broken(*inputs: Any) -> Any:
         raise ValueError("no kernel for this size")
 
+    engine("accelerate.compile_program")._programs.clear()
     monkeypatch.setattr(engine("accelerate.backends.jit_trace"), "compile", lambda *a: broken)
     model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", on_failure=on_failure))
     if on_failure == "error":
@@ -151,6 +154,9 @@ def test_what_fails_while_it_runs_is_told_as_well(
             unet.sample(model, steps=1, size=(16, 8))
         return
     assert torch.equal(unet.sample(model, steps=1, size=(16, 8)), unet.sample(steps=1, size=(16, 8)))
+    monkeypatch.undo()
+    again = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace"))
+    assert torch.isfinite(unet.sample(again, steps=1, size=(16, 8))).all(), "it is compiled anew"
     assert "could not run" in caplog.text and "went on uncompiled" in caplog.text
 
 
@@ -167,6 +173,7 @@ def test_a_cancel_that_a_library_wrapped_is_a_cancel(
             raise RuntimeError("Couldn't get TorchScript module by tracing.") from error
 
     monkeypatch.setattr(engine("accelerate.backends.jit_trace"), "compile", cancelled)
+    engine("accelerate.compile_program")._programs.clear()
     model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", on_failure="eager"))
     with pytest.raises(mm.InterruptProcessingException):
         unet.sample(model, steps=1, size=(16, 8))
