@@ -101,7 +101,7 @@ def _refuse_equal_names(files: Mapping[str, Sequence[Path]]) -> None:
         seen: dict[str, Path] = {}
         for path in paths:
             other = seen.setdefault(path.name.lower(), path)
-            if not other.samefile(path):
+            if other.resolve() != path.resolve():
                 raise BenchError(
                     f"{other} and {path} have the same name, and ComfyUI would see one of them in models/{folder}. "
                     "Rename one, or link it under another name."
