@@ -16,7 +16,10 @@ FIGURES = ["figure", "measured", "limit", "share_of_limit", "target", "reached",
 
 @dataclass(frozen=True)
 class Job:
-    """One timed call. `run` gives a latent, which is compared with the latent of `against`, a job of the same part."""
+    """One timed call. `run` gives a latent, which is compared with the latent of `against`, a job of the same part.
+
+    `warm` is called untimed before the first run in this process, unless that run is the cold one, round 0.
+    """
 
     part: str
     name: str
@@ -25,6 +28,7 @@ class Job:
     run: Callable[[], Any]
     rounds: int
     against: str = "stock"
+    warm: Callable[[], Any] | None = None
 
 
 class Series:
@@ -34,6 +38,7 @@ class Series:
         self.path, self.facts = path, facts
         self.deadline = time.monotonic() + 60 * minutes
         self.latents: dict[tuple[str, int, str], Any] = {}
+        self.ran: set[tuple[str, int, str]] = set()
         self.rows: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline="") as file:
@@ -50,6 +55,10 @@ class Series:
         reference = (job.part, job.size, job.against)
         if self.done(job, number) or (number > 0 and time.monotonic() > self.deadline):
             return
+        key = (job.part, job.size, job.name)
+        if number > 0 and job.warm is not None and key not in self.ran:
+            job.warm()
+        self.ran.add(key)
         start = time.perf_counter()
         latent = job.run()
         seconds = time.perf_counter() - start
@@ -57,6 +66,10 @@ class Series:
             self.latents[reference] = latent
         known = self.latents.get(reference)
         error = "" if known is None else f"{relative_error(latent, known):.6f}"
+        self.keep(job, number, seconds, error, threshold)
+
+    def keep(self, job: Job, number: int, seconds: float, error: str = "", threshold: float | None = None) -> None:
+        """Add what was measured to the rows and to the file."""
         row = {
             "part": job.part, "job": job.name, "size": str(job.size), "steps": str(job.steps), "round": str(number),
             "seconds": f"{seconds:.3f}", "latent_error": error,

@@ -143,7 +143,7 @@ class _State:
         if self.config.backend in backends.GRAPH_BY_GRAPH:
             from .compile_engine import GraphEngine
 
-            self.engine = GraphEngine(self.run, patcher, self.config.by_blocks)
+            self.engine = GraphEngine(self.run, patcher, self.config.by_blocks, self.config.scope == "blocks")
         else:
             from .compile_program import ProgramEngine
 

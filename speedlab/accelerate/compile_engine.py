@@ -12,7 +12,7 @@ import torch
 
 from ..errors import UnavailableError
 from .backends import dynamo
-from .compile_graphs import Part, blocks_of, swapped_in, whole
+from .compile_graphs import BLOCKS, Part, blocks_of, blocks_that_gain, swapped_in, whole
 from .compile_program import NETWORKS, weights_word
 from .compile_run import Run
 
@@ -23,7 +23,7 @@ _frozen: OrderedDict[int, Hashable] = OrderedDict()
 class GraphEngine:
     """Compiled functions for the blocks of a network, or for all of it."""
 
-    def __init__(self, run: Run, patcher: Any, by_blocks: bool) -> None:
+    def __init__(self, run: Run, patcher: Any, by_blocks: bool, every_block: bool = True) -> None:
         self.run, self.network = run, patcher.model.diffusion_model
         self.parts: list[Part] = []
         if run.options.freeze and getattr(patcher, "hook_patches", None):
@@ -31,7 +31,17 @@ class GraphEngine:
             run.fail(type(self.network).__name__, reason, "Switch freeze_weights off, or take the hooks out.")
             return
         weights = _frozen_weights(self.network, patcher) if run.options.freeze else None
-        self.parts = blocks_of(self.network, run, weights) if by_blocks else whole(self.network, run, weights)
+        if not by_blocks:
+            self.parts = whole(self.network, run, weights)
+            return
+        kinds = BLOCKS if every_block else blocks_that_gain(run.options)
+        if kinds != BLOCKS:
+            run.note(
+                "residual blocks run uncompiled: on a CPU they are convolutions, which PyTorch computes well as they "
+                "are. Scope blocks compiles them too.",
+                logging.INFO,
+            )
+        self.parts = blocks_of(self.network, run, weights, kinds)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -47,7 +57,8 @@ class GraphEngine:
         graphs = dynamo.GRAPHS_PER_KIND_STATIC if options.dynamic is False else dynamo.GRAPHS_PER_KIND
         if self.run.backend.uses_cuda_graphs(options):
             torch.compiler.cudagraph_mark_step_begin()
-        with dynamo.limits(graphs, freeze=options.freeze, folder=options.folder), swapped_in(self.parts, self.run):
+        limits = dynamo.limits(graphs, options.device, freeze=options.freeze, folder=options.folder)
+        with limits, swapped_in(self.parts, self.run):
             yield
 
     def _tell_outcome(self) -> None:

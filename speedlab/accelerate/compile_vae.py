@@ -117,7 +117,10 @@ def _decode(network: Any, samples: torch.Tensor) -> torch.Tensor:
 
 def _through_graphs(network: Any, backend: ModuleType, options: CompileOptions, samples: torch.Tensor) -> torch.Tensor:
     function = backend.compile(_decode, options, kind_of(network))
-    with dynamo.limits(dynamo.GRAPHS_PER_KIND, folder=options.folder), dynamo.without_gradients(network):
+    with (
+        dynamo.limits(dynamo.GRAPHS_PER_KIND, options.device, folder=options.folder),
+        dynamo.without_gradients(network),
+    ):
         try:
             result = function(network, samples)
         except dynamo.failures() as error:

@@ -19,6 +19,7 @@ SIZE = (16, 16)
 KINDS = 9
 # Graphs of a first picture: three kinds stand at two levels, so that they get a second graph, for any size.
 FIRST = 12
+TRANSFORMERS = 3
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def lora(model: Any, strength: float, part: str = "attn") -> Any:
 def test_blocks_equal_eager_and_leave_the_model_as_it_was(unet: Any, compiled: Any, graphs: Any) -> None:
     before = list(unet.model.model.state_dict())
     gradients = [p.requires_grad for p in unet.unet.parameters()]
-    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks"))
     eager = unet.sample(steps=2, size=SIZE)
     assert relative(unet.sample(model, steps=2, size=SIZE), eager) < 1e-5
     assert graphs() == FIRST
@@ -79,7 +80,7 @@ def test_blocks_equal_eager_and_leave_the_model_as_it_was(unet: Any, compiled: A
 
 
 def test_a_lora_costs_no_graph_and_acts(unet: Any, compiled: Any, graphs: Any) -> None:
-    config = compiled.CompileConfig()
+    config = compiled.CompileConfig(scope="blocks")
     unet.sample(compiled.attach_compile(unet.model, config), steps=2, size=SIZE)
     assert graphs() == FIRST
     plain = unet.sample(steps=2, size=SIZE)
@@ -100,7 +101,7 @@ def test_a_lora_costs_no_graph_and_acts(unet: Any, compiled: Any, graphs: Any) -
 
 
 def test_a_second_checkpoint_of_the_family_costs_no_graph(unet: Any, compiled: Any, graphs: Any) -> None:
-    config = compiled.CompileConfig()
+    config = compiled.CompileConfig(scope="blocks")
     unet.sample(compiled.attach_compile(unet.model, config), steps=1, size=SIZE)
     other = tiny_unet.build("sd15", seed=5)
     graphs()
@@ -138,7 +139,7 @@ def test_the_limit_of_graphs_is_never_silent(
     unet: Any, compiled: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any, behaviour: str
 ) -> None:
     monkeypatch.setattr(engine("accelerate.backends.dynamo"), "GRAPHS_PER_KIND_STATIC", 1)
-    config = compiled.CompileConfig(dynamic="false", on_failure=behaviour)
+    config = compiled.CompileConfig(scope="blocks", dynamic="false", on_failure=behaviour)
     model = compiled.attach_compile(unet.model, config)
     if behaviour == "error":  # in the first picture already, where three kinds stand at two sizes
         with pytest.raises(engine("accelerate.compile_run").CompileError, match=r"limit of graphs.*dynamic to auto"):
@@ -165,7 +166,7 @@ def test_values_that_change_each_step_are_no_guards(unet: Any, compiled: Any, gr
 
 
 def test_split_conds_and_patches_of_blocks(unet: Any, compiled: Any, graphs: Any) -> None:
-    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks"))
     model.set_model_attn2_patch(lambda q, k, v, extra: (q, k * 0.5, v))
     model.set_model_input_block_patch(lambda h, extra: h * 1.01)
     plain = unet.model.clone()
@@ -186,7 +187,7 @@ def test_a_replaced_attention_stays_and_other_blocks_are_compiled(unet: Any, com
         return clone
 
     eager = unet.sample(replace(unet.model), steps=2, size=SIZE)
-    model = replace(compiled.attach_compile(unet.model, compiled.CompileConfig()))
+    model = replace(compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks")))
     assert relative(unet.sample(model, steps=2, size=SIZE), eager) < 1e-5
     assert graphs() >= KINDS - 1
 
@@ -209,7 +210,7 @@ def test_with_each_technique_in_either_order(
         precision = engine("accelerate.precision_flags")
         return precision.attach_precision(model, precision.PrecisionConfig(memory_format="channels_last"))
 
-    config = compiled.CompileConfig()
+    config = compiled.CompileConfig(scope="blocks")
     eager = unet.sample(attach(unet.model), steps=4, size=SIZE)
     if node_first:
         model = attach(compiled.attach_compile(unet.model, config))
@@ -247,7 +248,7 @@ def test_deepcache_on_a_whole_graph_is_refused_by_both_names(unet: Any, compiled
 def test_cores_compile_beside_ours_is_refused(unet: Any, compiled: Any, engine: Any) -> None:
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks"))
     set_torch_compile_wrapper(model=model, backend="eager")
     with pytest.raises(engine("errors").UnavailableError, match=r"TorchCompileModel"):
         unet.sample(model, steps=1, size=SIZE)
@@ -288,7 +289,7 @@ def test_a_cancel_while_compiling_stops_and_leaves_nothing(
         return graph.forward
 
     monkeypatch.setattr(engine("accelerate.backends.inductor"), "_compile_graph", cancelling)
-    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks"))
     count = engine("accelerate.backends.dynamo").COUNT
     before = count.graphs
     with pytest.raises(mm.InterruptProcessingException):
@@ -306,7 +307,7 @@ def test_a_failure_names_backend_part_cause_and_remedy(
         raise RuntimeError("the compiler fell over\nand more lines")
 
     monkeypatch.setattr(engine("accelerate.backends.inductor"), "_compile_graph", failing)
-    model = compiled.attach_compile(unet.model, compiled.CompileConfig(on_failure=behaviour))
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks", on_failure=behaviour))
     if behaviour == "error":
         with pytest.raises(engine("errors").SpeedLabError) as raised:
             unet.sample(model, steps=1, size=SIZE)
@@ -319,9 +320,31 @@ def test_a_failure_names_backend_part_cause_and_remedy(
         assert caplog.text.count("went on uncompiled") == 1
 
 
+def test_on_a_cpu_residual_blocks_stay_as_they_are_unless_asked_for(
+    unet: Any, compiled: Any, graphs: Any, caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    assert relative(unet.sample(model, steps=2, size=SIZE), unet.sample(steps=2, size=SIZE)) < 1e-5
+    assert graphs() == TRANSFORMERS
+    assert caplog.text.count("residual blocks run uncompiled") == 1
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks"))
+    unet.sample(model, steps=2, size=SIZE)
+    assert graphs() == FIRST - TRANSFORMERS
+    assert caplog.text.count("residual blocks run uncompiled") == 1
+
+
+def test_all_blocks_are_worth_it_with_frozen_weights_and_on_a_card(engine: Any, compiled: Any) -> None:
+    parts, options = engine("accelerate.compile_graphs"), engine("accelerate.backends").CompileOptions
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    assert parts.blocks_that_gain(options(device=cpu, freeze=True)) == parts.BLOCKS
+    assert parts.blocks_that_gain(options(device=card)) == parts.BLOCKS
+    assert parts.ResBlock not in parts.blocks_that_gain(options(device=cpu))
+
+
 def test_sdxl_blocks(compiled: Any, comfy: Any) -> None:
     unet = tiny_unet.build("sdxl")
-    model = compiled.attach_compile(unet.model, compiled.CompileConfig())
+    model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks"))
     assert relative(unet.sample(model, steps=2, size=SIZE), unet.sample(steps=2, size=SIZE)) < 1e-5
 
 

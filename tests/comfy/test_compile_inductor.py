@@ -35,14 +35,14 @@ def test_real_code_equals_eager_and_is_found_again_on_disk(
     from torch._dynamo.utils import counters
 
     eager = sample(core, tiny, tiny.model)
-    model = fresh.attach_compile(tiny.model, fresh.CompileConfig())
+    model = fresh.attach_compile(tiny.model, fresh.CompileConfig(scope="blocks"))
     assert relative(sample(core, tiny, model), eager) < 1e-4
     kept = list((base_dir / "user" / "speedlab" / "compiled").glob(f"inductor-torch{torch.__version__[:3]}*cpu"))
     assert len(kept) == 1 and any(kept[0].rglob("*.so"))
     torch._dynamo.reset()
     engine("accelerate.backends.dynamo")._functions.clear()
     counters.clear()
-    again = fresh.attach_compile(tiny.model, fresh.CompileConfig())
+    again = fresh.attach_compile(tiny.model, fresh.CompileConfig(scope="blocks"))
     assert relative(sample(core, tiny, again), eager) < 1e-4
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     assert hits > 0

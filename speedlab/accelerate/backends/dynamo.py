@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .cpu_vectors import known_to_work
+
 Compiler = Callable[[Any, list[Any]], Callable[..., Any]]
 # Graphs of one kind of block, at most: batch 1 and more, fixed and changing sizes, another prompt length,
 # another layout or type of the weights, and room.
@@ -94,7 +96,9 @@ def switched_off() -> str:
 
 
 @contextmanager
-def limits(graphs: int, *, freeze: bool = False, folder: Path | None = None) -> Iterator[None]:
+def limits(
+    graphs: int, device: torch.device | None = None, *, freeze: bool = False, folder: Path | None = None
+) -> Iterator[None]:
     """Let each function have `graphs` graphs, make one more an error, and keep inductor's files in `folder`."""
     import torch._dynamo
     import torch._inductor.config
@@ -115,6 +119,9 @@ def limits(graphs: int, *, freeze: bool = False, folder: Path | None = None) -> 
             stack.enter_context(shapes.patch(use_duck_shape=False))
         if freeze:
             stack.enter_context(torch._inductor.config.patch(freezing=True))
+        tested = getattr(torch._inductor.config.cpp, "vec_isa_ok", True)
+        if device is not None and device.type == "cpu" and tested is None and known_to_work():
+            stack.enter_context(torch._inductor.config.patch({"cpp.vec_isa_ok": True}))
         if folder is not None:
             stack.enter_context(_variable(CACHE_VARIABLE, str(folder)))
         yield

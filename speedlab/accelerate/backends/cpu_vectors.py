@@ -1,0 +1,62 @@
+"""Whether compiled code may use the processor's vector units, without the test that inductor makes of it.
+
+Inductor builds a library for each set of instructions and loads each in a new Python process, anew in every process
+that compiles: a quarter of a minute before the first block. Its concern is a PyTorch built without the vector
+functions, or a compiler that does not know the instructions; both can be asked directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+# The exponential function that compiled code calls, by the width of its vectors in bits.
+_FUNCTIONS = {512: "Sleef_expf16_u10", 256: "Sleef_expf8_u10"}
+_SECONDS = 30
+
+
+@cache
+def known_to_work() -> bool:
+    """Whether compiler and PyTorch have all that the widest vectors of this processor need; False where that cannot
+    be told, and inductor's own test decides."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        found = _widest()
+        works = found is not None and _has_functions(found.bit_width()) and _compiles(found.build_arch_flags())
+    except Exception as error:  # inductor's insides, which may look different in another PyTorch
+        log.debug("SpeedLab: inductor tests the vector instructions itself: %r", error)
+        return False
+    return works
+
+
+def _widest() -> Any | None:
+    """The first set of instructions in inductor's list, which begins with the widest, that this processor has."""
+    from torch._inductor import cpu_vec_isa
+
+    have = cpu_vec_isa.x86_isa_checker()
+    known = (isa for isa in cpu_vec_isa.supported_vec_isa_list if str(isa).split())
+    return next((isa for isa in known if have and all(name in have for name in str(isa).split())), None)
+
+
+def _has_functions(bits: int) -> bool:
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    return bits in _FUNCTIONS and hasattr(ctypes.CDLL(str(library)), _FUNCTIONS[bits])
+
+
+def _compiles(flags: str) -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    command = [get_cpp_compiler(), *flags.split(), "-x", "c++", "-fsyntax-only", "-"]
+    source = "#include <immintrin.h>\n"
+    done = subprocess.run(command, input=source, text=True, capture_output=True, timeout=_SECONDS, check=False)
+    return done.returncode == 0
