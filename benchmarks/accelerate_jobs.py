@@ -23,6 +23,7 @@ class Plan:
     interval: int = 1
     stop_at: float = 1.0
     linear: str = "keep"
+    memory: str = "keep"
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Bench:
         if plan.attention is not None:
             (model,) = self.node("SpeedLabAttention").apply(model, plan.attention)
         precision = self.node("SpeedLabPrecision")
-        (model,) = precision.apply(model, "keep", "keep", "keep", "keep", "keep", "off", plan.linear)
+        (model,) = precision.apply(model, "keep", "keep", "keep", "keep", "keep", "off", plan.linear, plan.memory)
         (model,) = self.node("SpeedLabDeepCache").apply(model, plan.interval, 0, 0.0, 1.0, "uniform")
         (model,) = self.node("SpeedLabDynamicCFG").apply(model, "fixed", plan.stop_at, 0.99)
         return model

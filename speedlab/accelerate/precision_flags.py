@@ -1,4 +1,5 @@
-"""Precision: PyTorch's speed flags, layout of convolution weights, autocast, and the library behind linear layers.
+"""Precision: PyTorch's speed flags, layout of convolution weights, autocast, and on a CPU the library behind linear
+layers and what becomes of freed memory.
 
 The flags hold for the whole process and the weights are shared by all clones of a model, so both are set when a run
 begins and put back when it ends, however it ends. A run inside another finds and leaves what the outer one has set.
@@ -16,6 +17,7 @@ import torch
 
 from ..errors import UnavailableError, first_line
 from ..precision import cpu_computes_bf16, torch_dtype
+from .host_allocator import memory_reused, why_not_reused
 from .onednn_linear import is_faster_here, linear_layers_on_onednn, why_not
 from .patching import Accelerator, Site, Wrapper, attach, declare
 from .run_notes import report_note
@@ -27,9 +29,10 @@ Switch = Literal["keep", "on", "off"]
 MemoryFormat = Literal["keep", "contiguous", "channels_last"]
 Autocast = Literal["off", "fp16", "bf16"]
 Linear = Literal["keep", "auto", "onednn"]
+Memory = Literal["keep", "auto", "reuse"]
 SWITCHES, MEMORY_FORMATS, AUTOCASTS = get_args(Switch), get_args(MemoryFormat), get_args(Autocast)
-LINEARS = get_args(Linear)
-_WORDS = {"memory_format": MEMORY_FORMATS, "autocast": AUTOCASTS, "linear": LINEARS}
+LINEARS, MEMORIES = get_args(Linear), get_args(Memory)
+_WORDS = {"memory_format": MEMORY_FORMATS, "autocast": AUTOCASTS, "linear": LINEARS, "memory": MEMORIES}
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -44,6 +47,7 @@ class PrecisionConfig:
     memory_format: MemoryFormat = "keep"
     autocast: Autocast = "off"
     linear: Linear = "keep"
+    memory: Memory = "keep"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -82,10 +86,14 @@ def attach_precision(model: Any, config: PrecisionConfig) -> Any:
 
 
 def _without_auto(config: PrecisionConfig, device: torch.device) -> PrecisionConfig:
-    """`auto` becomes what it means here: another library only on a CPU where it was measured to be faster."""
-    if config.linear != "auto":
-        return config
-    return replace(config, linear="onednn" if device.type == "cpu" and is_faster_here() else "keep")
+    """`auto` becomes what it means here: on a CPU the faster library as measured, and freed memory kept where it can
+    be; nothing elsewhere."""
+    on_cpu = device.type == "cpu"
+    if config.linear == "auto":
+        config = replace(config, linear="onednn" if on_cpu and is_faster_here() else "keep")
+    if config.memory == "auto":
+        config = replace(config, memory="reuse" if on_cpu and not why_not_reused() else "keep")
+    return config
 
 
 def _check(config: PrecisionConfig, device: torch.device) -> None:
@@ -104,17 +112,18 @@ def _check(config: PrecisionConfig, device: torch.device) -> None:
     if config.autocast != "off":
         _check_autocast(config.autocast, device)
     if config.linear == "onednn":
-        _check_linear(device)
+        _check_for_cpu("linear", "compute linear layers with oneDNN", why_not(), device)
+    if config.memory == "reuse":
+        _check_for_cpu("memory", "keep freed memory for the next layer", why_not_reused(), device)
 
 
-def _check_linear(device: torch.device) -> None:
-    reason = why_not()
+def _check_for_cpu(name: str, what: str, reason: str, device: torch.device) -> None:
     if reason:
-        raise UnavailableError(
-            f"Precision cannot compute linear layers with oneDNN: {reason}. Set linear to keep or auto."
-        )
+        raise UnavailableError(f"Precision cannot {what}: {reason}. Set {name} to keep or auto.")
     if device.type != "cpu":
-        logging.warning("Precision: linear has no effect here: this model runs on %s, and it is for CPUs.", device.type)
+        logging.warning(
+            "Precision: %s has no effect here: this model runs on %s, and it is for CPUs.", name, device.type
+        )
 
 
 def _check_autocast(word: Autocast, device: torch.device) -> None:
@@ -142,7 +151,7 @@ def _wrappers(config: PrecisionConfig) -> Mapping[Site, Wrapper]:
     if config.memory_format != "keep":
         layout = _LAYOUTS[config.memory_format]
         wrappers[Site.DIFFUSION_MODEL] = _with_input_in(layout)
-    if config.memory_format != "keep" or config.linear == "onednn":
+    if config.memory_format != "keep" or config.linear == "onednn" or config.memory == "reuse":
         wrappers[Site.SAMPLER_SAMPLE] = _with_layers_changed(config)
     if config.autocast != "off":
         wrappers[Site.APPLY_MODEL] = _with_autocast(torch_dtype(config.autocast))
@@ -171,6 +180,8 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
             report_note(extra_args.get("model_options", {}).get("transformer_options", {}), text)
 
         with ExitStack() as stack:
+            if config.memory == "reuse" and device.type == "cpu":
+                stack.enter_context(memory_reused())
             if layout is not None and not stack.enter_context(conv_weights_in(network, layout, device)):
                 say(_why_no_layout(network))
             if config.linear == "onednn" and not stack.enter_context(linear_layers_on_onednn(network)):

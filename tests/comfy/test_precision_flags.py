@@ -25,7 +25,10 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 @pytest.fixture(scope="module")
 def modules(pack: ModuleType) -> SimpleNamespace:
     root = f"{pack.__name__}.speedlab"
-    names = ("attention", "deepcache", "dynamic_cfg", "patching", "precision_flags", "torch_flags", "weight_layout")
+    names = (
+        "attention", "deepcache", "dynamic_cfg", "host_allocator", "patching", "precision_flags", "torch_flags",
+        "weight_layout",
+    )  # fmt: skip
     found = {name: importlib.import_module(f"{root}.accelerate.{name}") for name in names}
     return SimpleNamespace(**found, errors=importlib.import_module(f"{root}.errors"))
 
@@ -483,3 +486,40 @@ def test_linear_says_what_is_missing(
     monkeypatch.setattr(modules.precision_flags, "why_not", lambda: "this PyTorch was built without oneDNN")
     with pytest.raises(modules.errors.UnavailableError, match=r"without oneDNN\. Set linear to keep or auto"):
         attach(tiny.model, linear="onednn")
+
+
+def _cannot_reuse(modules: SimpleNamespace) -> str:
+    return str(modules.host_allocator.why_not_reused())
+
+
+def test_memory_is_kept_for_a_run_and_the_picture_is_the_same(
+    tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace
+) -> None:
+    if _cannot_reuse(modules):
+        pytest.skip(_cannot_reuse(modules))
+    users, seen = modules.host_allocator._users, []
+    stock = tiny.sample(tiny.model, steps=3)
+    result = tiny.sample(_watched(attach(tiny.model, memory="reuse"), lambda: users.runs, seen), steps=3)
+    assert torch.equal(result, stock)
+    assert seen and set(seen) == {1} and users.runs == 0
+
+    def fail() -> None:
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        tiny.sample(_watched(attach(tiny.model, memory="reuse"), fail, []), steps=2)
+    assert users.runs == 0
+
+
+@pytest.mark.parametrize("reason", ["", "this is glibc's, the C library of Linux"])
+def test_memory_auto_and_what_is_missing(
+    tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    monkeypatch.setattr(modules.precision_flags, "why_not_reused", lambda: reason)
+    model = attach(tiny.model, memory="auto")
+    assert (model is tiny.model) is bool(reason)
+    told = [accelerator.describe() for accelerator in modules.patching.accelerators(model)]
+    assert any("memory=reuse" in text for text in told) is not bool(reason)
+    if reason:
+        with pytest.raises(modules.errors.UnavailableError, match=r"of Linux\. Set memory to keep or auto"):
+            attach(tiny.model, memory="reuse")

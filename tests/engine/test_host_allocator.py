@@ -1,0 +1,115 @@
+"""Memory kept for a run: counted in page faults, which the system counts exactly."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from speedlab.accelerate import host_allocator
+from speedlab.accelerate.host_allocator import memory_reused, why_not_reused
+
+pytestmark = pytest.mark.skipif(bool(why_not_reused()), reason=why_not_reused() or "glibc is there")
+SIZE = 96 << 20
+ROOT = Path(__file__).resolve().parents[2]
+CALLS = 8
+# Where the system hands out pages of 2 MB by itself, there are few either way.
+FEW = 1000
+
+
+def faults_of_convolutions() -> int:
+    """Page faults of convolutions, each of which copies its 59 MB of weights into an order of its own."""
+    part = torch.nn.Conv2d(1280, 1280, 3, padding=1).requires_grad_(False)
+    x = torch.randn(1, 1280, 8, 8)
+    part(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(CALLS):
+        part(x)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def in_a_thread(call: object) -> list[int]:
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(call()))  # type: ignore[operator]
+    thread.start()
+    thread.join()
+    return found
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_layers_find_the_memory_of_those_before(threaded: bool) -> None:
+    plain = faults_of_convolutions()
+    with memory_reused():
+        # ComfyUI runs prompts in a thread, and glibc's threads have arenas of their own.
+        kept = in_a_thread(faults_of_convolutions)[0] if threaded else faults_of_convolutions()
+    assert kept < max(plain / 2, FEW)
+
+
+def test_memory_goes_back_to_the_system() -> None:
+    before = resident()
+    with memory_reused():
+        block = torch.empty(3 * SIZE, dtype=torch.uint8).fill_(1)
+        del block
+        assert resident() > before + 2 * SIZE
+    assert resident() < before + SIZE
+
+
+class _Info(ctypes.Structure):
+    """mallinfo2(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+                     "keepcost")
+    ]  # fmt: skip
+
+
+def maps_large_blocks() -> bool:
+    """Whether a block larger than any hole is mapped for itself, which is how it goes back at once."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = _Info
+    before = libc.mallinfo2().hblkhd
+    block = torch.empty(8 * SIZE, dtype=torch.uint8)  # never touched
+    mapped = libc.mallinfo2().hblkhd - before
+    del block
+    return bool(mapped >= 8 * SIZE)
+
+
+def test_runs_within_runs_and_errors() -> None:
+    assert maps_large_blocks()
+    with pytest.raises(RuntimeError, match="in the middle"), memory_reused():
+        with memory_reused():
+            assert not maps_large_blocks()
+        assert not maps_large_blocks()  # the outer one still holds
+        raise RuntimeError("in the middle")
+    assert host_allocator._users.runs == 0
+    assert maps_large_blocks()
+
+
+@pytest.mark.parametrize("variable, value", [("GLIBC_TUNABLES", "glibc.malloc.mmap_max=10"), ("MALLOC_MMAP_MAX_", "1")])
+def test_what_the_user_has_set_stays(variable: str, value: str) -> None:
+    code = "from speedlab.accelerate.host_allocator import why_not_reused; print(why_not_reused())"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, variable: value}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert "environment sets glibc's allocator" in told.stdout, told.stderr
+
+
+def test_other_systems_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    why_not_reused.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        assert "Linux" in why_not_reused()
+    why_not_reused.cache_clear()
+    assert why_not_reused() == ""
