@@ -6,8 +6,9 @@
 row of `..._accelerate-runs.csv`, written when it ends; a series that was cut off goes on where it stopped. After
 `--minutes` no further repeat begins. `..._accelerate.csv` holds the figures: medians over the repeats, ratios against
 stock ComfyUI of the same series, and limits counted in FLOPs. In the part `sampling` stock runs with PyTorch's SDPA, as
-the plans do, so that a ratio is that of one technique alone. Weights are random: times are real, the latent error says
-how far a latent is from stock's and nothing about how a picture looks.
+the plans do, so that a ratio is that of one technique alone; in `sampling, memory kept` both also run with Precision's
+`memory`, without which each convolution pays for fresh pages whatever its rows. Weights are random: times are real, the
+latent error says how far a latent is from stock's and nothing about how a picture looks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ SAMPLING = {
     "DeepCache 3 + Dynamic CFG 0.75": Plan(interval=3, stop_at=0.75),
     "DeepCache 5 + Dynamic CFG 0.5": Plan(interval=5, stop_at=0.5),
 }
+KEPT = "sampling, memory kept"
 INTERVAL_3, INTERVAL_5 = (Plan("auto", interval, 0.75, "auto") for interval in (3, 5))
 # As far from stock as the rivals are, which keep both halves of CFG to the end.
 RIVAL = "interval 3, CFG kept"
@@ -54,9 +58,10 @@ PICTURE_TARGETS: dict[str, float | None] = {
 }
 
 
-def sampling_jobs(bench: Bench, sizes: dict[int, tuple[int, int]]) -> list[Job]:
+def sampling_jobs(bench: Bench, part: str, sizes: dict[int, tuple[int, int]]) -> list[Job]:
+    memory = "auto" if part == KEPT else "keep"
     return [
-        Job("sampling", name, size, steps, bench.sampling(plan, size, steps), rounds)
+        Job(part, name, size, steps, bench.sampling(replace(plan, memory=memory), size, steps), rounds)
         for size, (steps, rounds) in sizes.items()
         for name, plan in SAMPLING.items()
     ]
@@ -113,17 +118,17 @@ def _with_easy_cache(bench: Bench, threshold: float, size: int) -> Callable[[], 
 
 def figures(series: Series, bench: Bench, sizes: dict[int, tuple[int, int]], size: int, small: int) -> Iterator[tuple]:
     """(figure, measured, limit or None, target or None): what the rows say."""
-    for where, (steps, _) in sizes.items():
+    for where in sizes:
         cost = accelerate_limits.count(bench.stock[0].model.diffusion_model, where)
         yield f"FLOP share of a cached step at {where}x{where}", cost.cached / cost.full, None, None
-        stock = series.median("sampling", "stock", where)
-        for name, plan in SAMPLING.items():
-            seconds = series.median("sampling", name, where)
+        for part, (name, plan) in product(("sampling", KEPT), SAMPLING.items()):
+            stock, seconds = series.median(part, "stock", where), series.median(part, name, where)
             if name == "stock" or stock is None or seconds is None:
                 continue
             share = 0.97 if plan.interval == 1 else 0.95
+            steps = next(int(row["steps"]) for row in series.rows if (row["part"], row["size"]) == (part, str(where)))
             limit = cost.limit(plan, steps)
-            yield f"sampling {where}x{where}, {steps} steps: {name}", stock / seconds, limit, share * limit
+            yield f"{part} {where}x{where}, {steps} steps: {name}", stock / seconds, limit, share * limit
     yield _ratio(series, "attention", "Attention auto", size, 1.6)
     yield _ratio(series, "attention", "Attention and linear auto", size, None)
     for name, target in PICTURE_TARGETS.items():
@@ -139,6 +144,16 @@ def _ratio(series: Series, part: str, job: str, size: int, target: float | None,
     theirs, ours = series.median(part, over, size), series.median(part, job, size)
     ratio = None if theirs is None or ours is None else theirs / ours
     return f"{part} {size}x{size}: {job}, speed-up over {over}", ratio, None, target
+
+
+def pictures(series: Series, bench: Bench, small: int, large: int, rounds: int) -> None:
+    """Text to picture at both sizes, attention alone between them, and the rivals."""
+    series.all_in_turn(picture_jobs(bench, small, 1))
+    bench.forget("diffusers_unet")
+    series.all_in_turn(attention_jobs(bench, large, rounds))
+    series.all_in_turn(picture_jobs(bench, large, 1))
+    bench.forget("diffusers_unet", "bf16")
+    easy_cache(series, bench, small, large)
 
 
 def everything_off(bench: Bench) -> tuple:
@@ -159,6 +174,7 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=34.0, help="no repeat begins later; first runs always do")
     options.add_argument("--base", type=Path, default=Path.home() / ".cache" / "speedlab" / "benchmarks")
     options.add_argument("--results", type=Path, default=inprocess.ROOT / "benchmarks" / "results")
+    options.add_argument("--only", choices=("pictures", "sampling", "kept"), help="one part")
     args = options.parse_args()
     pack = inprocess.start(args.base)
     import torch
@@ -181,14 +197,12 @@ def main() -> None:
             bench.patched(Plan("auto", linear="auto")), args.size, 1
         )  # warm: memory, kernels, the choice of `auto`
         off = everything_off(bench)
-        series.all_in_turn(picture_jobs(bench, args.small, 1))
-        bench.forget("diffusers_unet")
-        series.all_in_turn(attention_jobs(bench, args.size, args.rounds[1]))
-        series.all_in_turn(picture_jobs(bench, args.size, 1))
-        bench.forget("diffusers_unet", "bf16")
-        easy_cache(series, bench, args.small, args.size)
-        for where, (steps, rounds) in sizes.items():
-            series.all_in_turn(sampling_jobs(bench, {where: (steps, rounds)}))
+        if args.only in (None, "pictures"):
+            pictures(series, bench, args.small, args.size, args.rounds[1])
+        for part, word in (("sampling", "sampling"), (KEPT, "kept")):
+            if args.only in (None, word):
+                for where, (steps, rounds) in sizes.items():
+                    series.all_in_turn(sampling_jobs(bench, part, {where: (steps, rounds)}))
         write(result("accelerate"), [off, *figures(series, bench, sizes, args.size, args.small)], facts)
 
 
