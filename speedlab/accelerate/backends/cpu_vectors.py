@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import subprocess
+import shlex
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ log = logging.getLogger(__name__)
 
 # The exponential function that compiled code calls, by the width of its vectors in bits.
 _FUNCTIONS = {512: "Sleef_expf16_u10", 256: "Sleef_expf8_u10"}
-_SECONDS = 30
 
 
 @cache
@@ -32,11 +32,13 @@ def known_to_work() -> bool:
         return False
     try:
         found = _widest()
-        works = found is not None and _has_functions(found.bit_width()) and _compiles(found.build_arch_flags())
-    except Exception as error:  # inductor's insides, which may look different in another PyTorch
+        if found is None or not _has_functions(found.bit_width()):
+            return False
+        _compile(found.build_arch_flags())
+    except Exception as error:  # the compiler's, or inductor's insides, which may look different in another PyTorch
         log.debug("SpeedLab: inductor tests the vector instructions itself: %r", error)
         return False
-    return works
+    return True
 
 
 def _widest() -> Any | None:
@@ -53,10 +55,11 @@ def _has_functions(bits: int) -> bool:
     return bits in _FUNCTIONS and hasattr(ctypes.CDLL(str(library)), _FUNCTIONS[bits])
 
 
-def _compiles(flags: str) -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
+def _compile(flags: str) -> None:
+    """Let inductor call its compiler with these flags. Raises whatever it raises for a compiler without them."""
+    from torch._inductor.cpp_builder import get_cpp_compiler, run_compile_cmd
 
-    command = [get_cpp_compiler(), *flags.split(), "-x", "c++", "-fsyntax-only", "-"]
-    source = "#include <immintrin.h>\n"
-    done = subprocess.run(command, input=source, text=True, capture_output=True, timeout=_SECONDS, check=False)
-    return done.returncode == 0
+    with tempfile.TemporaryDirectory(prefix="speedlab-") as folder:
+        source = Path(folder) / "vectors.cpp"
+        source.write_text("#include <immintrin.h>\n", encoding="utf-8")
+        run_compile_cmd(f"{get_cpp_compiler()} {flags} -fsyntax-only {shlex.quote(str(source))}", cwd=folder)
