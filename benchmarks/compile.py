@@ -183,13 +183,14 @@ def figures(series: Series) -> Iterator[tuple]:
         if core and ours:
             yield f"first {size}x{size}: compile time of {CORE} over inductor's", core / ours, None, 2.0
     for part, size in known:
-        eager = _warm(series, part, EAGER, size)
         for name in dict.fromkeys(row["job"] for row in series.rows if row["part"] == part):
+            eager = _warm(series, part, beside(name), size) or _warm(series, part, EAGER, size)
             warm, cold = _warm(series, part, name, size), _cold(series, part, name, size)
-            if eager is None or warm is None or cold is None or name.startswith(EAGER):
+            if eager is None or warm is None or name.startswith(EAGER):
                 continue
             yield f"{part} {size}x{size}: {name}, warm speed-up over eager", eager / warm, None, TARGETS.get(part)
-            yield f"{part} {size}x{size}: {name}, first run over a warm one, s", cold - warm, None, None
+            if cold is not None:
+                yield f"{part} {size}x{size}: {name}, first run over a warm one, s", cold - warm, None, None
             error = series.median(part, name, size, "latent_error")
             yield f"{part} {size}x{size}: {name}, latent error", error, None, None
 

@@ -387,3 +387,32 @@ def test_frozen_weights_and_hooks_that_change_them_are_refused(unet: Any, compil
     model.add_hook_patches(hook.hooks[0], {name: ("diff", (torch.ones_like(weight),))}, 1.0)
     with pytest.raises(engine("errors").SpeedLabError, match=r"freeze_weights cannot follow hooks.*freeze_weights off"):
         unet.sample(model, steps=1, size=(8, 8))
+
+
+def test_fewer_graphs_than_cores_compile_over_a_tour(
+    unet: Any, compiled: Any, graphs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRAs added, changed, switched and removed, and other sizes: what comes after the first picture."""
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+    from torch._dynamo.utils import counters
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, _inputs, **_settings: graph.forward)
+
+    def added(make: Any) -> int:
+        torch._dynamo.reset()
+        counters.clear()
+        first = 0
+        for strength, part, size in (
+            (0.0, "", (16, 16)), (0.5, "attn", (16, 16)), (1.0, "attn", (16, 24)), (1.0, "in_layers", (16, 16)),
+            (1.0, "ff", (24, 24)), (0.0, "", (16, 16)), (0.5, "attn", (16, 16)),
+        ):  # fmt: skip
+            model = lora(unet.model, strength, part) if strength else unet.model.clone()
+            unet.sample(make(model), steps=1, size=size)
+            first = first or counters["stats"]["unique_graphs"]
+        return int(counters["stats"]["unique_graphs"]) - first
+
+    core = added(lambda model: TorchCompileModel.execute(model, "inductor").args[0])
+    for scope in ("auto", "model"):
+        ours = added(lambda model, scope=scope: compiled.attach_compile(model, compiled.CompileConfig(scope=scope)))
+        assert ours < core
