@@ -7,7 +7,7 @@ row of `..._accelerate-runs.csv`, written when it ends; a series that was cut of
 `--minutes` no further repeat begins. `..._accelerate.csv` holds the figures: medians over the repeats, ratios against
 stock ComfyUI of the same series, and limits counted in FLOPs. In the part `sampling` stock runs with PyTorch's SDPA, as
 the plans do, so that a ratio is that of one technique alone; in `sampling, memory kept` both also run with Precision's
-`memory`, without which each convolution pays for fresh pages whatever its rows. Weights are random: times are real, the
+`memory`. Weights are random: times are real, the
 latent error says how far a latent is from stock's and nothing about how a picture looks.
 """
 
@@ -174,7 +174,7 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=34.0, help="no repeat begins later; first runs always do")
     options.add_argument("--base", type=Path, default=Path.home() / ".cache" / "speedlab" / "benchmarks")
     options.add_argument("--results", type=Path, default=inprocess.ROOT / "benchmarks" / "results")
-    options.add_argument("--only", choices=("pictures", "sampling", "kept"), help="one part")
+    options.add_argument("--only", choices=("pictures", "sampling", "kept"), help="one part; kept runs only when named")
     args = options.parse_args()
     pack = inprocess.start(args.base)
     import torch
@@ -200,7 +200,7 @@ def main() -> None:
         if args.only in (None, "pictures"):
             pictures(series, bench, args.small, args.size, args.rounds[1])
         for part, word in (("sampling", "sampling"), (KEPT, "kept")):
-            if args.only in (None, word):
+            if args.only == word or (args.only is None and part != KEPT):
                 for where, (steps, rounds) in sizes.items():
                     series.all_in_turn(sampling_jobs(bench, part, {where: (steps, rounds)}))
         write(result("accelerate"), [off, *figures(series, bench, sizes, args.size, args.small)], facts)

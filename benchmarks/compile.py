@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -101,6 +102,7 @@ def in_process(options: argparse.Namespace, results: Path, *, part: str, size: i
     """A backend and eager in turn, in a process of their own with an empty cache."""
     command = [sys.executable, __file__, "--base", str(options.base), "--results", str(results), "--sizes", str(size),
                "--steps", str(options.steps), "--rounds", str(options.rounds), "--pair", part, name]  # fmt: skip
+    _forget_compiled(options.base)
     with tempfile.TemporaryDirectory(prefix="speedlab-compile-") as cache:
         done = subprocess.run(command, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, check=False)
     if done.returncode:
@@ -116,6 +118,11 @@ def vae_jobs(bench: CompileBench, size: int, rounds: int) -> list[Job]:
     for backend in VAE_BACKENDS:
         vaes[backend] = bench.node("SpeedLabCompileVAE").apply(bench.stock[2], backend, "default")[0]
     return [Job("vae", name, size, 1, lambda vae=vae: vae.decode(latent), rounds, EAGER) for name, vae in vaes.items()]
+
+
+def _forget_compiled(base: Path) -> None:
+    """Delete what the pack kept on the disk: exported graphs lie there, also where inductor's folder is another."""
+    shutil.rmtree(base / "user" / "speedlab" / "compiled", ignore_errors=True)
 
 
 def first_in_process(bench: CompileBench, name: str, size: int) -> float:
@@ -277,6 +284,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="speedlab-compile-") as kept, torch.inference_mode():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = kept
         if wanted("vae"):
+            _forget_compiled(args.base)
             bench = CompileBench(pack, args.base)
             for size in args.sizes:
                 series().all_in_turn(vae_jobs(bench, size, args.rounds))

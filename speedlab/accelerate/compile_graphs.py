@@ -36,7 +36,7 @@ def blocks_that_gain(options: CompileOptions) -> tuple[type[torch.nn.Module], ..
     """The kinds of blocks that are worth their compiling.
 
     On a CPU with live weights residual blocks are not: there they are convolutions by oneDNN, compiled or not, and
-    cost more than half of the time that all blocks take to compile, for 1 to 2 % of a step (measured on SD 1.5).
+    take most of the time to compile for little of a step.
     """
     if options.freeze or options.device is None or options.device.type != "cpu":
         return BLOCKS

@@ -24,6 +24,7 @@ _NEVER = 2**31 - 1
 # glibc's own: it maps blocks of their own above a size that grows with what is freed, up to this one.
 _MAPPED_BLOCKS = 65536
 _LARGEST_THRESHOLD = 32 << 20
+_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 @dataclass
@@ -53,9 +54,6 @@ def why_not_reused() -> str:
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for name in _VARIABLES):
         return "the environment sets glibc's allocator already (GLIBC_TUNABLES or MALLOC_...)"
     return ""
-
-
-_VARIABLES = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Whether compiled code may use the processor's vector units, without the test that inductor makes of it.
+"""Whether compiled code may use the processor's vector units, without the larger part of inductor's test of it.
 
 Inductor builds a library for each set of instructions and loads each in a new Python process, anew in every process
-that compiles: a quarter of a minute before the first block. Its concern is a PyTorch built without the vector
-functions, or a compiler that does not know the instructions; both can be asked directly.
+that compiles. Its concern is a PyTorch built without the vector functions, or a compiler that does not know the
+instructions; both can be asked directly. Its further tests, of single instructions such as those for bf16, remain.
 """
 
 from __future__ import annotations
