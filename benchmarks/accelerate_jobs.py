@@ -24,6 +24,7 @@ class Plan:
     stop_at: float = 1.0
     linear: str = "keep"
     memory: str = "keep"
+    convolution: str = "keep"
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Bench:
         if plan.attention is not None:
             (model,) = self.node("SpeedLabAttention").apply(model, plan.attention)
         precision = self.node("SpeedLabPrecision")
-        (model,) = precision.apply(model, "keep", "keep", "keep", "keep", "keep", "off", plan.linear, plan.memory)
+        flags = ("keep", "keep", "keep", "keep", "keep", "off")
+        (model,) = precision.apply(model, *flags, plan.linear, plan.memory, plan.convolution)
         (model,) = self.node("SpeedLabDeepCache").apply(model, plan.interval, 0, 0.0, 1.0, "uniform")
         (model,) = self.node("SpeedLabDynamicCFG").apply(model, "fixed", plan.stop_at, 0.99)
         return model

@@ -7,6 +7,7 @@ from typing import Any
 from ..speedlab.accelerate.attention import CHOICES, AttentionConfig, attach_attention
 from ..speedlab.accelerate.precision_flags import (
     AUTOCASTS,
+    CONVOLUTIONS,
     LINEARS,
     MEMORIES,
     MEMORY_FORMATS,
@@ -67,8 +68,8 @@ class Precision:
     CATEGORY = _CATEGORY
     DESCRIPTION = (
         "Sets PyTorch's speed flags, the layout of convolution weights, autocast and, on a CPU, the library behind "
-        "linear layers and what becomes of freed memory while this model samples, and puts everything back afterwards, "
-        "also after an error or a cancel."
+        "linear layers, the way of convolutions and what becomes of freed memory while this model samples, and puts "
+        "everything back afterwards, also after an error or a cancel."
     )
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)
@@ -118,6 +119,15 @@ class Precision:
                         "the same picture, bit for bit, and faster steps. auto reuses where it can.",
                     },
                 ),
+                "convolution": (
+                    list(CONVOLUTIONS),
+                    {
+                        "default": "keep",
+                        "tooltip": "On a CPU, how convolutions of an fp32 model with many weights and few pixels are "
+                        "computed, as in the inner levels of a UNet at small sizes. matmul: as one product, faster, "
+                        "equal to rounding; auto measures once and takes the faster way.",
+                    },
+                ),
             },
         }
 
@@ -132,9 +142,10 @@ class Precision:
         autocast: Any,
         linear: Any = "keep",
         memory: Any = "keep",
+        convolution: Any = "keep",
     ) -> tuple[Any]:
         config = PrecisionConfig(
-            tf32, cudnn_tf32, cudnn_benchmark, fp16_accumulation, memory_format, autocast, linear, memory
+            tf32, cudnn_tf32, cudnn_benchmark, fp16_accumulation, memory_format, autocast, linear, memory, convolution
         )
         return (attach_precision(model, config),)
 

@@ -22,7 +22,7 @@ from comfy.ldm.modules.attention import CrossAttention
 
 from .attention_backends import BACKENDS, COMMON_HEAD_DIM, require, unavailable, why_not
 from .attention_choice import ChoiceTable, Shape, bucket, candidates, measured_length
-from .onednn_linear import is_traced
+from .layer_forwards import is_traced
 from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
 from .run_notes import report_note
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .onednn_linear import is_traced, linear, why_not
+from .layer_forwards import is_traced
+from .onednn_linear import linear, why_not
 
 # Scores in one block: 4 MB of fp32, which a core's share of the cache holds.
 _SCORES = 1 << 20

@@ -1,5 +1,5 @@
 """Precision: PyTorch's speed flags, layout of convolution weights, autocast, and on a CPU the library behind linear
-layers and what becomes of freed memory.
+layers, the way of convolutions, and what becomes of freed memory.
 
 The flags hold for the whole process and the weights are shared by all clones of a model, so both are set when a run
 begins and put back when it ends, however it ends. A run inside another finds and leaves what the outer one has set.
@@ -17,6 +17,7 @@ import torch
 
 from ..errors import UnavailableError, first_line
 from ..precision import cpu_computes_bf16, torch_dtype
+from . import conv_as_matmul
 from .host_allocator import memory_reused, why_not_reused
 from .onednn_linear import is_faster_here, linear_layers_on_onednn, why_not
 from .patching import Accelerator, Site, Wrapper, attach, declare
@@ -30,9 +31,16 @@ MemoryFormat = Literal["keep", "contiguous", "channels_last"]
 Autocast = Literal["off", "fp16", "bf16"]
 Linear = Literal["keep", "auto", "onednn"]
 Memory = Literal["keep", "auto", "reuse"]
+Convolution = Literal["keep", "auto", "matmul"]
 SWITCHES, MEMORY_FORMATS, AUTOCASTS = get_args(Switch), get_args(MemoryFormat), get_args(Autocast)
-LINEARS, MEMORIES = get_args(Linear), get_args(Memory)
-_WORDS = {"memory_format": MEMORY_FORMATS, "autocast": AUTOCASTS, "linear": LINEARS, "memory": MEMORIES}
+LINEARS, MEMORIES, CONVOLUTIONS = get_args(Linear), get_args(Memory), get_args(Convolution)
+_WORDS = {
+    "memory_format": MEMORY_FORMATS,
+    "autocast": AUTOCASTS,
+    "linear": LINEARS,
+    "memory": MEMORIES,
+    "convolution": CONVOLUTIONS,
+}
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -48,6 +56,7 @@ class PrecisionConfig:
     autocast: Autocast = "off"
     linear: Linear = "keep"
     memory: Memory = "keep"
+    convolution: Convolution = "keep"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -86,13 +95,15 @@ def attach_precision(model: Any, config: PrecisionConfig) -> Any:
 
 
 def _without_auto(config: PrecisionConfig, device: torch.device) -> PrecisionConfig:
-    """`auto` becomes what it means here: on a CPU the faster library as measured, and freed memory kept where it can
-    be; nothing elsewhere."""
+    """`auto` becomes what it means here: on a CPU the faster way as measured, and freed memory kept where it can be;
+    nothing elsewhere."""
     on_cpu = device.type == "cpu"
     if config.linear == "auto":
         config = replace(config, linear="onednn" if on_cpu and is_faster_here() else "keep")
     if config.memory == "auto":
         config = replace(config, memory="reuse" if on_cpu and not why_not_reused() else "keep")
+    if config.convolution == "auto":
+        config = replace(config, convolution="matmul" if on_cpu and conv_as_matmul.is_faster_here() else "keep")
     return config
 
 
@@ -115,6 +126,8 @@ def _check(config: PrecisionConfig, device: torch.device) -> None:
         _check_for_cpu("linear", "compute linear layers with oneDNN", why_not(), device)
     if config.memory == "reuse":
         _check_for_cpu("memory", "keep freed memory for the next layer", why_not_reused(), device)
+    if config.convolution == "matmul":
+        _check_for_cpu("convolution", "compute convolutions as matrix products", why_not(), device)
 
 
 def _check_for_cpu(name: str, what: str, reason: str, device: torch.device) -> None:
@@ -151,7 +164,7 @@ def _wrappers(config: PrecisionConfig) -> Mapping[Site, Wrapper]:
     if config.memory_format != "keep":
         layout = _LAYOUTS[config.memory_format]
         wrappers[Site.DIFFUSION_MODEL] = _with_input_in(layout)
-    if config.memory_format != "keep" or config.linear == "onednn" or config.memory == "reuse":
+    if {"memory_format", "linear", "memory", "convolution"} & config.changes.keys():
         wrappers[Site.SAMPLER_SAMPLE] = _with_layers_changed(config)
     if config.autocast != "off":
         wrappers[Site.APPLY_MODEL] = _with_autocast(torch_dtype(config.autocast))
@@ -186,6 +199,10 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
                 say(_why_no_layout(network))
             if config.linear == "onednn" and not stack.enter_context(linear_layers_on_onednn(network)):
                 say(f"Precision: linear has no effect: {type(network).__name__} has no linear layers of its own.")
+            if config.convolution == "matmul":
+                with_products = stack.enter_context(conv_as_matmul.few_pixels_as_products(network))
+                if reason := _why_no_products(network, with_products, config):
+                    say(reason)
             return executor(model_wrap, sigmas, extra_args, *args, **kwargs)
 
     return sampler_sample
@@ -198,6 +215,20 @@ def _why_no_layout(network: torch.nn.Module) -> str:
         "Precision: memory_format has no effect on weights: to save memory ComfyUI keeps those of the convolutions off "
         "the device, and each convolution converts what it reads."
     )
+
+
+def _why_no_products(network: torch.nn.Module, layers: int, config: PrecisionConfig) -> str:
+    if not layers:
+        return (
+            f"Precision: convolution has no effect: {type(network).__name__} has no convolutions with so many weights "
+            "that products would be faster."
+        )
+    if config.memory_format == "channels_last":
+        return (
+            "Precision: convolution has no effect beside memory_format channels_last: a product reads weights in "
+            "PyTorch's own layout. Set one of the two to keep."
+        )
+    return ""
 
 
 def _with_input_in(layout: torch.memory_format) -> Wrapper:

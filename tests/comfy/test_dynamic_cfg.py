@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from .deepcache_oracle import with_oracle
-from .tiny_unet import TinyUNet, build, relative
+from .tiny_unet import TinyUNet, build, relative, watched
 
 SAME = 2e-5  # one row alone against the same row in a batch of two
 STEPS = 8
@@ -298,6 +298,63 @@ def test_guider_is_restored(tiny: TinyUNet, attach: Any, error: str) -> None:
         _guided(guider, tiny)
     assert guider.cfg == 5.0
     assert "speedlab_run_states" not in repr(model.model_options)
+
+
+@pytest.fixture
+def products(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Convolutions as matrix products in the tiny UNet too, on any processor."""
+    root = f"{pack.__name__}.speedlab.accelerate"
+    conv_as_matmul = importlib.import_module(f"{root}.conv_as_matmul")
+    if importlib.import_module(f"{root}.onednn_linear").why_not():
+        pytest.skip(importlib.import_module(f"{root}.onednn_linear").why_not())
+    monkeypatch.setattr(conv_as_matmul, "_FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(conv_as_matmul, "_CHANNELS_A_PIXEL", 0)
+    dynamic_cfg = importlib.import_module(f"{root}.dynamic_cfg")
+    monkeypatch.setattr(dynamic_cfg, "is_faster_here", lambda: True)
+    return dynamic_cfg
+
+
+def _layers_changed(tiny: TinyUNet) -> int:
+    return sum("forward" in vars(part) for part in tiny.unet.modules())
+
+
+@pytest.mark.parametrize("options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": 0.5}])
+def test_convolutions_are_products_while_uncond_is_off(
+    tiny: TinyUNet, attach: Any, products: ModuleType, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    """In evaluations of half the rows and in no other, and the latent is the same to rounding."""
+    seen: list[int] = []
+    model = attach(tiny.model, **options)
+    with tiny.counted() as calls:
+        result = tiny.sample(watched(model, lambda: _layers_changed(tiny), seen), steps=STEPS)
+    rows = [number for number, _ in calls]
+    assert 1 in rows and 2 in rows
+    assert [changed > 10 for changed in seen] == [number == 1 for number in rows]
+    assert not any(changed for changed, number in zip(seen, rows, strict=True) if number == 2)
+    assert _layers_changed(tiny) == 0
+    monkeypatch.setattr(products, "is_faster_here", lambda: False)
+    as_they_are = tiny.sample(model, steps=STEPS)
+    assert 0 < relative(result, as_they_are) < SAME
+
+
+def test_layers_are_restored_after_an_error(tiny: TinyUNet, attach: Any, products: ModuleType) -> None:
+    def fail() -> None:
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        tiny.sample(watched(attach(tiny.model, stop_at=0.0), fail, []), steps=STEPS)
+    assert _layers_changed(tiny) == 0
+
+
+def test_a_compiled_model_keeps_its_layers(tiny: TinyUNet, attach: Any, products: ModuleType) -> None:
+    """Code that is compiled for them would have to be compiled anew."""
+    seen: list[int] = []
+    model = watched(attach(tiny.model, stop_at=0.0), lambda: _layers_changed(tiny), seen)
+    model.add_wrapper_with_key(
+        "apply_model", "torch.compile", lambda executor, *args, **kwargs: executor(*args, **kwargs)
+    )
+    tiny.sample(model, steps=2)
+    assert seen == [0, 0]
 
 
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from .tiny_unet import TinyUNet, build, relative
+from .tiny_unet import TinyUNet, build, relative, watched
 
 ALL_ON = {"tf32": "on", "cudnn_tf32": "off", "cudnn_benchmark": "on", "fp16_accumulation": "on"}
 
@@ -26,8 +26,7 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 def modules(pack: ModuleType) -> SimpleNamespace:
     root = f"{pack.__name__}.speedlab"
     names = (
-        "attention", "deepcache", "dynamic_cfg", "host_allocator", "patching", "precision_flags", "torch_flags",
-        "weight_layout",
+        "attention", "deepcache", "dynamic_cfg", "patching", "precision_flags", "torch_flags", "weight_layout",
     )  # fmt: skip
     found = {name: importlib.import_module(f"{root}.accelerate.{name}") for name in names}
     return SimpleNamespace(**found, errors=importlib.import_module(f"{root}.errors"))
@@ -70,18 +69,6 @@ def _flags_stay() -> Iterator[None]:
     assert _flags() == before
 
 
-def _watched(model: Any, look: Callable[[], Any], seen: list[Any]) -> Any:
-    """A clone that looks at each forward, inside everything else."""
-
-    def forward(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(look())
-        return executor(*args, **kwargs)
-
-    clone = model.clone()
-    clone.add_wrapper_with_key("diffusion_model", "watch", forward)
-    return clone
-
-
 def _failing(model: Any, error: type[BaseException]) -> Any:
     def fail(args: dict) -> torch.Tensor:
         raise error("stop")
@@ -103,7 +90,7 @@ def test_nothing_set_is_the_same_object(tiny: TinyUNet, attach: Any) -> None:
 def test_one_flag(tiny: TinyUNet, attach: Any, name: str, word: str) -> None:
     seen: list[dict[str, Any]] = []
     outside = _flags()
-    tiny.sample(_watched(attach(tiny.model, **{name: word}), _flags, seen), steps=2)
+    tiny.sample(watched(attach(tiny.model, **{name: word}), _flags, seen), steps=2)
     assert [flags[name] for flags in seen] == [word == "on"] * 2
     others = {"tf32", "cudnn_tf32", "cudnn_benchmark", "fp16_accumulation"} - {name}
     assert all(flags[other] == outside[other] for flags in seen for other in others)
@@ -179,7 +166,7 @@ def test_flags_that_somebody_has_set(tiny: TinyUNet, attach: Any, change: Callab
     with _changed(change):
         before = _flags()
         seen: list[dict[str, Any]] = []
-        tiny.sample(_watched(attach(tiny.model, tf32=word, cudnn_tf32=word), _flags, seen), steps=1)
+        tiny.sample(watched(attach(tiny.model, tf32=word, cudnn_tf32=word), _flags, seen), steps=1)
         assert _flags() == before
         assert seen[0]["cuda"] == ("tf32" if word == "on" else "ieee")
         assert (seen[0]["conv"] == "tf32") == (word == "on")
@@ -188,7 +175,7 @@ def test_flags_that_somebody_has_set(tiny: TinyUNet, attach: Any, change: Callab
 def test_two_models_one_after_the_other(tiny: TinyUNet, attach: Any) -> None:
     before, seen = _flags(), []
     for word in ("on", "off", "on"):
-        tiny.sample(_watched(attach(tiny.model, tf32=word, cudnn_benchmark=word), _flags, seen), steps=1)
+        tiny.sample(watched(attach(tiny.model, tf32=word, cudnn_benchmark=word), _flags, seen), steps=1)
         assert _flags() == before
     assert [flags["tf32"] for flags in seen] == [True, False, True]
 
@@ -198,14 +185,14 @@ def test_one_run_inside_another(tiny: TinyUNet, attach: Any) -> None:
     second = build("sd15", seed=3)
     inner_seen: list[Any] = []
     outer_seen: list[Any] = []
-    inner = _watched(attach(second.model, tf32="off", autocast="fp16"), lambda: _state(second), inner_seen)
+    inner = watched(attach(second.model, tf32="off", autocast="fp16"), lambda: _state(second), inner_seen)
 
     def sample_inside(args: dict) -> torch.Tensor:
         second.sample(inner, steps=1)
         return args["denoised"]
 
     outer = attach(tiny.model, tf32="on", cudnn_benchmark="on", memory_format="channels_last", autocast="bf16")
-    outer = _watched(outer, lambda: _state(tiny), outer_seen)
+    outer = watched(outer, lambda: _state(tiny), outer_seen)
     outer.set_model_sampler_post_cfg_function(sample_inside)
     tiny.sample(outer, steps=2)
     assert outer_seen == [(True, True, True, True)] * 2
@@ -259,7 +246,7 @@ def test_channels_last(tiny: TinyUNet, attach: Any) -> None:
     hook = tiny.unet.input_blocks[0][0].register_forward_pre_hook(
         lambda _part, given: inputs.append(given[0].is_contiguous(memory_format=torch.channels_last))
     )
-    model = _watched(attach(tiny.model, memory_format="channels_last"), lambda: all(_channels_last(tiny)), seen)
+    model = watched(attach(tiny.model, memory_format="channels_last"), lambda: all(_channels_last(tiny)), seen)
     try:
         ours = tiny.sample(model, size=(16, 16), steps=3)
     finally:
@@ -278,7 +265,7 @@ def test_contiguous_for_a_model_in_channels_last(attach: Any) -> None:
     reference = tiny.sample()
     tiny.unet.to(memory_format=torch.channels_last)
     strides, seen = _strides(tiny), []
-    model = _watched(attach(tiny.model, memory_format="contiguous"), lambda: any(_channels_last(tiny)), seen)
+    model = watched(attach(tiny.model, memory_format="contiguous"), lambda: any(_channels_last(tiny)), seen)
     assert torch.equal(tiny.sample(model), reference)
     assert not any(seen)
     assert _strides(tiny) == strides
@@ -393,7 +380,7 @@ def test_nodes_in_a_row(tiny: TinyUNet, attach: Any, modules: SimpleNamespace) -
     """Later nodes win where they set something; the record shows one technique with all of it."""
     model = attach(attach(tiny.model, tf32="on", autocast="bf16"), tf32="off", memory_format="channels_last")
     seen: list[Any] = []
-    tiny.sample(_watched(model, lambda: _state(tiny), seen), steps=1)
+    tiny.sample(watched(model, lambda: _state(tiny), seen), steps=1)
     assert seen == [(False, False, True, True)]
     notes = [note.describe() for note in modules.patching.accelerators(model)]
     assert notes == ["precision(tf32=off, memory_format=channels_last, autocast=bf16)"]
@@ -404,7 +391,7 @@ def test_the_input_model_is_untouched(tiny: TinyUNet, attach: Any) -> None:
     model = attach(tiny.model, **ALL_ON, memory_format="channels_last", autocast="bf16")
     before, seen = tiny.sample(steps=2), []
     tiny.sample(model, steps=2)
-    assert torch.equal(tiny.sample(_watched(tiny.model, lambda: _state(tiny), seen), steps=2), before)
+    assert torch.equal(tiny.sample(watched(tiny.model, lambda: _state(tiny), seen), steps=2), before)
     assert seen == [(False, False, False, False)] * 2
     assert not any(tiny.model.wrappers.values())
     assert not tiny.model.attachments
@@ -441,85 +428,3 @@ def test_node(tiny: TinyUNet, pack: ModuleType, caplog: pytest.LogCaptureFixture
     assert model is not tiny.model
     with pytest.raises(ValueError, match="tf32 is 'maybe'; choose one of keep, on, off"):
         node().apply(tiny.model, **{**defaults, "tf32": "maybe"})
-
-
-def _on_onednn(tiny: TinyUNet) -> list[str]:
-    """The linear layers that have a forward of their own at the moment."""
-    parts = tiny.unet.named_modules()
-    return [name for name, part in parts if isinstance(part, torch.nn.Linear) and "forward" in vars(part)]
-
-
-def test_linear_layers_on_onednn(tiny: TinyUNet, attach: Callable[..., Any]) -> None:
-    """The same latents to rounding, with linear layers on oneDNN while sampling and only then."""
-    seen: list[Any] = []
-    stock = tiny.sample(tiny.model, steps=3)
-    result = tiny.sample(_watched(attach(tiny.model, linear="onednn"), lambda: _on_onednn(tiny), seen), steps=3)
-    assert seen and all(len(names) > 20 for names in seen)
-    assert 0 < relative(result, stock) < 1e-5
-    assert _on_onednn(tiny) == []
-    assert torch.equal(tiny.sample(tiny.model, steps=3), stock)
-
-
-def test_linear_is_undone_after_an_error(tiny: TinyUNet, attach: Callable[..., Any]) -> None:
-    def fail() -> None:
-        raise RuntimeError("in the middle")
-
-    with pytest.raises(RuntimeError, match="in the middle"):
-        tiny.sample(_watched(attach(tiny.model, linear="onednn"), fail, []), steps=2)
-    assert _on_onednn(tiny) == []
-
-
-@pytest.mark.parametrize("faster", [True, False])
-def test_linear_auto_takes_what_was_measured(
-    tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, faster: bool
-) -> None:
-    monkeypatch.setattr(modules.precision_flags, "is_faster_here", lambda: faster)
-    model = attach(tiny.model, linear="auto")
-    assert (model is tiny.model) is not faster
-    told = [accelerator.describe() for accelerator in modules.patching.accelerators(model)]
-    assert any("linear=onednn" in text for text in told) is faster
-
-
-def test_linear_says_what_is_missing(
-    tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(modules.precision_flags, "why_not", lambda: "this PyTorch was built without oneDNN")
-    with pytest.raises(modules.errors.UnavailableError, match=r"without oneDNN\. Set linear to keep or auto"):
-        attach(tiny.model, linear="onednn")
-
-
-def _cannot_reuse(modules: SimpleNamespace) -> str:
-    return str(modules.host_allocator.why_not_reused())
-
-
-def test_memory_is_kept_for_a_run_and_the_picture_is_the_same(
-    tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace
-) -> None:
-    if _cannot_reuse(modules):
-        pytest.skip(_cannot_reuse(modules))
-    users, seen = modules.host_allocator._users, []
-    stock = tiny.sample(tiny.model, steps=3)
-    result = tiny.sample(_watched(attach(tiny.model, memory="reuse"), lambda: users.runs, seen), steps=3)
-    assert torch.equal(result, stock)
-    assert seen and set(seen) == {1} and users.runs == 0
-
-    def fail() -> None:
-        raise RuntimeError("in the middle")
-
-    with pytest.raises(RuntimeError, match="in the middle"):
-        tiny.sample(_watched(attach(tiny.model, memory="reuse"), fail, []), steps=2)
-    assert users.runs == 0
-
-
-@pytest.mark.parametrize("reason", ["", "this is glibc's, the C library of Linux"])
-def test_memory_auto_and_what_is_missing(
-    tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, reason: str
-) -> None:
-    monkeypatch.setattr(modules.precision_flags, "why_not_reused", lambda: reason)
-    model = attach(tiny.model, memory="auto")
-    assert (model is tiny.model) is bool(reason)
-    told = [accelerator.describe() for accelerator in modules.patching.accelerators(model)]
-    assert any("memory=reuse" in text for text in told) is not bool(reason)
-    if reason:
-        with pytest.raises(modules.errors.UnavailableError, match=r"of Linux\. Set memory to keep or auto"):
-            attach(tiny.model, memory="reuse")
