@@ -10,66 +10,77 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 import torch
 
-from .layer_forwards import MARGIN, casts, forwards_replaced, is_fp32_on_cpu, is_traced, least_seconds
+from .layer_forwards import MARGIN, Replaced, casts, computes_as, forwards_replaced, is_fp32_on_cpu, least_seconds
 from .onednn_linear import linear, why_not
 
 log = logging.getLogger(__name__)
 
 # With fewer weights their order costs nothing to speak of.
 _FEWEST_WEIGHTS = 1 << 20
-# Pixels, over all rows, for each of which a layer must have so many output channels: with more of them the weights no
-# longer outweigh the pixels.
-_CHANNELS_A_PIXEL = 4
-# Inputs, outputs and pixels a side of a convolution in the inner levels of SD 1.x.
-_SHAPE = (1280, 1280, 4)
-# That many weights in turn: one alone could stay in the cache.
-_WEIGHTS = 2
+# Inputs and outputs of convolutions in the inner levels of SD 1.x, and the rows and pixels a side at which products are
+# tried, the fewest pixels first.
+_CHANNELS = 1280
+_SIZES = ((1, 4), (1, 8), (2, 8))
+_MOST_PIXELS = 128
+_ROUNDS = 3
 
 
 @cache
-def is_faster_here() -> bool:
-    """Whether products are clearly faster for such convolutions: measured once a process, in a fifth of a second."""
-    if why_not():
-        return False
-    inputs, outputs, side = _SHAPE
-    with torch.inference_mode():
-        x = torch.ones(1, inputs, side, side)
-        layers = [torch.nn.utils.skip_init(torch.nn.Conv2d, inputs, outputs, 3, padding=1) for _ in range(_WEIGHTS)]
-        for layer in layers:
-            for parameter in layer.parameters():
-                parameter.fill_(1.0)
-        seconds = least_seconds({
-            "convolution": lambda: [layer(x) for layer in layers],
-            "product": lambda: [convolve(layer, x) for layer in layers],
-        })  # fmt: skip
-    faster = seconds["product"] <= MARGIN * seconds["convolution"]
-    told = ", ".join(f"{name} {1e3 * best:.1f} ms" for name, best in seconds.items())
-    log.info("Convolutions of few pixels are computed as %s (%s).", "products" if faster else "they are", told)
-    return faster
+def most_pixels_here() -> int:
+    """Up to how many pixels, over all rows, a product is clearly faster at 1280 channels; 0 where it never is.
 
-
-def layers_with_many_weights(network: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The 2-D convolutions of `network` that a product may compute faster."""
-    parts: Iterator[Any] = network.modules()
-    for part in parts:
-        if _is_plain(part) and part.weight.numel() >= _FEWEST_WEIGHTS and math.prod(part.kernel_size) > 1:
-            yield part
-
-
-def few_pixels_as_products(network: torch.nn.Module) -> AbstractContextManager[int]:
-    """While entered, the fp32 2-D convolutions of `network` on the CPU are matrix products where they have many weights
-    and few pixels; yields how many layers may be.
-
-    Layers whose weights ComfyUI casts or patches in use, and code that a compiler traces, are left as they are.
+    Measured once a process, in a quarter of a second.
     """
-    return forwards_replaced(layers_with_many_weights(network), _forward_of)
+    if why_not():
+        return 0
+    most, told = 0, []
+    with torch.inference_mode():
+        layer = torch.nn.utils.skip_init(torch.nn.Conv2d, _CHANNELS, _CHANNELS, 3, padding=1)
+        for parameter in layer.parameters():
+            parameter.fill_(1.0)
+        for rows, side in _SIZES:
+            x = torch.ones(rows, _CHANNELS, side, side)
+            seconds = least_seconds(
+                {"convolution": lambda x=x: layer(x), "product": lambda x=x: convolve(layer, x)}, rounds=_ROUNDS
+            )
+            pixels = rows * side * side
+            told.append(f"{pixels} pixels {1e3 * seconds['convolution']:.1f} and {1e3 * seconds['product']:.1f} ms")
+            if seconds["product"] > MARGIN * seconds["convolution"]:
+                break
+            most = pixels
+    log.info(
+        "Convolutions of %d channels on this processor, as they are and as products: %s.", _CHANNELS, ", ".join(told)
+    )
+    return most
+
+
+def layers_with_many_weights(network: torch.nn.Module) -> Iterator[Any]:
+    """The 2-D convolutions of `network` that a product may compute faster, whatever the type of their weights."""
+    layers: Iterator[Any] = filter(_is_plain, network.modules())
+    for layer in layers:
+        if layer.weight.numel() >= _FEWEST_WEIGHTS and math.prod(layer.kernel_size) > 1:
+            yield layer
+
+
+def may_gain(network: torch.nn.Module) -> bool:
+    """Whether a product may compute any layer of `network` faster here, at some size of the picture."""
+    fp32 = (
+        layer for layer in layers_with_many_weights(network) if layer.weight.dtype == torch.float32 and not casts(layer)
+    )
+    return next(fp32, None) is not None and most_pixels_here() > 0
+
+
+def few_pixels_as_products(network: torch.nn.Module) -> AbstractContextManager[Replaced]:
+    """While entered, the fp32 2-D convolutions of `network` on the CPU are matrix products where they have many weights
+    and few pixels."""
+    return forwards_replaced(layers_with_many_weights(network), convolve, _suits)
 
 
 def convolve(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -88,29 +99,15 @@ def _size_of_result(layer: Any, x: torch.Tensor) -> list[int]:
 
 
 def _is_plain(part: Any) -> bool:
-    """Whether a layer computes what PyTorch's does: PyTorch's own, or ComfyUI's with its ways of casting."""
-    if not isinstance(part, torch.nn.Conv2d) or "_conv_forward" in part.__dict__:
+    if not computes_as(part, torch.nn.Conv2d) or "_conv_forward" in part.__dict__:
         return False
-    if type(part)._conv_forward is not torch.nn.Conv2d._conv_forward:
-        return False
-    return type(part).forward is torch.nn.Conv2d.forward or hasattr(part, "comfy_cast_weights")
-
-
-def _forward_of(layer: Any) -> Callable[..., Any]:
-    plain = layer.forward
-
-    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_traced() or args or kwargs or casts(layer) or not _suits(layer, x):
-            return plain(x, *args, **kwargs)
-        return convolve(layer, x)
-
-    return forward
+    return type(part)._conv_forward is torch.nn.Conv2d._conv_forward
 
 
 def _suits(layer: Any, x: Any) -> bool:
     """Whether a product computes this as PyTorch would, and has few enough pixels to be faster."""
     weight = layer.weight
-    if not is_fp32_on_cpu(x, weight, layer.bias) or x.ndim != 4 or x.numel() == 0:
+    if not is_fp32_on_cpu(x, weight, layer.bias) or x.ndim != 4 or x.numel() == 0 or _products_are_less_exact():
         return False
     if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return False
@@ -118,4 +115,10 @@ def _suits(layer: Any, x: Any) -> bool:
     if not weight.is_contiguous() or x.shape[1] != weight.shape[1]:
         return False
     pixels = x.shape[0] * math.prod(_size_of_result(layer, x))
-    return pixels > 0 and pixels * _CHANNELS_A_PIXEL <= weight.shape[0]
+    most = most_pixels_here() or _MOST_PIXELS  # whoever asks for products in spite of the measurement gets them
+    return pixels > 0 and pixels * _CHANNELS <= most * weight.shape[0]
+
+
+def _products_are_less_exact() -> bool:
+    """PyTorch lets a program ask for bf16 or TF32 inside of fp32 products, and asks about convolutions apart."""
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "") in ("bf16", "tf32")

@@ -12,8 +12,8 @@ many weights and few pixels are matrix products in an evaluation without uncond,
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -21,15 +21,16 @@ import torch
 
 from ..errors import UnavailableError
 from ..schedule import steps_before
-from .conv_as_matmul import few_pixels_as_products, is_faster_here, layers_with_many_weights
+from .compiled import is_compiled
+from .conv_as_matmul import few_pixels_as_products, may_gain
 from .guidance import UncondReadError, evaluate_without_uncond, is_guided, obstacle, with_observer
 from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
 from .position import StepFinder
+from .run_notes import report_note
 from .unet import require_unet
 
 KEY = "speedlab.dynamic_cfg"
 Mode = Literal["fixed", "adaptive"]
-_COMPILERS = frozenset({"speedlab.compile", "torch.compile"})
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Run:
     finder: StepFinder = field(default_factory=StepFinder)
     converged: bool = False
     stepped_aside: bool = False
+    # Whether evaluations without uncond may compute convolutions as products; None before the first.
+    may_gain: bool | None = None
+    told_of_products: bool = False
 
     def __deepcopy__(self, memo: dict) -> Run:
         # Some nodes deep-copy the options of a running model; the run is still the same run.
@@ -88,6 +92,10 @@ def attach_dynamic_cfg(model: Any, config: DynamicCFGConfig) -> Any:
         return model
     require_unet(model, "Dynamic CFG")
     clone = attach(model, KEY, _wrappers(config))
+    if model.load_device.type == "cpu":
+        may_gain(
+            model.model.diffusion_model
+        )  # measures once a process: here, and not in a step that is measured itself
     share = {"stop_at": config.stop_at} if config.mode == "fixed" else {"similarity": config.similarity}
     declare(clone, Accelerator("dynamic_cfg", {"mode": config.mode, **share}))
     return clone
@@ -133,31 +141,32 @@ def _predict_noise(
             options = with_observer(options, lambda predictions: _compare(run, predictions))
         return executor(x, timestep, options, *args, **kwargs)
     try:
-        with _at_half_the_time(executor.class_obj, options):
+        with _at_half_the_time(run, executor.class_obj, options):
             return evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
     except UncondReadError as read:
         run.step_aside(f"the post-CFG function {read} reads it")
         return executor(x, timestep, options, *args, **kwargs)
 
 
-def _at_half_the_time(guider: Any, model_options: Mapping[str, Any]) -> AbstractContextManager[Any]:
+@contextmanager
+def _at_half_the_time(run: Run, guider: Any, model_options: Mapping[str, Any]) -> Iterator[None]:
     """For an evaluation of half the rows: convolutions that would take as long as with all, in another way."""
-    network = guider.inner_model.diffusion_model
-    if (
-        guider.model_patcher.load_device.type != "cpu"
-        or _is_compiled(network, model_options)
-        or next(layers_with_many_weights(network), None) is None
-        or not is_faster_here()
-    ):
-        return nullcontext()
-    return few_pixels_as_products(network)
-
-
-def _is_compiled(network: torch.nn.Module, model_options: Mapping[str, Any]) -> bool:
-    """Then a compiler could see other layers than before, and compile anew."""
-    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
-    keys = {key for at_site in wrappers.values() for key, functions in at_site.items() if functions}
-    return bool(keys & _COMPILERS) or hasattr(network, "_orig_mod")
+    network, patcher = guider.inner_model.diffusion_model, guider.model_patcher
+    if run.may_gain is None:
+        # Compiled code would notice other layers than before, and be compiled anew.
+        run.may_gain = patcher.load_device.type == "cpu" and not is_compiled(patcher) and may_gain(network)
+    if not run.may_gain:
+        yield
+        return
+    with few_pixels_as_products(network) as replaced:
+        yield
+    if replaced.calls and not run.told_of_products:
+        run.told_of_products = True
+        report_note(
+            model_options.get("transformer_options", {}),
+            f"Dynamic CFG: while uncond is off, {replaced.calls} convolutions with few pixels are matrix products, "
+            "which were measured to be faster here (equal to rounding).",
+        )
 
 
 def _keeps_uncond(run: Run, model_options: dict, timestep: Any) -> bool:

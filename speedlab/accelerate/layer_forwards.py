@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,24 +17,71 @@ import torch
 # Another way must take at most this share of the time: two that are equally fast must not change places by chance, for
 # then the same seed would give pictures that differ in the last bits.
 MARGIN = 0.85
-_ROUNDS = 5
+
+
+@dataclass
+class Replaced:
+    """How many layers have another way, how many somebody else computes already, and how often the way was taken."""
+
+    layers: int = 0
+    taken: int = 0
+    calls: int = 0
 
 
 @contextmanager
 def forwards_replaced(
-    layers: Iterable[torch.nn.Module], forward_of: Callable[[Any], Callable[..., Any]]
-) -> Iterator[int]:
-    """While entered, `forward_of(layer)` computes each of `layers` that has no forward of its own; yields how many."""
-    changed: list[torch.nn.Module] = []
+    layers: Iterable[torch.nn.Module],
+    compute: Callable[[Any, Any], torch.Tensor],
+    suits: Callable[[Any, Any], bool],
+) -> Iterator[Replaced]:
+    """While entered, `compute(layer, x)` is what each of `layers` does with an input `x` where `suits(layer, x)`.
+
+    Layers whose weights ComfyUI casts or patches in use, and code that a compiler traces, compute as they always do; a
+    layer with a forward that somebody else has put there keeps it.
+    """
+    replaced = Replaced()
+
+    def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_traced() or len(args) != 1 or kwargs or casts(layer) or not suits(layer, args[0]):
+            return type(layer).forward(layer, *args, **kwargs)
+        replaced.calls += 1
+        return compute(layer, args[0])
+
+    ours: list[tuple[Any, Any, Any]] = []
     try:
         for layer in layers:
-            if "forward" not in layer.__dict__:
-                layer.__dict__["forward"] = forward_of(layer)
-                changed.append(layer)
-        yield len(changed)
+            before = layer.__dict__.get("forward")
+            if before is not None and not _is_its_own(layer, before):
+                replaced.taken += 1
+                continue
+            # Bound, so that a deep copy of the network computes with its own weights.
+            layer.__dict__["forward"] = now = MethodType(forward, layer)
+            ours.append((layer, before, now))
+            replaced.layers += 1
+        yield replaced
     finally:
-        for layer in changed:
-            layer.__dict__.pop("forward", None)
+        for layer, before, now in ours:
+            if layer.__dict__.get("forward") is not now:
+                continue  # somebody else's meanwhile, and theirs to take away
+            if before is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.__dict__["forward"] = before
+
+
+def _is_its_own(layer: Any, forward: Any) -> bool:
+    """Whether this is just the class's forward, which ComfyUI leaves in a layer after taking a LoRA's bypass out."""
+    of_class: Any = type(layer)
+    return isinstance(forward, MethodType) and forward.__self__ is layer and forward.__func__ is of_class.forward
+
+
+def computes_as(layer: Any, base: type[torch.nn.Module]) -> bool:
+    """Whether `layer` computes what PyTorch's `base` does: it is one, or ComfyUI's with its ways of casting, and no
+    class derived from them has a forward of its own."""
+    if not isinstance(layer, base):
+        return False
+    owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
+    return owner is base or (issubclass(owner, base) and "forward_comfy_cast_weights" in vars(owner))
 
 
 def is_traced() -> bool:
@@ -63,11 +112,11 @@ def is_fp32_on_cpu(x: Any, weight: Any, bias: Any = None) -> bool:
     )
 
 
-def least_seconds(ways: Mapping[str, Callable[..., Any]], *args: Any) -> dict[str, float]:
+def least_seconds(ways: Mapping[str, Callable[..., Any]], *args: Any, rounds: int = 5) -> dict[str, float]:
     """The best time of each way. In turns, so that a busy moment hits all alike; the first turn loads kernels and does
     not count."""
     best = dict.fromkeys(ways, float("inf"))
-    for turn in range(_ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, way in ways.items():
             start = time.perf_counter()
             way(*args)

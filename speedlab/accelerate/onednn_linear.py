@@ -7,14 +7,14 @@ convolutions already go to oneDNN, which does not. The sums are the same, in ano
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 import torch
 
-from .layer_forwards import MARGIN, casts, forwards_replaced, is_fp32_on_cpu, is_traced, least_seconds
+from .layer_forwards import MARGIN, Replaced, casts, computes_as, forwards_replaced, is_fp32_on_cpu, least_seconds
 
 log = logging.getLogger(__name__)
 
@@ -60,30 +60,24 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return result
 
 
-def linear_layers_on_onednn(network: torch.nn.Module) -> AbstractContextManager[int]:
-    """While entered, the fp32 linear layers of `network` on the CPU are computed by oneDNN; yields how many.
-
-    Layers whose weights ComfyUI casts or patches in use, and code that a compiler traces, are left as they are.
-    """
-    return forwards_replaced((part for part in network.modules() if _is_plain(part)), _forward_of)
+def may_gain(network: torch.nn.Module) -> bool:
+    """Whether oneDNN may compute any linear layer of `network` faster here."""
+    fp32 = (layer for layer in _linear_layers(network) if layer.weight.dtype == torch.float32 and not casts(layer))
+    return next(fp32, None) is not None and is_faster_here()
 
 
-def _is_plain(part: torch.nn.Module) -> bool:
-    """Whether a layer computes what PyTorch's does: PyTorch's own, or ComfyUI's with its ways of casting."""
-    if not isinstance(part, torch.nn.Linear):
-        return False
-    return type(part).forward is torch.nn.Linear.forward or hasattr(part, "comfy_cast_weights")
+def linear_layers_on_onednn(network: torch.nn.Module) -> AbstractContextManager[Replaced]:
+    """While entered, the fp32 linear layers of `network` on the CPU are computed by oneDNN."""
+    layers = _linear_layers(network)
+    return forwards_replaced(layers, _product_of, lambda layer, x: suits(x, layer.weight, layer.bias))
 
 
-def _forward_of(part: Any) -> Callable[..., Any]:
-    plain = part.forward
+def _linear_layers(network: torch.nn.Module) -> Iterator[Any]:
+    return (part for part in network.modules() if computes_as(part, torch.nn.Linear))
 
-    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_traced() or args or kwargs or casts(part) or not suits(x, part.weight, part.bias):
-            return plain(x, *args, **kwargs)
-        return linear(x, part.weight, part.bias)
 
-    return forward
+def _product_of(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, layer.weight, layer.bias)
 
 
 def suits(x: Any, weight: Any, bias: Any = None) -> bool:

@@ -17,9 +17,9 @@ import torch
 
 from ..errors import UnavailableError, first_line
 from ..precision import cpu_computes_bf16, torch_dtype
-from . import conv_as_matmul
+from . import conv_as_matmul, onednn_linear
 from .host_allocator import memory_reused, why_not_reused
-from .onednn_linear import is_faster_here, linear_layers_on_onednn, why_not
+from .onednn_linear import linear_layers_on_onednn, why_not
 from .patching import Accelerator, Site, Wrapper, attach, declare
 from .run_notes import report_note
 from .torch_flags import FLAGS, flags_set
@@ -41,6 +41,7 @@ _WORDS = {
     "memory": MEMORIES,
     "convolution": CONVOLUTIONS,
 }
+_OTHER_WAYS = {"linear": linear_layers_on_onednn, "convolution": conv_as_matmul.few_pixels_as_products}
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -82,7 +83,7 @@ def attach_precision(model: Any, config: PrecisionConfig) -> Any:
     devices too, where it does nothing, and a warning says so. Raises UnavailableError, with the remedy, for a flag
     that this PyTorch does not have, and for an autocast that the device does not do.
     """
-    config = _without_auto(config, model.load_device)
+    config = _without_auto(config, model)
     if not config.changes:
         return model
     _check(config, model.load_device)
@@ -94,16 +95,18 @@ def attach_precision(model: Any, config: PrecisionConfig) -> Any:
     return clone
 
 
-def _without_auto(config: PrecisionConfig, device: torch.device) -> PrecisionConfig:
-    """`auto` becomes what it means here: on a CPU the faster way as measured, and freed memory kept where it can be;
-    nothing elsewhere."""
-    on_cpu = device.type == "cpu"
+def _without_auto(config: PrecisionConfig, model: Any) -> PrecisionConfig:
+    """`auto` becomes what it means here: on a CPU the faster way as measured, where the model computes in fp32, and
+    freed memory kept where it can be; nothing elsewhere."""
+    on_cpu = model.load_device.type == "cpu"
+    network = model.model.diffusion_model
+    in_fp32 = on_cpu and config.autocast == "off"
     if config.linear == "auto":
-        config = replace(config, linear="onednn" if on_cpu and is_faster_here() else "keep")
+        config = replace(config, linear="onednn" if in_fp32 and onednn_linear.may_gain(network) else "keep")
     if config.memory == "auto":
         config = replace(config, memory="reuse" if on_cpu and not why_not_reused() else "keep")
     if config.convolution == "auto":
-        config = replace(config, convolution="matmul" if on_cpu and conv_as_matmul.is_faster_here() else "keep")
+        config = replace(config, convolution="matmul" if in_fp32 and conv_as_matmul.may_gain(network) else "keep")
     return config
 
 
@@ -188,22 +191,26 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
     ) -> torch.Tensor:
         network, device = model_wrap.inner_model.diffusion_model, model_wrap.model_patcher.load_device
 
-        def say(text: str) -> None:
-            logging.warning(text)
+        def say(text: str, level: int = logging.WARNING) -> None:
+            logging.log(level, text)
             report_note(extra_args.get("model_options", {}).get("transformer_options", {}), text)
 
         with ExitStack() as stack:
-            if config.memory == "reuse" and device.type == "cpu":
+            on_cpu = device.type == "cpu"
+            if config.memory == "reuse" and on_cpu:
                 stack.enter_context(memory_reused())
             if layout is not None and not stack.enter_context(conv_weights_in(network, layout, device)):
                 say(_why_no_layout(network))
-            if config.linear == "onednn" and not stack.enter_context(linear_layers_on_onednn(network)):
-                say(f"Precision: linear has no effect: {type(network).__name__} has no linear layers of its own.")
-            if config.convolution == "matmul":
-                with_products = stack.enter_context(conv_as_matmul.few_pixels_as_products(network))
-                if reason := _why_no_products(network, with_products, config):
-                    say(reason)
-            return executor(model_wrap, sigmas, extra_args, *args, **kwargs)
+            others = {
+                name: stack.enter_context(_OTHER_WAYS[name](network))
+                for name in config.changes.keys() & _OTHER_WAYS.keys()
+                if on_cpu
+            }
+            result = executor(model_wrap, sigmas, extra_args, *args, **kwargs)
+            for name, replaced in others.items():
+                if not replaced.calls and not replaced.taken:
+                    say(_why_no_effect(name, network), logging.INFO)
+            return result
 
     return sampler_sample
 
@@ -217,18 +224,15 @@ def _why_no_layout(network: torch.nn.Module) -> str:
     )
 
 
-def _why_no_products(network: torch.nn.Module, layers: int, config: PrecisionConfig) -> str:
-    if not layers:
-        return (
-            f"Precision: convolution has no effect: {type(network).__name__} has no convolutions with so many weights "
-            "that products would be faster."
+def _why_no_effect(name: str, network: torch.nn.Module) -> str:
+    if name == "linear":
+        what = "no linear layer of its own that computes in fp32"
+    else:
+        what = (
+            "no convolution that computes in fp32, in PyTorch's own layout, with a million weights and, at this size "
+            "and batch, with ten output channels for each pixel"
         )
-    if config.memory_format == "channels_last":
-        return (
-            "Precision: convolution has no effect beside memory_format channels_last: a product reads weights in "
-            "PyTorch's own layout. Set one of the two to keep."
-        )
-    return ""
+    return f"Precision: {name} had no effect: {type(network).__name__} has {what}, outside of compiled code."
 
 
 def _with_input_in(layout: torch.memory_format) -> Wrapper:

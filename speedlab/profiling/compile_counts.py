@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,19 +30,6 @@ def compile_counts() -> CompileCounts:
         breaks=sum(int(count) for count in counters.get("graph_break", {}).values()),
         known=tuple(log()),
     )
-
-
-def is_compiled(model: Any) -> bool:
-    """Whether torch.compile is on this model: on a module in place, as a whole, or through core's node."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    patches = getattr(model, "object_patches", {}) or {}
-    network: Any = getattr(model.model, "diffusion_model", None)
-    parts = [*patches.values(), *(network.modules() if hasattr(network, "modules") else ())]
-    if any(getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod") for part in parts):
-        return True
-    by_site: Mapping[str, Mapping[str, Any]] = getattr(model, "wrappers", {}) or {}
-    return any("compile" in str(key) and wrappers for keys in by_site.values() for key, wrappers in keys.items())
 
 
 def counts_between(before: CompileCounts, after: CompileCounts) -> dict[str, int]:

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..accelerate.compiled import is_compiled
 from ..errors import first_line
-from .compile_counts import CompileCounts, compile_counts, counts_between, is_compiled
+from .compile_counts import CompileCounts, compile_counts, counts_between
 from .extra_pass import Sampling, run_pass
 from .flops import can_count_compiled, count_flops
 from .kernels import OPERATORS, KernelReport, analyse

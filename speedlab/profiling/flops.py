@@ -7,6 +7,7 @@ that counter and others (sub-quadratic, split) are many small products. Everythi
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -124,9 +125,16 @@ def _flop_counter() -> Any:
     def sdpa(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return int(sdpa_flop_count(q, k, v))
 
-    # torch knows the fused attention of CUDA alone.
-    on_cpu = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    return FlopCounterMode(display=False, custom_mapping={} if on_cpu is None else {on_cpu: sdpa})
+    def product(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return 2 * math.prod(x) * int(weight[0])
+
+    # torch knows the fused attention of CUDA alone, and of oneDNN's operators none.
+    operators = {
+        getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None): sdpa,
+        getattr(torch.ops.mkldnn, "_linear_pointwise", None): product,
+    }
+    known = {operator: count for operator, count in operators.items() if operator is not None}
+    return FlopCounterMode(display=False, custom_mapping=known)
 
 
 def can_count_compiled() -> bool:

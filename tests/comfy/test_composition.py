@@ -284,6 +284,44 @@ def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], known: Known, fi
             assert relative(picture, known.alone(other)) > DIFFERENT, "one does nothing"
 
 
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize(
+    ("products", "other"),
+    [
+        pair
+        for pair in itertools.product(("Dynamic CFG", "Precision"), ALL)
+        if len({*pair}) == 2 and "EasyCache" not in pair and pair != ("Dynamic CFG", "Precision")
+    ],
+)
+def test_convolutions_as_products(
+    tiny: TinyUNet, techniques: dict[str, Technique], known: Known, pack: ModuleType, monkeypatch: pytest.MonkeyPatch,
+    products: str, other: str, order: str,
+) -> None:  # fmt: skip
+    """As on a CPU in the inner levels of large models, with everything else."""
+    engine = f"{pack.__name__}.speedlab.accelerate"
+    conv, precision = (importlib.import_module(f"{engine}.{name}") for name in ("conv_as_matmul", "precision_flags"))
+    monkeypatch.setattr(conv, "_FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(conv, "most_pixels_here", lambda: 1 << 30)
+    technique, calls = techniques[other], []
+    real = conv.convolve
+    monkeypatch.setattr(conv, "convolve", lambda *args: calls.append(1) or real(*args))
+    nodes = {
+        "Dynamic CFG": techniques["Dynamic CFG"].node,
+        "Precision": lambda model: precision.attach_precision(
+            model, precision.PrecisionConfig(convolution="matmul", linear="onednn")
+        ),
+    }
+    stack = [nodes[products], technique.node]
+    model = tiny.model
+    for node in stack if order == "first" else reversed(stack):
+        model = node(model)
+    picture = _sample(tiny, model, technique, techniques[products])
+    # Of a compiled model Precision still reaches what the compiler leaves out; Dynamic CFG leaves such a model alone.
+    if other != "TorchCompileModel" or products == "Dynamic CFG":
+        assert bool(calls) is (other != "TorchCompileModel")
+    assert relative(picture, known.reference(other, products)) < SAME
+
+
 @pytest.mark.parametrize("order", ["compiled last", "compiled first"])
 def test_graphs_of_a_compiled_model(tiny: TinyUNet, techniques: dict[str, Technique], order: str) -> None:
     """A whole-model graph for full steps and one for cached steps; Dynamic CFG adds one of each with half the rows."""

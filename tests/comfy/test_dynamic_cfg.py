@@ -308,10 +308,8 @@ def products(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if importlib.import_module(f"{root}.onednn_linear").why_not():
         pytest.skip(importlib.import_module(f"{root}.onednn_linear").why_not())
     monkeypatch.setattr(conv_as_matmul, "_FEWEST_WEIGHTS", 1)
-    monkeypatch.setattr(conv_as_matmul, "_CHANNELS_A_PIXEL", 0)
-    dynamic_cfg = importlib.import_module(f"{root}.dynamic_cfg")
-    monkeypatch.setattr(dynamic_cfg, "is_faster_here", lambda: True)
-    return dynamic_cfg
+    monkeypatch.setattr(conv_as_matmul, "most_pixels_here", lambda: 1 << 30)
+    return conv_as_matmul
 
 
 def _layers_changed(tiny: TinyUNet) -> int:
@@ -332,13 +330,14 @@ def test_convolutions_are_products_while_uncond_is_off(
     assert [changed > 10 for changed in seen] == [number == 1 for number in rows]
     assert not any(changed for changed, number in zip(seen, rows, strict=True) if number == 2)
     assert _layers_changed(tiny) == 0
-    monkeypatch.setattr(products, "is_faster_here", lambda: False)
+    monkeypatch.setattr(products, "most_pixels_here", lambda: 0)
     as_they_are = tiny.sample(model, steps=STEPS)
     assert 0 < relative(result, as_they_are) < SAME
 
 
 def test_layers_are_restored_after_an_error(tiny: TinyUNet, attach: Any, products: ModuleType) -> None:
     def fail() -> None:
+        assert _layers_changed(tiny)
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
@@ -346,15 +345,40 @@ def test_layers_are_restored_after_an_error(tiny: TinyUNet, attach: Any, product
     assert _layers_changed(tiny) == 0
 
 
-def test_a_compiled_model_keeps_its_layers(tiny: TinyUNet, attach: Any, products: ModuleType) -> None:
+@pytest.mark.parametrize("how", ["not at all", "core's node", "Compile Model", "a block in place"])
+def test_a_compiled_model_keeps_its_layers(
+    tiny: TinyUNet, attach: Any, products: ModuleType, pack: ModuleType, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     """Code that is compiled for them would have to be compiled anew."""
-    seen: list[int] = []
-    model = watched(attach(tiny.model, stop_at=0.0), lambda: _layers_changed(tiny), seen)
-    model.add_wrapper_with_key(
-        "apply_model", "torch.compile", lambda executor, *args, **kwargs: executor(*args, **kwargs)
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    dynamic_cfg, compiling = (
+        importlib.import_module(f"{pack.__name__}.speedlab.accelerate.{name}") for name in ("dynamic_cfg", "compile")
     )
-    tiny.sample(model, steps=2)
-    assert seen == [0, 0]
+    entered, block = [], tiny.unet.out
+    real = products.few_pixels_as_products
+    monkeypatch.setattr(dynamic_cfg, "few_pixels_as_products", lambda network: entered.append(1) or real(network))
+    model = attach(tiny.model, stop_at=0.0)
+    if how == "core's node":
+        set_torch_compile_wrapper(model, backend="eager")
+    elif how == "Compile Model":
+        model = compiling.attach_compile(model, compiling.CompileConfig("jit_trace", on_failure="eager"))
+    elif how == "a block in place":
+        block.compile(backend="eager")
+    try:
+        tiny.sample(model, steps=2)
+    finally:
+        block._compiled_call_impl = None
+    assert len(entered) == (2 if how == "not at all" else 0)
+
+
+def test_the_record_tells_of_products(tiny: TinyUNet, attach: Any, products: ModuleType, pack: ModuleType) -> None:
+    notes: list[str] = []
+    run_notes = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.run_notes")
+    model = attach(tiny.model, stop_at=0.5)
+    model.model_options["transformer_options"][run_notes.REPORT_NOTE] = notes.append
+    tiny.sample(model, steps=STEPS)
+    assert len(notes) == 1 and "convolutions with few pixels are matrix products" in notes[0]
 
 
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])

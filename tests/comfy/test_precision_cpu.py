@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 @pytest.fixture(scope="module")
 def modules(pack: ModuleType) -> SimpleNamespace:
     root = f"{pack.__name__}.speedlab"
-    names = ("conv_as_matmul", "host_allocator", "patching", "precision_flags")
+    names = ("conv_as_matmul", "host_allocator", "onednn_linear", "patching", "precision_flags")
     found = {name: importlib.import_module(f"{root}.accelerate.{name}") for name in names}
     return SimpleNamespace(**found, errors=importlib.import_module(f"{root}.errors"))
 
@@ -56,6 +57,7 @@ def test_linear_layers_on_onednn(tiny: TinyUNet, attach: Callable[..., Any]) -> 
 
 def test_linear_is_undone_after_an_error(tiny: TinyUNet, attach: Callable[..., Any]) -> None:
     def fail() -> None:
+        assert _on_onednn(tiny)
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
@@ -67,7 +69,7 @@ def test_linear_is_undone_after_an_error(tiny: TinyUNet, attach: Callable[..., A
 def test_linear_auto_takes_what_was_measured(
     tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, faster: bool
 ) -> None:
-    monkeypatch.setattr(modules.precision_flags, "is_faster_here", lambda: faster)
+    monkeypatch.setattr(modules.onednn_linear, "is_faster_here", lambda: faster)
     model = attach(tiny.model, linear="auto")
     assert (model is tiny.model) is not faster
     assert ("linear=onednn" in _told(modules, model)) is faster
@@ -79,6 +81,24 @@ def test_linear_says_what_is_missing(
     monkeypatch.setattr(modules.precision_flags, "why_not", lambda: "this PyTorch was built without oneDNN")
     with pytest.raises(modules.errors.UnavailableError, match=r"without oneDNN\. Set linear to keep or auto"):
         attach(tiny.model, linear="onednn")
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_auto_is_for_what_computes_in_fp32(
+    tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(modules.onednn_linear, "is_faster_here", lambda: True)
+    monkeypatch.setattr(modules.conv_as_matmul, "most_pixels_here", lambda: 128)
+    monkeypatch.setattr(modules.conv_as_matmul, "_FEWEST_WEIGHTS", 1)
+    assert f"{name}=" in _told(modules, attach(tiny.model, **{name: "auto"}))
+    assert f"{name}=" not in _told(modules, attach(tiny.model, autocast="bf16", **{name: "auto"}))
+    for part in tiny.unet.modules():
+        part.comfy_cast_weights = True
+    try:
+        assert attach(tiny.model, **{name: "auto"}) is tiny.model
+    finally:
+        for part in tiny.unet.modules():
+            del part.comfy_cast_weights
 
 
 def _cannot_reuse(modules: SimpleNamespace) -> str:
@@ -120,8 +140,10 @@ def test_memory_auto_and_what_is_missing(
 @pytest.fixture
 def of_any_size(modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products also where, as in the tiny UNet, weights are few and pixels many."""
+    if modules.precision_flags.why_not():
+        pytest.skip(modules.precision_flags.why_not())
     monkeypatch.setattr(modules.conv_as_matmul, "_FEWEST_WEIGHTS", 1)
-    monkeypatch.setattr(modules.conv_as_matmul, "_CHANNELS_A_PIXEL", 0)
+    monkeypatch.setattr(modules.conv_as_matmul, "most_pixels_here", lambda: 1 << 30)
 
 
 def _as_products(tiny: TinyUNet) -> list[str]:
@@ -147,6 +169,7 @@ def test_convolutions_as_products(tiny: TinyUNet, attach: Callable[..., Any], si
 @pytest.mark.usefixtures("of_any_size")
 def test_convolution_is_undone_after_an_error(tiny: TinyUNet, attach: Callable[..., Any]) -> None:
     def fail() -> None:
+        assert _as_products(tiny)
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
@@ -154,23 +177,39 @@ def test_convolution_is_undone_after_an_error(tiny: TinyUNet, attach: Callable[.
     assert _as_products(tiny) == []
 
 
-def test_convolution_says_where_it_has_no_effect(
+@pytest.mark.parametrize("options", [{}, {"memory_format": "channels_last"}, {"autocast": "bf16"}])
+def test_convolution_says_where_it_had_no_effect(
     tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, options: dict,
 ) -> None:  # fmt: skip
-    stock = tiny.sample(tiny.model, steps=1)
-    assert torch.equal(tiny.sample(attach(tiny.model, convolution="matmul"), steps=1), stock)
-    assert "no convolutions with so many weights" in caplog.text
-    monkeypatch.setattr(modules.conv_as_matmul, "_FEWEST_WEIGHTS", 1)
-    tiny.sample(attach(tiny.model, convolution="matmul", memory_format="channels_last"), steps=1)
-    assert "beside memory_format channels_last" in caplog.text
+    """The tiny UNet's weights are few; in the other cases the layers would do, but not like this."""
+    if options:
+        monkeypatch.setattr(modules.conv_as_matmul, "_FEWEST_WEIGHTS", 1)
+        monkeypatch.setattr(modules.conv_as_matmul, "most_pixels_here", lambda: 1 << 30)
+    caplog.set_level(logging.INFO)
+    plain = tiny.sample(attach(tiny.model, **options), steps=1)
+    assert "no effect" not in caplog.text
+    assert torch.equal(tiny.sample(attach(tiny.model, convolution="matmul", **options), steps=1), plain)
+    assert "Precision: convolution had no effect: UNetModel has no convolution that computes in fp32" in caplog.text
+
+
+def test_linear_says_where_it_had_no_effect(
+    tiny: TinyUNet, attach: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tiny.sample(attach(tiny.model, linear="onednn", autocast="bf16"), steps=1)
+    assert (
+        "Precision: linear had no effect: UNetModel has no linear layer of its own that computes in fp32" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_convolution_auto_takes_what_was_measured(
     tiny: TinyUNet, attach: Callable[..., Any], modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, faster: bool
 ) -> None:
-    monkeypatch.setattr(modules.conv_as_matmul, "is_faster_here", lambda: faster)
+    monkeypatch.setattr(modules.conv_as_matmul, "most_pixels_here", lambda: 128 * faster)
+    assert attach(tiny.model, convolution="auto") is tiny.model, "the tiny UNet has few weights"
+    monkeypatch.setattr(modules.conv_as_matmul, "_FEWEST_WEIGHTS", 1)
     model = attach(tiny.model, convolution="auto")
     assert (model is tiny.model) is not faster
     assert ("convolution=matmul" in _told(modules, model)) is faster

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -15,20 +16,15 @@ pytestmark = pytest.mark.skipif(bool(onednn_linear.why_not()), reason=onednn_lin
 CHANNELS = 96
 
 
-REAL_SIZES = {name: getattr(conv_as_matmul, name) for name in ("_FEWEST_WEIGHTS", "_CHANNELS_A_PIXEL")}
+FEWEST_WEIGHTS = conv_as_matmul._FEWEST_WEIGHTS
+measured = conv_as_matmul.most_pixels_here
 
 
 @pytest.fixture(autouse=True)
 def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small layers too, so that the tests are quick."""
+    """Small layers and many pixels too, so that the tests are quick."""
     monkeypatch.setattr(conv_as_matmul, "_FEWEST_WEIGHTS", 1)
-    monkeypatch.setattr(conv_as_matmul, "_CHANNELS_A_PIXEL", 0)
-
-
-@pytest.fixture
-def _real_sizes(_of_any_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in REAL_SIZES.items():
-        monkeypatch.setattr(conv_as_matmul, name, value)
+    monkeypatch.setattr(conv_as_matmul, "most_pixels_here", lambda: 1 << 30)
 
 
 class _Counter(TorchDispatchMode):
@@ -74,23 +70,28 @@ def test_the_sums_are_the_same(given: str, settings: str) -> None:
     before = x.clone(), part.weight.clone()
     with torch.inference_mode():
         expected = part(x)
-        with _Counter() as counter, few_pixels_as_products(part) as number:
+        with _Counter() as counter, few_pixels_as_products(part) as replaced:
             result = part(x)
-    assert number == 1 and "forward" not in vars(part)
+    assert (replaced.layers, replaced.calls) == (1, 1) and "forward" not in vars(part)
     assert (counter.products, counter.convolutions) == (1, 0)
     assert result.shape == expected.shape and result.is_contiguous()
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(x, before[0]) and torch.equal(part.weight, before[1])
 
 
-@pytest.mark.usefixtures("_real_sizes")
 @pytest.mark.parametrize(
-    ("outputs", "rows", "height", "width", "products"),
-    [(1280, 1, 8, 8, 1), (1280, 2, 8, 8, 1), (1280, 5, 8, 8, 1), (1280, 6, 8, 8, 0), (1280, 1, 16, 20, 1),
-     (1280, 1, 16, 21, 0), (640, 1, 16, 16, 0), (100, 1, 4, 4, 0)],
+    ("most", "outputs", "rows", "height", "width", "products"),
+    [(64, 1280, 1, 8, 8, 1), (64, 1280, 2, 8, 8, 0), (128, 1280, 2, 8, 8, 1), (128, 1280, 1, 8, 17, 0),
+     (128, 640, 1, 8, 8, 1), (128, 640, 2, 8, 8, 0), (16, 1280, 1, 4, 4, 1), (16, 1280, 1, 4, 5, 0),
+     (0, 1280, 2, 8, 8, 1), (0, 1280, 1, 8, 17, 0), (128, 400, 1, 4, 4, 0)],
 )  # fmt: skip
-def test_only_where_weights_outweigh_pixels(outputs: int, rows: int, height: int, width: int, products: int) -> None:
-    """Many weights, and at least four output channels for each pixel of all rows."""
+def test_only_where_weights_outweigh_pixels(
+    most: int, outputs: int, rows: int, height: int, width: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many weights, and up to as many pixels, for 1280 channels, as products were measured to be faster at. Where they
+    never were, whoever wants them all the same has them up to 128."""
+    monkeypatch.setattr(conv_as_matmul, "_FEWEST_WEIGHTS", FEWEST_WEIGHTS)
+    monkeypatch.setattr(conv_as_matmul, "most_pixels_here", lambda: most)
     part = torch.nn.utils.skip_init(torch.nn.Conv2d, 256, outputs, 3, padding=1)
     for parameter in part.parameters():
         torch.nn.init.ones_(parameter)
@@ -101,8 +102,8 @@ def test_only_where_weights_outweigh_pixels(outputs: int, rows: int, height: int
 
 
 def test_a_kernel_of_one_pixel_is_left_alone() -> None:
-    with few_pixels_as_products(layer(kernel_size=1, padding=0)) as number:
-        assert number == 0
+    with few_pixels_as_products(layer(kernel_size=1, padding=0)) as replaced:
+        assert replaced.layers == 0
 
 
 def in_channels_last() -> torch.nn.Conv2d:
@@ -150,8 +151,8 @@ def test_layers_of_another_kind_and_patched_ones_stay() -> None:
     patched.forward = lambda x: x  # type: ignore[method-assign]
     instance._conv_forward = lambda x, _weight, _bias: x  # type: ignore[method-assign]
     parts = torch.nn.ModuleList([Own(96, 96, 3), Seamless(96, 96, 3), patched, instance])
-    with few_pixels_as_products(parts) as number:
-        assert number == 0
+    with few_pixels_as_products(parts) as replaced:
+        assert (replaced.layers, replaced.taken) == (0, 1)
     assert "forward" in vars(patched)
 
 
@@ -180,10 +181,76 @@ def test_one_inside_another_changes_nothing() -> None:
     part = layer()
     with few_pixels_as_products(part):
         outer = vars(part)["forward"]
-        with few_pixels_as_products(part) as number:
-            assert number == 0 and vars(part)["forward"] is outer
+        with few_pixels_as_products(part) as inner:
+            assert (inner.layers, inner.taken) == (0, 1) and vars(part)["forward"] is outer
         assert vars(part)["forward"] is outer
     assert "forward" not in vars(part)
+
+
+def test_a_layers_own_forward_is_not_somebody_elses() -> None:
+    """ComfyUI leaves a layer's own bound forward in it where it has taken a LoRA's bypass out."""
+    part = layer()
+    part.forward = own = part.forward  # type: ignore[method-assign]
+    with torch.inference_mode(), few_pixels_as_products(part) as replaced:
+        part(torch.randn(1, CHANNELS, 8, 8))
+    assert (replaced.layers, replaced.calls) == (1, 1)
+    assert vars(part)["forward"] is own
+
+
+def test_a_forward_that_came_meanwhile_stays() -> None:
+    part = layer()
+
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    with few_pixels_as_products(part):
+        part.forward = theirs  # type: ignore[method-assign]
+    assert vars(part)["forward"] is theirs
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    part = layer()
+    x = torch.randn(1, CHANNELS, 8, 8)
+    with torch.inference_mode(), few_pixels_as_products(part) as replaced:
+        twin = copy.deepcopy(part)
+        twin.weight.zero_()
+        assert float((twin(x) - part(x)).abs().max()) > 0.1
+        assert replaced.calls >= 1
+
+
+def test_input_by_name() -> None:
+    part, x = layer(), torch.randn(1, CHANNELS, 8, 8)
+    with torch.inference_mode(), few_pixels_as_products(part):
+        torch.testing.assert_close(part(input=x), part(x), rtol=1e-5, atol=1e-5)
+
+
+def test_where_products_are_less_exact_than_convolutions() -> None:
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(setting, "fp32_precision"):
+        pytest.skip("this PyTorch has no such setting")
+    part, x, before = layer(), torch.randn(1, CHANNELS, 8, 8), setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        with torch.inference_mode(), _Counter() as counter, few_pixels_as_products(part):
+            part(x)
+    finally:
+        setting.fp32_precision = before
+    assert (counter.products, counter.convolutions) == (0, 1)
+
+
+def test_torchs_counter_knows_the_operations() -> None:
+    """As many as of the convolution."""
+    from speedlab.profiling.flops import _flop_counter
+
+    part, x = layer(), torch.randn(2, CHANNELS, 8, 8)
+    totals = []
+    with torch.inference_mode():
+        with _flop_counter() as plain:
+            part(x)
+        with few_pixels_as_products(part), _flop_counter() as products:
+            part(x)
+    totals = [plain.get_total_flops(), products.get_total_flops()]
+    assert totals == [2 * 2 * 64 * CHANNELS * CHANNELS * 9] * 2
 
 
 def test_a_compiled_module_computes_by_itself() -> None:
@@ -201,9 +268,31 @@ def test_a_compiled_module_computes_by_itself() -> None:
     assert sum("conv2d" in target for target in targets) == 2
 
 
-@pytest.mark.usefixtures("_real_sizes")
-def test_the_choice_is_measured_once() -> None:
-    conv_as_matmul.is_faster_here.cache_clear()
-    first = conv_as_matmul.is_faster_here()
-    assert first is conv_as_matmul.is_faster_here()
-    assert conv_as_matmul.is_faster_here.cache_info().misses == 1
+@pytest.mark.parametrize(
+    ("shares", "most"), [([0.5, 0.6, 0.8], 128), ([0.5, 0.6, 0.9], 64), ([0.5, 1.2, 0.1], 16), ([0.9, 0.1, 0.1], 0)]
+)
+def test_products_as_far_as_they_are_clearly_faster(
+    shares: list[float], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 16, 64 and 128 pixels, by what the clock says. The ways themselves are run, and equal."""
+    left = iter(shares)
+    results: list[torch.Tensor] = []
+
+    def clock(ways: dict[str, Any], rounds: int) -> dict[str, float]:
+        results.extend(way() for way in ways.values())
+        return {"convolution": 1.0, "product": next(left)}
+
+    monkeypatch.setattr(conv_as_matmul, "least_seconds", clock)
+    measured.cache_clear()
+    try:
+        assert measured() == most
+        assert measured() == most and measured.cache_info().misses == 1
+    finally:
+        measured.cache_clear()
+    for plain, product in zip(results[::2], results[1::2], strict=True):
+        torch.testing.assert_close(plain, product, rtol=1e-5, atol=1e-2)
+
+
+def test_it_is_really_measured() -> None:
+    measured.cache_clear()
+    assert measured() in (0, 16, 64, 128)

@@ -72,9 +72,9 @@ def test_the_sums_are_the_same(given: str, weights: str) -> None:
     part = layer(weight.detach(), None if bias is None else bias.detach())
     with torch.inference_mode():
         expected = part(x)
-        with counted() as counter, linear_layers_on_onednn(part) as number:
+        with counted() as counter, linear_layers_on_onednn(part) as replaced:
             result = part(x)
-    assert number == 1 and "forward" not in vars(part)
+    assert replaced.layers == 1 and "forward" not in vars(part)
     assert counter.calls == (weights not in LEFT_ALONE)
     assert (result.shape, result.stride()) == (expected.shape, expected.stride())
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
@@ -114,8 +114,8 @@ def test_layers_of_another_kind_and_patched_ones_stay() -> None:
     own, patched = Own(32, 48), torch.nn.Linear(32, 48)
     patched.forward = lambda x: x  # type: ignore[method-assign]
     before = patched.forward
-    with linear_layers_on_onednn(torch.nn.ModuleList([own, patched])) as number:
-        assert number == 0 and patched.forward is before
+    with linear_layers_on_onednn(torch.nn.ModuleList([own, patched])) as replaced:
+        assert (replaced.layers, replaced.taken) == (0, 1) and patched.forward is before
     assert vars(patched)["forward"] is before
 
 
