@@ -65,7 +65,7 @@ def attach_compile(model: Any, config: CompileConfig) -> Any:
     require_unet(model, "Compile Model")
     backend = backends.load(config.backend)
     _check_settings(config, backend)
-    able, reason = backend.available()
+    able, reason = backends.usable(backend, CompileOptions(config.mode, device=model.load_device))
     if not able and config.on_failure == "error":
         raise UnavailableError(f"Compile Model cannot use {config.backend}: {reason}.")
     warning = known_loss(config, model.load_device) if able else ""

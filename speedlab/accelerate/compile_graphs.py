@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,28 @@ BLOCKS = (ResBlock, SpatialTransformer, FeedForward)
 
 @dataclass(frozen=True)
 class Part:
-    """A module and the compiled function that stands for its forward."""
+    """A module and the compiled functions that stand for its forward, by what they are given.
+
+    Each type and layout of the input has a function of its own. Dynamo takes sizes and strides that it has seen in two
+    kinds at one function for changing ones: a model that runs in two layouts would get slower code for both.
+    """
 
     module: torch.nn.Module
     name: str
-    function: Callable[..., Any]
+    compile: Callable[[Hashable], Callable[..., Any]]
+    _functions: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
+
+    def function(self, x: Any) -> Callable[..., Any]:
+        """The function for inputs like `x`, [rows, channels, height, width] or [rows, tokens, channels]."""
+        like = _type_and_layout(x)
+        if like not in self._functions:
+            self._functions[like] = self.compile(like)
+        return self._functions[like]
+
+
+def _type_and_layout(x: Any) -> tuple[Hashable, ...]:
+    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return x.dtype, "channels last" if last else "plain"
 
 
 def blocks_that_gain(options: CompileOptions) -> tuple[type[torch.nn.Module], ...]:
@@ -50,23 +68,34 @@ def blocks_of(
 
     `frozen` names the weights that become part of the code; None where they are inputs.
     """
-    calls = {ResBlock: _residual, SpatialTransformer: _transformer, FeedForward: _feed_forward}
-    parts = []
+    calls: dict[type, Callable[..., Any]] = {
+        ResBlock: _residual,
+        SpatialTransformer: _transformer,
+        FeedForward: _feed_forward,
+    }
+    parts, seen = [], set()
     for name, module in network.named_modules():
         call = calls.get(type(module)) if type(module) in kinds else None
         if call is None or "forward" in module.__dict__:  # another pack put a function of its own there
             continue
         kind = kind_of(module) if frozen is None else (*kind_of(module), name, frozen)
-        parts.append(Part(module, name, run.backend.compile(call, run.options, kind)))
-    run.parts = len({id(part.function) for part in parts if not isinstance(part.module, FeedForward)})
+        parts.append(Part(module, name, partial(_compiled, run, call, kind)))
+        seen.update([] if isinstance(module, FeedForward) else [kind])
+    run.parts = len(seen)
     return parts
+
+
+def _compiled(run: Run, call: Callable[..., Any], kind: tuple[Hashable, ...], like: Hashable) -> Callable[..., Any]:
+    # A word for frozen weights stays the last of a kind: by it code is let go.
+    function: Callable[..., Any] = run.backend.compile(call, run.options, (like, *kind))
+    return function
 
 
 def whole(network: torch.nn.Module, run: Run, frozen: Hashable = None) -> list[Part]:
     """The network as one part."""
     run.parts = 1
     kind = kind_of(network) if frozen is None else (*kind_of(network), frozen)
-    return [Part(network, type(network).__name__, run.backend.compile(_network, run.options, kind))]
+    return [Part(network, type(network).__name__, partial(_compiled, run, _network, kind))]
 
 
 def kind_of(module: torch.nn.Module) -> tuple[Hashable, ...]:
@@ -195,7 +224,7 @@ def _run(part: Part, run: Run, inputs: tuple[Any, ...], eager: Callable[[], Any]
         return eager()
     before = dynamo.COUNT.graphs
     try:
-        result = part.function(part.module, *inputs)
+        result = part.function(inputs[0])(part.module, *inputs)
     except dynamo.failures() as error:
         _raise_what_is_no_failure(error)
         run.fail(f"{type(part.module).__name__} {part.name}", dynamo.cause(error), _remedy(error))

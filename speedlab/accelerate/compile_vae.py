@@ -56,7 +56,7 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
     backend = backends.load(backend_name)
     if mode not in backend.SUPPORTED_MODES:
         raise UnavailableError(f"Compile VAE: {backend_name} has no mode {mode}. Choose default, or inductor.")
-    able, reason = backend.available()
+    able, reason = backends.usable(backend, CompileOptions(mode, device=vae.device))
     if not able:
         raise UnavailableError(f"Compile VAE cannot use {backend_name}: {reason}.")
     if is_streamed(vae.patcher):

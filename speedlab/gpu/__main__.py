@@ -17,18 +17,29 @@ from ..errors import SpeedLabError
 from ..host.base import CALLED_FROM, from_environment
 from ..host.commands import INTERRUPTED
 from . import inprocess
-from .options import LOST_DEVICE, RESULTS, WHEELS_VARIABLE, parser
+from .options import (
+    ALLOCATOR_VARIABLE,
+    COMPILED_FOLDER,
+    LOST_DEVICE,
+    NATIVE,
+    OTHER_ALLOCATOR,
+    RESULTS,
+    WHEELS_VARIABLE,
+    parser,
+)
 
 log = logging.getLogger("speedlab.gpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one call. Returns 0 when it ended in good order, LOST_DEVICE when a new process has to go on."""
+    """Run one call. Returns 0 when it ended in good order, LOST_DEVICE when a new process has to go on, and
+    OTHER_ALLOCATOR when one with PyTorch's own memory allocator has to."""
     began = time.monotonic()
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # A compiler's folder that the user chose would make every cold figure a warm one.
-    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        os.environ.pop(name, None)
     wheels = os.environ.get(WHEELS_VARIABLE)
     try:
         with tempfile.TemporaryDirectory(prefix="speedlab-gpu-", ignore_cleanup_errors=True) as base:
@@ -67,13 +78,19 @@ def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -
         elif options.plans:
             journal.drop_others({block.row(arm): arm.stack for block in chosen for arm in block.arms})
         _write_tiny_decoders(base)
-        measured = bench_module.Settings(out, options.minutes, options.repeats, options.small)
+        native = os.environ.get(ALLOCATOR_VARIABLE) == NATIVE
+        measured = bench_module.Settings(out, options.minutes, options.repeats, options.small, native)
         bench = bench_module.Bench(pack, journal, measured, began)
+        _keep_compiled_code(options.small)
+        _watch_the_clock(bench)
         with torch.inference_mode():
             done = suite.run(bench, chosen, lambda text: print(text, flush=True))
         journal.complete = journal.complete or (done and not is_part)
         journal.save()
         print(f"\n{report.text(journal, chosen)}", flush=True)
+    except bench_module.OtherAllocatorError as error:
+        log.info("%s; a new process goes on", error)
+        return OTHER_ALLOCATOR
     except bench_module.LostDeviceError as error:
         log.warning("the device was lost (%s); a new process goes on", error)
         return LOST_DEVICE
@@ -82,6 +99,27 @@ def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _keep_compiled_code(is_small: bool) -> None:
+    """A call that ran out of time while compiling must not begin anew in the next one."""
+    if is_small:
+        return
+    try:
+        COMPILED_FOLDER.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be made (%s): each call compiles anew", COMPILED_FOLDER, error.strerror)
+        return
+    importlib.import_module("folder_paths").set_user_directory(str(COMPILED_FOLDER))
+
+
+def _watch_the_clock(bench: Any) -> None:
+    """End a call in time also in the middle of a picture: at each step, and after each block that was compiled."""
+
+    def progressed(*_args: Any, **_options: Any) -> None:
+        bench.check_time()
+
+    importlib.import_module("comfy.utils").set_progress_bar_global_hook(progressed)
 
 
 def _folder(given: Path) -> Path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..accelerate.backends.dynamo import graphs_refused
 from ..core import compute_device, core_nodes, release_unused_memory
 from ..errors import ResultsError, SpeedLabError, UnavailableError, first_line
 from ..profiling.runner import failure_message, failure_status
@@ -24,8 +25,12 @@ log = logging.getLogger(__name__)
 _LOST = ("cuda error", "cublas_status", "cudnn_status_execution_failed", "an illegal memory access", "driver shutting")
 
 
-class OutOfTimeError(SpeedLabError):
-    """The call's time is over; what is left belongs to the next call."""
+class OutOfTimeError(BaseException):
+    """The call's time is over; what is left belongs to the next call. No failure of anything that it passes through."""
+
+
+class OtherAllocatorError(SpeedLabError):
+    """All that is left needs another memory allocator, and so another process."""
 
 
 class LostDeviceError(SpeedLabError):
@@ -34,12 +39,14 @@ class LostDeviceError(SpeedLabError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a call measures. `minutes` is its time; `repeats` are runs of each arm that count."""
+    """How a call measures. `minutes` is its time; `repeats` are runs of each arm that count; `native`: this process is
+    for what needs PyTorch's own memory allocator, and for nothing else."""
 
     out: Path
     minutes: float = 8.0
     repeats: int = 5
     small: bool = False
+    native: bool = False
 
 
 class Bench:
@@ -50,11 +57,18 @@ class Bench:
         self.journal, self.settings = journal, settings
         self.device = compute_device()
         self.models = Models(self.device, settings.small)
+        self._open: set[str] = set()
         self._deadline = began + 60.0 * settings.minutes
 
     def pending(self, block: Block) -> list[Arm]:
         """Arms that have no row yet."""
         return [arm for arm in block.arms if block.row(arm) not in self.journal.rows]
+
+    def has_allocator_for(self, block: Block) -> bool:
+        """Whether this process's memory allocator is the block's: the one that ComfyUI chose, or PyTorch's own."""
+        if self.device.type != "cuda":
+            return True
+        return not graphs_refused(self.device) if block.own_allocator else not self.settings.native
 
     def scene(self, block: Block) -> Scene:
         """What a block makes."""
@@ -93,7 +107,10 @@ class Bench:
 
         failure: dict[str, Any] | None = None
         lost, row = "", block.row(arm)
-        self.journal.begin(row)
+        outermost = row not in self._open
+        if outermost:
+            self._open.add(row)
+            self.journal.begin(row)
         try:
             yield
         except (OutOfTimeError, LostDeviceError, ResultsError, mm.InterruptProcessingException):
@@ -105,7 +122,9 @@ class Bench:
             log.warning("%s: %s: %s", row, status, first_line(error))
             lost = first_line(error) if status != "oom" and is_lost(error) else ""
         finally:
-            self.journal.withdraw(row)
+            if outermost:
+                self._open.discard(row)
+                self.journal.withdraw(row)
         if failure is not None:
             # Not inside the handler: there the error's frames still hold what did not fit.
             if self.journal.rows.get(row, {}).get("status") != "ok":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from ..errors import SpeedLabError
+from .options import ALLOCATOR_VARIABLE, NATIVE
 
 PACK_NAME = "speedlab_pack"
 # What ComfyUI imports to run an image model, by module, with what to install for it.
@@ -58,7 +60,8 @@ def start(comfyui: Path, base: Path, wheels: Path | None = None) -> ModuleType:
     """Import ComfyUI with `base` as its base directory, and this pack, which is returned.
 
     `wheels` is a folder of unpacked packages that stands behind those installed. Torch must not be imported yet, so
-    that ComfyUI can choose its allocator as its `main.py` does. Raises SpeedLabError for packages that are missing.
+    that ComfyUI can choose its allocator as its `main.py` does, unless PyTorch's own is asked for. Raises
+    SpeedLabError for packages that are missing.
     """
     root = Path(__file__).resolve().parents[2]
     for kind in ("checkpoints", "loras", "vae", "vae_approx"):
@@ -72,7 +75,13 @@ def start(comfyui: Path, base: Path, wheels: Path | None = None) -> ModuleType:
     sys.meta_path.append(_AbsentFinder(tuple(n for n in _UNUSED if importlib.util.find_spec(n) is None)))  # type: ignore[arg-type]
     args = importlib.import_module("comfy.cli_args").args
     args.base_directory = str(base)
-    if "torch" not in sys.modules and shutil.which("nvidia-smi") and importlib.util.find_spec("cuda_malloc"):
+    native = os.environ.get(ALLOCATOR_VARIABLE) == NATIVE
+    if (
+        not native
+        and "torch" not in sys.modules
+        and shutil.which("nvidia-smi")
+        and importlib.util.find_spec("cuda_malloc")
+    ):
         importlib.import_module("cuda_malloc")
     import torch
 

@@ -75,6 +75,7 @@ class Journal:
     def drop(self, rows: Iterable[str]) -> None:
         """Forget these rows and what belongs to them (`row-...`), to measure them anew."""
         gone = tuple(rows)
+        gone = (*gone, *dict.fromkeys(_overrun(row.partition("/")[0]) for row in gone))
         beside = tuple(f"{row}-" for row in gone)
 
         def stays(name: str) -> bool:
@@ -94,6 +95,21 @@ class Journal:
         for row in [row for row, count in self.started.items() if count >= _ATTEMPTS and row not in self.rows]:
             self.write(row, {"status": DIED, "error": f"the process ended inside of it {_ATTEMPTS} times"})
 
+    def overran(self, block: str) -> bool:
+        """Note that a block had its time and came to no row. Whether that is to be the end."""
+        name = _overrun(block)
+        self.begin(name)
+        over = self.started[name] >= _ATTEMPTS
+        if over:
+            self.progressed(block)
+        return over
+
+    def progressed(self, block: str) -> None:
+        """A block came to a row: what was noted of it is past."""
+        if _overrun(block) in self.started:
+            self.started = self._without(_overrun(block))
+            self.save()
+
     def value(self, row: str, field: str) -> float | None:
         """A number of a row that went well."""
         found = self.rows.get(row, {})
@@ -104,7 +120,8 @@ class Journal:
         """Write both files whole. Raises ResultsError naming the path."""
         document = {
             "schema": SCHEMA,
-            "about": "Random weights: times and memory are those of real models, pictures are noise.",
+            "about": "Random weights: times and memory are those of real models, pictures are noise. first_s of "
+            "pictures: an earlier call may have compiled for it; the blocks compile-* begin with nothing compiled.",
             "complete": self.complete,
             "env": self.env,
             "settings": self.settings,
@@ -127,6 +144,10 @@ class Journal:
 
     def _without(self, row: str) -> dict[str, int]:
         return {name: count for name, count in self.started.items() if name != row}
+
+
+def _overrun(block: str) -> str:
+    return f"{block}/-overrun"
 
 
 def open_journal(

@@ -29,7 +29,7 @@ def cold(bench: Bench, block: Block) -> None:
     """The first picture with empty caches, the first one of a process that finds them full, then rounds with stock."""
     for arm in bench.pending(block):
         bench.check_time()
-        with bench.into_row(block, arm), _fresh_folder():
+        with _forgetting(), bench.into_row(block, arm), _fresh_folder():
             scene = bench.scene(block)
             one = bench.ready(block, arm)
             _forget()
@@ -48,8 +48,6 @@ def cold(bench: Bench, block: Block) -> None:
                 fields["ratio"] = round(stock / mine, 4)
             fields["note"] = f"{again.total_s:.1f} s where compiled code was found on disk. {fields['note']}".strip()
             bench.write(block, arm, **fields)
-        _forget()
-        release()
 
 
 def lora_tour(bench: Bench, block: Block) -> None:
@@ -83,7 +81,7 @@ def size_tour(bench: Bench, block: Block) -> None:
 
 def _tour(bench: Bench, block: Block, stages: Callable[[Parts], Iterable[tuple[str, Parts, Scene]]]) -> None:
     for arm in bench.pending(block):
-        with bench.into_row(block, arm), _fresh_folder():
+        with _forgetting(), bench.into_row(block, arm), _fresh_folder():
             _forget()
             seen: list[dict[str, Any]] = []
             start = compile_counts()
@@ -103,8 +101,6 @@ def _tour(bench: Bench, block: Block, stages: Callable[[Parts], Iterable[tuple[s
                 block, arm, first_s=seen[0]["first_s"], n=len(seen), note=note, stages=seen, **_counted(total),
                 **({"status": "error", "error": "NaN or Inf in latents or pictures"} if bad else {}),
             )  # fmt: skip
-        _forget()
-        release()
 
 
 def _with_lora(parts: Parts, weights: dict[str, Any], strength: float) -> Parts:
@@ -120,11 +116,24 @@ def _counted(counts: dict[str, int]) -> dict[str, int]:
     return {name: counts[name] for name in ("graphs", "graph_breaks", "recompiles")}
 
 
+@contextmanager
+def _forgetting() -> Iterator[None]:
+    """Leave neither compiled code nor weights behind, whatever happens."""
+    try:
+        yield
+    finally:
+        _forget()
+        release()
+
+
 def _forget() -> None:
     """Drop what this process has compiled; what lies on disk stays."""
     import torch._dynamo
+    import torch._inductor.utils
 
     torch._dynamo.reset()
+    # Loaded programs, which inductor finds again without looking at its folder. Older PyTorch has no such function.
+    getattr(torch._inductor.utils, "clear_caches", lambda: None)()
 
 
 @contextmanager

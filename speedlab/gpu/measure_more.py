@@ -13,7 +13,7 @@ from ..core import core_nodes
 from ..ensemble import EnsembleRequest, Expert, sample_ensemble
 from ..profiling.clock import synchronize
 from ..profiling.context import NodeContext
-from ..profiling.memory import measure_peak
+from ..profiling.memory import MemoryPeak, measure_peak
 from ..profiling.runner import ProfileOptions
 from .bench import Bench
 from .measure_pictures import Lane, timed
@@ -80,11 +80,13 @@ def ensemble(bench: Bench, block: Block) -> None:
             scene = bench.scene(block)
             experts = (_expert(base, scene), _expert(refiner, scene))
             seconds: list[float] = []
-            with measure_peak(bench.device) as memory:
-                for _ in range(bench.settings.repeats + 1):
-                    bench.check_time()
+            peak = MemoryPeak()
+            for _ in range(bench.settings.repeats + 1):
+                bench.check_time()
+                # One run each: profiling inside of it begins a reading of its own.
+                with measure_peak(bench.device) as memory:
                     seconds.append(_sample_both(bench, experts, scene))
-            peak = memory.peak
+                peak = peak.merged(memory.peak)
             bench.write(
                 block, arm, plan=f"ensemble({_HANDOFF:g})", n=len(seconds) - 1, first_s=round(seconds[0], 4),
                 sampling_s=round(statistics.median(seconds[1:]), 4), samples=seconds[1:],

@@ -13,6 +13,9 @@ from .models import release
 from .plan import STOCK, Arm, Block
 from .shot import Ready, Shot, shoot
 
+# With so many pictures a row is worth keeping where time ends before all of them.
+_ENOUGH = 3
+
 
 @dataclass
 class Lane:
@@ -47,9 +50,15 @@ def run(bench: Bench, block: Block) -> None:
                 _write(bench, block, lane, _stock_of(lanes))
             release()
             return
-        take_turns(bench, block, lanes)
-    for lane in lanes:
-        _write(bench, block, lane, _stock_of(lanes))
+        try:
+            take_turns(bench, block, lanes)
+        except BaseException:
+            # Time is over, the device lost, or somebody stopped it: what has enough pictures counts.
+            lanes = [lane for lane in lanes if len(lane.shots) >= _ENOUGH]
+            raise
+        finally:
+            for lane in lanes:
+                _write(bench, block, lane, _stock_of(lanes))
 
 
 def take_turns(bench: Bench, block: Block, lanes: Sequence[Lane]) -> None:

@@ -7,9 +7,15 @@ from pathlib import Path
 
 # Exit code of a process whose device no longer answers: another one goes on.
 LOST_DEVICE = 75
+# That of one which has done all that it can: what is left needs PyTorch's own memory allocator, chosen at the start.
+OTHER_ALLOCATOR = 76
+ALLOCATOR_VARIABLE = "SPEEDLAB_GPU_ALLOCATOR"
+NATIVE = "native"
 WHEELS_VARIABLE = "SPEEDLAB_GPU_WHEELS"
 _ROOT = Path(__file__).resolve().parents[2]
 PACK_FOLDER = _ROOT / "build" / "gpu"
+# Compiled code, for the calls to come.
+COMPILED_FOLDER = _ROOT / "build" / "gpu-compiled"
 RESULTS = _ROOT / "benchmarks" / "results"
 
 

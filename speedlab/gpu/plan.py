@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -51,7 +52,8 @@ class Arm:
 class Block:
     """Arms that are measured together. `runner` names the kind of measurement, `needs_s` what a fast card takes
     about: a block that no longer fits is left to the next call. `apart`: arms run one after the other, each from an
-    empty device, in place of in turns. `cap_gb`: the card is made to look this large.
+    empty device, in place of in turns. `cap_gb`: the card is made to look this large. `own_allocator`: it records CUDA
+    graphs, which need PyTorch's memory allocator in place of the one that ComfyUI chooses.
     """
 
     id: str
@@ -63,6 +65,7 @@ class Block:
     needs_s: float = 20.0
     apart: bool = False
     cap_gb: float | None = None
+    own_allocator: bool = False
 
     def row(self, arm: Arm) -> str:
         """The id of an arm's row."""
@@ -103,15 +106,21 @@ def _cap(gb: float) -> Block:
 
 def _cold(name: str, options: str, needs_s: float) -> Block:
     arm = Arm(name, f"compile({options})")
-    return Block(f"compile-{name}", "compile", f"compile({options}): cold, found again, warm", (arm,), needs_s=needs_s)
+    shows, graphs = f"compile({options}): cold, found again, warm", _records_graphs(arm.stack)
+    return Block(f"compile-{name}", "compile", shows, (arm,), needs_s=needs_s, own_allocator=graphs)
+
+
+def _records_graphs(stack: str) -> bool:
+    """Whether a stack of techniques records CUDA graphs."""
+    return re.search(r"\(cudagraphs|mode=(reduce-overhead|max-autotune)(?!-no)", stack) is not None
 
 
 BLOCKS: tuple[Block, ...] = (
     Block("peak", "peak", "matrix product and memory copy", (Arm("fp16"), Arm("bf16"), Arm("copy")), needs_s=5.0),
     Block("work-sdxl", "work", "operations of a step", (Arm("step"),), needs_s=25.0),
-    Block("sdxl-fp16", "pictures", "SDXL 1024x1024, 30 steps, fp16", _PLANS, needs_s=100.0),
+    Block("sdxl-fp16", "pictures", "SDXL 1024x1024, 30 steps, fp16", _PLANS, needs_s=180.0),
     Block("kernels", "kernels", "where a step's time goes", (_STOCK, _PLANS[2], _EXACT), needs_s=30.0),
-    Block("sdxl-bf16", "pictures", "SDXL 1024x1024, 30 steps, bf16", _PLANS, dtype="bf16", needs_s=100.0),
+    Block("sdxl-bf16", "pictures", "SDXL 1024x1024, 30 steps, bf16", _PLANS, dtype="bf16", needs_s=180.0),
     Block("profiler", "overhead", "Profile Sampler against KSampler", (Arm("timing"),), needs_s=45.0),
     *(_cap(gb) for gb in (8.0, 6.0, 4.0)),
     Block(
@@ -161,8 +170,6 @@ BLOCKS: tuple[Block, ...] = (
     _cold("reduce-overhead", "inductor,mode=reduce-overhead", 80.0),
     _cold("cudagraphs", "cudagraphs", 30.0),
     _cold("dynamic", "inductor,dynamic=true", 80.0),
-    _cold("max-autotune-no-cudagraphs", "inductor,mode=max-autotune-no-cudagraphs", 200.0),
-    _cold("max-autotune", "inductor,mode=max-autotune", 200.0),
     Block("tour-lora", "tour_lora", "LoRAs on and off a compiled model", (_COMPILED,), needs_s=70.0),
     Block("tour-size", "tour_size", "sizes of a compiled model", (_COMPILED,), needs_s=80.0),
     Block("batch-sdxl", "batches", "images a minute by batch", (_STOCK, _EXACT), needs_s=80.0),
@@ -173,6 +180,9 @@ BLOCKS: tuple[Block, ...] = (
         *_attention("sdpa_math", "sub_quadratic", "split", "xformers", "flash_attn", "sage"),
         needs_s=120.0,
     ),
+    # These try many kernels for each product and may take a call for themselves.
+    _cold("max-autotune-no-cudagraphs", "inductor,mode=max-autotune-no-cudagraphs", 420.0),
+    _cold("max-autotune", "inductor,mode=max-autotune", 420.0),
 )  # fmt: skip
 
 
@@ -186,7 +196,9 @@ def small(blocks: Iterable[Block]) -> tuple[Block, ...]:
         return replace(arm, stack=stack.removeprefix("attention(auto)+") if "jit_trace" in stack else stack)
 
     return tuple(
-        replace(block, dtype=block.dtype.replace("fp16", "fp32"), arms=tuple(map(traced, block.arms)))
+        replace(
+            block, dtype=block.dtype.replace("fp16", "fp32"), arms=tuple(map(traced, block.arms)), own_allocator=False
+        )
         for block in blocks
     )
 
@@ -200,7 +212,9 @@ def tried(plans: Iterable[str], model: str, dtype: str) -> Block:
     """A block of plans as somebody wrote them, `name=stack`, in turns with stock. Raises SweepTextError."""
     read = [parse_plan(text) for text in plans]
     arms = tuple(Arm(one.name, "+".join(t.words() for t in one.techniques), whole=False) for one in read)
-    return Block(f"try-{model}-{dtype}", "pictures", "plans of the command line", (_STOCK, *arms), model, dtype)
+    graphs = any(_records_graphs(arm.stack) for arm in arms)
+    shows = "plans of the command line"
+    return Block(f"try-{model}-{dtype}", "pictures", shows, (_STOCK, *arms), model, dtype, own_allocator=graphs)
 
 
 def blocks_of(options: Namespace) -> tuple[Block, ...]:

@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench.sweep.plan_text import SweepTextError
-from ..gpu.options import LOST_DEVICE, PACK_FOLDER, WHEELS_VARIABLE, parser
+from ..gpu.options import (
+    ALLOCATOR_VARIABLE,
+    LOST_DEVICE,
+    NATIVE,
+    OTHER_ALLOCATOR,
+    PACK_FOLDER,
+    WHEELS_VARIABLE,
+    parser,
+)
 from ..gpu.plan import blocks_of
 from . import wheel
 from .base import CALLED_FROM, Host, HostError, cache_root, child_environment, is_comfyui, pack_locations, pack_root
@@ -51,12 +59,17 @@ def run(arguments: Sequence[str], comfyui: str | None, install: bool, managed: b
         env[WHEELS_VARIABLE] = str(wheels)
     command = [str(host.python), "-m", "speedlab.gpu"]
     began, again = time.monotonic(), list(arguments)
-    for _ in range(_MOST_STARTS):
+    starts = 0
+    while starts < _MOST_STARTS:
         left = options.minutes - (time.monotonic() - began) / 60.0
         # `--again` has been done by the first process; the others go on with its results.
         code = run_child([*command, *again, "--minutes", f"{max(left, 0.01):.3f}"], cwd=pack_root(), env=env)
-        if code != LOST_DEVICE and not _crashed(code):
+        if code == OTHER_ALLOCATOR and ALLOCATOR_VARIABLE not in env:
+            env[ALLOCATOR_VARIABLE] = NATIVE
+        elif code != LOST_DEVICE and not _crashed(code):
             return code
+        else:
+            starts += 1
         again = [argument for argument in arguments if argument != "--again"]
     reporter.line(f"The device was lost, or the process died, {_MOST_STARTS} times; what was measured is kept.")
     return 1

@@ -49,7 +49,13 @@ class Group:
         """Take the group's models off the device, all but `but`; nothing else is touched."""
         import comfy.model_management as mm
 
-        mine = [one for one in mm.current_loaded_models if _weights(one) is not but and self.holds(_weights(one))]
+        mine = [
+            one for one in mm.current_loaded_models
+            if _weights(one) is not None and _weights(one) is not but and self.holds(_weights(one))
+            # Beside another model a streamed one may stay: it has nothing on the device, and loading it again would
+            # lock all its weights in the host's memory again.
+            and (but is None or one.model_loaded_memory() > 0)
+        ]  # fmt: skip
         for device in {one.device for one in mine}:
             others = [one for one in mm.current_loaded_models if not any(one is own for own in mine)]
             mm.free_memory(1e30, device, keep_loaded=others)

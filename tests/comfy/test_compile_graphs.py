@@ -111,6 +111,32 @@ def test_a_second_checkpoint_of_the_family_costs_no_graph(unet: Any, compiled: A
     assert graphs() == 0
 
 
+@pytest.mark.parametrize("first, second", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+def test_another_layout_makes_no_code_for_any_layout(
+    unet: Any, compiled: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    """At one function dynamo would take strides that it has seen in two kinds for changing ones, and inductor leaves
+    convolutions alone whose strides change."""
+    precision, inductor = engine("accelerate.precision_flags"), engine("accelerate.backends.inductor")
+    with_symbols: list[bool] = []
+
+    def compile_graph(_options: Any, graph: Any, inputs: list[Any]) -> Any:
+        with_symbols.append(any(isinstance(value, torch.SymInt) for value in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(inductor, "_compile_graph", compile_graph)
+    seen = []
+    for layout in (first, second):
+        config = precision.PrecisionConfig(memory_format=layout)
+        model = compiled.attach_compile(precision.attach_precision(unet.model, config), compiled.CompileConfig())
+        result = unet.sample(model, steps=1, size=SIZE)
+        assert relative(result, unet.sample(steps=1, size=SIZE)) < 1e-5
+        seen.append(sum(with_symbols))
+        with_symbols.clear()
+    # Kinds of transformers that stand at two levels have code for any size; the sampler's other kinds have none.
+    assert seen[0] == seen[1] > 0
+
+
 @pytest.mark.parametrize("scope, dynamic, budget", [("blocks", "auto", 5), ("blocks", "true", 2), ("model", "true", 2)])
 def test_a_tour_of_sizes_stays_in_its_budget(
     unet: Any, compiled: Any, graphs: Any, scope: str, dynamic: str, budget: int
@@ -132,6 +158,28 @@ def test_a_tour_of_sizes_stays_in_its_budget(
     assert graphs() <= budget * kinds
     tour()
     assert graphs() == 0
+
+
+@pytest.mark.parametrize("allocator, refused", [("cudaMallocAsync", True), ("native", False)])
+def test_cuda_graphs_need_pytorchs_own_allocator(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, allocator: str, refused: bool
+) -> None:
+    """Known before the run, and with the remedy: recording fails in the middle of it otherwise."""
+    backends = engine("accelerate.backends")
+    inductor, cudagraphs = backends.load("inductor"), backends.load("cudagraphs")
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
+    for backend in (inductor, cudagraphs):
+        monkeypatch.setattr(backend, "available", lambda: (True, ""))
+    card = torch.device("cuda")
+    for backend, mode in ((inductor, "reduce-overhead"), (inductor, "max-autotune"), (cudagraphs, "default")):
+        able, reason = backends.usable(backend, backends.CompileOptions(mode, device=card))
+        assert able is not refused
+        assert ("--disable-cuda-malloc" in reason and "inductor in the mode default" in reason) is refused
+    assert backends.usable(inductor, backends.CompileOptions("default", device=card)) == (True, "")
+    assert backends.usable(inductor, backends.CompileOptions("reduce-overhead", device=torch.device("cpu"))) == (
+        True,
+        "",
+    )
 
 
 @pytest.mark.parametrize("behaviour", ["error", "eager"])

@@ -156,6 +156,109 @@ def test_a_failing_measurement_is_a_row_and_the_next_block_runs(engine: Any, ben
     assert ran == ["two"]
 
 
+def test_a_device_lost_outside_of_any_arm_does_not_come_again_for_ever(
+    engine: Any, bench: Any, monkeypatch: Any
+) -> None:
+    plan, runner = engine("gpu.plan"), engine("gpu.suite")
+
+    def breaks(tools: Any, block: Any) -> None:
+        raise RuntimeError(
+            "CUDA error: out of memory" if block.id == "full" else "CUDA error: unspecified launch failure"
+        )
+
+    monkeypatch.setitem(runner.RUNNERS, "breaks", breaks)
+    arms = (plan.Arm("first"), plan.Arm("second"))
+    assert runner.run(bench, [plan.Block("full", "breaks", "", arms)], lambda _text: None)
+    assert {row["status"] for row in bench.journal.rows.values()} == {"oom"}
+    lost = plan.Block("lost", "breaks", "", arms)
+    with pytest.raises(engine("gpu.bench").LostDeviceError):
+        runner.run(bench, [lost], lambda _text: None)
+    assert [arm.name for arm in bench.pending(lost)] == ["second"]
+
+
+def test_a_row_inside_its_own_row_counts_as_one_start(engine: Any, bench: Any) -> None:
+    plan = engine("gpu.plan")
+    block = plan.Block("one", "pictures", "", (plan.Arm("first"),))
+    with bench.into_row(block, block.arms[0]):
+        with bench.into_row(block, block.arms[0]):
+            assert bench.journal.started == {"one/first": 1}
+        assert bench.journal.started == {"one/first": 1}
+    assert bench.journal.started == {}
+
+
+def test_what_needs_another_allocator_is_left_to_another_process(engine: Any, bench: Any, monkeypatch: Any) -> None:
+    plan, runner, tools = engine("gpu.plan"), engine("gpu.suite"), engine("gpu.bench")
+    ran: list[str] = []
+
+    def works(bench: Any, block: Any) -> None:
+        ran.append(block.id)
+        bench.write(block, block.arms[0])
+
+    monkeypatch.setitem(runner.RUNNERS, "works", works)
+    arms = (plan.Arm("arm"),)
+    blocks = [
+        plan.Block("graphs", "works", "", arms, own_allocator=True), plan.Block("plain", "works", "", arms),
+    ]  # fmt: skip
+    chosen = ["cudaMallocAsync"]
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: chosen[0])
+    monkeypatch.setattr(bench, "device", torch.device("cuda"))
+    with pytest.raises(tools.OtherAllocatorError):
+        runner.run(bench, blocks, lambda _text: None)
+    assert ran == ["plain"]
+    bench.journal.drop(["plain/arm"])
+    chosen[0] = "native"
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, native=True))
+    assert not runner.run(bench, blocks, lambda _text: None), "the other block belongs to a process as users have it"
+    assert ran == ["plain", "graphs"]
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, native=False))
+    assert runner.run(bench, blocks, lambda _text: None) and ran == ["plain", "graphs", "plain"]
+    bench.journal.drop(["graphs/arm"])
+    chosen[0] = "cudaMallocAsync"  # by the user's own settings, also where the suite asks for the other
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, native=True))
+    assert runner.run(bench, blocks, lambda _text: None) and ran == ["plain", "graphs", "plain"]
+    row = bench.journal.rows["graphs/arm"]
+    assert row["status"] == "unavailable" and "--disable-cuda-malloc" in row["error"]
+
+
+def test_a_block_that_is_never_done_in_time_is_given_up(engine: Any, bench: Any, monkeypatch: Any) -> None:
+    plan, runner, tools = engine("gpu.plan"), engine("gpu.suite"), engine("gpu.bench")
+
+    def slow(bench: Any, block: Any) -> None:
+        raise tools.OutOfTimeError("the time of this call is over")
+
+    monkeypatch.setitem(runner.RUNNERS, "slow", slow)
+    block = plan.Block("slow", "slow", "", (plan.Arm("arm"),))
+    late = replace(block, id="late", needs_s=1e6)
+    for _ in range(3):
+        assert not runner.run(bench, [late], lambda _text: None) and bench.journal.started == {}, "it had no time"
+    assert not runner.run(bench, [block], lambda _text: None) and bench.pending(block)
+    assert runner.run(bench, [block], lambda _text: None)
+    assert "no result in its time, twice" in bench.journal.rows["slow/arm"]["error"] and bench.journal.started == {}
+
+
+@pytest.mark.parametrize("end", ["OutOfTimeError", "LostDeviceError"])
+@pytest.mark.parametrize(("rounds", "kept"), [(2, False), (3, True)])
+def test_what_ends_between_rounds_keeps_what_is_enough(
+    engine: Any, bench: Any, monkeypatch: Any, rounds: int, kept: bool, end: str
+) -> None:
+    plan, pictures, tools = engine("gpu.plan"), engine("gpu.measure_pictures"), engine("gpu.bench")
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, repeats=5))
+    left = iter([None] * (2 + 2 * rounds))
+
+    def check_time() -> None:
+        if next(left, "over") == "over":
+            raise getattr(tools, end)("over")
+
+    monkeypatch.setattr(bench, "check_time", check_time)
+    block = plan.Block("some", "pictures", "", (plan.Arm("stock"), plan.Arm("cached", "deepcache(2)")), dtype="fp32")
+    with pytest.raises(getattr(tools, end)):
+        pictures.run(bench, block)
+    rows = bench.journal.rows
+    assert [rows[name]["n"] for name in rows] == ([rounds] * 2 if kept else [])
+    if kept:
+        assert rows["some/cached"]["ratio"] > 0
+
+
 def test_a_lost_device_ends_the_process_with_its_row_written(engine: Any, bench: Any, monkeypatch: Any) -> None:
     plan, runner = engine("gpu.plan"), engine("gpu.suite")
 

@@ -119,6 +119,27 @@ def test_what_ends_the_process_twice_is_given_up_and_what_was_left_in_order_is_n
     assert journal.value("a/bad", "picture_s") is None
 
 
+def test_a_block_that_no_call_is_long_enough_for_ends_with_the_second(tmp_path: Path) -> None:
+    journal = new_journal(tmp_path)
+    assert not journal.overran("compile-slow")
+    again = new_journal(tmp_path)
+    again.give_up()
+    assert again.overran("compile-slow") and again.started == {} and again.rows == {}
+    again.overran("compile-slow")
+    again.progressed("compile-slow")
+    again.overran("compile-slow")
+    again.drop(["compile-slow/arm"])
+    assert again.started == {}
+
+
+def test_plans_that_record_cuda_graphs_are_known() -> None:
+    own = {block.id for block in plan.BLOCKS if block.own_allocator}
+    assert own == {"compile-reduce-overhead", "compile-cudagraphs", "compile-max-autotune"}
+    assert not any(block.own_allocator for block in plan.small(plan.BLOCKS))
+    assert plan.tried(["a=tiny", "b=compile(inductor,mode=max-autotune)"], "sdxl", "fp16").own_allocator
+    assert not plan.tried(["compile(inductor,mode=max-autotune-no-cudagraphs)"], "sdxl", "fp16").own_allocator
+
+
 def test_rows_are_measured_anew_where_asked_or_where_the_plan_is_another(tmp_path: Path) -> None:
     journal = new_journal(tmp_path)
     for name in ("a/stock", "a/stock-1", "a/stocks", "b/stock"):
@@ -210,21 +231,36 @@ def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("codes", "starts", "code"),
-    [([0], 1, 0), ([75, 139, 0], 3, 0), ([75, 3], 2, 3), ([130], 1, 130), ([143], 1, 143), ([75] * 6, 6, 1)],
+    [
+        ([0], 1, 0),
+        ([75, 139, 0], 3, 0),
+        ([75, 3], 2, 3),
+        ([130], 1, 130),
+        ([143], 1, 143),
+        ([75] * 6, 6, 1),
+        ([75, 76, 75, 0], 4, 0),
+        ([75] * 5 + [76, 0], 7, 0),
+        ([76, 76], 2, 76),
+    ],
 )
 def test_a_lost_device_is_gone_on_with_by_another_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, codes: list[int], starts: int, code: int
 ) -> None:
     commands: list[list[str]] = []
+    allocators: list[str | None] = []
 
-    def child(command: list[str], **_: Any) -> int:
+    def child(command: list[str], env: dict[str, str], **_: Any) -> int:
         commands.append(command)
+        allocators.append(env.get(options.ALLOCATOR_VARIABLE))
         return codes[len(commands) - 1]
 
     monkeypatch.setattr(gpu, "run_child", child)
     monkeypatch.setattr(gpu, "_host", lambda *_: (Host(tmp_path, Path(sys.executable), False, "test"), None))
     assert gpu.run(["--again", "--minutes", "3", "--small"], None, False, False, Reporter()) == code
     assert len(commands) == starts
+    # From the one on that asked for PyTorch's own allocator.
+    asked = codes.index(options.OTHER_ALLOCATOR) + 1 if options.OTHER_ALLOCATOR in codes else starts
+    assert allocators == [None] * asked + [options.NATIVE] * (starts - asked)
     assert "--again" in commands[0] and not any("--again" in command for command in commands[1:])
     given = [options.parser().parse_args(command[3:]) for command in commands]
     assert all(0 < one.minutes <= 3 and one.small for one in given)

@@ -52,3 +52,15 @@ def load(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(NAMES)}")
     return importlib.import_module(f".{name}", __name__)
+
+
+def usable(backend: ModuleType, options: CompileOptions) -> tuple[bool, str]:
+    """Whether a backend can do here what is asked of it, else why not and what to do."""
+    able, reason = backend.available()
+    uses_cuda_graphs = getattr(backend, "uses_cuda_graphs", None)
+    if not able or uses_cuda_graphs is None or not uses_cuda_graphs(options):
+        return able, reason
+    from .dynamo import graphs_refused
+
+    reason = graphs_refused(options.device)
+    return not reason, f"{reason}, or choose inductor in the mode default" if reason else ""

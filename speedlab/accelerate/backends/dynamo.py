@@ -26,6 +26,7 @@ GRAPHS_PER_KIND = 16
 # With dynamic off each size is a graph of its own.
 GRAPHS_PER_KIND_STATIC = 64
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+TRITON_VARIABLE = "TRITON_CACHE_DIR"
 
 
 @dataclass
@@ -95,6 +96,16 @@ def switched_off() -> str:
     return ""
 
 
+def graphs_refused(device: torch.device | None) -> str:
+    """Why this process cannot record CUDA graphs on `device`, and what to do; "" where it can."""
+    if device is None or device.type != "cuda" or torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+        return ""
+    return (
+        "CUDA graphs need PyTorch's own memory allocator, and ComfyUI has chosen cudaMallocAsync. Start ComfyUI with "
+        "--disable-cuda-malloc"
+    )
+
+
 @contextmanager
 def limits(
     graphs: int, device: torch.device | None = None, *, freeze: bool = False, folder: Path | None = None
@@ -124,6 +135,9 @@ def limits(
             stack.enter_context(torch._inductor.config.patch({"cpp.vec_isa_ok": True}))
         if folder is not None:
             stack.enter_context(_variable(CACHE_VARIABLE, str(folder)))
+            if device is not None and device.type == "cuda":
+                # Inductor would choose a folder for Triton's programs once, and keep it whatever becomes of its own.
+                stack.enter_context(_variable(TRITON_VARIABLE, str(folder / "triton")))
         yield
 
 
@@ -148,7 +162,7 @@ def without_gradients(module: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def _variable(name: str, value: str) -> Iterator[None]:
     before = os.environ.get(name)
-    if before is not None and before != _inductors_own_folder():  # the user's choice
+    if before is not None and not _is_inductors_own(Path(before)):  # the user's choice
         yield
         return
     os.environ[name] = value
@@ -161,13 +175,13 @@ def _variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _inductors_own_folder() -> str:
-    """Inductor sets the variable itself once it has looked at it."""
+def _is_inductors_own(folder: Path) -> bool:
+    """Inductor sets the variables itself once it has looked at them."""
     try:
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     except ImportError:  # an older PyTorch
-        return ""
-    return str(default_cache_dir())
+        return False
+    return folder.is_relative_to(default_cache_dir())
 
 
 def _first(owner: Any, *names: str) -> str:
