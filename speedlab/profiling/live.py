@@ -190,7 +190,6 @@ class _Pump:
 
     def _send(self) -> None:
         self._timer, feed = None, self._queue.popleft()
-        self._last = self.server.loop.time()
         # Lowered first: what changes while the message is built raises it again, so the last state is never lost.
         feed.waiting = False
         try:
@@ -198,6 +197,8 @@ class _Pump:
             self.server.send_sync(EVENT, message, feed.client_id)
         except Exception as error:
             _warn_once(error)
+        # Of the sending, not of its beginning: a message that took long to build would be followed too soon.
+        self._last = self.server.loop.time()
         if self._queue:
             self._plan()
 

@@ -240,7 +240,7 @@ def test_cond_and_uncond_apart_are_two_forwards(sample, unet):
 def test_a_compiled_model(sample, engine, tiny):
     import torch
 
-    counts = engine("profiling.compile_counts")
+    compiled = engine("accelerate.compiled")
     torch._dynamo.reset()
     model = tiny.model.clone()
     network = model.model.diffusion_model
@@ -250,11 +250,11 @@ def test_a_compiled_model(sample, engine, tiny):
         torch._dynamo.graph_break()
         return x * 1.0
 
-    assert not counts.is_compiled(model)
+    assert not compiled.is_compiled(model)
     block.compile(backend="aot_eager", dynamic=False)
     hook = block.register_forward_pre_hook(lambda module, args: (broken(args[0]), *args[1:]))
     try:
-        assert counts.is_compiled(model)
+        assert compiled.is_compiled(model)
         first = sample(model=model).record
         again = sample(model=model).record
         wider = sample(model=model, latent=tiny.latent(1, 16, 16)).record
