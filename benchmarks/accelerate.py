@@ -39,8 +39,7 @@ SAMPLING = {
     "DeepCache 5 + Dynamic CFG 0.5": Plan(interval=5, stop_at=0.5),
 }
 KEPT = "sampling, memory kept"
-# Precision's three settings for processors, each where it pays.
-INTERVAL_3, INTERVAL_5 = (Plan("auto", interval, 0.75, "auto", "auto", "auto") for interval in (3, 5))
+INTERVAL_3, INTERVAL_5 = (Plan("auto", interval, 0.75, "auto") for interval in (3, 5))
 # As far from stock as the rivals are, which keep both halves of CFG to the end.
 RIVAL = "interval 3, CFG kept"
 INTERVAL_3_CFG = replace(INTERVAL_3, stop_at=1.0)
