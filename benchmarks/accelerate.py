@@ -7,8 +7,8 @@ row of `..._accelerate-runs.csv`, written when it ends; a series that was cut of
 `--minutes` no further repeat begins. `..._accelerate.csv` holds the figures: medians over the repeats, ratios against
 stock ComfyUI of the same series, and limits counted in FLOPs. In the part `sampling` stock runs with PyTorch's SDPA, as
 the plans do, so that a ratio is that of one technique alone; in `sampling, memory kept` both also run with Precision's
-`memory`. Weights are random: times are real, the
-latent error says how far a latent is from stock's and nothing about how a picture looks.
+`memory`. Weights are random: times are real, the latent error says how far a latent is from stock's and nothing about
+how a picture looks.
 """
 
 from __future__ import annotations

@@ -99,14 +99,15 @@ def _without_auto(config: PrecisionConfig, model: Any) -> PrecisionConfig:
     """`auto` becomes what it means here: on a CPU the faster way as measured, where the model computes in fp32, and
     freed memory kept where it can be; nothing elsewhere."""
     on_cpu = model.load_device.type == "cpu"
-    network = model.model.diffusion_model
     in_fp32 = on_cpu and config.autocast == "off"
     if config.linear == "auto":
-        config = replace(config, linear="onednn" if in_fp32 and onednn_linear.may_gain(network) else "keep")
+        gains = in_fp32 and onednn_linear.may_gain(model.model.diffusion_model)
+        config = replace(config, linear="onednn" if gains else "keep")
     if config.memory == "auto":
         config = replace(config, memory="reuse" if on_cpu and not why_not_reused() else "keep")
     if config.convolution == "auto":
-        config = replace(config, convolution="matmul" if in_fp32 and conv_as_matmul.may_gain(network) else "keep")
+        gains = in_fp32 and conv_as_matmul.may_gain(model.model.diffusion_model)
+        config = replace(config, convolution="matmul" if gains else "keep")
     return config
 
 
