@@ -7,13 +7,15 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_TAESD = ROOT.parent / "shared" / "models" / "vae_approx"
+REAL_TAESD = ROOT.parent / "shared" / "models" / "vae_approx"
 PACK_NAME = "speedlab_pack"
 DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
 
@@ -34,9 +36,9 @@ def _load_package(name: str, folder: Path) -> ModuleType:
 
 _load_package("speedlab", ROOT / "speedlab")
 
-
-def in_ci() -> bool:
-    return os.environ.get("CI", "").lower() in ("1", "true")
+# How fast examples are drawn says what else the machine does, not whether the code is right.
+hypothesis.settings.register_profile("speedlab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("speedlab")
 
 
 def comfyui_path() -> Path:
@@ -104,14 +106,29 @@ def vega_checkpoint(cache_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def taesd_files() -> Path:
-    """Real TAESD weights; only their absence outside of CI is a reason to skip."""
-    if not SHARED_TAESD.is_dir():
-        message = f"the TAESD weights are not in {SHARED_TAESD}"
-        if in_ci():
-            pytest.fail(message)
-        pytest.skip(message)
-    return SHARED_TAESD
+def taesd_files(cache_dir: Path) -> Path:
+    """A folder with encoder and decoder of taesd and taesdxl: their layout, random weights."""
+    synthetic = importlib.import_module("speedlab.synthetic")
+    folder = cache_dir / "vae_approx"
+    for name in ("taesd", "taesdxl"):
+        synthetic.write_taesd(folder, name)
+    return folder
+
+
+@pytest.fixture
+def real_taesd(model_files: Path, taesd_files: Path) -> Iterator[Path]:
+    """The published TAESD weights in place of the made-up ones, for what only a real picture shows."""
+    if not REAL_TAESD.is_dir():
+        pytest.skip(f"needs the published TAESD weights, which are not in {REAL_TAESD}")
+    folder = model_files / "vae_approx"
+    for file in REAL_TAESD.glob("*.safetensors"):
+        (folder / file.name).unlink(missing_ok=True)
+        link(file, folder)
+    yield folder
+    for file in REAL_TAESD.glob("*.safetensors"):
+        (folder / file.name).unlink()
+    for file in taesd_files.glob("*.safetensors"):
+        link(file, folder)
 
 
 def link(source: Path, folder: Path, name: str | None = None) -> Path:
@@ -126,11 +143,10 @@ def link(source: Path, folder: Path, name: str | None = None) -> Path:
 
 
 @pytest.fixture(scope="session")
-def model_files(base_dir: Path, demo_checkpoint: Path) -> Path:
-    """The models folder of this process, with the demo checkpoint, and TAESD where the weights are there."""
+def model_files(base_dir: Path, demo_checkpoint: Path, taesd_files: Path) -> Path:
+    """The models folder of this process, with the demo checkpoint and TAESD."""
     models = base_dir / "models"
     link(demo_checkpoint, models / "checkpoints", DEMO_CHECKPOINT)
-    if SHARED_TAESD.is_dir():
-        for file in SHARED_TAESD.glob("*.safetensors"):
-            link(file, models / "vae_approx")
+    for file in taesd_files.glob("*.safetensors"):
+        link(file, models / "vae_approx")
     return models

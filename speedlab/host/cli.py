@@ -29,7 +29,7 @@ BENCH_COMMANDS = {
     "compare": "two results tables: ratio of times with a confidence interval, regressions named",
 }
 OWN_COMMANDS = {
-    "test": "run the tests; arguments go to pytest",
+    "test": "run the tests; --all: those of OneDiff too (3 GB more); other arguments go to pytest",
     "check": "ruff, ruff format and mypy; name some of them, --fix mends",
     "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
     "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
@@ -38,6 +38,9 @@ OWN_COMMANDS = {
     "gpu": "measure everything on an NVIDIA card with full-size random models; --pack for machines without network",
     "setup": "only set up what the other commands need",
 }
+
+
+_ONEDIFF = "tests/onediff"
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,10 @@ def _run(call: Call, reporter: Reporter) -> int:
     if call.command == "nsys":
         return nsys.run(host, call.arguments, env, reporter)
     if call.command == "test":
-        return run_child([str(host.python), "-c", PYTEST, *call.arguments], cwd=root, env=env)
+        arguments = _tests(call.arguments)
+        if not call.arguments or call.arguments == ("--all",):
+            reporter.line("About 2,600 tests against the real ComfyUI: 45 to 75 minutes on two cores.")
+        return run_child([str(host.python), "-c", PYTEST, *arguments], cwd=root, env=env)
     module = (f"speedlab.{call.command}",) if call.command in OWN_COMMANDS else ("speedlab.bench", call.command)
     command = [str(host.python), "-m", *module, *call.arguments]
     # Python finds the pack from its root, but file names on the command line are relative to where the user stands.
@@ -175,6 +181,13 @@ def _help_without_host(call: Call) -> bool:
     if not call.managed and choose(call.comfyui, os.environ, pack_locations()) is not None:
         return False
     return bool(ManagedHost(cache_root()).missing())
+
+
+def _tests(arguments: Sequence[str]) -> list[str]:
+    """pytest's arguments. OneDiff's tests fetch 3 GB of their own, so they run only where asked for."""
+    rest = [argument for argument in arguments if argument != "--all"]
+    asked = len(rest) < len(arguments) or any(_ONEDIFF in argument.replace(os.sep, "/") for argument in rest)
+    return rest if asked else [*rest, f"--ignore={_ONEDIFF}"]
 
 
 def _check_options(arguments: Sequence[str]) -> argparse.Namespace:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import packages, wheel
+from . import wheel
 from .base import CACHE_VARIABLE, Host, HostError, is_comfyui
-from .environment import identity
 from .pip import Pip
 from .progress import Reporter
 from .spec import ManagedSpec
@@ -16,10 +15,21 @@ from .stages import Facts, Stage
 
 
 class ManagedHost(StagedEnvironment):
-    """The managed host under `root`. `ensure()` makes it, mends it, or finds it ready."""
+    """The managed host under `root`. `ensure()` makes it, mends it, or finds it ready.
 
-    def __init__(self, root: Path, *, spec: ManagedSpec | None = None, reporter: Reporter | None = None) -> None:
+    `want_dev` asks for the packages of tests and checks as well.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        spec: ManagedSpec | None = None,
+        reporter: Reporter | None = None,
+        want_dev: bool = False,
+    ) -> None:
         super().__init__(root, reporter)
+        self.want_dev = want_dev
         self.spec = ManagedSpec() if spec is None else spec
         self.comfyui = root / "comfyui"
         self.downloads = root / "downloads"
@@ -33,61 +43,22 @@ class ManagedHost(StagedEnvironment):
         return self.host()
 
     def stages(self) -> list[Stage]:
-        return [
-            self.environment_stage(),
-            Stage("torch", "PyTorch", self._torch_inputs, self._install_torch, self._packages_fault),
-            Stage("comfyui", "ComfyUI", self._wheel_inputs, self._fetch_comfyui, self._comfyui_fault),
-            Stage(
-                "comfyui-packages",
-                "ComfyUI's packages",
-                self._comfyui_inputs,
-                self._install_comfyui,
-                self._packages_fault,
-            ),
-            Stage(
-                "speedlab-packages", "SpeedLab's packages", self._own_inputs, self._install_own, self._packages_fault
-            ),
-        ]
+        host = self.lock_stage("packages", "ComfyUI's packages", self.spec.lock)
+        test = self.lock_stage("test-packages", "packages of tests and checks", self.spec.test_lock)
+        source = Stage("comfyui", "ComfyUI", self._wheel_inputs, self._fetch_comfyui, self._comfyui_fault)
+        return [self.environment_stage(), source, host, *([test] if self.want_dev else [])]
 
     def announcement(self) -> str:
-        return f"Setting up ComfyUI and its Python environment in {self.root} ({CACHE_VARIABLE} moves it)."
+        return (
+            f"Setting up ComfyUI and its Python environment in {self.root} ({CACHE_VARIABLE} moves it): about "
+            f"{self._sum('fetch_gb'):.1f} GB to fetch once, {self._sum('disk_gb'):.0f} GB on disk, some minutes."
+        )
 
     def space(self) -> tuple[str, float]:
-        return "torch", self.spec.disk_gb
+        return "packages", self._sum("disk_gb")
 
-    # Packages
-
-    def _torch_inputs(self) -> Mapping[str, str]:
-        return {**identity(), "packages": "\n".join(self.spec.torch)}
-
-    def _comfyui_inputs(self) -> Mapping[str, str]:
-        return {**identity(), "packages": "\n".join([*self._comfyui_requirements(), *self.spec.extras])}
-
-    def _own_inputs(self) -> Mapping[str, str]:
-        texts = {path.name: "\n".join(_requirements(path)) for path in self.spec.requirements}
-        return {**identity(), **texts}
-
-    def _comfyui_requirements(self) -> list[str]:
-        path = self.comfyui / "requirements.txt"
-        return _requirements(path) if path.is_file() else []
-
-    def _install_torch(self, label: str) -> Facts:
-        facts = self._install("torch", self.spec.torch, label, "PyTorch")
-        return {**facts, "versions": self._torch_versions()}
-
-    def _install_comfyui(self, label: str) -> Facts:
-        lines = [*self._comfyui_requirements(), *self.spec.extras]
-        return self._install("comfyui-packages", lines, label, "ComfyUI's packages", self._torch_versions())
-
-    def _install_own(self, label: str) -> Facts:
-        lines = [line for path in self.spec.requirements for line in _requirements(path)]
-        return self._install("speedlab-packages", lines, label, "SpeedLab's packages", self._torch_versions())
-
-    def _torch_versions(self) -> dict[str, str]:
-        """What the torch stage installed, by name. Later stages must not move it."""
-        present = self._installed()
-        names = [packages.requirement_name(line) for line in self.spec.torch]
-        return {name: present[name].version for name in names if name in present}
+    def _sum(self, figure: str) -> float:
+        return float(getattr(self.spec, figure) + (getattr(self.spec, f"test_{figure}") if self.want_dev else 0))
 
     # ComfyUI's source
 
@@ -146,10 +117,3 @@ class ManagedHost(StagedEnvironment):
         if not is_comfyui(self.comfyui):
             return f"{self.comfyui} holds no ComfyUI"
         return wheel.tree_fault(self.comfyui, facts["sizes"])
-
-
-def _requirements(path: Path) -> list[str]:
-    try:
-        return packages.requirement_lines(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise HostError(f"{path} cannot be read ({error.strerror}); this copy of the pack is not whole.") from error

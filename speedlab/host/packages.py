@@ -1,4 +1,4 @@
-"""Installed packages, read from their own records: what is there, what is whole, what needs what."""
+"""Installed packages, read from their own records: what is there, and what is whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,11 @@ _NAME = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*)")
 
 @dataclass(frozen=True)
 class Package:
-    """One installed package. `fault` is empty, or says what is missing of it; `needs` are normalised names."""
+    """One installed package. `fault` is empty, or says what is missing of it."""
 
     name: str
     version: str
     info: Path
-    needs: tuple[str, ...]
     fault: str
 
 
@@ -55,18 +53,6 @@ def installed(folder: Path | None) -> dict[str, Package]:
     return {package.name: package for package in found}
 
 
-def closure(roots: Iterable[str], packages: Mapping[str, Package]) -> tuple[str, ...]:
-    """The installed packages among `roots` and everything they need, sorted. Needs of optional extras do not count."""
-    seen: set[str] = set()
-    waiting = [normalise(root) for root in roots]
-    while waiting:
-        name = waiting.pop()
-        if name in packages and name not in seen:
-            seen.add(name)
-            waiting.extend(packages[name].needs)
-    return tuple(sorted(seen))
-
-
 def remove_broken(folder: Path | None) -> list[str]:
     """Take away the records of half-installed packages, so that pip lays them anew instead of believing them.
 
@@ -87,22 +73,8 @@ def remove_broken(folder: Path | None) -> list[str]:
 
 def _read(folder: Path, info: Path) -> Package:
     name, _, version = info.name[: -len(".dist-info")].partition("-")
-    needs, fault = _needs(info / "METADATA")
-    return Package(normalise(name), version, info, needs, fault or _fault(folder, info / "RECORD"))
-
-
-def _needs(metadata: Path) -> tuple[tuple[str, ...], str]:
-    names: list[str] = []
-    try:
-        with metadata.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if not line.strip():
-                    break  # the headers end here; the description may quote anything
-                if line.startswith("Requires-Dist:") and not re.search(r";.*\bextra\s*==", line):
-                    names.append(requirement_name(line[len("Requires-Dist:") :]))
-    except FileNotFoundError:
-        return (), "no METADATA"
-    return tuple(names), ""
+    fault = _fault(folder, info / "RECORD") if (info / "METADATA").is_file() else "no METADATA"
+    return Package(normalise(name), version, info, fault)
 
 
 def _fault(folder: Path, record: Path) -> str:

@@ -40,7 +40,7 @@ def resolve(
     say = Reporter() if reporter is None else reporter
     chosen = None if managed else choose(comfyui, source, pack_locations() if locations is None else locations)
     if chosen is None:
-        return ManagedHost(cache_root(source), spec=spec, reporter=say).ensure()
+        return ManagedHost(cache_root(source), spec=spec, reporter=say, want_dev=want_dev).ensure()
     path, origin = chosen
     host = Host(path, Path(sys.executable) if python is None else python, False, origin)
     _require_packages(host, want_dev, install, say)

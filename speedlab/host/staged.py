@@ -12,7 +12,7 @@ from .environment import environment_fault, identity, make_environment
 from .lock import SetupLock
 from .pip import Pip
 from .progress import Reporter
-from .stages import Facts, Stage, first_reason, run_stages, write_whole
+from .stages import Facts, Stage, first_reason, run_stages
 
 
 class StagedEnvironment:
@@ -81,31 +81,28 @@ class StagedEnvironment:
         make_environment(self.environment, self.logs / "environment.log", self.reporter, label, self._inherit)
         return {}
 
-    def _install(
-        self,
-        name: str,
-        lines: Sequence[str],
-        label: str,
-        what: str,
-        pins: Mapping[str, str] | None = None,
-        options: Sequence[str] = (),
-    ) -> Facts:
-        """Install requirement lines; `pins` are versions, by name, that pip must not move."""
+    def lock_stage(self, name: str, title: str, lock: Path, options: Sequence[str] = ()) -> Stage:
+        """A stage that installs exactly what a lock file names: each package with its version and hashes."""
+
+        def inputs() -> Mapping[str, str]:
+            return {**identity(), "lock": "\n".join(_locked(lock))}
+
+        def run(label: str) -> Facts:
+            return self._install(name, lock, label, title, options)
+
+        return Stage(name, title, inputs, run, self._packages_fault)
+
+    def _install(self, name: str, lock: Path, label: str, what: str, options: Sequence[str]) -> Facts:
         folder = packages.site_packages(self.environment)
         for broken in packages.remove_broken(folder):
             self.reporter.line(f"{label}: installing anew {broken}")
-        wanted = self.logs / f"{name}.txt"
-        self.logs.mkdir(parents=True, exist_ok=True)
-        write_whole(wanted, "\n".join(lines) + "\n")
-        arguments = ["install", *options, "-r", str(wanted)]
-        if pins is not None:
-            constraints = self.logs / "constraints.txt"
-            write_whole(constraints, "\n".join(f"{name}=={version}" for name, version in pins.items()) + "\n")
-            arguments += ["-c", str(constraints)]
         self._present = None
+        arguments = ["install", *options, "--require-hashes", "-r", str(lock)]
         Pip(self.python, self.logs, self.reporter, self._inherit).run(arguments, name=name, label=label, what=what)
-        roots = [packages.requirement_name(line) for line in lines]
-        return {"packages": list(packages.closure(roots, self._installed()))}
+        # A line may be for other systems or versions of Python: what is there now is what this one asks for.
+        present = self._installed()
+        names = {packages.requirement_name(line) for line in _locked(lock)}
+        return {"versions": {name: present[name].version for name in sorted(names & present.keys())}}
 
     def _installed(self) -> Mapping[str, packages.Package]:
         if self._present is None:
@@ -114,12 +111,18 @@ class StagedEnvironment:
 
     def _packages_fault(self, facts: Facts) -> str:
         present = self._installed()
-        for name in facts["packages"]:
+        for name, version in facts["versions"].items():
             if name not in present:
                 return f"{name} is not installed"
             if present[name].fault:
                 return f"{name} is damaged: {present[name].fault}"
-        for name, version in facts.get("versions", {}).items():
             if present[name].version != version:
                 return f"{name} is {present[name].version} instead of {version}"
         return ""
+
+
+def _locked(lock: Path) -> list[str]:
+    try:
+        return packages.requirement_lines(lock.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HostError(f"{lock} cannot be read ({error.strerror}); this copy of the pack is not whole.") from error

@@ -1,4 +1,4 @@
-"""VAE Decode and Tiny VAE Decode against core, with real TAESD weights; non-finite pictures are noticed."""
+"""VAE Decode and Tiny VAE Decode against core; non-finite pictures are noticed."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_the_choices_always_list_both_families(node, engine, model_files):
     assert inputs["required"]["decoder"][0][:3] == ["auto", "taesd", "taesdxl"]
 
 
-def test_the_example_picture_survives_a_round_trip(core, tiny_decode, node, comfy):
+def test_the_example_picture_survives_a_round_trip(core, tiny_decode, node, comfy, real_taesd):
     """ComfyUI's example picture at 512x512 through TAESDXL: 31.5 dB and more."""
     import numpy
     import torch

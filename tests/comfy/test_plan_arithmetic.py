@@ -7,8 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 sizes = st.integers(0, 10**13)
-drawn = st.lists(st.tuples(sizes, sizes, sizes, st.booleans()), min_size=1, max_size=4).filter(
-    lambda parts: any(part[3] for part in parts)
+part = st.tuples(sizes, sizes, sizes)
+# At least one part on the device, among others wherever they lie.
+drawn = st.builds(
+    lambda here, others, place: [*others[:place], (*here, True), *others[place:]],
+    part,
+    st.lists(st.builds(lambda sizes, on: (*sizes, on), part, st.booleans()), max_size=3),
+    st.integers(0, 3),
 )
 
 

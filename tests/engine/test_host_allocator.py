@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedlab.accelerate import host_allocator
 from speedlab.accelerate.host_allocator import memory_reused, why_not_reused
 
 pytestmark = pytest.mark.skipif(bool(why_not_reused()), reason=why_not_reused() or "glibc is there")
@@ -65,36 +63,53 @@ def test_memory_goes_back_to_the_system() -> None:
     assert resident() < before + SIZE
 
 
-class _Info(ctypes.Structure):
-    """mallinfo2(3)."""
+_NESTED = """
+import ctypes
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
-                     "keepcost")
-    ]  # fmt: skip
+import torch
+
+from speedlab.accelerate import host_allocator
+from speedlab.accelerate.host_allocator import memory_reused
+
+SIZE = 96 << 20
+NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
 
 
-def maps_large_blocks() -> bool:
-    """Whether a block larger than any hole is mapped for itself, which is how it goes back at once."""
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallinfo2.restype = _Info
+class Info(ctypes.Structure):  # mallinfo2(3)
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES]
+
+
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Info
+
+
+def maps_large_blocks():
+    # Whether a block larger than any hole is mapped for itself, which is how it goes back at once.
     before = libc.mallinfo2().hblkhd
     block = torch.empty(8 * SIZE, dtype=torch.uint8)  # never touched
     mapped = libc.mallinfo2().hblkhd - before
     del block
-    return bool(mapped >= 8 * SIZE)
+    return mapped >= 8 * SIZE
+
+
+assert maps_large_blocks(), "before"
+try:
+    with memory_reused():
+        with memory_reused():
+            assert not maps_large_blocks(), "inner"
+        assert not maps_large_blocks(), "the outer one still holds"
+        raise RuntimeError("in the middle")
+except RuntimeError as error:
+    assert str(error) == "in the middle"
+assert host_allocator._users.runs == 0
+assert maps_large_blocks(), "after"
+"""
 
 
 def test_runs_within_runs_and_errors() -> None:
-    assert maps_large_blocks()
-    with pytest.raises(RuntimeError, match="in the middle"), memory_reused():
-        with memory_reused():
-            assert not maps_large_blocks()
-        assert not maps_large_blocks()  # the outer one still holds
-        raise RuntimeError("in the middle")
-    assert host_allocator._users.runs == 0
-    assert maps_large_blocks()
+    """In a process of its own: where this one's allocator puts a block depends on every test before."""
+    ended = subprocess.run([sys.executable, "-c", _NESTED], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("variable, value", [("GLIBC_TUNABLES", "glibc.malloc.mmap_max=10"), ("MALLOC_MMAP_MAX_", "1")])

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 import shutil
 import sys
 import threading
@@ -15,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from speedlab.host import HostError, environment, packages, resolve
+from speedlab.host import HostError, environment, pack_root, packages, resolve
 from speedlab.host import resolve as resolve_function
 from speedlab.host.base import environment_python, require_writable
 from speedlab.host.managed import ManagedHost
@@ -30,7 +32,8 @@ TREE = {
     "inner/_comfyui/requirements.txt": "# theirs\nsl-torch\nsl-theirs>=1\n",
     "inner/_comfyui/extra_model_paths.yaml": "left: out\n",
 }
-STAGES = ["environment", "torch", "comfyui", "comfyui-packages", "speedlab-packages"]
+HOST = ("sl-torch==1.0", "sl-vision==1.0", "sl-theirs==1.0", "sl-own==1.0")
+STAGES = ["environment", "comfyui", "packages", "test-packages"]
 
 
 def build_wheel(folder: Path, name: str, version: str = "1.0", files: Mapping[str, str] | None = None) -> Path:
@@ -52,17 +55,28 @@ def build_wheel(folder: Path, name: str, version: str = "1.0", files: Mapping[st
     return target
 
 
+def write_lock(path: Path, index: Path, *packages: str, sha256: str = "") -> Path:
+    """A lock file of packages `name==version`, with the hashes of their wheels, or with one that is wrong."""
+    lines = ["# made for a test"]
+    for package in packages:
+        wheel = index / f"{package.replace('-', '_').replace('==', '-')}-py3-none-any.whl"
+        lines.append(f"{package} \\\n    --hash=sha256:{sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest()}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 @dataclasses.dataclass
 class Site:
     """A set-up in a temporary folder: its spec, where its wheels come from, and what it said last."""
 
     root: Path
     spec: ManagedSpec
+    index: Path
     said: str = ""
 
     def host(self) -> ManagedHost:
         self.stream = io.StringIO()
-        return ManagedHost(self.root, spec=self.spec, reporter=Reporter(self.stream))
+        return ManagedHost(self.root, spec=self.spec, reporter=Reporter(self.stream), want_dev=True)
 
     def ensure(self) -> list[str]:
         """Set up; which stages did work."""
@@ -87,7 +101,7 @@ class Site:
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("index")
-    for name in ("sl-torch", "sl-vision", "sl-theirs", "sl-extra", "sl-own", "sl-dev", "sl-more"):
+    for name in ("sl-torch", "sl-vision", "sl-theirs", "sl-own", "sl-dev", "sl-more"):
         build_wheel(folder, name)
     build_wheel(folder, "sl-torch", "2.0")
     build_wheel(folder, "sl-engine", files=TREE)
@@ -114,18 +128,15 @@ def use(monkeypatch: pytest.MonkeyPatch, settings: Mapping[str, str]) -> None:
 def made(tmp_path_factory: pytest.TempPathFactory, index: Path) -> Iterator[Site]:
     """A finished set-up; tests work on copies of it."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "requirements.txt").write_text("sl-own\n")
-    (folder / "requirements-dev.txt").write_text("sl-dev\n")
     spec = ManagedSpec(
-        torch=("sl-torch==1.0", "sl-vision"),
         wheel="sl-engine==1.0",
         wheel_sha256=hashlib.sha256((index / "sl_engine-1.0-py3-none-any.whl").read_bytes()).hexdigest(),
         wheel_folder="inner/_comfyui",
-        extras=("sl-extra",),
-        requirements=(folder / "requirements.txt", folder / "requirements-dev.txt"),
+        lock=write_lock(folder / "host.txt", index, *HOST),
+        test_lock=write_lock(folder / "test.txt", index, "sl-dev==1.0"),
         disk_gb=0.1,
     )
-    site = Site(folder / "cache", spec)
+    site = Site(folder / "cache", spec, index)
     with pytest.MonkeyPatch.context() as patch:
         use(patch, pip_settings(index))
         assert site.ensure() == STAGES
@@ -137,8 +148,8 @@ def site(made: Site, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     use(monkeypatch, pip_settings(index))
     root = tmp_path / "cache"
     shutil.copytree(made.root, root, symlinks=True)
-    files = [shutil.copy2(path, tmp_path) for path in made.spec.requirements]
-    return Site(root, dataclasses.replace(made.spec, requirements=tuple(Path(file) for file in files)))
+    lock, test_lock = (Path(shutil.copy2(path, tmp_path)) for path in (made.spec.lock, made.spec.test_lock))
+    return Site(root, dataclasses.replace(made.spec, lock=lock, test_lock=test_lock), index)
 
 
 def test_onediffs_environment_is_set_up_by_the_same_stages(
@@ -148,28 +159,30 @@ def test_onediffs_environment_is_set_up_by_the_same_stages(
     stream = io.StringIO()
 
     def environment(*lines: str) -> NexfortEnvironment:
-        return NexfortEnvironment(tmp_path / "onediff", packages=lines, reporter=Reporter(stream))
+        lock = write_lock(tmp_path / "lock.txt", index, *lines)
+        return NexfortEnvironment(tmp_path / "onediff", lock=lock, reporter=Reporter(stream))
 
     with pytest.raises(HostError, match=r"sl-torch==1\.0 \(for OneDiff and nexfort\)"):
-        environment("sl-torch==1.0", "sl-vision").prepare()
+        environment("sl-torch==1.0", "sl-vision==1.0").prepare()
     use(monkeypatch, pip_settings(index))
-    environment("sl-torch==1.0", "sl-vision").prepare()
+    environment("sl-torch==1.0", "sl-vision==1.0").prepare()
     assert "[1/2] Python environment: ready" in stream.getvalue(), "it went on where it had ended"
     use(monkeypatch, {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"})
     said = stream.getvalue()
-    environment("sl-torch==1.0", "sl-vision").prepare()
+    environment("sl-torch==1.0", "sl-vision==1.0").prepare()
     assert stream.getvalue() == said
     assert packages.installed(packages.site_packages(tmp_path / "onediff" / "venv"))["sl-torch"].version == "1.0"
     assert environment("sl-torch==2.0").missing() == "OneDiff and nexfort: what it is made from has changed"
 
 
 def test_a_finished_set_up(made: Site) -> None:
-    assert "[5/5] SpeedLab's packages: done" in made.said
+    assert "[4/4] packages of tests and checks: done" in made.said
+    assert "2.2 GB to fetch once" in made.said
     host = made.host().host()
     assert host.managed and host.python.exists() and (host.comfyui / "main.py").is_file()
     assert not (host.comfyui / "extra_model_paths.yaml").exists()
     present = packages.installed(made.site_packages())
-    assert {"sl-torch", "sl-vision", "sl-theirs", "sl-extra", "sl-own", "sl-dev"} <= set(present)
+    assert {"sl-torch", "sl-vision", "sl-theirs", "sl-own", "sl-dev"} <= set(present)
     assert present["sl-torch"].version == "1.0"
 
 
@@ -179,19 +192,48 @@ def test_the_second_time_nothing_happens(site: Site, monkeypatch: pytest.MonkeyP
     assert site.ensure() == [] and site.said == ""
 
 
-def test_new_requirements_of_ours_run_the_last_stage_only(site: Site) -> None:
-    site.spec.requirements[0].write_text("sl-own\n# a comment\n")
+def test_a_new_lock_runs_its_own_stage_only(site: Site) -> None:
+    site.spec.lock.write_text(site.spec.lock.read_text() + "\n# a comment\n")
     assert site.ensure() == []
-    site.spec.requirements[1].write_text("sl-dev\nsl-more\n")
-    assert site.ensure() == ["speedlab-packages"]
+    write_lock(site.spec.test_lock, site.index, "sl-dev==1.0", "sl-more==1.0")
+    assert site.ensure() == ["test-packages"]
     assert "sl-more" in packages.installed(site.site_packages())
 
 
-def test_no_later_stage_moves_torch(site: Site) -> None:
-    site.spec.requirements[0].write_text("sl-torch>=2\n")
-    with pytest.raises(HostError, match="SpeedLab's packages"):
+def test_a_package_with_another_hash_is_refused(site: Site) -> None:
+    write_lock(site.spec.test_lock, site.index, "sl-more==1.0", sha256="0" * 64)
+    with pytest.raises(HostError, match="packages of tests and checks"):
         site.ensure()
-    assert packages.installed(site.site_packages())["sl-torch"].version == "1.0"
+    assert "sl-more" not in packages.installed(site.site_packages())
+
+
+def test_a_demo_needs_no_test_package(site: Site, tmp_path: Path) -> None:
+    spec = dataclasses.replace(site.spec, test_lock=tmp_path / "nowhere.txt")
+    stream = io.StringIO()
+    assert ManagedHost(site.root, spec=spec, reporter=Reporter(stream)).missing() == ""
+    with pytest.raises(HostError, match=r"nowhere\.txt cannot be read"):
+        ManagedHost(site.root, spec=spec, reporter=Reporter(stream), want_dev=True).ensure()
+
+
+@pytest.mark.parametrize(
+    ("lock", "sources"),
+    [("host", ["locks/host.in", "requirements.txt"]), ("test", ["requirements-dev.txt"]),
+     ("onediff", ["locks/onediff.in"])],
+)  # fmt: skip
+def test_the_locks_hold_what_the_pack_asks_for(lock: str, sources: list[str]) -> None:
+    """Each requirement is locked, in a version that it admits; each line has a hash."""
+    text = (pack_root() / "locks" / f"{lock}.txt").read_text()
+    blocks = [block for block in re.split(r"\n(?=\S)", text) if block[0] != "#"]
+    assert blocks and all("--hash=sha256:" in block for block in blocks)
+    locked: dict[str, list[str]] = {}
+    for line in packages.requirement_lines(text):
+        name, version = line.split()[0].split("==")
+        locked.setdefault(packages.normalise(name), []).append(version)
+    for source in sources:
+        for line in packages.requirement_lines((pack_root() / source).read_text()):
+            wanted = Requirement(line)
+            versions = locked[packages.normalise(wanted.name)]
+            assert all(wanted.specifier.contains(version) for version in versions), line
 
 
 def _drop_environment(site: Site) -> None:
@@ -207,7 +249,7 @@ def _cut_package_file(site: Site) -> None:
 
 
 def _drop_package_record(site: Site) -> None:
-    (site.site_packages() / "sl_own-1.0.dist-info" / "RECORD").unlink()
+    (site.site_packages() / "sl_dev-1.0.dist-info" / "RECORD").unlink()
 
 
 def _drop_source_file(site: Site) -> None:
@@ -229,10 +271,10 @@ def _drop_source(site: Site) -> None:
 @pytest.mark.parametrize(
     ("damage", "stages"),
     [
-        (_drop_environment, ["environment", "torch", "comfyui-packages", "speedlab-packages"]),
-        (_drop_package_file, ["torch"]),
-        (_cut_package_file, ["comfyui-packages"]),
-        (_drop_package_record, ["speedlab-packages"]),
+        (_drop_environment, ["environment", "packages", "test-packages"]),
+        (_drop_package_file, ["packages"]),
+        (_cut_package_file, ["packages"]),
+        (_drop_package_record, ["test-packages"]),
         (_drop_source_file, ["comfyui"]),
         (_cut_source_and_wheel, ["comfyui"]),
         (_drop_source, ["comfyui"]),
@@ -248,10 +290,10 @@ def test_only_the_broken_stage_is_mended(site: Site, damage, stages: list[str]) 
 
 def test_a_pip_killed_while_unpacking_is_not_believed(site: Site) -> None:
     """What an ended pip leaves: files without a record, and no stamp."""
-    (site.root / "stamps" / "torch.json").unlink()
+    (site.root / "stamps" / "packages.json").unlink()
     (site.site_packages() / "sl_torch-1.0.dist-info" / "RECORD").unlink()
     (site.site_packages() / "sl_torch.py").write_text("half")
-    assert site.ensure() == ["torch"]
+    assert site.ensure() == ["packages"]
     assert (site.site_packages() / "sl_torch.py").read_text() == "version = '1.0'\n"
 
 
@@ -261,7 +303,7 @@ def test_another_torch_is_put_back(site: Site, index: Path) -> None:
     python = environment_python(site.root / "venv")
     subprocess.run([python, "-m", "pip", "install", "-q", "sl-torch==2.0"], check=True)
     assert "sl-torch is 2.0 instead of 1.0" in site.host().missing()
-    assert site.ensure() == ["torch"]
+    assert site.ensure() == ["packages"]
     assert packages.installed(site.site_packages())["sl-torch"].version == "1.0"
 
 
@@ -294,7 +336,7 @@ def test_two_at_once_do_not_collide(site: Site) -> None:
     def go() -> None:
         stream = io.StringIO()
         try:
-            ManagedHost(site.root, spec=site.spec, reporter=Reporter(stream)).ensure()
+            ManagedHost(site.root, spec=site.spec, reporter=Reporter(stream), want_dev=True).ensure()
         except BaseException as error:
             errors.append(error)
         said.append(stream.getvalue())
@@ -305,7 +347,7 @@ def test_two_at_once_do_not_collide(site: Site) -> None:
     for thread in threads:
         thread.join()
     assert not errors
-    assert sum("PyTorch: done" in text for text in said) == 1
+    assert sum("ComfyUI's packages: done" in text for text in said) == 1
     assert site.host().missing() == ""
 
 

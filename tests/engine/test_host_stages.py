@@ -204,13 +204,6 @@ def test_damage_is_seen_and_its_record_removed(tmp_path: Path, damage: str) -> N
     assert list(packages.installed(tmp_path)) == ["two"]
 
 
-def test_closure_follows_needs_but_not_extras(tmp_path: Path) -> None:
-    install(tmp_path, "a", needs=("B_x>=1", "absent; sys_platform == 'win32'", "c; extra == 'dev'"))
-    install(tmp_path, "b-x", needs=("a",))
-    install(tmp_path, "c")
-    assert packages.closure(["A", "nowhere"], packages.installed(tmp_path)) == ("a", "b-x")
-
-
 def test_requirement_lines() -> None:
     text = "# all\n\ntorch\nnumpy>=1.25 # why\n--extra-index-url x\n-r other.txt\nPyYAML~=6.0 ; python_version > '3'\n"
     lines = packages.requirement_lines(text)

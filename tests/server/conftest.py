@@ -17,7 +17,6 @@ import pytest
 from speedlab.host import ComfyServer, from_environment, pack_root
 
 DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
-SHARED_TAESD = pack_root().parent / "shared" / "models" / "vae_approx"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,9 @@ class Api:
 
 
 @pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path) -> Iterator[Callable[..., Api]]:
+def start_server(
+    tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path, taesd_files: Path
+) -> Iterator[Callable[..., Api]]:
     """Start servers of one's own; all are stopped at the end of the session."""
     running: list[ComfyServer] = []
 
@@ -87,9 +88,8 @@ def start_server(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path
         for kind in ("checkpoints", "loras", "vae", "vae_approx"):
             (models / kind).mkdir(parents=True, exist_ok=True)
         _link(demo_checkpoint, models / "checkpoints" / DEMO_CHECKPOINT)
-        if SHARED_TAESD.is_dir():
-            for file in SHARED_TAESD.glob("*.safetensors"):
-                _link(file, models / "vae_approx" / file.name)
+        for file in taesd_files.glob("*.safetensors"):
+            _link(file, models / "vae_approx" / file.name)
         server = ComfyServer(from_environment(), pack=pack_root(), base=base, output=output, **options)
         running.append(server)
         server.start()
@@ -102,7 +102,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path
 
 @pytest.fixture(scope="session")
 def server(start_server: Callable[..., Api]) -> Api:
-    """The session's server: CPU, the small demo checkpoint, TAESD where the weights are there."""
+    """The session's server: CPU, the small demo checkpoint, TAESD with random weights."""
     return start_server()
 
 

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from speedlab.host import from_environment
+
 pytestmark = pytest.mark.server
 
 
@@ -18,6 +20,15 @@ def rows(server):
 
 def profile_of(entry):
     return entry["outputs"]["7"]["speedlab"][0]
+
+
+def test_every_node_of_the_host_imports(server):
+    """The versions in the lock go together: no node of ComfyUI is lost for a package that does not load."""
+    if not from_environment().managed:
+        pytest.skip("the packages of a ComfyUI of one's own are not locked")
+    log = "\n".join(server.server.tail(2000))
+    assert "Import times" in log, "its list of packs, which marks those that failed"
+    assert "IMPORT FAILED" not in log and "Cannot import" not in log
 
 
 def test_the_pack_is_loaded_with_names_help_and_templates(server):
