@@ -164,7 +164,7 @@ def _run(call: Call, reporter: Reporter) -> int:
     if call.command == "nsys":
         return nsys.run(host, call.arguments, env, reporter)
     if call.command == "test":
-        arguments = _tests(call.arguments)
+        arguments = pytest_arguments(call.arguments)
         if not call.arguments or call.arguments == ("--all",):
             reporter.line("About 2,600 tests against the real ComfyUI: 45 to 75 minutes on two cores.")
         return run_child([str(host.python), "-c", PYTEST, *arguments], cwd=root, env=env)
@@ -183,7 +183,7 @@ def _help_without_host(call: Call) -> bool:
     return bool(ManagedHost(cache_root()).missing())
 
 
-def _tests(arguments: Sequence[str]) -> list[str]:
+def pytest_arguments(arguments: Sequence[str]) -> list[str]:
     """pytest's arguments. OneDiff's tests fetch 3 GB of their own, so they run only where asked for."""
     rest = [argument for argument in arguments if argument != "--all"]
     asked = len(rest) < len(arguments) or any(_ONEDIFF in argument.replace(os.sep, "/") for argument in rest)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from speedlab.host import pack_root
-from speedlab.host.cli import BENCH_COMMANDS, OWN_COMMANDS, UsageError, take_apart
+from speedlab.host.cli import BENCH_COMMANDS, OWN_COMMANDS, UsageError, pytest_arguments, take_apart
 from speedlab.host.commands import PYTEST, run_child
 
 RUN = pack_root() / "run.py"
@@ -52,6 +52,23 @@ def test_mistakes_are_sentences(arguments: list[str], code: int, words: str) -> 
     answer = run(*arguments)
     assert answer.returncode == code and words in answer.stderr
     assert answer.stderr.startswith("run.py: ") and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ignored"),
+    [
+        ([], True),
+        (["--all"], False),
+        (["tests/onediff"], False),
+        (["tests/engine", "-q"], True),
+        (["--all", "-q"], False),
+    ],
+)
+def test_onediff_is_tested_only_where_asked_for(arguments: list[str], ignored: bool) -> None:
+    """Its environment is 3 GB to fetch: no call fetches that by itself."""
+    given = pytest_arguments(arguments)
+    assert ("--ignore=tests/onediff" in given) is ignored and "--all" not in given
+    assert [one for one in given if one != "--ignore=tests/onediff"] == [one for one in arguments if one != "--all"]
 
 
 def test_a_wrong_comfyui_path_names_the_variable(tmp_path: Path) -> None:
