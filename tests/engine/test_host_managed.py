@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from speedlab.host import HostError, environment, pack_root, packages, resolve
+from speedlab.host import HostError, environment, from_environment, pack_root, packages, resolve
 from speedlab.host import resolve as resolve_function
 from speedlab.host.base import environment_python, require_writable
 from speedlab.host.managed import ManagedHost
@@ -215,25 +215,41 @@ def test_a_demo_needs_no_test_package(site: Site, tmp_path: Path) -> None:
         ManagedHost(site.root, spec=spec, reporter=Reporter(stream), want_dev=True).ensure()
 
 
+def missing_of(lock: str, requirements: str) -> list[str]:
+    """Requirement lines for which the lock has no version, or one that the line does not admit."""
+    locked: dict[str, list[str]] = {}
+    for line in packages.requirement_lines((pack_root() / "locks" / lock).read_text()):
+        name, version = line.split()[0].split("==")
+        locked.setdefault(packages.normalise(name), []).append(version)
+    wanted = {line: Requirement(line) for line in packages.requirement_lines(requirements)}
+    versions = {line: locked.get(packages.normalise(one.name), []) for line, one in wanted.items()}
+    return [
+        line
+        for line, one in wanted.items()
+        if not versions[line] or not all(map(one.specifier.contains, versions[line]))
+    ]
+
+
 @pytest.mark.parametrize(
     ("lock", "sources"),
-    [("host", ["locks/host.in", "requirements.txt"]), ("test", ["requirements-dev.txt"]),
-     ("onediff", ["locks/onediff.in"])],
+    [("host.txt", ["locks/host.in", "requirements.txt"]), ("test.txt", ["requirements-dev.txt"]),
+     ("onediff.txt", ["locks/onediff.in"])],
 )  # fmt: skip
 def test_the_locks_hold_what_the_pack_asks_for(lock: str, sources: list[str]) -> None:
     """Each requirement is locked, in a version that it admits; each line has a hash."""
-    text = (pack_root() / "locks" / f"{lock}.txt").read_text()
-    blocks = [block for block in re.split(r"\n(?=\S)", text) if block[0] != "#"]
+    blocks = [block for block in re.split(r"\n(?=\S)", (pack_root() / "locks" / lock).read_text()) if block[0] != "#"]
     assert blocks and all("--hash=sha256:" in block for block in blocks)
-    locked: dict[str, list[str]] = {}
-    for line in packages.requirement_lines(text):
-        name, version = line.split()[0].split("==")
-        locked.setdefault(packages.normalise(name), []).append(version)
     for source in sources:
-        for line in packages.requirement_lines((pack_root() / source).read_text()):
-            wanted = Requirement(line)
-            versions = locked[packages.normalise(wanted.name)]
-            assert all(wanted.specifier.contains(version) for version in versions), line
+        assert missing_of(lock, (pack_root() / source).read_text()) == []
+    assert missing_of(lock, "sl-no-such-package") and missing_of("host.txt", "torch>=99")
+
+
+def test_the_lock_holds_what_the_managed_comfyui_asks_for() -> None:
+    """A package that was installed by hand hides one that the lock lacks; ComfyUI's own list does not."""
+    host = from_environment()
+    if not host.managed:
+        pytest.skip("the packages of a ComfyUI of one's own are not locked")
+    assert missing_of("host.txt", (host.comfyui / "requirements.txt").read_text()) == []
 
 
 def _drop_environment(site: Site) -> None:
