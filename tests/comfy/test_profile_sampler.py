@@ -205,7 +205,7 @@ def test_the_record_is_written_with_the_contracts_fields(sample, base_dir):
     record = sample()[1]
     path = Path(base_dir) / "output" / "speedlab" / "runs" / f"{record.run_id}.json"
     data = json.loads(path.read_text())
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert set(data["phases_ms"]) >= {"load", "text_encode", "first_eval", "sample", "decode", "total"}
     columns = "index sigma gpu_ms cpu_ms evals cond_rows uncond_rows cached model"
     assert set(data["steps"][0]) == set(columns.split())
