@@ -74,11 +74,11 @@ def fill(folder: Path, runs: int) -> None:
     for number in range(runs):
         run_id = f"20260101-{number // 3600:02d}{number // 60 % 60:02d}{number % 60:02d}-{number:08x}"
         record = {
-            "schema": 1, "run_id": run_id, "timestamp": "2026-01-01T10:00:00+0000", "status": "ok", "error": None,
+            "schema": 2, "run_id": run_id, "timestamp": "2026-01-01T10:00:00+0000", "status": "ok", "error": None,
             "env": {"device": "a card"}, "env_hash": "0", "phases_ms": {"sample": 1000.0, "total": 1500.0},
             "request": {"plan": "stock", "width": 512, "height": 768, "sampler": "euler", "steps": 30},
-            "steps": steps, "summary": {"it_per_s": 20.0, "step_median_ms": 50.0}, "memory": {}, "kernels": [],
-            "artifacts": {}, "warnings": [],
+            "steps": steps, "summary": {"steps": len(steps), "it_per_s": 20.0, "step_time_ms": 50.0}, "memory": {},
+            "kernels": [], "artifacts": {}, "warnings": [],
         }  # fmt: skip
         (folder / f"{run_id}.json").write_text(json.dumps(record))
 

@@ -3,8 +3,8 @@
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/profiler_detail.py
 
 Every round runs Profile Sampler with each detail on one model and seed, the first one changing from round to round so
-that drift cancels. A detail's ratio is its median step time over that of `timing` in the same round: it must be 1
-within the noise that `timing` has from round to round. `extra_s` is the node's wall time less its measured sampling.
+that drift cancels. A detail's ratio is its step time over that of `timing` in the same round: it must be 1 within
+the noise that `timing` has from round to round. `extra_s` is the node's wall time less its measured sampling.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(pack: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
         latent, record = sampler.sample(**settings, detail=detail, prompt=prompt, unique_id="5")["result"][:2]
         wall = time.perf_counter() - start
         sampling = record.phases_ms["sample"] / 1000.0
-        return {"detail": detail, "step_ms": record.summary["step_median_ms"], "sample_s": sampling,
+        return {"detail": detail, "step_ms": record.summary["step_time_ms"], "sample_s": sampling,
                 "extra_s": wall - sampling, "latent": latent["samples"]}  # fmt: skip
 
     reference = run("timing").pop("latent")
@@ -97,7 +97,7 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         mine = [row for row in rows if row["detail"] == detail]
         ratios = [row["step_ratio"] for row in mine]
         print(
-            f"{detail:<8} median step {statistics.median(row['step_ms'] for row in mine):.2f} ms, over timing "
+            f"{detail:<8} a step {statistics.median(row['step_ms'] for row in mine):.2f} ms, over timing "
             f"{statistics.median(ratios):.4f} (min {min(ratios):.4f}, max {max(ratios):.4f}), "
             f"{statistics.median(row['extra_s'] for row in mine):.2f} s beside the measured sampling"
         )

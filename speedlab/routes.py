@@ -89,11 +89,12 @@ async def _record(request: Any) -> Any:
     from aiohttp import web
 
     run_id = request.match_info["run_id"]
-    text = await asyncio.to_thread(lambda: _library().text(run_id))
+    as_file = "download" in request.query
+    text = await asyncio.to_thread(lambda: (_library().text if as_file else _library().shown)(run_id))
     return web.Response(
         text=text,
         content_type="application/json",
-        headers=_headers(f"{run_id}.json" if "download" in request.query else None),
+        headers=_headers(f"{run_id}.json" if as_file else None),
     )
 
 

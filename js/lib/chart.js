@@ -1,6 +1,6 @@
 // The step chart: bars in SVG, which stretches with its box, and words in HTML, which does not.
 import { el, svg } from "./dom.js";
-import { barText, binned, duration, KINDS, median, steady } from "./figures.js";
+import { barText, binned, duration, isNumber, KINDS, steady } from "./figures.js";
 import { t } from "./i18n.js";
 
 const WIDTH = 1000;
@@ -15,14 +15,19 @@ function ceiling(bars) {
   return { top: (high > 0 ? Math.min(all, high * CLIP) : all) * 1.08 || 1, clipped: high > 0 && all > high * CLIP };
 }
 
-/** The colours that occur, each with its word. */
-export function legend(bars) {
+/** The colours that occur, each with its word, and with the median of its steps where the summary tells them. */
+export function legend(bars, summary = null) {
   const used = KINDS.filter((kind) => bars.some((bar) => bar.kind === kind));
   return el(
     "div",
     { class: "sl-legend" },
-    used.map((kind) => el("span", null, el("i", { class: `sl-dot sl-${kind}` }), t(`kind_${kind}`))),
+    used.map((kind) => el("span", null, el("i", { class: `sl-dot sl-${kind}` }), wordOf(kind, summary))),
   );
+}
+
+function wordOf(kind, summary) {
+  const ms = summary?.step_kinds?.[kind]?.median_ms;
+  return isNumber(ms) ? t("kind_median", { kind: t(`kind_${kind}`), value: duration(ms) }) : t(`kind_${kind}`);
 }
 
 /** A chart of step times. `draw` may be called as often as there is news; the pointer shows a bar's values. */
@@ -38,24 +43,26 @@ export class StepChart {
     this.plot.addEventListener("pointerleave", () => this.#leave());
   }
 
-  /** `bars` as of figures.js; `total` steps to come in all; `ghost` bars of another run to compare with. */
-  draw(bars, { total = bars.length, ghost = [], scaleTo = null } = {}) {
+  /**
+   * `bars` as of figures.js; `stepMs` is the summary's time of a step, drawn as a line; `total` steps to come in all;
+   * `ghost` bars of another run to compare with.
+   */
+  draw(bars, { stepMs = null, total = bars.length, ghost = [], scaleTo = null } = {}) {
     this.bins = binned(bars);
     const perBin = this.bins.length ? this.bins[0].to - this.bins[0].from + 1 : 1;
     this.slots = Math.max(1, this.bins.length, Math.ceil(Math.max(total, ghost.length) / perBin));
     const { top, clipped } = ceiling(scaleTo ?? [...bars, ...ghost]);
     this.y = (ms) => HEIGHT - Math.min(1, ms / top) * HEIGHT;
-    const middle = median(steady(bars));
     this.plot.replaceChildren(
       ...(ghost.length ? binned(ghost, Math.ceil(ghost.length / perBin)).map((bar, i) => this.#rect(bar, i, "sl-ghost", 0)) : []),
       ...this.bins.map((bar, i) => this.#rect(bar, i, `sl-bar sl-${bar.kind}`, ghost.length ? 0.22 : 0.09)),
       ...this.bins.filter((bar) => bar.ms > top).map((bar) => this.#cut(bar)),
-      ...(middle && bars.length > 2 ? [this.#line(this.y(middle))] : []),
+      ...(isNumber(stepMs) && bars.length > 2 ? [this.#line(this.y(stepMs))] : []),
     );
     this.top.textContent = bars.length ? `${clipped ? "> " : ""}${duration(top / 1.08)}` : "";
-    this.resting = middle ? t("median_is", { value: duration(middle) }) : "";
+    this.resting = isNumber(stepMs) ? t("step_time_is", { value: duration(stepMs) }) : "";
     if (!this.pointed) this.tip.textContent = this.resting;
-    this.element.setAttribute("aria-label", t("chart_label", { n: bars.length, value: duration(middle) }));
+    this.element.setAttribute("aria-label", t("chart_label", { n: bars.length, value: duration(stepMs) }));
   }
 
   #rect(bar, index, name, inset) {
@@ -71,7 +78,7 @@ export class StepChart {
   }
 
   #line(y) {
-    return svg("line", { class: "sl-median", x1: 0, x2: WIDTH, y1: y, y2: y, "vector-effect": "non-scaling-stroke" });
+    return svg("line", { class: "sl-mean", x1: 0, x2: WIDTH, y1: y, y2: y, "vector-effect": "non-scaling-stroke" });
   }
 
   #point(event) {

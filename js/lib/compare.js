@@ -2,7 +2,7 @@
 import { legend, StepChart } from "./chart.js";
 import { section, settingsOf, table } from "./detail.js";
 import { el } from "./dom.js";
-import { duration, gigabytes, isNumber, phasesOf, rate, recordBars } from "./figures.js";
+import { duration, gigabytes, isNumber, KINDS, phasesOf, rate, recordBars } from "./figures.js";
 import { t } from "./i18n.js";
 import { phaseBar, statusBadge } from "./parts.js";
 
@@ -20,7 +20,7 @@ export function compareView(a, b) {
     el("div", { class: "sl-pair" }, nameOf("A", a), nameOf("B", b)),
     verdict(a, b),
     table([["", "A", "B", "B / A"], ...figures(a, b)], "sl-figures"),
-    section(t("steps"), el("div", null, stepCharts(bars), legend(bars.flat()))),
+    section(t("steps"), el("div", null, stepCharts(bars, [a, b]), legend(bars.flat()))),
     section(t("phases"), el("div", { class: "sl-two" }, el("span", { text: "A" }), phaseBar(a.phases_ms, longest) ?? "–", el("span", { text: "B" }), phaseBar(b.phases_ms, longest) ?? "–")),
     section(t("kernels"), kernels(a, b)),
     section(t("differences"), differences(a, b) ?? el("div", { class: "sl-hint", text: t("no_differences") })),
@@ -31,21 +31,32 @@ function nameOf(letter, run) {
   return el("div", null, el("b", { class: "sl-letter", text: letter }), el("span", { title: run.run_id, text: run.request?.plan ?? run.run_id }), statusBadge(run.status));
 }
 
+// What the user waits for decides; how much of it is sampling tells what sampling faster could still gain.
 function verdict(a, b) {
-  const [before, after] = [a, b].map((run) => run.summary?.it_per_s);
-  if (!isNumber(before) || !isNumber(after) || !before || !after) return null;
-  const times = after / before;
-  const text = times >= 1 ? t("times_faster", { times: times.toFixed(2) }) : t("times_slower", { times: (1 / times).toFixed(2) });
-  return el("div", { class: `sl-verdict ${times >= 1 ? "sl-good" : "sl-bad"}`, text });
+  const totals = [a, b].map((run) => run.phases_ms?.total);
+  const sampled = [a, b].map((run) => run.summary?.run?.median ?? run.phases_ms?.sample);
+  if (!totals.every(isPositive)) {
+    const text = sampled.every(isPositive) ? t("no_verdict_but_sampling", { ratio: words(...sampled) }) : t("no_verdict");
+    return el("div", { class: "sl-verdict", text });
+  }
+  const [share_a, share_b] = totals.map((total, index) => (isPositive(sampled[index]) ? Math.round((100 * sampled[index]) / total) : "–"));
+  const text = t("verdict", { ratio: words(...totals), time_a: duration(totals[0]), time_b: duration(totals[1]), share_a, share_b });
+  return el("div", { class: `sl-verdict ${totals[1] <= totals[0] ? "sl-good" : "sl-bad"}`, text });
 }
+
+const isPositive = (value) => isNumber(value) && value > 0;
+
+const words = (before, after) =>
+  after <= before ? t("times_faster", { times: (before / after).toFixed(2) }) : t("times_slower", { times: (after / before).toFixed(2) });
 
 function figures(a, b) {
   const rows = [
+    [t("total"), (run) => run.phases_ms?.total, duration],
     [t("speed"), (run) => run.summary?.it_per_s, rate],
-    [t("step_median"), (run) => run.summary?.step_median_ms, duration],
+    [t("step_time"), (run) => run.summary?.step_time_ms, duration],
+    ...KINDS.map((kind) => [t("kind_median", { kind: t(`kind_${kind}`), value: "" }).trim(), (run) => run.summary?.step_kinds?.[kind]?.median_ms, duration]),
     [t("first_eval"), (run) => run.summary?.first_eval_ms, duration],
     ...[...new Set([a, b].flatMap((run) => phasesOf(run.phases_ms).map(([name]) => name)))].map((name) => [t(`phase_${name}`), (run) => run.phases_ms?.[name], duration]),
-    [t("total"), (run) => run.phases_ms?.total, duration],
     [t("vram"), (run) => run.memory?.overall?.peak_allocated_gb, gigabytes],
     [t("ram"), (run) => run.memory?.overall?.peak_rss_gb, gigabytes],
   ];
@@ -57,12 +68,12 @@ function figures(a, b) {
 
 const ratio = (before, after) => (isNumber(before) && isNumber(after) && before > 0 ? `${(after / before).toFixed(2)}` : "");
 
-function stepCharts(bars) {
+function stepCharts(bars, runs) {
   const scaleTo = bars.flatMap((run) => run.slice(1));
   const total = Math.max(...bars.map((run) => run.length));
   return bars.map((run, index) => {
     const chart = new StepChart();
-    chart.draw(run, { total, scaleTo: scaleTo.length ? scaleTo : null });
+    chart.draw(run, { total, stepMs: runs[index].summary?.step_time_ms, scaleTo: scaleTo.length ? scaleTo : null });
     return el("div", { class: "sl-two" }, el("span", { text: index ? "B" : "A" }), chart.element);
   });
 }

@@ -13,15 +13,15 @@ export function detailView(record, remove) {
   const { request = {}, summary = {}, artifacts = {} } = record;
   const bars = recordBars(record.steps ?? []);
   const chart = new StepChart();
-  chart.draw(bars);
+  chart.draw(bars, { stepMs: summary.step_time_ms });
   const notes = [record.error, ...(record.warnings ?? [])].filter(Boolean).join("\n");
   return el(
     "div",
     { class: "sl-detail", "data-run": record.run_id },
     el("h3", null, request.plan ?? record.run_id, statusBadge(record.status)),
     el("div", { class: "sl-sub", text: settingsLine(record) }),
-    el("div", { class: "sl-big" }, bigFigure(rate(summary.it_per_s), t("speed")), bigFigure(duration(record.phases_ms?.total), t("total")), ...memoryPeaks(record.memory?.overall).slice(0, 1).map(([name, value]) => bigFigure(gigabytes(value), t(name)))),
-    bars.length ? [chart.element, legend(bars)] : null,
+    el("div", { class: "sl-big" }, bigFigure(duration(record.phases_ms?.total), t("total")), bigFigure(rate(summary.it_per_s), t("speed")), ...memoryPeaks(record.memory?.overall).slice(0, 1).map(([name, value]) => bigFigure(gigabytes(value), t(name)))),
+    bars.length ? [chart.element, legend(bars, summary)] : null,
     phaseBar(record.phases_ms),
     section(t("memory"), memoryTable(record.memory)),
     section(t("kernels"), kernelTable(record.kernels)),

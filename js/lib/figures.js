@@ -32,21 +32,17 @@ export const rate = (perSecond) =>
 
 export const gigabytes = (value) => (isNumber(value) ? `${value.toFixed(value < 10 ? 2 : 1)} GB` : "–");
 
-export function median(values) {
-  if (!values.length) return null;
-  const sorted = [...values].sort((a, b) => a - b);
-  const middle = sorted.length >> 1;
-  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
-}
-
-export const KINDS = ["full", "cached", "nocfg", "first"];
+export const KINDS = ["full", "cached", "forecast", "cfg_off", "first"];
 const CACHED = 1;
 const WITH_UNCOND = 2;
+const FORECAST = 4;
 
-function kindOf(index, cached, uncond, anyUncond) {
+// The kinds of speedlab/profiling/summary.py, and a colour of its own for the first step, which also prepares.
+function kindOf(index, { forecast, cached, uncond, anyUncond }) {
+  if (forecast) return "forecast";
   if (cached) return "cached";
   if (index === 0) return "first";
-  return anyUncond && !uncond ? "nocfg" : "full";
+  return anyUncond && !uncond ? "cfg_off" : "full";
 }
 
 /** The bars of a record's steps: {ms, kind, step}. Device time where there is one. */
@@ -54,8 +50,9 @@ export function recordBars(steps) {
   const anyUncond = steps.some((step) => step.uncond_rows > 0);
   return steps.map((step, index) => {
     const uncond = step.uncond_rows > 0 || !(step.evals > 0);
+    const forecast = step.evals > 0 && step.cond_rows === 0 && step.uncond_rows === 0;
     const ms = isNumber(step.gpu_ms) ? step.gpu_ms : isNumber(step.cpu_ms) ? step.cpu_ms : 0;
-    return { ms, kind: kindOf(index, step.cached, uncond, anyUncond), step };
+    return { ms, kind: kindOf(index, { forecast, cached: step.cached, uncond, anyUncond }), step };
   });
 }
 
@@ -64,7 +61,7 @@ export function liveBars(steps) {
   const anyUncond = steps.some(([, flags]) => flags & WITH_UNCOND);
   return steps.map(([ms, flags], index) => ({
     ms,
-    kind: kindOf(index, flags & CACHED, flags & WITH_UNCOND, anyUncond),
+    kind: kindOf(index, { forecast: flags & FORECAST, cached: flags & CACHED, uncond: flags & WITH_UNCOND, anyUncond }),
   }));
 }
 

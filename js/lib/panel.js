@@ -1,7 +1,7 @@
 // What a sampler shows on itself: step times while it runs, then the whole profile.
 import { legend, StepChart } from "./chart.js";
 import { el } from "./dom.js";
-import { duration, isNumber, liveBars, rate, recordBars, remaining, steady, median, timeToGo } from "./figures.js";
+import { duration, isNumber, liveBars, rate, recordBars, remaining, timeToGo } from "./figures.js";
 import { t } from "./i18n.js";
 import { memoryLine, phaseBar, statusBadge } from "./parts.js";
 
@@ -47,7 +47,7 @@ class Panel {
     );
   }
 
-  /** A live state: {run_id, run, runs, warmup, total, steps, state}. */
+  /** A live state: {run_id, run, runs, warmup, total, steps, summary, state}. */
   showLive(state) {
     this.runId = state.run_id;
     const bars = liveBars(state.steps);
@@ -56,12 +56,11 @@ class Panel {
     this.element.dataset.steps = state.steps.length;
     this.element.dataset.state = state.state;
     this.title.textContent = running ? runName(state) : "";
-    const usual = median(steady(bars));
-    this.figure.textContent = rate(usual ? 1000 / usual : null);
+    this.figure.textContent = rate(state.summary?.it_per_s);
     const all = state.total * state.runs;
     const done = state.total * state.run + state.steps.length;
     this.progress.style.width = `${all ? Math.min(100, (100 * done) / all) : 0}%`;
-    this.chart.draw(bars, { total: state.total });
+    this.chart.draw(bars, { total: state.total, stepMs: state.summary?.step_time_ms });
     const toGo = running ? timeToGo(state) : null;
     this.below.replaceChildren(
       el(
@@ -87,10 +86,10 @@ class Panel {
     this.title.title = profile.plan ?? "";
     this.figure.textContent = rate(summary.it_per_s);
     this.progress.style.width = "0";
-    this.chart.draw(bars);
+    this.chart.draw(bars, { stepMs: summary.step_time_ms });
     this.below.replaceChildren(
       ...[
-        legend(bars),
+        legend(bars, summary),
         phaseBar(profile.phases_ms),
         el("div", { class: "sl-facts" }, memoryLine(profile.memory), spreadLine(summary)),
         text ? el("div", { class: "sl-notes", text }) : null,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -136,6 +136,13 @@ class ComfyClient:
     async def free(self) -> None:
         """Let the server drop its models and what it keeps of earlier graphs, before the next prompt."""
         await self._request("POST", "/free", json={"unload_models": True, "free_memory": True})
+
+    async def delete_runs(self, run_ids: Sequence[str]) -> None:
+        """Delete records of runs from the server's library. Raises BenchError with the first reason."""
+        answer = await self._json("POST", "/speedlab/delete", json={"run_ids": list(run_ids)})
+        failed = answer.get("failed") or {}
+        if failed:
+            raise BenchError(str(next(iter(failed.values()))))
 
     async def forget(self) -> None:
         """Let the server drop its history: what finished prompts showed, and their graphs."""

@@ -89,19 +89,6 @@ def text_to_picture_s(log: EventLog, graph: Mapping[str, Mapping[str, Any]]) -> 
     return end - start - loading
 
 
-def step_times_s(events: Sequence[Event], nodes: Collection[str]) -> list[float]:
-    """Seconds between two `progress` messages of one of `nodes`: the steps after its first."""
-    times: list[float] = []
-    last: Event | None = None
-    for event in events:
-        if event.kind != "progress" or event.node not in nodes:
-            continue
-        if last is not None and last.node == event.node and event.value == last.value + 1:
-            times.append(event.time_s - last.time_s)
-        last = event
-    return times
-
-
 def nodes_of(graph: Mapping[str, Mapping[str, Any]], classes: Collection[str]) -> list[str]:
     """The ids of a graph's nodes whose class is one of `classes`."""
     return [node_id for node_id, node in graph.items() if node.get("class_type") in classes]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -14,11 +13,13 @@ from .. import __version__
 from ..profiling.environment import cpu_name, environment_hash
 from ..profiling.record import RunRecord
 from ..profiling.store import new_run_id
+from ..profiling.summary import rows_of, summarise
 from .client import ComfyClient, RunResult
 from .errors import BenchError, ServerGone
-from .events import SAMPLERS, SAVERS, TEXT_ENCODERS, node_spans, nodes_of, step_times_s, text_to_picture_s
+from .events import SAVERS, TEXT_ENCODERS, node_spans, nodes_of, text_to_picture_s
 
 SAMPLE_EVERY_S = 0.05
+PROFILER = frozenset({"SpeedLabProfileSampler"})
 DECODERS = frozenset({"VAEDecode", "SpeedLabVAEDecode", "SpeedLabTinyVAEDecode"})
 SAMPLED = "memory was sampled from outside every 0.05 s, so that short peaks may be missing"
 
@@ -107,8 +108,20 @@ def server_env(stats: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def sampled(result: RunResult) -> dict[str, Any]:
+    """What the Profile Sampler of the graph told about its run. Raises BenchError where it told nothing."""
+    for node in nodes_of(result.graph, PROFILER):
+        told = (result.outputs.get(node) or {}).get("speedlab") or []
+        if told and told[0].get("steps") and (told[0].get("summary") or {}).get("runs_ms"):
+            return dict(told[0])
+    raise BenchError("the server's Profile Sampler told no step times: is its SpeedLab of this version?")
+
+
 def phases(result: RunResult) -> dict[str, float | str | None]:
-    """Milliseconds of each phase from the times at which nodes started; `prepare` is what lies between the others."""
+    """Milliseconds of each phase: sampling from the sampler, others from the times at which nodes started.
+
+    `prepare` is what lies between the others; moving the model to the device is in it.
+    """
     total = text_to_picture_s(result.log, result.graph)
     if total is None:
         raise BenchError(
@@ -120,8 +133,9 @@ def phases(result: RunResult) -> dict[str, float | str | None]:
         nodes = set(nodes_of(result.graph, classes))
         return 1000.0 * sum(span.seconds for span in spans if span.node in nodes)
 
+    sample = float(sampled(result)["summary"]["runs_ms"][0])
     named = {
-        "text_encode": spent(TEXT_ENCODERS), "sample": spent(SAMPLERS), "decode": spent(DECODERS), "save": spent(SAVERS)
+        "text_encode": spent(TEXT_ENCODERS), "sample": sample, "decode": spent(DECODERS), "save": spent(SAVERS)
     }  # fmt: skip
     rest = max(1000.0 * total - sum(named.values()), 0.0)
     return {"load": None, "prepare": rest, "first_eval": None, **named, "total": 1000.0 * total}
@@ -130,11 +144,10 @@ def phases(result: RunResult) -> dict[str, float | str | None]:
 def outside_record(
     result: RunResult, *, request: Mapping[str, Any], env: Mapping[str, Any], memory: OutsideMemory
 ) -> RunRecord:
-    """The record of a run that was timed from outside, without per-step rows."""
-    spent = phases(result)
-    steps = step_times_s(result.log.events, nodes_of(result.graph, SAMPLERS))
-    step_ms = 1000.0 * statistics.median(steps) if steps else None
+    """The record of a run that was timed from outside, with the sampler's own steps."""
+    spent, told = phases(result), sampled(result)
     total, sample = spent["total"], spent["sample"]
+    rows = rows_of(told["steps"])
     assert isinstance(total, float) and isinstance(sample, float)
     return RunRecord(
         run_id=new_run_id(),
@@ -145,12 +158,10 @@ def outside_record(
         env_hash=environment_hash(dict(env)),
         request=request,
         phases_ms=spent,
-        steps=(),
+        steps=tuple(told["steps"]),
         summary={
-            "repeats": 1,
-            "runs_ms": [round(sample, 3)],
-            "step_median_ms": step_ms,
-            "it_per_s": 1000.0 / step_ms if step_ms else None,
+            **summarise([sample], [rows], told["summary"].get("first_eval_ms"), rows[0].ms),
+            "totals_ms": [round(total, 3)],
             "images_per_min": 60_000.0 * int(request.get("batch", 1)) / total,
             "timed": "from outside: from the first text encoding to the last picture saved, without load",
         },

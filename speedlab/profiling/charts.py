@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnavailableError
 from .kernel_names import ATTENTION, CONVOLUTION, COPY, ELEMENTWISE, GEMM, NORMALISATION, OTHER
 from .record import RunRecord
+from .summary import CACHED, CFG_OFF, FORECAST, FULL, KIND_NAMES, rows_of, step_kinds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,8 @@ STEPS, PHASES, MEMORY, KERNELS = "steps", "phases", "memory", "kernels"
 OF_SAMPLER = (STEPS, KERNELS)
 OF_REPORT = (STEPS, PHASES, MEMORY, KERNELS)
 
-_FULL, _CACHED, _NO_UNCOND, _FIRST = "#3b7dd8", "#4caf7d", "#e0a030", "#9aa5b1"
+_KIND_COLOURS = {FULL: "#3b7dd8", CACHED: "#4caf7d", FORECAST: "#b07cc6", CFG_OFF: "#e0a030"}
+_FIRST = "#9aa5b1"
 _PHASE_COLOURS = {
     "load": "#9aa5b1",
     "text_encode": "#b07cc6",
@@ -88,13 +90,24 @@ def _draw_steps(axes: Axes, record: RunRecord) -> None:
     if not times:
         axes.text(0.5, 0.5, f"no steps ({record.status})", ha="center", va="center", transform=axes.transAxes)
         return
-    colours = [_step_colour(step, steps) for step in steps]
+    kinds = step_kinds(rows_of(steps))
+    colours = [_step_colour(index, kind) for index, kind in enumerate(kinds)]
     axes.bar([step["index"] + 1 for step in steps], times, color=colours, width=0.85)
-    median = record.summary.get("step_median_ms")
-    if median is not None:
-        axes.axhline(median, color="#333333", linewidth=1, linestyle="--", label=f"median {median:.1f} ms")
-        axes.legend(loc="upper right", fontsize=8, frameon=False)
+    step_ms = record.summary.get("step_time_ms")
+    if step_ms is not None:
+        axes.axhline(step_ms, color="#333333", linewidth=1, linestyle="--", label=f"sampling / steps {step_ms:.1f} ms")
+        _kind_legend(axes, record)
     axes.set_xlim(0.3, len(times) + 0.7)
+
+
+def _kind_legend(axes: Axes, record: RunRecord) -> None:
+    from matplotlib.patches import Patch
+
+    lines, _ = axes.get_legend_handles_labels()
+    kinds: dict[str, Any] = record.summary.get("step_kinds") or {}
+    words = {kind: f"{it['steps']} {KIND_NAMES[kind]}, median {it['median_ms']:.1f} ms" for kind, it in kinds.items()}
+    patches = [Patch(color=_KIND_COLOURS[kind], label=label) for kind, label in words.items()]
+    axes.legend(handles=[*lines, *patches], loc="upper right", fontsize=8, frameon=False)
 
 
 def _draw_phases(axes: Axes, record: RunRecord) -> None:
@@ -194,7 +207,7 @@ def _short(name: str) -> str:
 def _title(record: RunRecord) -> str:
     request = record.request
     rate = record.summary.get("it_per_s")
-    speed = f", {rate:.2f} it/s" if rate else ""
+    speed = f", {rate:.3g} it/s" if rate else ""
     size = f"{request.get('width')}x{request.get('height')} batch {request.get('batch')}"
     plan = str(request.get("plan", "stock")).replace("$", r"\$")
     return (
@@ -203,13 +216,8 @@ def _title(record: RunRecord) -> str:
     )
 
 
-def _step_colour(step: Any, steps: Sequence[Any]) -> str:
-    if step["cached"]:
-        return _CACHED
-    if step["index"] == 0:
-        return _FIRST
-    with_uncond = any(other["uncond_rows"] for other in steps)
-    return _NO_UNCOND if with_uncond and step["evals"] and not step["uncond_rows"] else _FULL
+def _step_colour(index: int, kind: str | None) -> str:
+    return _FIRST if index == 0 and kind in (FULL, CFG_OFF) else _KIND_COLOURS[kind or FULL]
 
 
 def _step_ms(step: Any) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..errors import ResultsError, SpeedLabError, first_line
-from .record import RUN_ID, RunRecord, loosely_from_json
+from .record import RUN_ID, RunRecord, loosely_from_json, shown_json
 from .store import RunStore, leads_into
 
 log = logging.getLogger(__name__)
@@ -126,6 +126,13 @@ class RunLibrary:
         if loosely_from_json(text).run_id != run_id:
             raise ResultsError(f"{path} is the record of another run.")
         return text
+
+    def shown(self, run_id: str) -> str:
+        """A record's JSON as this version shows it: of an old one with the rate computed from its steps.
+
+        Raises UnknownRunError, ResultsError.
+        """
+        return shown_json(self.text(run_id))
 
     def artifact(self, run_id: str, kind: str, index: int = 0) -> Path:
         """The file that a record names, of kind `images`, `chart`, `trace`. Raises UnknownRunError, ResultsError."""

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import first_line
 from .clock import Mark
 from .context import NodeContext
+from .summary import speed
 from .trace import Evaluation
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ INTERVAL_S = 0.105
 MAX_STEPS_A_MESSAGE = 2000
 _KEPT_CLIENTS = 256
 
-_CACHED, _WITH_UNCOND = 1, 2
+_CACHED, _WITH_UNCOND, _FORECAST = 1, 2, 4
 
 
 @dataclass
@@ -103,10 +104,14 @@ class LiveFeed:
             self._pump.ask(self)
 
     def message(self) -> dict[str, Any]:
-        """The state now: the steps done since the last message of this run, `first` being the first one's index."""
+        """The state now: the steps done since the last message of this run, `first` being the first one's index.
+
+        `summary` is of all steps of this run that are done, computed as the record's is.
+        """
         run = self._run
         if run is None:
-            return {**self._told, "state": self._state, "run": 0, "total": 0, "first": 0, "steps": []}
+            nothing = {"run": 0, "total": 0, "first": 0, "steps": [], "summary": speed(None, 0)}
+            return {**self._told, "state": self._state, **nothing}
         if run.index != self._sent_run:
             self._sent_run, self._sent_steps = run.index, 0
         first = self._sent_steps
@@ -115,7 +120,7 @@ class LiveFeed:
         if self._sent_steps < len(run.steps):
             self.changed()
         return {**self._told, "state": self._state, "run": run.index, "total": run.total, "first": first,
-                "steps": [list(step) for step in steps]}  # fmt: skip
+                "steps": [list(step) for step in steps], "summary": run.speed()}  # fmt: skip
 
 
 class LiveRun:
@@ -133,6 +138,13 @@ class LiveRun:
         self._evaluations: list[Evaluation] = []
         self._start_ns = 0
         self._done = False
+        # One value, which the server's loop reads while the sampling thread replaces it.
+        self._so_far = (0, 0)
+
+    def speed(self) -> dict[str, Any]:
+        """Sampling time over steps until the end of the last whole step."""
+        steps, nanoseconds = self._so_far
+        return speed(nanoseconds / 1e6, steps)
 
     def began(self, steps: int, mark: Mark) -> None:
         # A run that goes on with another model begins again for the steps that are left.
@@ -153,6 +165,7 @@ class LiveRun:
 
     def _close_step(self, end_ns: int) -> None:
         self.steps.append((round((end_ns - self._start_ns) / 1e6, 2), _flags(self._evaluations)))
+        self._so_far = (len(self.steps), self._so_far[1] + end_ns - self._start_ns)
         self._evaluations, self._start_ns, self._done = [], end_ns, False
         self._feed.changed()
 
@@ -160,7 +173,8 @@ class LiveRun:
 def _flags(evaluations: Sequence[Evaluation]) -> int:
     cached = any(e.cached or (e.end is not None and e.forwards == 0) for e in evaluations)
     uncond = any(e.uncond_rows for e in evaluations)
-    return (_CACHED if cached else 0) | (_WITH_UNCOND if uncond else 0)
+    forecast = not any(e.cond_rows or e.uncond_rows for e in evaluations)
+    return (_CACHED if cached else 0) | (_WITH_UNCOND if uncond else 0) | (_FORECAST if forecast else 0)
 
 
 class _Pump:

@@ -1,4 +1,4 @@
-"""The record of one run (schema 1) and its row in the CSV.
+"""The record of one run (schema 2) and its row in the CSV.
 
 Plain data: nothing here reads a clock, a file or a model.
 """
@@ -16,10 +16,11 @@ from typing import Any
 from ..errors import ResultsError
 from .memory import MemoryPeak
 from .record_shape import shape_fault
-from .statistics import Spread, spread
+from .statistics import spread
+from .summary import from_schema_1
 from .trace import StepRow
 
-SCHEMA = 1
+SCHEMA = 2
 RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
 CSV_COLUMNS = (
@@ -65,7 +66,8 @@ class RunRecord:
 def from_json(text: str) -> RunRecord:
     """Read a record back. Raises ResultsError for anything that is not a whole record of a known schema.
 
-    Every field has the type that the rest of this pack computes with.
+    Every field has the type that the rest of this pack computes with. One of schema 1 comes back with the rate computed
+    from its steps.
     """
     record = loosely_from_json(text)
     fault = shape_fault(vars(record))
@@ -80,8 +82,14 @@ def loosely_from_json(text: str) -> RunRecord:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting without end
         raise ResultsError(f"not a whole record: {error}") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ResultsError(f"not a record of schema {SCHEMA}")
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema not in (1, SCHEMA):
+        raise ResultsError(
+            f"not a record of schema 1 or {SCHEMA}"
+            + (f" but of schema {schema}: update SpeedLab to read it" if isinstance(schema, int) else "")
+        )
+    if schema != SCHEMA:
+        data = from_schema_1(data)
     names = {f.name: f for f in dataclasses.fields(RunRecord)}
     missing = [n for n, f in names.items() if n not in data and f.default is dataclasses.MISSING
                and f.default_factory is dataclasses.MISSING]  # fmt: skip
@@ -90,6 +98,18 @@ def loosely_from_json(text: str) -> RunRecord:
     if not isinstance(data["run_id"], str) or not RUN_ID.fullmatch(data["run_id"]):
         raise ResultsError("not a record: its run id is malformed")
     return RunRecord(**{key: value for key, value in data.items() if key in names})
+
+
+def shown_json(text: str) -> str:
+    """A record's JSON in the present schema, the types of fields unchecked; one that has it is left as it is.
+
+    Raises ResultsError as `loosely_from_json` does.
+    """
+    try:
+        data = json.loads(text)
+        return json.dumps(from_schema_1(data)) if data.get("schema") == 1 else text
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ResultsError(f"not a whole record: {error}") from error
 
 
 def step_dict(row: StepRow) -> dict[str, Any]:
@@ -107,39 +127,6 @@ def memory_dict(peak: MemoryPeak) -> dict[str, float | None]:
         "peak_reserved_gb": _gb(peak.reserved),
         "peak_rss_gb": _gb(peak.rss),
         "device_used_gb": _gb(peak.device_used),
-    }
-
-
-def summarise(
-    runs_ms: Sequence[float],
-    steps: Sequence[Sequence[StepRow]],
-    first_eval_ms: float | None,
-    first_step_ms: float | None,
-) -> dict[str, Any]:
-    """The record's `summary` from every measured run.
-
-    `steps` holds the step rows of each measured run; `first_eval_ms` and `first_step_ms` are of the very first run,
-    warm-up included, which pays for compilation. Steady steps are all but the first of each run; a run of a single
-    step is its own steady step.
-    """
-    steady = [row.ms for rows in steps for row in (rows[1:] or rows) if row.evals]
-    per_step, per_run = spread(steady), spread(list(runs_ms))
-    return {
-        "repeats": len(runs_ms),
-        "runs_ms": [round(ms, 3) for ms in runs_ms],
-        "run": _rounded(per_run),
-        "step_median_ms": _of(per_step, "median"),
-        "step_min_ms": _of(per_step, "min"),
-        "step_max_ms": _of(per_step, "max"),
-        "step_p10_ms": _of(per_step, "p10"),
-        "step_p90_ms": _of(per_step, "p90"),
-        "step_std_ms": _of(per_step, "std"),
-        "first_eval_ms": _round(first_eval_ms),
-        "first_step_excess_ms": _round(
-            first_step_ms - per_step.median if first_step_ms is not None and per_step else None
-        ),
-        "it_per_s": _round(1000.0 / per_step.median if per_step and per_step.median > 0 else None),
-        "images_per_min": None,
     }
 
 
@@ -168,13 +155,15 @@ def csv_row(record: RunRecord) -> dict[str, str]:
     quality = record.quality or {}
     values: dict[str, Any] = {
         **{name: request.get(name) for name in CSV_COLUMNS if name in request},
+        # Some schedulers take other than the steps asked for; the rate is that of the steps taken.
+        "steps": summary.get("steps") or request.get("steps"),
         "max_vram_gb": overall.get("peak_allocated_gb"),
         "time_s": times and times.median,
         "time_mean_s": times and times.mean,
         "time_min_s": times and times.min,
         "time_max_s": times and times.max,
         "time_std_s": times and times.std,
-        "step_time_s": _seconds(summary.get("step_median_ms")),
+        "step_time_s": _seconds(summary.get("step_time_ms")),
         "first_eval_s": _seconds(summary.get("first_eval_ms")),
         "it_per_s": summary.get("it_per_s"),
         "images_per_min": summary.get("images_per_min"),
@@ -223,24 +212,12 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _of(values: Spread | None, name: str) -> float | None:
-    return None if values is None else _round(getattr(values, name))
-
-
 def _seconds(ms: float | None) -> float | None:
     return None if ms is None else ms / 1000.0
 
 
 def _gb(value: int | None) -> float | None:
     return None if value is None else round(value / 1e9, 4)
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
-
-
-def _rounded(values: Spread | None) -> dict[str, float] | None:
-    return None if values is None else {k: round(v, 3) for k, v in dataclasses.asdict(values).items()}
 
 
 def _finite(value: Any) -> Any:

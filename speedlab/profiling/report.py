@@ -7,6 +7,7 @@ from typing import Any
 
 from .depth_text import depth_lines, depth_table
 from .record import RunRecord, precision_text
+from .summary import KIND_NAMES
 
 _PHASE_NAMES = {
     "load": "load checkpoint",
@@ -30,11 +31,14 @@ def summary_text(record: RunRecord) -> str:
     if not record.steps:
         return "\n".join(["nothing was sampled: denoise leaves no step to take", *record.warnings])
     lines = [
-        f"{request.get('plan')}: {request.get('steps')} steps in {_s(run.get('median'))}, "
-        f"{summary.get('it_per_s') or 0:.2f} it/s, a step {_ms(summary.get('step_median_ms'))} "
-        f"(p10 {_ms(summary.get('step_p10_ms'))}, p90 {_ms(summary.get('step_p90_ms'))}), "
+        f"{request.get('plan')}: {summary.get('steps') or request.get('steps')} steps in {_s(run.get('median'))}, "
+        f"{_rate(summary.get('it_per_s'))}, a step {_ms(summary.get('step_time_ms'))}, "
         f"first evaluation {_ms(summary.get('first_eval_ms'))}"
     ]
+    kinds = summary.get("step_kinds") or {}
+    if kinds:
+        told = (f"{its['steps']} {KIND_NAMES[kind]} {_ms(its['median_ms'])}" for kind, its in kinds.items())
+        lines.append(f"steps by kind, medians: {', '.join(told)}")
     if summary.get("repeats", 1) > 1:
         lines.append(
             f"{summary['repeats']} runs: median {_s(run.get('median'))}, min {_s(run.get('min'))}, "
@@ -111,6 +115,11 @@ def _phase_value(value: Any) -> str:
 
 def _gb(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _rate(per_s: float | None) -> str:
+    """Of a slow run too with three digits that count."""
+    return "rate not known" if not per_s else f"{per_s:.2f} it/s" if per_s >= 1 else f"{per_s:.3g} it/s"
 
 
 def _ms(value: float | None) -> str:

@@ -24,8 +24,9 @@ from .context import NodeContext
 from .depth import DETAILS, TIMING, Depth, measure_depth
 from .environment import environment, environment_hash
 from .memory import MemoryPeak, PeakReading, measure_peak
-from .record import RunRecord, memory_dict, step_dict, summarise, total_ms
+from .record import RunRecord, memory_dict, step_dict, total_ms
 from .store import RunStore, new_run_id
+from .summary import summarise
 from .trace import SamplingTrace, StepRow, first_eval_ms, part_rows, sampling_ms, step_rows, traced
 from .trace_file import require_profiler
 

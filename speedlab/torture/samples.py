@@ -30,7 +30,7 @@ def record() -> RunRecord:
         phases_ms={"load": "cached", "text_encode": 100.0, "prepare": 50.0, "sample": 2000.0, "decode": 250.0},
         steps=[{"index": 0, "sigma": 14.6, "gpu_ms": None, "cpu_ms": 100.0, "evals": 1, "cond_rows": 1,
                 "uncond_rows": 1, "cached": False, "model": "base"}],
-        summary={"runs_ms": [2000.0, 2200.0], "repeats": 2, "step_median_ms": 100.0, "it_per_s": 10.0},
+        summary={"runs_ms": [2000.0, 2200.0], "repeats": 2, "steps": 20, "step_time_ms": 105.0, "it_per_s": 9.52381},
         memory={"overall": {"peak_allocated_gb": 7.4, "peak_rss_gb": 3.0}},
         quality={"psnr": 31.5, "ssim": 0.97},
         artifacts={"images": [f"speedlab/images/{RUN_ID}.png"], "chart": f"speedlab/charts/{RUN_ID}.png"},

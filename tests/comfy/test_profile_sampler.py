@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from .tiny_unet import build
+
 SETTINGS = {"seed": 11, "steps": 4, "cfg": 7.0, "scheduler": "karras"}
 DETERMINISTIC_COUNTS = {"euler": (20, 20), "heun": (20, 39), "dpmpp_2m": (20, 20), "dpm_2": (20, 39), "ddim": (20, 20),
                         "lms": (20, 20), "dpmpp_sde": (20, 39), "uni_pc": (20, 20), "lcm": (20, 20)}  # fmt: skip
@@ -161,6 +163,49 @@ def test_steps_add_up_to_the_sampling_time(sample):
     assert sigmas == sorted(sigmas, reverse=True)
 
 
+def cached_and_without_cfg(node, model):
+    cached = node("SpeedLabDeepCache").apply(model, 3, 0, 0.0, 1.0, "uniform")[0]
+    return node("SpeedLabDynamicCFG").apply(cached, "fixed", 0.75, 0.99)[0]
+
+
+CHANGES = [
+    {},
+    {"sampler_name": "heun"},
+    {"sampler_name": "dpm_2", "steps": 1},
+    {"repeats": 3, "warmup": 1},
+    {"denoise": 0.5},
+    {"scheduler": "ddim_uniform", "steps": 30},
+    {"plan": cached_and_without_cfg, "steps": 12},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=lambda changes: " ".join(changes) or "plain")
+def test_every_surface_tells_the_sampling_time_over_the_steps(sample, node, tiny, engine, changes):
+    plan, settings = changes.get("plan"), {name: value for name, value in changes.items() if name != "plan"}
+    source = build("sd15") if plan else tiny
+    model = plan(node, source.model) if plan else source.model
+    record, summary = sample(model=model, positive=source.cond(1), negative=source.cond(2), **settings)[1:3]
+    rows = engine("profiling.record").csv_row(record)
+    shown = engine("profiling.browser").browser_summary(record)
+    sampling_s, steps = record.phases_ms["sample"] / 1000.0, len(record.steps)
+    for rate, step_s, count in (
+        (record.summary["it_per_s"], record.summary["step_time_ms"] / 1000.0, record.summary["steps"]),
+        (shown["summary"]["it_per_s"], shown["summary"]["step_time_ms"] / 1000.0, len(shown["steps"])),
+        (float(rows["it_per_s"]), float(rows["step_time_s"]), int(rows["steps"])),
+    ):
+        assert count == steps
+        assert count / rate == pytest.approx(sampling_s, rel=0.01)
+        assert count * step_s == pytest.approx(sampling_s, rel=0.01)
+    rate = record.summary["it_per_s"]
+    assert f"{steps} steps in {sampling_s:.3f} s, {rate:.2f} it/s, a step {1000.0 / rate:.1f} ms" in summary
+    kinds = {kind: told["steps"] for kind, told in record.summary["step_kinds"].items()}
+    if plan:  # steps 0, 3, 6 and 9 are full, the last of them after guidance stopped
+        assert kinds == {"full": 3, "cached": 8, "cfg_off": 1}
+        assert "8 cached" in summary and "1 CFG off" in summary
+    else:
+        assert kinds == {"full": steps}
+
+
 def test_repeats_and_warmup(sample, reference):
     out, record, summary, _ = sample(repeats=3, warmup=1)
     assert_equal(out, reference())
@@ -205,7 +250,7 @@ def test_the_record_is_written_with_the_contracts_fields(sample, base_dir):
     record = sample()[1]
     path = Path(base_dir) / "output" / "speedlab" / "runs" / f"{record.run_id}.json"
     data = json.loads(path.read_text())
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert set(data["phases_ms"]) >= {"load", "text_encode", "first_eval", "sample", "decode", "total"}
     columns = "index sigma gpu_ms cpu_ms evals cond_rows uncond_rows cached model"
     assert set(data["steps"][0]) == set(columns.split())

@@ -24,8 +24,8 @@ def _make_record(**changes):
         phases_ms={"load": 900.0, "text_encode": 100.0, "prepare": 50.0, "first_eval": 30.0, "sample": 2000.0,
                    "decode": 250.0, "save": 100.0, "total": 2500.0},
         steps=[],
-        summary={"runs_ms": [2000.0, 2200.0, 1900.0], "repeats": 3, "step_median_ms": 100.0, "first_eval_ms": 130.0,
-                 "it_per_s": 10.0, "images_per_min": 48.0},
+        summary={"runs_ms": [2000.0, 2200.0, 1900.0], "repeats": 3, "steps": 20, "step_time_ms": 100.0,
+                 "first_eval_ms": 130.0, "it_per_s": 10.0, "images_per_min": 48.0},
         memory={"overall": records.memory_dict(MemoryPeak(7_400_000_000, 8_000_000_000, 3_000_000_000, None))},
     )  # fmt: skip
     return base.changed(**changes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from speedlab.bench.events import Event, EventLog, node_spans, nodes_of, step_times_s, text_to_picture_s
+from speedlab.bench.events import Event, EventLog, node_spans, text_to_picture_s
 
 GRAPH = {
     "1": {"class_type": "CheckpointLoaderSimple"},
@@ -44,12 +44,3 @@ def test_spans_pair_each_node_with_the_next_mark():
     spans = node_spans(log_of((0, "1"), (2, "2"), (5, None)).events)
     assert [(span.node, span.seconds) for span in spans] == [("1", 2), ("2", 3)]
     assert node_spans([]) == []
-
-
-def test_step_times_skip_the_first_step_other_nodes_and_restarts():
-    def step(time_s, node, value):
-        return Event(time_s, "progress", node, value, 4)
-
-    events = [step(0, "4", 1), step(2, "4", 2), step(3, "5", 1), step(5, "4", 3), step(6, "4", 4), step(9, "4", 1)]
-    assert step_times_s(events, ["4"]) == [2, 3, 1]
-    assert nodes_of(GRAPH, ["KSampler"]) == ["4"]

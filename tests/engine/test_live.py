@@ -76,6 +76,7 @@ def test_one_message_tells_all_steps_of_a_quick_run(loop, server):
     told = entry[2]
     assert (told["node"], told["workflow"], told["state"], told["total"]) == ("12:3", "canvas", "ok", 4)
     assert told["steps"] == [[2.0, 2], [2.0, 3], [2.0, 2], [2.0, 0]]
+    assert told["summary"] == {"steps": 4, "step_time_ms": 2.0, "it_per_s": 500.0}
 
 
 def test_never_more_than_ten_a_second_and_the_last_state_arrives(loop, server):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import pytest
 from speedlab.bench import errors
 from speedlab.bench.client import ComfyClient
 from speedlab.bench.demo_graphs import DemoSettings, stock_graph
-from speedlab.bench.events import nodes_of, step_times_s, text_to_picture_s
+from speedlab.bench.events import nodes_of, text_to_picture_s
 from speedlab.bench.follow import Follower
-from speedlab.bench.outside import phases
+from speedlab.bench.outside import OutsideMemory, outside_record, phases, sampled
 from speedlab.bench.overrides import Overrides, adapt
 from speedlab.bench.scenarios import SCENARIOS
 from speedlab.bench.signatures import signature_from_info, snapshot
@@ -57,10 +58,14 @@ def test_core_nodes_are_timed_from_outside(server):
     again = talk(server.url, lambda client: client.run(graph, timeout_s=600))
     total = text_to_picture_s(result.log, graph)
     assert total is not None and total > 0
-    assert len(step_times_s(result.log.events, nodes_of(graph, ["KSampler"]))) == TINY.steps - 1
+    told = sampled(result)
+    assert len(told["steps"]) == TINY.steps
     spent = phases(result)
     parts = [spent[name] for name in ("text_encode", "prepare", "sample", "decode", "save")]
     assert sum(parts) == pytest.approx(spent["total"])
+    record = outside_record(result, request={"steps": TINY.steps}, env={}, memory=OutsideMemory())
+    assert TINY.steps / record.summary["it_per_s"] == pytest.approx(spent["sample"] / 1000.0, rel=1e-3)
+    assert sum(step["cpu_ms"] for step in told["steps"]) == pytest.approx(spent["sample"], rel=0.01)
     assert set(nodes_of(graph, ["CLIPTextEncode"])) <= again.log.cached
     assert text_to_picture_s(again.log, graph) is None
 
@@ -181,6 +186,7 @@ def test_bench_fails_with_words_where_the_server_lacks_the_checkpoint(server, tm
 
 def test_demo_prints_both_rows_and_the_ratio(server, taesd_files, tmp_path):
     sizes = ("--width", "64", "--height", "64", "--steps", "3")
+    before = server.get("/speedlab/runs?limit=1")["files"]
     done = command("demo", "--server", server.url, *sizes, "--checkpoint", CHECKPOINT, out=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "times as fast as stock" in done.stdout
@@ -191,6 +197,12 @@ def test_demo_prints_both_rows_and_the_ratio(server, taesd_files, tmp_path):
     assert rows[0]["plan"] == "stock"
     assert len({row["seed"] for row in rows}) == 1
     assert all(float(row["time_s"]) > 0 and row["status"] == "ok" for row in rows)
+    runs = [json.loads((tmp_path / "speedlab" / "runs" / f"{row['run_id']}.json").read_text()) for row in rows]
+    for row, run in zip(rows, runs, strict=True):
+        assert len(run["steps"]) == 3
+        assert 3 * float(row["step_time_s"]) == pytest.approx(run["phases_ms"]["sample"] / 1000.0, rel=1e-3)
+        assert float(row["it_per_s"]) * float(row["step_time_s"]) == pytest.approx(1.0, rel=1e-3)
+    assert server.get("/speedlab/runs?limit=1")["files"] == before, "the sampler's own records are deleted"
 
 
 def test_adapted_scenarios_are_valid_with_another_vae(server):

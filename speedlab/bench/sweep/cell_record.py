@@ -5,21 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...loading import SOURCE
 from ...precision import unet_dtypes
 from ...profiling.complete import merge_memory
 from ...profiling.environment import environment, environment_hash
-from ...profiling.record import RunRecord, summarise
-from ...profiling.trace import StepRow
+from ...profiling.record import RunRecord
+from ...profiling.summary import rows_of, summarise
 from .cells import Cell
 from .measure import OneRun, Prompt
 from .quality import Quality
 from .techniques import Parts
-
-_STEP_FIELDS = tuple(f.name for f in fields(StepRow))
 
 
 @dataclass
@@ -58,9 +56,9 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     first = every[0]
     totals = runs.totals_ms()
     sampling = [statistics.fmean(run.sample_ms for run in repeat) for repeat in runs.repeats]
-    rows = [_rows(run.record) for run in every]
+    rows = [rows_of(run.record.steps) for run in every]
     begin = runs.first or first
-    begun = _rows(begin.record)
+    begun = rows_of(begin.record.steps)
     summary = summarise(sampling, rows, begin.record.summary.get("first_eval_ms"), begun[0].ms if begun else None)
     median = statistics.median(totals)
     summary |= {
@@ -82,7 +80,7 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         status=runs.status,
         error=runs.error,
         request={**first.record.request, **_request(runs, facts), **_decoded(first)},
-        phases_ms=_phases(every, median),
+        phases_ms=_phases(every, summary["run"]["median"], median),
         summary=summary,
         memory=memory,
         quality=_quality(runs),
@@ -149,7 +147,7 @@ def _decoded(run: OneRun) -> dict[str, Any]:
     return told
 
 
-def _phases(every: Sequence[OneRun], total: float) -> dict[str, float | str | None]:
+def _phases(every: Sequence[OneRun], sample: float, total: float) -> dict[str, float | str | None]:
     def median(values: Sequence[Any]) -> float | None:
         known = [float(value) for value in values if isinstance(value, (int, float))]
         return round(statistics.median(known), 3) if known else None
@@ -160,7 +158,7 @@ def _phases(every: Sequence[OneRun], total: float) -> dict[str, float | str | No
         "to_device": median([run.record.phases_ms.get("to_device") for run in every]),
         "prepare": median([run.record.phases_ms.get("prepare") for run in every]),
         "first_eval": every[0].record.summary.get("first_eval_ms"),
-        "sample": median([run.sample_ms for run in every]),
+        "sample": sample,
         "decode": median([run.decode_ms for run in every]),
         "save": median([run.save_ms for run in every]),
         "total": round(total, 3),
@@ -180,7 +178,3 @@ def _quality(runs: CellRuns) -> dict[str, Any] | None:
 def _artifacts(runs: CellRuns) -> dict[str, Any]:
     files = [file for run in runs.repeats[-1] for file in run.files]
     return {"images": files, **({} if runs.difference is None else {"difference": runs.difference})}
-
-
-def _rows(record: RunRecord) -> tuple[StepRow, ...]:
-    return tuple(StepRow(**{name: step[name] for name in _STEP_FIELDS}) for step in record.steps)
