@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..accelerate.patching import accelerators
 from ..core import core_nodes, is_out_of_memory, output_directory
@@ -18,7 +19,7 @@ from ..lora import LORAS
 from ..precision import unet_dtypes
 from ..tiny_vae import latent_mark
 from . import live, nvtx, timeline
-from .clock import Mark, clock_for, host_ms
+from .clock import clock_for
 from .compile_counts import CompileCounts, compile_counts
 from .context import NodeContext
 from .depth import DETAILS, TIMING, Depth, measure_depth
@@ -26,12 +27,25 @@ from .environment import environment, environment_hash
 from .memory import MemoryPeak, PeakReading, measure_peak
 from .record import RunRecord, memory_dict, step_dict, summarise, total_ms
 from .store import RunStore, new_run_id
-from .trace import SamplingTrace, StepRow, first_eval_ms, part_rows, sampling_ms, step_rows, traced
+from .trace import (
+    SamplingTrace,
+    StepRow,
+    around_ms,
+    first_eval_ms,
+    part_rows,
+    sampling_ms,
+    step_rows,
+    to_device_ms,
+    traced,
+)
 from .trace_file import require_profiler
 
 log = logging.getLogger(__name__)
 
 _PIXELS_PER_LATENT = 8
+_NOTABLE_SHARE = 0.01
+# For each network the patches that it sampled with last; a network that is gone is forgotten.
+_sampled_with: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,7 @@ class _Session:
     status: str = "ok"
     error: str | None = None
     feed: live.LiveFeed | None = None
+    first_use: bool = False
 
 
 def profile_sampling(
@@ -136,7 +151,7 @@ def profile_run(
     _check(options, latent)
     store = RunStore(output_directory())
     store.check_writable()
-    session = _Session(new_run_id())
+    session = _Session(new_run_id(), first_use=_is_first_use(model))
     if not options.part:
         session.feed = live.open_feed(context, session.run_id, options.warmup, options.repeats)
     reading = PeakReading()
@@ -173,6 +188,13 @@ def profile_run(
     return ProfiledLatent(marked, record)
 
 
+def _is_first_use(model: Any) -> bool:
+    """Whether nothing was sampled yet with this network and these patches, so that its weights have still to come."""
+    before = _sampled_with.get(model.model)
+    _sampled_with[model.model] = model.patches_uuid
+    return bool(before != model.patches_uuid)
+
+
 def _note_sampling(session: _Session) -> None:
     """Note when sampling and its record were done: what follows, a core decoder say, is timed from here."""
     now = timeline.executing()
@@ -190,7 +212,7 @@ def _run_all(model: Any, options: ProfileOptions, session: _Session, sample: Sam
             trace = SamplingTrace(clock_for(model.load_device), emitter, on_step=options.on_step)
             session.traces.append(trace)
             trace.observer = None if session.feed is None else session.feed.run(index)
-            trace.called = Mark(time.perf_counter_ns())
+            trace.called = trace.clock.mark()
             try:
                 result = sample(trace)
             except BaseException:
@@ -199,6 +221,7 @@ def _run_all(model: Any, options: ProfileOptions, session: _Session, sample: Sam
                 with contextlib.suppress(RuntimeError):
                     trace.clock.settle()
                 raise
+            trace.returned = trace.clock.mark()
             trace.clock.settle()
             if index >= options.warmup:
                 session.measured.append(trace)
@@ -283,8 +306,25 @@ def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | 
     if phases["text_encode"] is None:
         notes.append("A core node encoded the text, so the time from text to picture is not known.")
     elif phases["text_encode"] == "cached":
-        notes.append("ComfyUI had the encoded text in its cache; text encoding is not in the total.")
+        notes.append(
+            "ComfyUI had the encoded text, or a part of it, in its cache, so the time from text to picture is not "
+            "known. Change the texts to have it measured."
+        )
+    notes += _first_move(session, phases)
     return tuple(dict.fromkeys(notes))
+
+
+def _first_move(session: _Session, phases: Mapping[str, float | str | None]) -> list[str]:
+    """What to say where the move of weights may be one that no repeat pays again."""
+    moved, sampled = phases.get("to_device"), phases.get("sample")
+    if not session.first_use or not isinstance(moved, float) or not isinstance(sampled, (int, float)):
+        return []
+    if moved < _NOTABLE_SHARE * (moved + sampled):
+        return []
+    return [
+        f"This prompt is the first that sampled with this model and its LoRAs: {moved:.0f} ms of the time from text to "
+        "picture moved its weights to the device. Queue the prompt again, with other texts, for the time of a repeat."
+    ]
 
 
 def with_rates(record: RunRecord) -> RunRecord:
@@ -300,16 +340,18 @@ def _rows(traces: list[SamplingTrace]) -> list[tuple[StepRow, ...]]:
 
 
 def _to_device_ms(session: _Session) -> float | None:
-    """Moving weights to the device and patching LoRAs into them, of the first run: later ones find all in place."""
-    return round(sum(part.to_device_ms for part in session.traces[0].parts()), 3) if session.traces else None
+    """Moving weights to the device and patching LoRAs into them, of the first run, warm-up included.
+
+    It alone follows the prompt's text encoding, so it pays what a repeat of the prompt pays; later ones find all in
+    place.
+    """
+    return round(to_device_ms(session.traces[0]), 3) if session.traces else None
 
 
 def _prepare_ms(session: _Session) -> float | None:
-    """Noise and conditioning, of the first measured run."""
-    trace = session.measured[0] if session.measured else None
-    if trace is None or trace.called is None or trace.start is None:
-        return None
-    return round(host_ms(trace.called, trace.start) - trace.to_device_ms, 3)
+    """Noise, conditioning and cleaning up, of the first measured run."""
+    around = around_ms(session.measured[0]) if session.measured else None
+    return None if around is None else round(around, 3)
 
 
 def _request(

@@ -77,7 +77,8 @@ class SamplingTrace:
     emitter: nvtx.Emitter
     model_role: str = "base"
     called: Mark | None = None
-    to_device_ms: float = 0.0
+    returned: Mark | None = None
+    moves: list[tuple[Mark, Mark]] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     start: Mark | None = None
     end: Mark | None = None
@@ -198,7 +199,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
         try:
             return executor(*args, **kwargs)
         finally:
-            trace.to_device_ms += host_ms(start, trace.clock.mark())
+            trace.moves.append((start, trace.clock.mark()))
 
     def predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         with trace.evaluation(timestep.detach().reshape(-1)[:1]):
@@ -236,6 +237,23 @@ def sampling_ms(trace: SamplingTrace) -> float | None:
     if any(start is None or end is None for start, end in spans):
         return None
     return sum(_span_ms(trace.clock, start, end) for start, end in spans if start is not None and end is not None)
+
+
+def to_device_ms(trace: SamplingTrace) -> float:
+    """Milliseconds in which weights of all parts came to the device and LoRAs into them. Call after the clock settled.
+
+    Device time where there is one: a copy that goes on after its call returned belongs to the move.
+    """
+    return sum(_span_ms(part.clock, start, end) for part in trace.parts() for start, end in part.moves)
+
+
+def around_ms(trace: SamplingTrace) -> float | None:
+    """Milliseconds of a whole run that are neither a move of weights nor inside the sampler: noise, conditioning, and
+    cleaning up. None for a run that did not end. Call after the clock settled."""
+    sampling = sampling_ms(trace)
+    if trace.called is None or trace.returned is None or sampling is None:
+        return None
+    return max(_span_ms(trace.clock, trace.called, trace.returned) - sampling - to_device_ms(trace), 0.0)
 
 
 def first_eval_ms(trace: SamplingTrace) -> float | None:
