@@ -275,7 +275,9 @@ def _record(
         "save": None,
     }
     phases["total"] = total_ms(phases, run and run["median"])
-    env = environment(model.load_device)
+    outside = environment(model.load_device)
+    conditions = next((trace.conditions for trace in session.traces if trace.conditions is not None), None)
+    env = outside if conditions is None else {**outside, "flags": conditions.flags}
     described = _request(model, request, latent, context, session)
     return with_rates(
         RunRecord(
@@ -284,7 +286,7 @@ def _record(
             status=session.status,
             error=session.error,
             env=env,
-            env_hash=environment_hash(env),
+            env_hash=environment_hash(outside),
             request=described,
             phases_ms=phases,
             steps=tuple(step_dict(row) for row in rows[0]) if rows else (),

@@ -17,6 +17,7 @@ from ..accelerate.run_notes import REPORT_NOTE
 from ..schedule import step_of
 from . import nvtx
 from .clock import Clock, Mark, host_ms
+from .environment import Conditions, conditions_now
 
 KEY = "speedlab.profile"
 
@@ -84,6 +85,7 @@ class SamplingTrace:
     end: Mark | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    conditions: Conditions | None = None
     on_step: Callable[[int], None] | None = None
     first_step: int = 0
     then: SamplingTrace | None = None
@@ -207,6 +209,9 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
 
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
+        if trace.conditions is None:
+            # Here every technique has set what it sets for its run.
+            trace.conditions = conditions_now(args[0].device.type)
         with trace.forward(options.get("cond_or_uncond", (0,))):
             return executor(*args, **kwargs)
 
