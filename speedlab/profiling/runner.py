@@ -14,7 +14,7 @@ from ..accelerate.patching import accelerators
 from ..core import core_nodes, is_out_of_memory, output_directory
 from ..decoding import LATENT_MARK
 from ..errors import ResultsError, SpeedLabError, UnavailableError, first_line
-from ..loading import SOURCE, CheckpointSource, file_hash
+from ..loading import HASHED, SOURCE, CheckpointSource, sampled_hash
 from ..lora import LORAS
 from ..precision import unet_dtypes
 from ..tiny_vae import latent_mark
@@ -304,6 +304,11 @@ def _record(
 def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | None]) -> tuple[str, ...]:
     notes = [note for trace in session.traces for part in trace.parts() for note in part.notes]
     notes += session.depth.notes
+    if any(not trace.clock.is_synchronised for trace in session.traces):
+        notes.append(
+            f"PyTorch cannot wait for the device {model.load_device.type} here (its backend has no synchronize): the "
+            "times tell when work was queued, not when it was done, so steps and phases cannot be told apart for sure."
+        )
     notes += [match.warning() for match in model.get_attachment(LORAS) or () if match.matched < match.total]
     if phases["text_encode"] is None:
         notes.append("A core node encoded the text, so the time from text to picture is not known.")
@@ -390,14 +395,15 @@ def _request(
 def _checkpoint(source: CheckpointSource | None, context: NodeContext, with_hash: bool) -> dict[str, Any] | None:
     if source is None:
         name = context.checkpoint_name()
-        return {"name": name, "sha256": None} if name else None
+        return {"name": name, "sampled_sha256": None} if name else None
     digest = None
     if with_hash:
         try:
-            digest = file_hash(source.path, output_directory() / "speedlab" / "hashes.json")
+            digest = sampled_hash(source.path)
         except OSError as error:
             log.warning("SpeedLab: %s could not be read again for its hash: %s", source.path, first_line(error))
-    return {"name": source.name, "sha256": digest, "family": source.family, "size_bytes": source.size_bytes}
+    told = {"sampled_sha256": digest, "hashed": HASHED if digest else None}
+    return {"name": source.name, **told, "family": source.family, "size_bytes": source.size_bytes}
 
 
 def _memory(

@@ -334,6 +334,19 @@ def test_the_clock_settles_before_a_failed_run_is_read(sample, engine, tiny, mon
     assert settled
 
 
+def test_a_device_that_nothing_waits_for_is_told(sample, engine, monkeypatch):
+    """DirectML's device, which PyTorch knows by name alone."""
+    from types import SimpleNamespace
+
+    runner, clocks = engine("profiling.runner"), engine("profiling.clock")
+    assert not any("cannot wait" in text for text in sample()[1].warnings)
+    monkeypatch.setattr(runner, "clock_for", lambda device: clocks.clock_for(SimpleNamespace(type="privateuseone")))
+    record = sample()[1]
+    assert sum("cannot wait for the device" in text for text in record.warnings) == 1
+    assert [step["gpu_ms"] for step in record.steps] == [None] * 4
+    assert clocks.can_synchronize("cuda") and clocks.can_synchronize("mps") and clocks.can_synchronize("cpu")
+
+
 def test_nvtx_ranges_have_fixed_names_and_close(sample, engine, tiny, monkeypatch):
     nvtx = engine("profiling.nvtx")
     calls, depth = [], []

@@ -63,7 +63,8 @@ def test_the_main_job_leaves_a_whole_record_and_one_row(server, graph):
     assert phases["total"] == pytest.approx(sum(phases[name] for name in counted))
     assert [step["evals"] for step in record["steps"]] == [1, 1]
     assert record["request"]["checkpoint"]["name"] == "speedlab_demo_sd15.safetensors"
-    assert len(record["request"]["checkpoint"]["sha256"]) == 64
+    checkpoint = record["request"]["checkpoint"]
+    assert len(checkpoint["sampled_sha256"]) == 64 and "blocks" in checkpoint["hashed"]
     assert record["request"]["accelerators"] == ["tiny_vae(taesd)"]
     assert set(record["memory"]) >= {"sample", "decode", "overall"}
     assert record["env"]["comfyui"]
