@@ -24,8 +24,6 @@ from .node import find_host, show_models
 
 _LOOK_S = 0.2
 _TAIL = 8
-# ComfyUI's output folder here is only a place between the save node and the driver; these are small and save work.
-_KEPT = ("hashes.json",)
 
 
 class Worker:
@@ -135,9 +133,12 @@ def _tail(server: ComfyServer) -> str:
 
 
 def _clear(output: Path) -> None:
-    """Take away what the driver has fetched, so that no worker's disk fills."""
+    """Take away what the driver has fetched, so that no worker's disk fills.
+
+    ComfyUI's output folder here is only a place between the save node and the driver.
+    """
     for path in output.rglob("*"):
-        if path.is_file() and path.name not in _KEPT:
+        if path.is_file():
             with contextlib.suppress(OSError):
                 path.unlink()
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..profiling.roofline import share_of_peak
 from .bench import Bench
 from .models import release
 from .plan import STOCK, Arm, Block
 from .shot import Ready, Shot, shoot
+
+log = logging.getLogger(__name__)
 
 # With so many pictures a row is worth keeping where time ends before all of them.
 _ENOUGH = 3
@@ -143,7 +147,10 @@ def _rates(bench: Bench, block: Block, lane: Lane) -> dict[str, Any]:
         return {}
     rate = flop * bench.scene(block).steps / lane.median("sampling_s") / 1e12
     peak = bench.journal.value(f"peak/{block.dtype}", "tflops")
-    return {"tflops": _round(rate, 3), "peak_share": None if not peak else _round(100.0 * rate / peak, 2)}
+    share = share_of_peak(rate, peak) if peak else None
+    if peak and share is None:
+        log.warning("SpeedLab: %s ran above the measured peak, so no share of it is written.", block.row(lane.arm))
+    return {"tflops": _round(rate, 3), "peak_share": None if share is None else _round(share, 2)}
 
 
 def _relative_error(latent: Any, reference: Any) -> float | None:

@@ -23,6 +23,8 @@ class Clock(Protocol):
     """Marks moments during a run and tells distances in milliseconds after `settle`."""
 
     has_device_time: bool
+    is_synchronised: bool
+    """Whether marks and `settle` wait for the device, so that times are of work done and not of work queued."""
 
     def mark(self) -> Mark: ...
 
@@ -43,6 +45,7 @@ class HostClock:
 
     def __init__(self, device: Any) -> None:
         self._device = device
+        self.is_synchronised = can_synchronize(device)
 
     def mark(self) -> Mark:
         synchronize(self._device)
@@ -59,6 +62,7 @@ class CudaClock:
     """CUDA (and ROCm) events on the current stream; nothing waits until `settle`."""
 
     has_device_time = True
+    is_synchronised = True
 
     def __init__(self, device: Any) -> None:
         self._device = device
@@ -82,16 +86,24 @@ def clock_for(device: Any) -> Clock:
     return CudaClock(device) if getattr(device, "type", str(device)) == "cuda" else HostClock(device)
 
 
-def synchronize(device: Any) -> None:
-    """Wait until the device's queue is empty; returns at once on a CPU."""
+def can_synchronize(device: Any) -> bool:
+    """Whether `synchronize` waits for what this device was given. A CPU has done it when a call returns."""
     kind = getattr(device, "type", str(device))
     if kind == "cpu":
+        return True
+    import torch
+
+    return hasattr(getattr(torch, kind, None), "synchronize")
+
+
+def synchronize(device: Any) -> None:
+    """Wait until the device's queue is empty; returns at once on a CPU, and where nothing can wait for the device."""
+    kind = getattr(device, "type", str(device))
+    if kind == "cpu" or not can_synchronize(device):
         return
     import torch
 
-    backend = getattr(torch, kind, None)
-    if backend is None or not hasattr(backend, "synchronize"):
-        return
+    backend = getattr(torch, kind)
     if kind == "mps":
         backend.synchronize()
     else:

@@ -97,17 +97,21 @@ class NodeContext:
     def phase_ms(self, phase: str, entries: Iterable[PhaseEntry], list_index: int | None = None) -> float | str | None:
         """Milliseconds that this pack's nodes upstream spent in a phase, for item `list_index` of a list.
 
-        `cached` where such a node is upstream but was not executed for this prompt, None where there is none, or
-        where a core node did part of it.
+        `cached` where such a node is upstream but was not executed for this prompt (for text encoding: one of them,
+        since the time of the others is no whole one), None where there is none, or where a core node did part of it.
         """
         upstream = self.ancestors()
-        classes = {str(_path(self.prompt.get(node_id), "class_type")) for node_id in upstream}
+        by_node = {node_id: str(_path(self.prompt.get(node_id), "class_type")) for node_id in upstream}
+        classes = set(by_node.values())
         if classes & set(_CORE_PHASE_NODES.get(phase, ())):
             return None
         mine = [e for e in entries if e.phase == phase and self._concerns(e, upstream)]
+        own = _PHASE_NODES.get(phase, ())
+        if phase == "text_encode" and {n for n, kind in by_node.items() if kind in own} - {e.node_id for e in mine}:
+            return "cached"
         if mine:
             return round(sum(e.ms for e in _of_item(mine, list_index)), 3)
-        return "cached" if classes & set(_PHASE_NODES.get(phase, ())) else None
+        return "cached" if classes & set(own) else None
 
     def concerning(self, entries: Iterable[PhaseEntry]) -> list[PhaseEntry]:
         """The entries of nodes upstream."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..accelerate.compiled import is_compiled
+from ..accelerate.patching import Site, attach
 from ..errors import first_line
 from .compile_counts import CompileCounts, compile_counts, counts_between
 from .extra_pass import Sampling, run_pass
@@ -30,6 +31,7 @@ from .trace_file import write_trace
 
 log = logging.getLogger(__name__)
 
+_PEAK_KEY = "speedlab.peak"
 TIMING, KERNELS, TRACE = "timing", "kernels", "trace"
 DETAILS = (TIMING, KERNELS, TRACE)
 
@@ -144,18 +146,39 @@ def _with_roofline(
     evaluations = timed.evaluations[window.first : window.end]
     timed_ms = sum(row.ms for row in rows if row.index in window.steps)
     with _reported("The operations of a forward could not be counted", notes):
-        count = count_flops(sample, model, timed.evaluations, range(window.first, window.end))
-        found = roofline(count, evaluations, len(window.steps), timed_ms, _peak(model, notes))
+        peaks: list[Peak] = []
+
+        def observed(counted: Any) -> object:
+            return sample(_with_peak(counted, _compute_dtype(model, timed), peaks, notes))
+
+        count = count_flops(observed, model, timed.evaluations, range(window.first, window.end))
+        found = roofline(count, evaluations, len(window.steps), timed_ms, peaks[0] if peaks else None)
         if found is None:
             notes.append("This model runs outside of PyTorch, where its operations cannot be counted.")
+        elif peaks and found["tflops"] is not None and found["peak_share"] is None:
+            notes.append(
+                f"The steps ran at {found['tflops']:.3g} TFLOP/s, above the {peaks[0].tflops:.3g} TFLOP/s of the peak "
+                f"({peaks[0].name}), so no share of it is given: other work slowed its measurement, or the model "
+                "computes in a faster way than this product. Profile again on a quiet machine."
+            )
     return dataclasses.replace(depth, roofline=found, notes=tuple(notes))
 
 
-def _peak(model: Any, notes: list[str]) -> Peak | None:
-    dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
-    with _reported("The peak of this device could not be measured", notes):
-        return measured_peak(model.load_device, dtype)
-    return None
+def _compute_dtype(model: Any, timed: SamplingTrace) -> Any:
+    """What the timed run multiplied in: autocast's dtype where a technique had switched it on."""
+    cast = None if timed.conditions is None else timed.conditions.autocast
+    return cast or model.get_model_object("manual_cast_dtype") or model.model_dtype()
+
+
+def _with_peak(model: Any, dtype: Any, peaks: list[Peak], notes: list[str]) -> Any:
+    """A clone whose sampling measures the peak first: only there are the flags those that the timed run had."""
+
+    def sampler_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with _reported("The peak of this device could not be measured", notes):
+            peaks.append(measured_peak(model.load_device, dtype))
+        return executor(*args, **kwargs)
+
+    return attach(model, _PEAK_KEY, {Site.SAMPLER_SAMPLE: sampler_sample})
 
 
 @contextmanager

@@ -63,7 +63,8 @@ def _operations(roofline: Mapping[str, Any]) -> str:
     if roofline.get("tflops") is not None:
         words.append(f"{_flop(1e12 * roofline['tflops'])}/s")
     peak = roofline.get("peak")
-    if peak and roofline.get("peak_share") is not None:
+    # Records of earlier versions can hold a share above 100 %: of a peak that was none.
+    if peak and roofline.get("peak_share") is not None and roofline["peak_share"] <= 100.0:
         words.append(f"{roofline['peak_share']:.0f} % of {_flop(1e12 * peak['tflops'])}/s ({peak['name']})")
     return ", ".join(words)
 

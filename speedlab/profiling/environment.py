@@ -6,6 +6,8 @@ import hashlib
 import json
 import platform
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,32 @@ from typing import Any
 from .. import __version__
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What holds inside a run alone, since techniques set it for the run: PyTorch's flags, and autocast's dtype."""
+
+    flags: dict[str, Any]
+    autocast: Any | None = None
+
+
+def conditions_now(device_type: str) -> Conditions:
+    """The conditions at this moment; to be read inside of a forward."""
+    import torch
+
+    try:
+        # PyTorch before 2.4 does not tell it of any device.
+        is_on = hasattr(torch, "get_autocast_dtype") and torch.is_autocast_enabled(device_type)
+    except RuntimeError:  # a device that PyTorch's autocast does not know
+        is_on = False
+    return Conditions(speed_flags(), torch.get_autocast_dtype(device_type) if is_on else None)
+
+
 def environment(device: Any) -> dict[str, Any]:
-    """Facts about device, driver, libraries and flags, as the record's `env`. Unknown facts are None."""
+    """Facts about device, driver, libraries and flags, as the record's `env`. Unknown facts are None.
+
+    The flags are those of this moment. A record has those of its run instead, and as `env_hash` the hash with the
+    flags outside of it: what a technique switches for its run makes no other environment.
+    """
     import torch
 
     cuda = getattr(device, "type", str(device)) == "cuda"
@@ -32,7 +58,7 @@ def environment(device: Any) -> dict[str, Any]:
         "platform": _platform_name(),
         "attention": _attention_name(),
         "allocator": torch.cuda.get_allocator_backend() if cuda else None,
-        "flags": _flags(torch),
+        "flags": speed_flags(),
         "cpu": cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "ram_gb": _ram_gb(),
@@ -112,15 +138,34 @@ def _attention_name() -> str | None:
     return getattr(optimized_attention, "__name__", str(optimized_attention))
 
 
-def _flags(torch: Any) -> dict[str, Any]:
-    matmul = torch.backends.cuda.matmul
+def speed_flags() -> dict[str, Any]:
+    """PyTorch's process-wide flags that change speed, as they are now; None where PyTorch refuses to answer."""
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     return {
-        "tf32_matmul": bool(matmul.allow_tf32),
-        "tf32_cudnn": bool(torch.backends.cudnn.allow_tf32),
-        "cudnn_benchmark": bool(torch.backends.cudnn.benchmark),
+        "tf32_matmul": _tf32(lambda: matmul.allow_tf32, matmul),
+        "tf32_cudnn": _tf32(lambda: cudnn.allow_tf32, getattr(cudnn, "conv", None)),
+        "fp32_matmul": _answer(torch.get_float32_matmul_precision),
+        "cudnn_benchmark": bool(cudnn.benchmark),
         "fp16_accumulation": bool(getattr(matmul, "allow_fp16_accumulation", False)),
         "deterministic": bool(torch.are_deterministic_algorithms_enabled()),
     }
+
+
+def _answer(read: Callable[[], Any]) -> Any | None:
+    """None where PyTorch refuses its older interface, as it does once somebody has used the newer one."""
+    try:
+        return read()
+    except RuntimeError:
+        return None
+
+
+def _tf32(read: Callable[[], Any], owner: Any) -> bool | None:
+    answer = _answer(read)
+    if answer is None and not hasattr(owner, "fp32_precision"):
+        return None
+    return bool(owner.fp32_precision == "tf32" if answer is None else answer)
 
 
 @lru_cache(maxsize=1)

@@ -131,17 +131,17 @@ def memory_dict(peak: MemoryPeak) -> dict[str, float | None]:
 
 
 def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | None) -> float | None:
-    """Text encoding to saved picture, without load; None while a part of that is unknown.
+    """Text encoding to saved picture with every move of weights, without load; None while a part of that is unknown.
 
-    A phase that ComfyUI answered from its cache took no time. `after_sampling` is the span from sampling to the
-    report where a core node decoded in it.
+    A phase that ComfyUI answered from its cache (`cached`) is a part that is unknown: nobody knows here what a repeat
+    would have paid for it. `after_sampling` is the span from sampling to the report where a core node decoded in it.
     """
     decode = phases_ms.get("decode")
     after = phases_ms.get("after_sampling") if decode is None else decode
     parts = (phases_ms.get("text_encode"), sample_ms, after)
-    if any(part is None for part in parts):
+    if not all(isinstance(part, (int, float)) for part in parts):
         return None
-    extras = (phases_ms.get("prepare"), phases_ms.get("save"))
+    extras = (phases_ms.get("to_device"), phases_ms.get("prepare"), phases_ms.get("save"))
     return sum(float(ms) for ms in (*parts, *extras) if isinstance(ms, (int, float)))
 
 

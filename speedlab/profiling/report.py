@@ -78,7 +78,7 @@ def _phase_table(record: RunRecord) -> list[str]:
         value = record.phases_ms.get(key)
         memory: Mapping[str, Any] = record.memory.get("overall" if key == "total" else key, {})
         counted = isinstance(value, (int, float)) and isinstance(total, (int, float)) and total > 0
-        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "to_device", "first_eval") else ""  # type: ignore[operator]
+        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "first_eval") else ""  # type: ignore[operator]
         rows.append(
             f"{name:<18}{_phase_value(value):>12}{share:>8}{_gb(memory.get('peak_allocated_gb')):>10}"
             f"{_gb(memory.get('peak_rss_gb')):>9}"

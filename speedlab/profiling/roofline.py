@@ -9,6 +9,7 @@ from typing import Any
 
 from ..precision import short_name
 from .clock import synchronize
+from .environment import speed_flags
 from .flops import FlopCount
 from .trace import Evaluation
 
@@ -31,18 +32,24 @@ class Peak:
 def measured_peak(device: Any, dtype: Any, side: int | None = None) -> Peak:
     """A large square matrix product on `device` in `dtype`, timed for a quarter of a second; once per process.
 
-    The flags that change its speed (TF32, fp16 accumulation) are part of what is remembered. `side` of the matrices:
-    None for one that is large enough and fits any card.
+    Flags that change its speed (TF32, fp16 accumulation) are those of this moment and part of what is remembered.
+    `side` of the matrices: None for one that is large enough and fits any card.
     """
     import torch
 
     side = _SIDE.get(device.type, _SIDE_ELSEWHERE) if side is None else side
-
-    matmul = torch.backends.cuda.matmul
-    key = (str(device), side, dtype, bool(matmul.allow_tf32), bool(getattr(matmul, "allow_fp16_accumulation", False)))
+    flags = speed_flags()
+    key = (str(device), side, dtype, *flags.values())
     if key not in _peaks:
-        _peaks[key] = _measure(device, dtype, side, tf32=key[3] and device.type == "cuda" and dtype == torch.float32)
+        tf32 = bool(flags["tf32_matmul"]) and device.type == "cuda" and dtype == torch.float32
+        _peaks[key] = _measure(device, dtype, side, tf32)
     return _peaks[key]
+
+
+def share_of_peak(tflops: float, peak_tflops: float) -> float | None:
+    """Percent of a peak; None where it would be over 100, since then the peak is none."""
+    share = 100.0 * tflops / peak_tflops if peak_tflops > 0 else None
+    return share if share is not None and share <= 100.0 else None
 
 
 def _measure(device: Any, dtype: Any, side: int, tf32: bool) -> Peak:
@@ -82,7 +89,7 @@ def roofline(
         return None
     whole = next((e for e in evaluations if e.forwards and not e.cached), None)
     rate = total / timed_ms / 1e9 if timed_ms > 0 else None
-    share = 100.0 * rate / peak.tflops if rate is not None and peak is not None and peak.tflops > 0 else None
+    share = share_of_peak(rate, peak.tflops) if rate is not None and peak is not None else None
     return {
         "flop_per_forward": None if whole is None else count.total([whole]) // whole.forwards,
         "rows_per_forward": None if whole is None else (whole.cond_rows + whole.uncond_rows) / whole.forwards,

@@ -8,17 +8,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..accelerate.patching import accelerators
 from ..core import core_nodes, is_out_of_memory, output_directory
 from ..decoding import LATENT_MARK
 from ..errors import ResultsError, SpeedLabError, UnavailableError, first_line
-from ..loading import SOURCE, CheckpointSource, file_hash
+from ..loading import HASHED, SOURCE, CheckpointSource, sampled_hash
 from ..lora import LORAS
 from ..precision import unet_dtypes
 from ..tiny_vae import latent_mark
 from . import live, nvtx, timeline
-from .clock import Mark, clock_for, host_ms
+from .clock import clock_for
 from .compile_counts import CompileCounts, compile_counts
 from .context import NodeContext
 from .depth import DETAILS, TIMING, Depth, measure_depth
@@ -27,12 +28,25 @@ from .memory import MemoryPeak, PeakReading, measure_peak
 from .record import RunRecord, memory_dict, step_dict, total_ms
 from .store import RunStore, new_run_id
 from .summary import summarise
-from .trace import SamplingTrace, StepRow, first_eval_ms, part_rows, sampling_ms, step_rows, traced
+from .trace import (
+    SamplingTrace,
+    StepRow,
+    around_ms,
+    first_eval_ms,
+    part_rows,
+    sampling_ms,
+    step_rows,
+    to_device_ms,
+    traced,
+)
 from .trace_file import require_profiler
 
 log = logging.getLogger(__name__)
 
 _PIXELS_PER_LATENT = 8
+_NOTABLE_SHARE = 0.01
+# For each network the patches that it sampled with last; a network that is gone is forgotten.
+_sampled_with: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,7 @@ class _Session:
     status: str = "ok"
     error: str | None = None
     feed: live.LiveFeed | None = None
+    first_use: bool = False
 
 
 def profile_sampling(
@@ -137,7 +152,7 @@ def profile_run(
     _check(options, latent)
     store = RunStore(output_directory())
     store.check_writable()
-    session = _Session(new_run_id())
+    session = _Session(new_run_id(), first_use=_is_first_use(model))
     if not options.part:
         session.feed = live.open_feed(context, session.run_id, options.warmup, options.repeats)
     reading = PeakReading()
@@ -174,6 +189,13 @@ def profile_run(
     return ProfiledLatent(marked, record)
 
 
+def _is_first_use(model: Any) -> bool:
+    """Whether nothing was sampled yet with this network and these patches, so that its weights have still to come."""
+    before = _sampled_with.get(model.model)
+    _sampled_with[model.model] = model.patches_uuid
+    return bool(before != model.patches_uuid)
+
+
 def _note_sampling(session: _Session) -> None:
     """Note when sampling and its record were done: what follows, a core decoder say, is timed from here."""
     now = timeline.executing()
@@ -191,7 +213,7 @@ def _run_all(model: Any, options: ProfileOptions, session: _Session, sample: Sam
             trace = SamplingTrace(clock_for(model.load_device), emitter, on_step=options.on_step)
             session.traces.append(trace)
             trace.observer = None if session.feed is None else session.feed.run(index)
-            trace.called = Mark(time.perf_counter_ns())
+            trace.called = trace.clock.mark()
             try:
                 result = sample(trace)
             except BaseException:
@@ -200,6 +222,7 @@ def _run_all(model: Any, options: ProfileOptions, session: _Session, sample: Sam
                 with contextlib.suppress(RuntimeError):
                     trace.clock.settle()
                 raise
+            trace.returned = trace.clock.mark()
             trace.clock.settle()
             if index >= options.warmup:
                 session.measured.append(trace)
@@ -253,7 +276,9 @@ def _record(
         "save": None,
     }
     phases["total"] = total_ms(phases, run and run["median"])
-    env = environment(model.load_device)
+    outside = environment(model.load_device)
+    conditions = next((trace.conditions for trace in session.traces if trace.conditions is not None), None)
+    env = outside if conditions is None else {**outside, "flags": conditions.flags}
     described = _request(model, request, latent, context, session)
     return with_rates(
         RunRecord(
@@ -262,7 +287,7 @@ def _record(
             status=session.status,
             error=session.error,
             env=env,
-            env_hash=environment_hash(env),
+            env_hash=environment_hash(outside),
             request=described,
             phases_ms=phases,
             steps=tuple(step_dict(row) for row in rows[0]) if rows else (),
@@ -280,12 +305,34 @@ def _record(
 def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | None]) -> tuple[str, ...]:
     notes = [note for trace in session.traces for part in trace.parts() for note in part.notes]
     notes += session.depth.notes
+    if any(not trace.clock.is_synchronised for trace in session.traces):
+        notes.append(
+            f"PyTorch cannot wait for the device {model.load_device.type} here (its backend has no synchronize): the "
+            "times tell when work was queued, not when it was done, so steps and phases cannot be told apart for sure."
+        )
     notes += [match.warning() for match in model.get_attachment(LORAS) or () if match.matched < match.total]
     if phases["text_encode"] is None:
         notes.append("A core node encoded the text, so the time from text to picture is not known.")
     elif phases["text_encode"] == "cached":
-        notes.append("ComfyUI had the encoded text in its cache; text encoding is not in the total.")
+        notes.append(
+            "ComfyUI had the encoded text, or a part of it, in its cache, so the time from text to picture is not "
+            "known. Change the texts to have it measured."
+        )
+    notes += _first_move(session, phases)
     return tuple(dict.fromkeys(notes))
+
+
+def _first_move(session: _Session, phases: Mapping[str, float | str | None]) -> list[str]:
+    """What to say where the move of weights may be one that no repeat pays again."""
+    moved, sampled = phases.get("to_device"), phases.get("sample")
+    if not session.first_use or not isinstance(moved, float) or not isinstance(sampled, (int, float)):
+        return []
+    if moved < _NOTABLE_SHARE * (moved + sampled):
+        return []
+    return [
+        f"This prompt is the first that sampled with this model and its LoRAs: {moved:.0f} ms of the time from text to "
+        "picture moved its weights to the device. Queue the prompt again, with other texts, for the time of a repeat."
+    ]
 
 
 def with_rates(record: RunRecord) -> RunRecord:
@@ -301,16 +348,18 @@ def _rows(traces: list[SamplingTrace]) -> list[tuple[StepRow, ...]]:
 
 
 def _to_device_ms(session: _Session) -> float | None:
-    """Moving weights to the device and patching LoRAs into them, of the first run: later ones find all in place."""
-    return round(sum(part.to_device_ms for part in session.traces[0].parts()), 3) if session.traces else None
+    """Moving weights to the device and patching LoRAs into them, of the first run, warm-up included.
+
+    It alone follows the prompt's text encoding, so it pays what a repeat of the prompt pays; later ones find all in
+    place.
+    """
+    return round(to_device_ms(session.traces[0]), 3) if session.traces else None
 
 
 def _prepare_ms(session: _Session) -> float | None:
-    """Noise and conditioning, of the first measured run."""
-    trace = session.measured[0] if session.measured else None
-    if trace is None or trace.called is None or trace.start is None:
-        return None
-    return round(host_ms(trace.called, trace.start) - trace.to_device_ms, 3)
+    """Noise, conditioning and cleaning up, of the first measured run."""
+    around = around_ms(session.measured[0]) if session.measured else None
+    return None if around is None else round(around, 3)
 
 
 def _request(
@@ -347,14 +396,15 @@ def _request(
 def _checkpoint(source: CheckpointSource | None, context: NodeContext, with_hash: bool) -> dict[str, Any] | None:
     if source is None:
         name = context.checkpoint_name()
-        return {"name": name, "sha256": None} if name else None
+        return {"name": name, "sampled_sha256": None} if name else None
     digest = None
     if with_hash:
         try:
-            digest = file_hash(source.path, output_directory() / "speedlab" / "hashes.json")
+            digest = sampled_hash(source.path)
         except OSError as error:
             log.warning("SpeedLab: %s could not be read again for its hash: %s", source.path, first_line(error))
-    return {"name": source.name, "sha256": digest, "family": source.family, "size_bytes": source.size_bytes}
+    told = {"sampled_sha256": digest, "hashed": HASHED if digest else None}
+    return {"name": source.name, **told, "family": source.family, "size_bytes": source.size_bytes}
 
 
 def _memory(

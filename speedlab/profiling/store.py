@@ -162,7 +162,7 @@ class RunStore:
     def refuse_symlink_out(self) -> None:
         """Raises ResultsError where a folder or table is a link that leads out of the output folder, or to itself."""
         base = self.root.parent.resolve()
-        names = ("runs", "images", "charts", "results.csv", "results.csv.lock", "hashes.json")
+        names = ("runs", "images", "charts", "results.csv", "results.csv.lock")
         for path in (self.root, *(self.root / name for name in names)):
             if not leads_into(base, path):
                 raise ResultsError(f"{path} is a link that leads out of {base}; SpeedLab does not write through it.")

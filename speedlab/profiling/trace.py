@@ -17,6 +17,7 @@ from ..accelerate.run_notes import REPORT_NOTE
 from ..schedule import step_of
 from . import nvtx
 from .clock import Clock, Mark, host_ms
+from .environment import Conditions, conditions_now
 
 KEY = "speedlab.profile"
 
@@ -77,12 +78,14 @@ class SamplingTrace:
     emitter: nvtx.Emitter
     model_role: str = "base"
     called: Mark | None = None
-    to_device_ms: float = 0.0
+    returned: Mark | None = None
+    moves: list[tuple[Mark, Mark]] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     start: Mark | None = None
     end: Mark | None = None
     evaluations: list[Evaluation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    conditions: Conditions | None = None
     on_step: Callable[[int], None] | None = None
     first_step: int = 0
     then: SamplingTrace | None = None
@@ -198,7 +201,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
         try:
             return executor(*args, **kwargs)
         finally:
-            trace.to_device_ms += host_ms(start, trace.clock.mark())
+            trace.moves.append((start, trace.clock.mark()))
 
     def predict_noise(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         with trace.evaluation(timestep.detach().reshape(-1)[:1]):
@@ -206,6 +209,9 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
 
     def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
         options = kwargs.get("transformer_options") or (args[5] if len(args) > 5 else {})
+        if trace.conditions is None:
+            # Here every technique has set what it sets for its run.
+            trace.conditions = conditions_now(args[0].device.type)
         with trace.forward(options.get("cond_or_uncond", (0,))):
             return executor(*args, **kwargs)
 
@@ -236,6 +242,23 @@ def sampling_ms(trace: SamplingTrace) -> float | None:
     if any(start is None or end is None for start, end in spans):
         return None
     return sum(_span_ms(trace.clock, start, end) for start, end in spans if start is not None and end is not None)
+
+
+def to_device_ms(trace: SamplingTrace) -> float:
+    """Milliseconds in which weights of all parts came to the device and LoRAs into them. Call after the clock settled.
+
+    Device time where there is one: a copy that goes on after its call returned belongs to the move.
+    """
+    return sum(_span_ms(part.clock, start, end) for part in trace.parts() for start, end in part.moves)
+
+
+def around_ms(trace: SamplingTrace) -> float | None:
+    """Milliseconds of a whole run that are neither a move of weights nor inside the sampler: noise, conditioning, and
+    cleaning up. None for a run that did not end. Call after the clock settled."""
+    sampling = sampling_ms(trace)
+    if trace.called is None or trace.returned is None or sampling is None:
+        return None
+    return max(_span_ms(trace.clock, trace.called, trace.returned) - sampling - to_device_ms(trace), 0.0)
 
 
 def first_eval_ms(trace: SamplingTrace) -> float | None:

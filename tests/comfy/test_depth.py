@@ -225,7 +225,50 @@ def test_operations_are_exact_whatever_computes_attention(sample, node, tiny, ba
     assert roofline["flop_per_step"] == roofline["flop_per_forward"], "euler makes one batched forward a step"
     assert roofline["peak"]["name"].startswith("measured: fp32 matrix product")
     assert roofline["peak"]["tflops"] > 0
-    assert roofline["peak_share"] == pytest.approx(100 * roofline["tflops"] / roofline["peak"]["tflops"])
+    share = 100 * roofline["tflops"] / roofline["peak"]["tflops"]
+    assert roofline["peak_share"] == (pytest.approx(share) if share <= 100 else None)
+
+
+def test_peak_and_flags_are_those_of_the_run(sample, node, tiny, engine, monkeypatch):
+    """Precision sets its flags while the model samples; read afterwards they are the others again."""
+    import torch
+
+    module, environment = engine("profiling.roofline"), engine("profiling.environment")
+    measured, real = [], module._measure
+
+    def measure(device, dtype, *args):
+        measured.append((environment.speed_flags(), dtype))
+        return real(device, dtype, *args)
+
+    monkeypatch.setattr(module, "_measure", measure)
+    monkeypatch.setattr(module, "_peaks", {})
+    outside = environment.speed_flags()
+    wanted = not outside["tf32_matmul"]
+    precision, flags = engine("accelerate.precision_flags"), "on" if wanted else "off"
+    config = precision.PrecisionConfig(tf32=flags, cudnn_benchmark="on", autocast="bf16")
+    changed = sample(model=precision.attach_precision(tiny.model, config)).record
+    plain = sample().record
+    (seen, dtype), (later, plain_dtype) = measured
+    assert changed.env["flags"] == seen and plain.env["flags"] == later == outside == environment.speed_flags()
+    assert (seen["tf32_matmul"], seen["cudnn_benchmark"]) == (wanted, True)
+    assert (dtype, plain_dtype) == (torch.bfloat16, torch.float32)
+    assert changed.roofline["peak"]["name"].startswith("measured: bf16")
+    assert changed.env_hash == plain.env_hash, "a technique makes no other environment"
+    timed = sample(model=precision.attach_precision(tiny.model, config), detail="timing").record
+    assert timed.env["flags"] == seen, "also without a closer look"
+
+
+def test_a_share_of_a_peak_is_never_above_it(sample, engine, monkeypatch):
+    module = engine("profiling.roofline")
+    monkeypatch.setattr(module, "_measure", lambda *args: module.Peak("measured: a busy machine", 1e-9))
+    monkeypatch.setattr(module, "_peaks", {})
+    result = sample()
+    assert result.record.roofline["tflops"] > 1e-9 and result.record.roofline["peak_share"] is None
+    assert any("so no share of it is given" in text for text in result.record.warnings)
+    assert "%" not in engine("profiling.depth_text")._operations(result.record.roofline)
+    old = {**result.record.roofline, "peak_share": 250.0}
+    assert "%" not in engine("profiling.depth_text")._operations(old)
+    assert module.share_of_peak(1.0, 2.0) == 50.0 and module.share_of_peak(1.0, 0.0) is None
 
 
 def test_cond_and_uncond_apart_are_two_forwards(sample, unet):

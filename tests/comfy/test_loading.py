@@ -287,16 +287,30 @@ def test_a_vae_file_in_the_precision_asked_for(node, model_files, demo_checkpoin
         node("SpeedLabVAELoader").load("bad.safetensors", "auto")
 
 
-def test_the_hash_is_computed_once(engine, tmp_path):
+def test_the_hash_reads_a_little_of_a_large_file_and_tells_files_apart(engine, tmp_path):
     import hashlib
 
-    file, cache = tmp_path / "a.bin", tmp_path / "sub" / "hashes.json"
-    file.write_bytes(b"weights")
-    expected = hashlib.sha256(b"weights").hexdigest()
-    assert engine("loading").file_hash(file, cache) == expected
-    assert expected in cache.read_text()
-    cache.write_text("{broken")
-    assert engine("loading").file_hash(file, cache) == expected
+    loading, small, large = engine("loading"), tmp_path / "small.bin", tmp_path / "large.bin"
+    small.write_bytes(b"weights")
+    assert loading.sampled_hash(small) == hashlib.sha256((7).to_bytes(8, "little") + b"weights").hexdigest()
+    (tmp_path / "empty.bin").write_bytes(b"")
+    assert loading.sampled_hash(tmp_path / "empty.bin") != loading.sampled_hash(small)
+    size = 1 << 30
+    with large.open("wb") as file:  # a sparse file: a gigabyte that takes no room
+        file.truncate(size)
+    seen = {loading.sampled_hash(large)}
+    offsets = loading._hashed_offsets(size)
+    assert (offsets[0], offsets[-1] + loading._HASH_BLOCK) == (0, size)
+    assert len(offsets) * loading._HASH_BLOCK < 5_000_000
+    for place in (0, offsets[64] + 5, size - 1):
+        with large.open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        seen.add(loading.sampled_hash(large))
+    with large.open("ab") as file:
+        file.write(b"x")
+    seen.add(loading.sampled_hash(large))
+    assert len(seen) == 5
 
 
 def test_a_broken_tiny_vae_pair_is_named(node, engine, model_files):

@@ -206,6 +206,34 @@ def test_every_surface_tells_the_sampling_time_over_the_steps(sample, node, tiny
         assert kinds == {"full": steps}
 
 
+def test_the_move_to_the_device_is_the_one_after_the_text_and_a_first_one_is_said_so(sample, tiny):
+    """Warm-up and repeats find the weights in place; what a prompt pays for them is the first run's."""
+    import time
+
+    import torch
+
+    model = tiny.model.clone()
+    weight = model.model.diffusion_model.out[2].weight
+    model.add_patches({"diffusion_model.out.2.weight": ("diff", (torch.zeros_like(weight),))})
+    waited = []
+
+    def move(executor, *args, **kwargs):
+        if len(waited) % 3 == 0:
+            time.sleep(0.3)
+        waited.append(1)
+        return executor(*args, **kwargs)
+
+    model.add_wrapper_with_key("prepare_sampling", "move", move)
+    first = sample(model=model, warmup=1, repeats=2)[1]
+    again = sample(model=model, warmup=1, repeats=2)[1]
+    assert len(waited) == 6
+    for record in (first, again):
+        assert record.phases_ms["to_device"] >= 300.0
+        assert record.phases_ms["prepare"] < record.phases_ms["to_device"], "the move is in one phase only"
+    said = [any("moved its weights" in text for text in record.warnings) for record in (first, again)]
+    assert said == [True, False]
+
+
 def test_repeats_and_warmup(sample, reference):
     out, record, summary, _ = sample(repeats=3, warmup=1)
     assert_equal(out, reference())
@@ -349,6 +377,19 @@ def test_the_clock_settles_before_a_failed_run_is_read(sample, engine, tiny, mon
     with pytest.raises(ValueError, match="stop"):
         sample(model=patched)
     assert settled
+
+
+def test_a_device_that_nothing_waits_for_is_told(sample, engine, monkeypatch):
+    """DirectML's device, which PyTorch knows by name alone."""
+    from types import SimpleNamespace
+
+    runner, clocks = engine("profiling.runner"), engine("profiling.clock")
+    assert not any("cannot wait" in text for text in sample()[1].warnings)
+    monkeypatch.setattr(runner, "clock_for", lambda device: clocks.clock_for(SimpleNamespace(type="privateuseone")))
+    record = sample()[1]
+    assert sum("cannot wait for the device" in text for text in record.warnings) == 1
+    assert [step["gpu_ms"] for step in record.steps] == [None] * 4
+    assert clocks.can_synchronize("cuda") and clocks.can_synchronize("mps") and clocks.can_synchronize("cpu")
 
 
 def test_nvtx_ranges_have_fixed_names_and_close(sample, engine, tiny, monkeypatch):

@@ -40,7 +40,15 @@ def test_a_pack_node_that_did_not_run_was_cached_and_a_core_node_is_unknown():
 
 
 def test_nodes_made_while_the_prompt_runs_count_for_it():
-    assert NodeContext.of(PROMPT, {}, "3").phase_ms("text_encode", [entry("text_encode", "3.0.1", 4.0)]) == 4.0
+    context = NodeContext.of(PROMPT, {}, "3")
+    assert context.phase_ms("text_encode", [entry("text_encode", "2", 3.0), entry("text_encode", "3.0.1", 4.0)]) == 7.0
+
+
+def test_text_of_which_a_part_was_cached_is_cached():
+    both = {**PROMPT, "3": {**PROMPT["3"], "inputs": {"positive": ["2", 0], "negative": ["9", 0]}}}
+    context = NodeContext.of(both, {}, "3")
+    assert context.phase_ms("text_encode", [entry("text_encode", "2", 10.0)]) == "cached"
+    assert context.phase_ms("text_encode", [entry("text_encode", "2", 10.0), entry("text_encode", "9", 5.0)]) == 15.0
 
 
 def test_the_scenario_comes_from_client_workflow_or_node():

@@ -16,7 +16,6 @@ from speedlab.bench.files import check_model_file
 from speedlab.bench.journal import Journal
 from speedlab.bench.results import Outcome
 from speedlab.errors import ResultsError
-from speedlab.loading import file_hash
 from speedlab.profiling.context import NodeContext
 from speedlab.profiling.record import CSV_COLUMNS, csv_row, from_json
 from speedlab.profiling.store import RunStore, new_run_id
@@ -118,12 +117,6 @@ def test_a_picture_with_an_impossible_name_is_left_out(tmp_path, make_record):
     outcome = Outcome("x")
     assert Journal(tmp_path, "series").recall("a/0", tmp_path, outcome)
     assert [path.name for path in outcome.pictures] == ["a.png"] and len(outcome.rows) == 1
-
-
-def test_hashes_that_cannot_be_read_are_computed_anew(tmp_path):
-    (tmp_path / "model").write_bytes(b"x")
-    (tmp_path / "hashes.json").write_text(DEEP)
-    assert len(file_hash(tmp_path / "model", tmp_path / "hashes.json")) == 64
 
 
 @pytest.mark.parametrize("class_type", [["SpeedLabTextEncode"], {"a": 1}, 3, None])

@@ -62,6 +62,12 @@ def test_csv_row_counts_text_to_saved_picture_without_load(make_record):
     assert row["first_eval_s"] == "0.13"
 
 
+def test_the_row_of_a_run_with_a_cached_text_has_no_time(make_record):
+    phases = {**make_record().phases_ms, "text_encode": "cached"}
+    row = records.csv_row(make_record(phases_ms=phases))
+    assert (row["time_s"], row["time_mean_s"], row["time_min_s"]) == ("", "", "")
+
+
 def test_csv_row_of_a_failed_run_has_its_error_on_one_line(make_record):
     row = records.csv_row(
         make_record(status="oom", error="OutOfMemoryError: no\nmore", summary={}, memory={}, steps=[])
@@ -71,13 +77,16 @@ def test_csv_row_of_a_failed_run_has_its_error_on_one_line(make_record):
     assert row["time_s"] == ""
 
 
-def test_cached_phases_add_nothing_and_unknown_ones_leave_the_total_unknown():
-    phases = {"text_encode": "cached", "prepare": None, "decode": 10.0, "save": None}
-    assert records.total_ms(phases, 100.0) == 110.0
+def test_moves_of_weights_count_and_a_cached_or_unknown_phase_leaves_the_total_unknown():
+    phases = {"text_encode": 5.0, "prepare": None, "decode": 10.0, "save": None}
+    assert records.total_ms(phases, 100.0) == 115.0
+    assert records.total_ms({**phases, "to_device": 40.0}, 100.0) == 155.0
+    assert records.total_ms({**phases, "text_encode": "cached"}, 100.0) is None
+    assert records.total_ms({**phases, "decode": "cached"}, 100.0) is None
     assert records.total_ms(phases, None) is None
     assert records.total_ms({**phases, "text_encode": None}, 100.0) is None
     assert records.total_ms({**phases, "decode": None}, 100.0) is None
-    assert records.total_ms({**phases, "decode": None, "after_sampling": 30.0}, 100.0) == 130.0
+    assert records.total_ms({**phases, "decode": None, "after_sampling": 30.0}, 100.0) == 135.0
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+x", "-x", "@x"])

@@ -58,9 +58,9 @@ class OneRun:
 
     @property
     def total_ms(self) -> float:
-        """Text to saved picture, without moving weights to the device."""
-        prepare = self.record.phases_ms.get("prepare")
-        extra = float(prepare) if isinstance(prepare, (int, float)) else 0.0
+        """Text to saved picture, with every move of weights to the device."""
+        others = [self.record.phases_ms.get(name) for name in ("to_device", "prepare")]
+        extra = sum(float(ms) for ms in others if isinstance(ms, (int, float)))
         return self.encode_ms + extra + self.sample_ms + self.decode_ms + self.save_ms
 
 

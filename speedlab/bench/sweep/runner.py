@@ -137,7 +137,7 @@ class Sweep:
                     prepared, prompt, self.context, self.store, runs.run_id, len(made) * batch, self.progress.step
                 )
                 self.progress.finished(runs.cell.settings.steps)
-                self._measured_ms += run.total_ms + float(run.record.phases_ms.get("to_device") or 0.0)
+                self._measured_ms += run.total_ms
                 runs.first = runs.first or _light(run)
                 made.append(run)
             if index >= self.request.warmup:
