@@ -59,10 +59,15 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=cmd_demo.run)
     listing = commands.add_parser("scenarios", help="list the scenarios and what they need")
     listing.set_defaults(run=cmd_tables.run_scenarios)
-    compare = commands.add_parser("compare", help="two results tables: ratio of times, regressions named")
+    compare = commands.add_parser(
+        "compare", help="two results tables: ratio of times; from three runs of each in turn, a verdict"
+    )
     compare.add_argument("a", metavar="A.csv", help="the earlier table")
     compare.add_argument("b", metavar="B.csv", help="the later one")
     compare.add_argument("--strict", action="store_true", help="exit with code 3 where something became slower")
+    compare.add_argument(
+        "--across", action="store_true", help="one machine is meant: judge also across versions of its software"
+    )
     compare.set_defaults(run=cmd_compare.run)
     files = commands.add_parser("workflows", help="write the workflow files from the scenarios")
     files.add_argument("--check", action="store_true", help="only say which committed files differ")

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from ..bench.answers import json_object
-from ..bench.compare_csv import compare, read_table, samples
+from ..bench.compare_csv import compare, read_table, runs_of
 from ..bench.errors import describe_rejection, failure_from_status
 from ..bench.files import check_model_file
 from ..bench.journal import Journal
@@ -127,8 +127,8 @@ def _library_reader(folder: Path) -> Callable[[str], object]:
 def _table_reader(path: Path) -> Callable[[str], object]:
     def read(text: str) -> object:
         path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
-        found = samples(read_table(path), path)
-        entries = compare(found, found)
+        found = runs_of(read_table(path), path)
+        entries, _ = compare(found, found)
         return [(entry.name, entry.is_regression) for entry in entries]
 
     return read

@@ -9,7 +9,7 @@ import struct
 import pytest
 
 from speedlab.accelerate.deepcache_schedule import nonuniform_steps
-from speedlab.bench import compare_csv
+from speedlab.bench import compare_csv, drift
 from speedlab.bench.answers import json_object
 from speedlab.bench.errors import BenchError, describe_rejection, failure_from_status
 from speedlab.bench.files import check_model_file
@@ -79,26 +79,30 @@ def test_letters_that_no_file_holds_cost_no_record(make_record, tmp_path):
     assert (row["plan"], row["error"]) == ("a? b", "?") and row == csv_row(record)
 
 
-@pytest.mark.parametrize(
-    ("cells", "words"),
-    [({"time_s": "1e300"}, "impossible time"), ({"time_std_s": "1e200"}, "impossible deviation"),
-     ({"repeats": "9" * 400}, "more than 1000000 repeats"), ({"time_s": "nan"}, "impossible time"),
-     ({"repeats": "9" * 5000}, "no number")],
-)  # fmt: skip
-def test_a_table_with_impossible_numbers_is_refused(tmp_path, cells, words):
+@pytest.mark.parametrize("text", ["1e300", "nan", "9" * 5000, "-1", "0"])
+def test_a_table_with_an_impossible_time_is_refused(tmp_path, text):
     path = tmp_path / "a.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, CSV_COLUMNS)
         writer.writeheader()
-        writer.writerow({"status": "ok", "time_s": "1", "time_std_s": "0", "repeats": "3", "run_id": "r", **cells})
-    with pytest.raises(BenchError, match=words):
-        compare_csv.samples(compare_csv.read_table(path), path)
+        writer.writerow({"status": "ok", "time_s": text, "run_id": "r"})
+    with pytest.raises(BenchError, match="impossible time"):
+        compare_csv.runs_of(compare_csv.read_table(path), path)
+
+
+@pytest.mark.parametrize(
+    "stamp", ["0001-01-01T00:00:00+2359", "2026-11-21T21:36:26", "9999-12-31T23:59:59-2359", "\ud800"]
+)
+def test_a_time_that_no_calendar_has_is_unknown(stamp):
+    found = drift.span_of("99991231-235959-00000000", stamp)
+    assert found is None or found.start <= found.end
+    assert drift.span_of("20261399-999999-00000000", "2026-11-21T21:36:26+0000") is None
 
 
 def test_times_that_scatter_beyond_their_mean_bound_nothing():
-    wild = {("x",) * len(compare_csv.KEY): compare_csv.Sample(1e-6, 1.0, 2)}
-    (entry,) = compare_csv.compare(wild, wild)
-    assert entry.high == float("inf") and not entry.is_regression
+    wild = [[drift.Session(2.0 * n + side, 1e-9 if (n + side) % 3 else 1e9) for n in range(3)] for side in (0, 1)]
+    found = drift.estimate(*wild)
+    assert found.low < 1.0 < found.high
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"a/0": {"runs": ["x"], "pictures": ["' + "9" * 5000 + '"]}}', '{"a/0": []}'])
