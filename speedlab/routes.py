@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import output_directory
-from .errors import SpeedLabError, first_line
+from .errors import ResultsError, SpeedLabError, first_line
 from .profiling import live
 from .profiling.library import RunLibrary, UnknownRunError
 from .profiling.store import RunStore
@@ -112,6 +112,10 @@ async def _csv(_request: Any) -> Any:
 
     def is_there() -> bool:
         store.refuse_symlink_out()
+        try:
+            store.take_in()
+        except ResultsError as error:  # the rows that are in the table can be read all the same
+            log.warning("SpeedLab: %s", error)
         return path.is_file() and not path.is_symlink()
 
     there = await asyncio.to_thread(is_there)

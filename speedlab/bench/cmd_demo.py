@@ -199,8 +199,7 @@ def report(runs: list[DemoRun], comparison: str | None, out: Path) -> None:
     store = RunStore(out)
     records = []
     for run in runs:
-        records.append(store.write(run.record))
-        store.append_csv(run.record)
+        records.append(store.json_path(store.keep(run.record).run_id))
     stock, best = runs
     print("\n" + format_table([csv_row(run.record) for run in runs]))
     ratio = stock.total_s / best.total_s

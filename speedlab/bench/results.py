@@ -52,8 +52,7 @@ async def fetch_records(client: ComfyClient, result: RunResult, out: Path, outco
             raise BenchError(f"the server's record of run {run_id} is {error}") from error
         path = store.json_path(record.run_id)
         if not path.is_file():
-            store.write(record)
-            store.append_csv(record)
+            store.keep(record)
         outcome.rows.append(csv_row(record))
         outcome.records.append(path)
         outcome.table = store.csv_path

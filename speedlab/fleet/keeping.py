@@ -41,7 +41,8 @@ class Keeper:
 
     def mend(self) -> None:
         """Append the rows of results.csv that a crash came before: their runs are in the manifest."""
-        written = _run_ids(self.store.csv_path)
+        self.store.take_in()
+        written = _run_ids(self.store.csv_path).union(self.store.waiting_ids())
         for row in self.folder.rows.values():
             for run_id in row.run_ids:
                 if run_id in written:
@@ -50,7 +51,7 @@ class Keeper:
                     record = self.store.read(run_id)
                 except ResultsError:  # somebody took it away or changed it since
                     continue
-                self.store.append_csv(record)
+                self.store.add_row(record)
 
     def done(self, task: Task, hand_out: HandOut, answer: Done, origin: Origin) -> Row:
         """Keep a task's result; a record that makes no sense is the task's error."""
@@ -75,7 +76,7 @@ class Keeper:
         self._keep(row)
         # After the manifest's row: that one says that the task is done, and `mend` appends what is missing here.
         for record in records:
-            self.store.append_csv(record)
+            self.store.add_row(record)
         return row
 
     def failed(self, task: Task, hand_out: HandOut, error: str, origin: Origin, lost: bool = False) -> Row:

@@ -48,9 +48,7 @@ def complete(record: RunRecord, images: Any | None, context: NodeContext, all_ch
     record = with_rates(record.changed(phases_ms={**record.phases_ms, "total": _total(record)}))
     chart = chart_or_blank(record, OF_REPORT if all_charts else (STEPS,))
     record = _with_chart(record, chart, store)
-    store.write(record)
-    store.append_csv(record)
-    return Completed(record, chart)
+    return Completed(store.keep(record), chart)
 
 
 def _with_decode(record: RunRecord, has_images: bool, reached_ns: int, context: NodeContext) -> RunRecord:

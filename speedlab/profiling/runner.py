@@ -445,8 +445,6 @@ def _keep_failed(
 ) -> None:
     """Record a run that did not end well; its own error matters more than any of writing it down."""
     try:
-        record = _record(model, request, latent, session, context)
-        store.write(record)
-        store.append_csv(record)
+        store.keep(_record(model, request, latent, session, context))
     except Exception as error:  # a device that failed may refuse anything, and the first error is the one to show
         log.error("SpeedLab: the failed run %s could not be recorded: %s", session.run_id, first_line(error))

@@ -1,7 +1,8 @@
 """Where records live: one JSON a run, one CSV for all, under ComfyUI's output folder.
 
 A JSON appears under its name only when it is whole (temporary file, flush, rename). A CSV row is one append under a
-lock; an append that fails half-way is cut off again, so earlier rows stay whole.
+lock; an append that fails half-way is cut off again, so earlier rows stay whole. Where another program holds the table
+(a spreadsheet on Windows does), the row waits in a file of its own, and the next row that can be written takes it in.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from ..errors import ResultsError, first_line
 from .record import CSV_COLUMNS, RUN_ID, RunRecord, csv_row, from_json
+from .waiting_rows import row_path, run_ids_in, waiting_ids, waiting_rows
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class RunStore:
         self.root = output / "speedlab"
         self.runs = self.root / "runs"
         self.csv_path = self.root / "results.csv"
+        self.waiting = self.root / "waiting"
 
     def json_path(self, run_id: str) -> Path:
         """The file of a run. Raises ResultsError for an id that is not one of ours, so no path can be smuggled in."""
@@ -67,18 +70,27 @@ class RunStore:
         return self.json_path(run_id).with_suffix(".trace.json.gz")
 
     def check_writable(self) -> None:
-        """Fail before minutes of sampling, not after. Raises ResultsError naming the path."""
+        """Fail before minutes of sampling, not after. Raises ResultsError naming the path.
+
+        A table that another program holds is no reason to: its row can wait.
+        """
         try:
             self.refuse_symlink_out()
             self.runs.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.runs) as probe:
                 probe.write(b"speedlab")
-            if self.csv_path.exists():
-                with self.csv_path.open("ab"):
-                    pass
+            try:
+                if self.csv_path.exists():
+                    with self.csv_path.open("ab"):
+                        pass
+                self._check_header()
+            except PermissionError as error:
+                if not self._is_held(error):
+                    raise
+                self.waiting.mkdir(exist_ok=True)
+                log.warning("SpeedLab: %s", self._held_text(f"new rows wait in {self.waiting}"))
         except OSError as error:
             raise cannot_write(self.root, error) from error
-        self._check_header()
 
     def write(self, record: RunRecord) -> Path:
         """Write or replace a run's JSON. Raises ResultsError naming the path; an earlier version then stays."""
@@ -102,21 +114,65 @@ class RunStore:
         except UnicodeDecodeError as error:
             raise ResultsError(f"{path} is not a record: it is no UTF-8 text") from error
 
-    def append_csv(self, record: RunRecord) -> bool:
-        """Append the run's row once; False if this process appended it before. Raises ResultsError naming the path."""
-        from filelock import FileLock, Timeout
+    def keep(self, record: RunRecord) -> RunRecord:
+        """Write a run's JSON and its row. The record comes back as it lies on disk; see `add_row`."""
+        self.write(record)
+        return self.add_row(record)
 
+    def add_row(self, record: RunRecord) -> RunRecord:
+        """Append the row of a run whose JSON is written; where the row has to wait, the JSON gets a warning.
+
+        Raises ResultsError naming the path.
+        """
+        self.append_csv(record)
+        if not self.is_waiting(record.run_id):
+            return record
+        note = self._held_text(f"the row of this run waits in {row_path(self.waiting, record.run_id)}")
+        record = record.changed(warnings=(*record.warnings, note))
+        self.write(record)
+        return record
+
+    def append_csv(self, record: RunRecord) -> bool:
+        """Append the run's row once, and before it those that wait; False if this process appended it before.
+
+        A row that the table cannot take, for another program holds it, waits: see `is_waiting`. Raises ResultsError
+        naming the path.
+        """
         with self._appended_lock:
             if record.run_id in self._appended:
                 return False
+        self._add_rows(record)
+        with self._appended_lock:
+            self._appended[record.run_id] = None
+            while len(self._appended) > _KEPT_APPENDED:
+                self._appended.popitem(last=False)
+        return True
+
+    def take_in(self) -> None:
+        """Add the rows that wait to the table, if it can be written now. Raises ResultsError naming the path."""
+        if self.waiting_ids():
+            self._add_rows(None)
+
+    def is_waiting(self, run_id: str) -> bool:
+        """Whether the run's row is not in the table yet."""
+        return run_id in self.waiting_ids()
+
+    def waiting_ids(self) -> tuple[str, ...]:
+        """The runs whose rows wait for the table. Raises ResultsError naming the path."""
+        try:
+            self.refuse_symlink_out()
+            return waiting_ids(self.waiting)
+        except OSError as error:
+            raise cannot_write(self.waiting, error) from error
+
+    def _add_rows(self, record: RunRecord | None) -> None:
+        from filelock import FileLock, Timeout
+
         try:
             self.refuse_symlink_out()
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(str(self.root / "results.csv.lock"), timeout=_LOCK_TIMEOUT_S):
-                self._check_header()
-                _append(
-                    self.csv_path, _csv_line(csv_row(record)), header=_csv_line({name: name for name in CSV_COLUMNS})
-                )
+                self._add_rows_locked(record)
         except Timeout as error:
             raise ResultsError(
                 f"{self.csv_path} has been locked by another process for {_LOCK_TIMEOUT_S} s; the row was not "
@@ -124,11 +180,39 @@ class RunStore:
             ) from error
         except OSError as error:
             raise cannot_write(self.csv_path, error) from error
-        with self._appended_lock:
-            self._appended[record.run_id] = None
-            while len(self._appended) > _KEPT_APPENDED:
-                self._appended.popitem(last=False)
-        return True
+
+    def _add_rows_locked(self, record: RunRecord | None) -> None:
+        header = _csv_line({name: name for name in CSV_COLUMNS})
+        row = b"" if record is None else _csv_line(csv_row(record))
+        try:
+            self._check_header()
+            waited = waiting_rows(self.waiting)
+            # Only a crash leaves a row in both places, and only then the whole table has to be read.
+            known = run_ids_in(self.csv_path) if waited else set()
+            lines = b"".join(waiting.line for waiting in waited if waiting.run_id not in known) + row
+            if lines:
+                _append(self.csv_path, lines, header)
+        except PermissionError as error:
+            if not self._is_held(error):
+                raise
+            if record is not None:
+                self.waiting.mkdir(exist_ok=True)
+                write_atomically(row_path(self.waiting, record.run_id), header + row)
+                log.warning("SpeedLab: %s", self._held_text(f"the row of run {record.run_id} waits in {self.waiting}"))
+            return
+        for waiting in waited:
+            with contextlib.suppress(PermissionError):  # open in a program itself: it is known as written next time
+                waiting.path.unlink(missing_ok=True)
+
+    def _is_held(self, error: PermissionError) -> bool:
+        """Whether the table is there and this is about it, not about the folder that it lies in."""
+        return self.csv_path.is_file() and str(error.filename or self.csv_path) == str(self.csv_path)
+
+    def _held_text(self, what: str) -> str:
+        return (
+            f"{self.csv_path} cannot be written; is it open in another program, such as Excel? So {what}, and the next "
+            "run that can write the table adds it. Nothing is lost: close that program."
+        )
 
     def _check_header(self) -> None:
         try:
@@ -162,7 +246,7 @@ class RunStore:
     def refuse_symlink_out(self) -> None:
         """Raises ResultsError where a folder or table is a link that leads out of the output folder, or to itself."""
         base = self.root.parent.resolve()
-        names = ("runs", "images", "charts", "results.csv", "results.csv.lock")
+        names = ("runs", "images", "charts", "waiting", "results.csv", "results.csv.lock")
         for path in (self.root, *(self.root / name for name in names)):
             if not leads_into(base, path):
                 raise ResultsError(f"{path} is a link that leads out of {base}; SpeedLab does not write through it.")
@@ -213,7 +297,7 @@ def write_picture(path: Path, picture: Any, **options: Any) -> None:
 
 
 def _append(path: Path, line: bytes, header: bytes) -> None:
-    """Append one line; whatever a failing write left of it is cut off again."""
+    """Append whole lines; whatever a failing write left of it is cut off again."""
     with path.open("ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if end == 0:

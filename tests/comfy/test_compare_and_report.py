@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ..held_table import held
+
 
 def image(seed=0, batch=1, height=24, width=32):
     import torch
@@ -96,6 +98,33 @@ def test_a_report_completes_the_record_and_appends_one_row(node, profile, base_d
     assert mine[0]["time_s"] == ""
     assert float(mine[0]["step_time_s"]) > 0
     assert mine[0]["steps"] == "3"
+
+
+def test_a_table_open_in_another_program_stops_nothing(node, tiny, profile, base_dir):
+    output = Path(base_dir) / "output"
+    table = output / "speedlab" / "results.csv"
+    node("SpeedLabProfileReport").report(profile, image())
+
+    def run():
+        made = node("SpeedLabProfileSampler").sample(
+            tiny.model, 1, 2, 5.0, "euler", "normal", tiny.cond(1), tiny.cond(2), tiny.latent()
+        )["result"][1]
+        return made.run_id, node("SpeedLabProfileReport").report(made, image())["result"]
+
+    def times(run_id):
+        with table.open(newline="") as file:
+            return sum(row["run_id"] == run_id for row in csv.DictReader(file))
+
+    with held(table):
+        run_id, (_, text, _, json_path) = run()
+    data = json.loads(Path(json_path).read_text())
+    assert any("open in another program" in warning for warning in data["warnings"])
+    assert "open in another program" in text
+    assert all((output / name).is_file() for name in (*data["artifacts"]["images"], data["artifacts"]["chart"]))
+    assert times(run_id) == 0
+    next_id, (_, text, *_) = run()
+    assert "open in another program" not in text
+    assert (times(run_id), times(next_id)) == (1, 1)
 
 
 def test_a_report_without_pictures_passes_none_on(node, profile):

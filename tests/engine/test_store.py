@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,8 @@ import pytest
 from speedlab.errors import ResultsError
 from speedlab.profiling import store as stores
 from speedlab.profiling.record import CSV_COLUMNS
+
+from ..held_table import held
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -165,7 +169,7 @@ def test_a_link_to_itself_is_refused_and_nothing_is_made_behind_one(make_record,
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="no symbolic links on this system")
-@pytest.mark.parametrize("name", ["images", "charts", "results.csv", "results.csv.lock"])
+@pytest.mark.parametrize("name", ["images", "charts", "waiting", "results.csv", "results.csv.lock"])
 def test_every_target_is_checked_for_links(make_record, tmp_path, name):
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -225,3 +229,105 @@ def test_a_failed_write_keeps_the_earlier_version(tmp_path):
         stores.write_atomically(target, None)  # type: ignore[arg-type]
     assert target.read_bytes() == b"first"
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_row_waits_while_another_program_holds_the_table(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    first, second, third = (make_record(run_id=stores.new_run_id(), warnings=("an older one",)) for _ in range(3))
+    assert store.keep(first) is first
+    before = store.csv_path.read_bytes()
+    with held(store.csv_path):
+        store.check_writable()
+        kept = store.keep(second)
+        assert not store.append_csv(second), "its row is kept, so it is not appended again"
+        store.take_in()
+    assert kept.warnings[0] == "an older one"
+    assert f"the row of this run waits in {store.waiting / second.run_id}.csv" in kept.warnings[1]
+    assert store.read(second.run_id).to_json() == kept.to_json()
+    assert store.csv_path.read_bytes() == before
+    assert rows(store.waiting / f"{second.run_id}.csv")[0]["run_id"] == second.run_id
+    assert store.keep(third) is third
+    assert [row["run_id"] for row in rows(store.csv_path)] == [first.run_id, second.run_id, third.run_id]
+    assert not list(store.waiting.iterdir())
+
+
+def test_a_crash_between_table_and_waiting_row_writes_none_twice(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    store.append_csv(make_record(run_id=stores.new_run_id()))
+    ids = [stores.new_run_id() for _ in range(2)]
+    with held(store.csv_path):
+        for run_id in ids:
+            store.append_csv(make_record(run_id=run_id))
+    waited = {run_id: (store.waiting / f"{run_id}.csv").read_bytes() for run_id in ids}
+    store.take_in()
+    whole = store.csv_path.read_bytes()
+    # The table has one row whole and the other cut off, and both still wait.
+    store.csv_path.write_bytes(whole[:-20])
+    for run_id, text in waited.items():
+        (store.waiting / f"{run_id}.csv").write_bytes(text)
+    store.take_in()
+    assert [row["run_id"] for row in rows(store.csv_path)][1:] == [ids[0], ids[1], ids[1]]
+    assert store.csv_path.read_bytes().endswith(b"\r\n")
+    timestamps = [row["timestamp"] for row in rows(store.csv_path)]
+    assert timestamps.count(make_record().timestamp) == 3, "each row once, beside the half one of the crash"
+    assert store.waiting_ids() == ()
+
+
+def test_what_is_no_waiting_row_is_left_alone(make_record, tmp_path, caplog):
+    store = stores.RunStore(tmp_path)
+    store.append_csv(make_record(run_id=stores.new_run_id()))
+    no_row, empty = "20260101-000000-00000000.csv", "20260101-000000-00000001.csv"
+    foreign = {no_row: b"a,b\r\n1,2\r\n", empty: b"", "notes.txt": b"x"}
+    store.waiting.mkdir()
+    for name, data in foreign.items():
+        (store.waiting / name).write_bytes(data)
+    last = make_record(run_id=stores.new_run_id())
+    store.append_csv(last)
+    assert [row["run_id"] for row in rows(store.csv_path)][1:] == [last.run_id]
+    assert {path.name: path.read_bytes() for path in store.waiting.iterdir()} == foreign
+    assert "is no row of this version's table" in caplog.text
+
+
+def _write_rows(output, make_record, ids):
+    store = stores.RunStore(output)
+    for run_id in ids:
+        store.keep(make_record(run_id=run_id))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a forked process keeps what this one may not do")
+def test_processes_that_meet_a_held_table_lose_no_row_and_write_none_twice(make_record, tmp_path):
+    store = stores.RunStore(tmp_path)
+    groups = [[stores.new_run_id() for _ in range(10)] for _ in range(6)]
+    first = groups[0].pop()
+    store.append_csv(make_record(run_id=first))
+    fork = multiprocessing.get_context("fork")
+
+    def at_once(chosen):
+        writers = [fork.Process(target=_write_rows, args=(tmp_path, make_record, ids)) for ids in chosen]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join(120)
+            assert writer.exitcode == 0
+
+    with held(store.csv_path):
+        at_once(groups[:3])
+        assert sorted(store.waiting_ids()) == sorted(run_id for ids in groups[:3] for run_id in ids)
+    at_once(groups[3:])
+    found = Counter(row["run_id"] for row in rows(store.csv_path))
+    assert all(found[run_id] == 1 for ids in groups for run_id in ids)
+    assert found[first] == 1
+    assert sum(found.values()) == 60
+    assert store.waiting_ids() == ()
+
+
+def test_a_folder_that_only_can_be_read_is_still_an_error(make_record, tmp_path):
+    """Here nothing of the row can be kept: a table that is held is another thing."""
+    store = stores.RunStore(tmp_path)
+    store.append_csv(make_record(run_id=stores.new_run_id()))
+    store.root.chmod(0o555)
+    try:
+        with held(store.csv_path), pytest.raises(ResultsError, match=r"cannot write to .*speedlab"):
+            store.append_csv(make_record(run_id=stores.new_run_id()))
+    finally:
+        store.root.chmod(0o755)

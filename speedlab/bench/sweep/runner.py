@@ -251,9 +251,7 @@ class Sweep:
         if runs.record is not None:
             return
         record = measured_record(runs, self.facts) if runs.repeats else failed_record(runs, self.facts)
-        self.store.write(record)
-        self.store.append_csv(record)
-        runs.record = record
+        runs.record = self.store.keep(record)
 
     @contextmanager
     def _kept_on_cancel(self) -> Iterator[None]:
