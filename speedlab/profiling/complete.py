@@ -18,7 +18,7 @@ from .record import RunRecord, memory_dict, total_ms
 from .runner import with_rates
 from .store import RunStore, new_run_id, write_picture
 
-_MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "device_used_gb")
+_MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "device_used_gb", "outside_torch_gb")
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ def environment(device: Any) -> dict[str, Any]:
         "platform": _platform_name(),
         "attention": _attention_name(),
         "allocator": torch.cuda.get_allocator_backend() if cuda else None,
+        "dynamic_vram": dynamic_vram(),
         "flags": speed_flags(),
         "cpu": cpu_name(),
         "cpu_threads": torch.get_num_threads(),
@@ -136,6 +137,16 @@ def _attention_name() -> str | None:
     except ImportError:
         return None
     return getattr(optimized_attention, "__name__", str(optimized_attention))
+
+
+def dynamic_vram() -> bool | None:
+    """Whether ComfyUI pages weights into memory of its own (dynamic VRAM); None for a ComfyUI that cannot."""
+    try:
+        import comfy.memory_management as management
+    except ImportError:
+        return None
+    is_on = getattr(management, "aimdo_enabled", None)
+    return None if is_on is None else bool(is_on)
 
 
 def speed_flags() -> dict[str, Any]:

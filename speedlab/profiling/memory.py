@@ -1,5 +1,9 @@
 """Memory peaks of a phase: the device allocator's counters, and the process's resident set.
 
+Where ComfyUI keeps weights in pages of its own (dynamic VRAM), PyTorch's counters do not see them: what its models hold
+there is added to the peaks, and told apart as `outside`. Pages stay until others need their room, so their most is
+taken from the two ends of a block.
+
 Sizes are bytes here; the record turns them into GB of 10^9 bytes. A number that the platform does not have is None.
 """
 
@@ -10,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +26,23 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class MemoryPeak:
-    """Peaks over a span of time, in bytes."""
+    """Peaks over a span of time, in bytes. `allocated` and `reserved` hold `outside`, what PyTorch does not count.
+
+    `device_used` is what the driver calls used, by all processes, at the ends of the span.
+    """
 
     allocated: int | None = None
     reserved: int | None = None
     rss: int | None = None
     device_used: int | None = None
+    outside: int | None = None
 
     def merged(self, other: MemoryPeak) -> MemoryPeak:
         """The peak over both spans."""
         return MemoryPeak(
             *(
                 _largest(getattr(self, name), getattr(other, name))
-                for name in ("allocated", "reserved", "rss", "device_used")
+                for name in ("allocated", "reserved", "rss", "device_used", "outside")
             )
         )
 
@@ -51,27 +59,65 @@ def measure_peak(device: Any) -> Iterator[PeakReading]:
     """Measure the peaks of a block on `device`; the device's peak counters are reset at its start."""
     reading = PeakReading()
     cuda = _cuda_for(device)
-    reading.before = _read(cuda, device, rss_peak_bytes())
+    at_start = _outside_of(cuda, device)
+    reading.before = _read(cuda, device, rss_peak_bytes(), at_start)
     if cuda is not None:
         cuda.reset_peak_memory_stats(device)
     resettable = _reset_rss_peak()
     start = rss_bytes()
     if not resettable:
-        reading.before = _read(cuda, device, start)
+        reading.before = replace(reading.before, rss=start)
     try:
         yield reading
     finally:
         rss = rss_peak_bytes() if resettable else _largest(start, rss_bytes())
-        reading.peak = _read(cuda, device, rss)
+        outside = _largest(at_start, _outside_of(cuda, device))
+        peak = _read(cuda, device, rss, outside)
+        reading.peak = replace(peak, device_used=_largest(reading.before.device_used, peak.device_used))
 
 
-def _read(cuda: Any | None, device: Any, rss: int | None) -> MemoryPeak:
+def _read(cuda: Any | None, device: Any, rss: int | None, outside: int | None) -> MemoryPeak:
     return MemoryPeak(
-        allocated=cuda.max_memory_allocated(device) if cuda else None,
-        reserved=cuda.max_memory_reserved(device) if cuda else None,
+        allocated=cuda.max_memory_allocated(device) + (outside or 0) if cuda else None,
+        reserved=cuda.max_memory_reserved(device) + (outside or 0) if cuda else None,
         rss=rss,
         device_used=_device_used(cuda, device),
+        outside=outside,
     )
+
+
+def _outside_of(cuda: Any | None, device: Any) -> int | None:
+    """Bytes of weights that ComfyUI's loaded models keep on `device` outside of PyTorch's allocator."""
+    mm = sys.modules.get("comfy.model_management")
+    if cuda is None or mm is None:
+        return None
+    import torch
+
+    models = (loaded.model for loaded in mm.current_loaded_models)
+    # One network may be loaded by several patchers; its pages are there once.
+    held = {id(m.model): paged_bytes(m) for m in models if m is not None and _is_on(torch, m.load_device, device)}
+    return sum(held.values())
+
+
+def _is_on(torch: Any, place: Any, device: Any) -> bool:
+    """Whether both are one card; `cuda` without a number is the current one."""
+    a, b = torch.device(place), torch.device(device)
+    if a.type != b.type:
+        return False
+    current = torch.cuda.current_device()
+    return bool((current if a.index is None else a.index) == (current if b.index is None else b.index))
+
+
+def paged_bytes(patcher: Any) -> int:
+    """Of the weights that a patcher has loaded those in pages of ComfyUI's own; none where its patchers have no pages.
+
+    Its `loaded_size` also holds what lies in PyTorch's memory, which the network itself tells.
+    """
+    is_dynamic = getattr(patcher, "is_dynamic", None)
+    if is_dynamic is None or not is_dynamic():
+        return 0
+    counted = getattr(patcher.model, "model_loaded_weight_memory", 0)
+    return max(int(patcher.loaded_size()) - int(counted), 0)
 
 
 def rss_bytes() -> int | None:

@@ -127,6 +127,7 @@ def memory_dict(peak: MemoryPeak) -> dict[str, float | None]:
         "peak_reserved_gb": _gb(peak.reserved),
         "peak_rss_gb": _gb(peak.rss),
         "device_used_gb": _gb(peak.device_used),
+        "outside_torch_gb": _gb(peak.outside),
     }
 
 
