@@ -17,11 +17,12 @@ import torch
 from .cond_identity import with_unique_uuids
 from .deepcache_features import Run, chunk_keys
 from .deepcache_forward import largest_branch
-from .deepcache_schedule import DeepCacheConfig
+from .deepcache_schedule import DeepCacheConfig, fallback
 from .deepcache_wrapper import keeping, partial_forward, reusing
 from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
-from .position import StepFinder
+from .position import Position, StepFinder
 from .reporting import report_cached
+from .run_notes import report_note, report_ran, warn
 from .unet import require_unet
 
 __all__ = ["KEY", "DeepCacheConfig", "attach_deepcache"]
@@ -39,14 +40,14 @@ def attach_deepcache(model: Any, config: DeepCacheConfig) -> Any:
         return model
     unet = require_unet(model, "DeepCache")
     deepest = largest_branch(unet)
+    clamped = None
     if config.branch > deepest:
-        logging.warning(
-            "DeepCache: cache_branch_id %d is too deep for this model; the largest, %d, is used.",
-            config.branch,
-            deepest,
+        clamped = (
+            f"DeepCache: cache_branch_id {config.branch} is too deep for this model; the largest, {deepest}, is used."
         )
+        logging.warning("%s", clamped)
         config = replace(config, branch=deepest)
-    clone = attach(model, KEY, _wrappers(config))
+    clone = attach(model, KEY, _wrappers(config, clamped))
     declare(clone, Accelerator("deepcache", _options(config)))
     return clone
 
@@ -64,11 +65,14 @@ def _options(config: DeepCacheConfig) -> Mapping[str, Any]:
     return options
 
 
-def _wrappers(config: DeepCacheConfig) -> Mapping[Site, Wrapper]:
-    """The closures hold the frozen `config` alone: clones of a model share them, so state lives in the run."""
+def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wrapper]:
+    """The closures hold the frozen `config` and a text: clones of a model share them, so state lives in the run.
+
+    `clamped` is what the record of each run has to say about a branch that was too deep.
+    """
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        run = Run(config, StepFinder.of_run(*args, **kwargs))
+        run = Run(config, StepFinder.of_run(executor.class_obj, *args, **kwargs), clamped=clamped)
         try:
             with run_state(executor.class_obj, KEY, run):
                 return executor(*args, **kwargs)
@@ -77,11 +81,23 @@ def _wrappers(config: DeepCacheConfig) -> Mapping[Site, Wrapper]:
 
     return {
         Site.OUTER_SAMPLE: outer_sample,
+        Site.SAMPLER_SAMPLE: _sampler_sample,
         Site.PREDICT_NOISE: _predict_noise,
         Site.CALC_COND_BATCH: _calc_cond_batch,
         Site.APPLY_MODEL: _apply_model,
         Site.DIFFUSION_MODEL: partial_forward(config.branch),
     }
+
+
+def _sampler_sample(executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, *args: Any, **kwargs: Any) -> Any:
+    """Around the sampler: at its end the record hears of a run in which no step was cached."""
+    result = executor(model_wrap, sigmas, extra_args, *args, **kwargs)
+    told = extra_args.get("model_options", {}).get("transformer_options", {})
+    run: Run | None = state_of(told, KEY)
+    if run is not None and not run.reused:
+        report_note(told, "DeepCache: no step of this run was cached; all were evaluated in full.")
+        report_ran(told, "deepcache", None)
+    return result
 
 
 def _predict_noise(
@@ -92,13 +108,29 @@ def _predict_noise(
     if run is None:
         return executor(x, timestep, model_options, *args, **kwargs)
     position = run.finder.locate(model_options, timestep)
+    if not run.warned:
+        run.warned = True
+        _tell(run, position, model_options.get("transformer_options", {}))
     if position is None:
-        if not run.warned:
-            logging.warning("DeepCache: this sampler gives no schedule of sigmas, so nothing is cached in this run.")
-            run.warned = True
         return executor(x, timestep, model_options, *args, **kwargs)
     with run.evaluating(position):
         return executor(x, timestep, model_options, *args, **kwargs)
+
+
+def _tell(run: Run, position: Position | None, told: Mapping[str, Any]) -> None:
+    """Say what this run does in place of what was asked for: once, at its first evaluation."""
+    config = run.config
+    if position is None:
+        warn(told, "DeepCache: this sampler gives no schedule of sigmas, so nothing is cached in this run.")
+        return
+    if run.clamped is not None:  # the log had it when the model was patched
+        report_note(told, run.clamped)
+    if run.finder.is_lost and (config.start > 0.0 or config.end < 1.0):
+        warn(told, run.finder.lost_text("DeepCache", "its window"))
+    uniform = fallback(config, position.steps, position.part)
+    if uniform is not None:
+        warn(told, uniform)
+        report_ran(told, "deepcache", _options(replace(config, schedule="uniform")))
 
 
 def _calc_cond_batch(executor: Any, model: Any, conds: list, *args: Any, **kwargs: Any) -> Any:
@@ -129,6 +161,7 @@ def _apply_model(
         features = run.recall(keys, evaluation)
         if features is not None:
             report_cached(options)
+            run.reused = True
             with reusing(options, features):
                 return executor(*inputs, **kwargs)
     with keeping(options) as kept:

@@ -37,6 +37,9 @@ class Run:
     finder: StepFinder = field(default_factory=StepFinder)
     current: Evaluation | None = None
     warned: bool = False
+    clamped: str | None = None
+    # Whether an evaluation of this run was answered from features.
+    reused: bool = False
     _plan: tuple[int | None, ...] = ()
     _entries: dict[Hashable, _Entry] = field(default_factory=dict)
 

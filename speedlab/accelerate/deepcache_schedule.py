@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -61,10 +60,7 @@ def sources(config: DeepCacheConfig, steps: int, part: Part | None = None) -> tu
     evaluated in full without keeping anything. The run's first step in the window is always its own source. `part` is
     the run's place in the whole schedule; without it the run is the whole.
     """
-    part = part or Part(0, steps)
-    first, end = (
-        min(max(steps_before(fraction, part.total) - part.first, 0), steps) for fraction in (config.start, config.end)
-    )
+    first, end = window(config, steps, part)
     if config.interval == 1 or first >= end:
         return (None,) * steps
     full = full_steps(config, first, end)
@@ -77,22 +73,43 @@ def sources(config: DeepCacheConfig, steps: int, part: Part | None = None) -> tu
 
 
 def full_steps(config: DeepCacheConfig, first: int, end: int) -> frozenset[int]:
-    """The full steps of the window `first` <= step < `end`."""
-    if config.schedule == "uniform":
-        return frozenset(range(first, end, config.interval))
-    steps = end - first
-    count = -(-steps // config.interval)
-    spread = nonuniform_steps(steps, count, config.center - first, config.power)
+    """The full steps of the window `first` <= step < `end`; uniform ones where `fallback` has something to say."""
+    spread = _spread(config, first, end)
     if spread is None:
-        logging.warning(
-            "DeepCache: no non-uniform schedule has %d full steps of %d around step %d; the uniform one is used. "
-            "Another center or a larger cache_interval has one.",
-            count,
-            steps,
-            config.center,
-        )
         return frozenset(range(first, end, config.interval))
     return frozenset(first + step for step in spread)
+
+
+def fallback(config: DeepCacheConfig, steps: int, part: Part | None = None) -> str | None:
+    """Why a run of `steps` steps has uniform full steps though others were asked for; None where it has those."""
+    first, end = window(config, steps, part)
+    if config.schedule == "uniform" or first >= end or _spread(config, first, end) is not None:
+        return None
+    if config.power <= 1.0:
+        why = f"with power {config.power:g} a non-uniform schedule gathers nothing around its center"
+        remedy = "Choose a power above 1."
+    else:
+        count = -(-(end - first) // config.interval)
+        why = f"no non-uniform schedule has {count} full steps of {end - first} around step {config.center}"
+        remedy = "Another center or a larger cache_interval has one."
+    return f"DeepCache: {why}; the uniform one is used. {remedy}"
+
+
+def window(config: DeepCacheConfig, steps: int, part: Part | None) -> tuple[int, int]:
+    """First step of the window and the step behind its last one, as steps of the run."""
+    part = part or Part(0, steps)
+    first, end = (
+        min(max(steps_before(fraction, part.total) - part.first, 0), steps) for fraction in (config.start, config.end)
+    )
+    return first, end
+
+
+def _spread(config: DeepCacheConfig, first: int, end: int) -> tuple[int, ...] | None:
+    """The non-uniform full steps, counted from `first`; None where the schedule is uniform or there are none."""
+    if config.schedule == "uniform":
+        return None
+    steps = end - first
+    return nonuniform_steps(steps, -(-steps // config.interval), config.center - first, config.power)
 
 
 def nonuniform_steps(steps: int, count: int, center: int, power: float) -> tuple[int, ...] | None:

@@ -11,7 +11,6 @@ many weights and few pixels are matrix products in an evaluation without uncond,
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from .conv_as_matmul import few_pixels_as_products, may_gain
 from .guidance import UncondReadError, evaluate_without_uncond, is_guided, obstacle, with_observer
 from .patching import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
 from .position import StepFinder
-from .run_notes import report_note
+from .run_notes import report_note, report_ran, warn
 from .unet import require_unet
 
 KEY = "speedlab.dynamic_cfg"
@@ -68,6 +67,10 @@ class Run:
     finder: StepFinder = field(default_factory=StepFinder)
     converged: bool = False
     stepped_aside: bool = False
+    # Whether an evaluation of this run was made without uncond.
+    left_out: bool = False
+    guided: bool = False
+    told_of_part: bool = False
     # Whether evaluations without uncond may compute convolutions as products; None before the first.
     may_gain: bool | None = None
     told_of_products: bool = False
@@ -76,11 +79,19 @@ class Run:
         # Some nodes deep-copy the options of a running model; the run is still the same run.
         return self
 
-    def step_aside(self, reason: str) -> None:
+    def step_aside(self, reason: str, model_options: Mapping[str, Any]) -> None:
         """Keep uncond for the rest of the run, and say why, once."""
         if not self.stepped_aside:
-            logging.warning("Dynamic CFG: uncond stays on in this run, because %s.", reason)
+            told = model_options.get("transformer_options", {})
+            rest = "the rest of this run" if self.left_out else "this run"
+            warn(told, f"Dynamic CFG: uncond stays on in {rest}, because {reason}.")
         self.stepped_aside = True
+
+    def tell_of_part(self, model_options: Mapping[str, Any]) -> None:
+        """Say once where `stop_at` cannot count the steps of the whole schedule."""
+        if self.finder.is_lost and not self.told_of_part and 0.0 < self.config.stop_at < 1.0:
+            warn(model_options.get("transformer_options", {}), self.finder.lost_text("Dynamic CFG", "stop_at"))
+        self.told_of_part = True
 
 
 def attach_dynamic_cfg(model: Any, config: DynamicCFGConfig) -> Any:
@@ -106,10 +117,34 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_easy_cache(executor.class_obj.model_options)
-        with run_state(executor.class_obj, KEY, Run(config, StepFinder.of_run(*args, **kwargs))):
+        with run_state(executor.class_obj, KEY, Run(config, StepFinder.of_run(executor.class_obj, *args, **kwargs))):
             return executor(*args, **kwargs)
 
-    return {Site.OUTER_SAMPLE: outer_sample, Site.PREDICT_NOISE: _predict_noise}
+    return {
+        Site.OUTER_SAMPLE: outer_sample,
+        Site.SAMPLER_SAMPLE: _sampler_sample,
+        Site.PREDICT_NOISE: _predict_noise,
+    }
+
+
+def _sampler_sample(executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, *args: Any, **kwargs: Any) -> Any:
+    """Around the sampler: at its end the record hears of a run in which no evaluation was without uncond."""
+    result = executor(model_wrap, sigmas, extra_args, *args, **kwargs)
+    told = extra_args.get("model_options", {}).get("transformer_options", {})
+    run: Run | None = state_of(told, KEY)
+    if run is not None and not run.left_out:
+        report_ran(told, "dynamic_cfg", None)
+        if not run.stepped_aside:
+            report_note(told, f"Dynamic CFG: it left out nothing in this run, because {_why_not(run)}.")
+    return result
+
+
+def _why_not(run: Run) -> str:
+    if not run.guided:
+        return "at CFG 1 ComfyUI itself evaluates no uncond"
+    if run.config.mode == "fixed":
+        return "all of its steps lie before stop_at"
+    return "both predictions never agreed as much as similarity asks for"
 
 
 def _refuse_easy_cache(model_options: Mapping[str, Any]) -> None:
@@ -132,9 +167,10 @@ def _predict_noise(
     run: Run | None = state_of(options.get("transformer_options", {}), KEY)
     if run is None or run.stepped_aside or not is_guided(executor.class_obj):
         return executor(x, timestep, options, *args, **kwargs)
+    run.guided = True
     reason = obstacle(executor.class_obj, options)
     if reason is not None:
-        run.step_aside(reason)
+        run.step_aside(reason, options)
         return executor(x, timestep, options, *args, **kwargs)
     if _keeps_uncond(run, options, timestep):
         if run.config.mode == "adaptive":
@@ -142,10 +178,12 @@ def _predict_noise(
         return executor(x, timestep, options, *args, **kwargs)
     try:
         with _at_half_the_time(run, executor.class_obj, options):
-            return evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
+            result = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
     except UncondReadError as read:
-        run.step_aside(f"the post-CFG function {read} reads it")
+        run.step_aside(f"the post-CFG function {read} reads it", options)
         return executor(x, timestep, options, *args, **kwargs)
+    run.left_out = True
+    return result
 
 
 @contextmanager
@@ -174,8 +212,9 @@ def _keeps_uncond(run: Run, model_options: dict, timestep: Any) -> bool:
         return not run.converged
     position = run.finder.locate(model_options, timestep)
     if position is None:
-        run.step_aside("this sampler gives no schedule of sigmas")
+        run.step_aside("this sampler gives no schedule of sigmas", model_options)
         return True
+    run.tell_of_part(model_options)
     return position.part.first + position.step < steps_before(run.config.stop_at, position.part.total)
 
 

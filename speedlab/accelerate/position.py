@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..schedule import step_of
-from .whole_schedule import Part, part_of
+from .whole_schedule import Part, is_whole, part_of
 
 
 class Position(NamedTuple):
@@ -29,12 +29,26 @@ class StepFinder:
     """
 
     part: Part | None = None
+    # Whether these sigmas are a part of a schedule that is not behind them, so that shares count the part alone.
+    is_lost: bool = False
     _sigmas: tuple[float, ...] = field(default=())
 
     @classmethod
-    def of_run(cls, noise: Any, latent: Any, sampler: Any, sigmas: Any, *_: Any, **__: Any) -> StepFinder:
-        """From the arguments of OUTER_SAMPLE, which gets the sigmas as they were cut."""
-        return cls(part_of(sigmas) if isinstance(sigmas, torch.Tensor) else None)
+    def of_run(cls, guider: Any, noise: Any, latent: Any, sampler: Any, sigmas: Any, *_: Any, **__: Any) -> StepFinder:
+        """From the guider and the arguments of OUTER_SAMPLE, which gets the sigmas as they were cut."""
+        if not isinstance(sigmas, torch.Tensor) or sigmas.ndim != 1 or len(sigmas) < 2:
+            return cls()
+        part = part_of(sigmas)
+        is_own = part == Part(0, len(sigmas) - 1)
+        return cls(part, is_own and not is_whole(sigmas, guider.model_patcher.get_model_object("model_sampling")))
+
+    def lost_text(self, technique: str, what: str) -> str:
+        """The warning of a technique whose `what` counts steps of the whole schedule, where `is_lost`."""
+        return (
+            f"{technique}: these sigmas are a part of a schedule, and the rest of it cannot be found behind them, so "
+            f"{what} counts the steps of this run alone. Nodes such as SetFirstSigma cut a part off from its whole: "
+            "use them before SplitSigmas."
+        )
 
     def locate(self, model_options: Mapping[str, Any], timestep: Any) -> Position | None:
         """Where the evaluation at `timestep` (a tensor of sigmas, one a latent) stands.

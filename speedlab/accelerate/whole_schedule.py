@@ -6,7 +6,7 @@ of the whole schedule as a view of one tensor, so the whole is still there behin
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,10 @@ class Part(NamedTuple):
 
     first: int
     total: int
+
+
+# The largest sigma of a model and the first one of a scheduler differ by less; an img2img run starts far below.
+_STARTS_AT = 0.9
 
 
 def part_of(sigmas: torch.Tensor) -> Part:
@@ -30,7 +34,41 @@ def part_of(sigmas: torch.Tensor) -> Part:
     whole = torch.as_strided(sigmas, (entries,), (1,), 0).detach().double().cpu()
     first = int(sigmas.storage_offset())
     end = first + own.total
+    whole = _without_padding(whole, end)
     # KSampler (Advanced) sets the last sigma of a run that ends early to 0, in the whole schedule too.
     kept = torch.cat([whole[:end], whole[end + 1 :]]) if whole[end] == 0 else whole
-    falls = bool(torch.isfinite(whole).all() and (kept.diff() <= 0).all() and whole[0] > whole[-1])
-    return Part(first, entries - 1) if falls else own
+    falls = bool(torch.isfinite(whole).all() and (kept.diff() <= 0).all() and whole[0] > whole[-1] >= 0)
+    return Part(first, len(whole) - 1) if falls else own
+
+
+def _without_padding(whole: torch.Tensor, end: int) -> torch.Tensor:
+    """`whole` without the zeros behind its last step, as a buffer has them that is larger than its schedule.
+
+    `end` is the last entry of the run. One zero behind a run that ends in 0 is no padding: such a run ends a step
+    early, and KSampler (Advanced) wrote its own 0.
+    """
+    positive = torch.nonzero(whole != 0).flatten()
+    zeros = int(positive[-1]) + 1 if len(positive) else 0
+    if zeros <= end == len(whole) - 2:
+        return whole
+    return whole[: max(end, min(zeros, len(whole) - 1)) + 1]
+
+
+def is_whole(sigmas: torch.Tensor, model_sampling: Any) -> bool:
+    """Whether `sigmas` run from a model's largest sigma to 0, so that nothing lies before or behind them."""
+    first, last = (float(sigma) for sigma in (sigmas[0], sigmas[-1]))
+    largest = getattr(model_sampling, "sigma_max", None)
+    if last != 0:
+        return False
+    return largest is None or first >= _STARTS_AT * float(largest) or _starts_lower(first, len(sigmas), model_sampling)
+
+
+def _starts_lower(first: float, count: int, model_sampling: Any) -> bool:
+    """Whether a whole schedule of ddim_uniform starts there: the one scheduler of ComfyUI that starts far below."""
+    from comfy.samplers import ddim_scheduler
+
+    if not hasattr(model_sampling, "sigmas"):
+        return False
+    # With few steps ddim_uniform gives a step more than was asked for, or one less.
+    starts = (float(ddim_scheduler(model_sampling, steps)[0]) for steps in (count - 2, count - 1, count) if steps > 0)
+    return any(abs(first - start) <= 1e-4 * start for start in starts)

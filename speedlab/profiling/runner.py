@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..accelerate.patching import accelerators
+from ..accelerate.patching import Accelerator, accelerators
 from ..core import core_nodes, is_out_of_memory, output_directory
 from ..decoding import LATENT_MARK
 from ..errors import ResultsError, SpeedLabError, UnavailableError, first_line
@@ -367,7 +367,8 @@ def _request(
 ) -> dict[str, Any]:
     samples = latent["samples"]
     shape = tuple(samples.shape) if not getattr(samples, "is_nested", False) else tuple(samples.unbind()[0].shape)
-    techniques = [accelerator.describe() for accelerator in accelerators(model)]
+    asked = [accelerator.describe() for accelerator in accelerators(model)]
+    techniques = _what_ran(model, session)
     named = context.scenario()
     source: CheckpointSource | None = model.get_attachment(SOURCE)
     return {
@@ -388,9 +389,22 @@ def _request(
         "seed": request.seed,
         "precision": {**(source.parts if source else {}), "unet": unet_dtypes(model)},
         "accelerators": techniques,
+        **({} if techniques == asked else {"asked": asked}),
         "loras": [match.describe() for match in model.get_attachment(LORAS) or ()],
         **request.more,
     }
+
+
+def _what_ran(model: Any, session: _Session) -> list[str]:
+    """The techniques of the model as the first measured run used them; one that did nothing is none."""
+    trace = next(iter(session.measured or session.traces[-1:]), None)
+    instead = {} if trace is None else trace.ran
+    used = [
+        Accelerator(known.name, instead.get(known.name) or known.options)
+        for known in accelerators(model)
+        if known.name not in instead or instead[known.name] is not None
+    ]
+    return [accelerator.describe() for accelerator in used]
 
 
 def _checkpoint(source: CheckpointSource | None, context: NodeContext, with_hash: bool) -> dict[str, Any] | None:

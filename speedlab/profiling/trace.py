@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ..accelerate.patching import Site, Wrapper, attach
 from ..accelerate.reporting import REPORT_CACHED
-from ..accelerate.run_notes import REPORT_NOTE
+from ..accelerate.run_notes import REPORT_NOTE, REPORT_RAN
 from ..schedule import step_of
 from . import nvtx
 from .clock import Clock, Mark, host_ms
@@ -86,6 +86,8 @@ class SamplingTrace:
     evaluations: list[Evaluation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     conditions: Conditions | None = None
+    # What techniques ran with where that is not what they declare; None: the technique did nothing.
+    ran: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
     on_step: Callable[[int], None] | None = None
     first_step: int = 0
     then: SamplingTrace | None = None
@@ -168,6 +170,10 @@ class SamplingTrace:
         if text not in self.notes:
             self.notes.append(text)
 
+    def note_ran(self, name: str, options: Mapping[str, Any] | None) -> None:
+        """A technique did something else than it declares."""
+        self.ran[name] = options
+
     def _push_step(self, index: int) -> None:
         self.emitter.push(nvtx.STEP, index)
         self._open_step = True
@@ -188,6 +194,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
         options = extra_args["model_options"].setdefault("transformer_options", {})
         options[REPORT_CACHED] = trace.mark_cached
         options[REPORT_NOTE] = trace.add_note
+        options[REPORT_RAN] = trace.note_ran
         trace.begin(sigmas.detach().float().cpu().tolist())
         try:
             return executor(model_wrap, sigmas, extra_args, _observed(callback, trace), *args, **kwargs)
@@ -195,6 +202,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
             trace.finish()
             options.pop(REPORT_CACHED, None)
             options.pop(REPORT_NOTE, None)
+            options.pop(REPORT_RAN, None)
 
     def prepare_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
         start = trace.clock.mark()

@@ -130,6 +130,20 @@ def test_plans_change_techniques_decoder_and_settings(bench, output, taesd_files
     assert "| fast |" in table
 
 
+def test_a_technique_that_stepped_aside_is_not_credited(bench, output):
+    plans = "cfg=dynamic_cfg(0.5)\nboth=deepcache(2)+dynamic_cfg(0.5)"
+    (table, *_), rows, _ = bench(axis_x="plan", values_x=plans, sampler_name="euler_cfg_pp", cfg=1.5, steps=4)
+    records = [record_of(output, row) for row in rows]
+    assert [record["request"]["label"] for record in records] == ["cfg", "both"]
+    assert rows[0]["plan"] == "stock"
+    assert rows[1]["plan"] == rows[1]["accelerators"]
+    assert rows[1]["plan"].startswith("deepcache(cache_interval=2")
+    assert "dynamic_cfg" not in rows[1]["plan"]
+    assert all(any("uncond stays on" in text for text in record["warnings"]) for record in records)
+    assert "| ok, asked for cfg |" in table
+    assert "* plan cfg; plan both: Dynamic CFG: uncond stays on" in table
+
+
 def test_what_cannot_run_is_a_row_and_the_rest_goes_on(bench):
     (table, *_), rows, _ = bench(axis_x="compile", values_x="off, stable_fast", values_y="")
     states = {row["plan"]: (row["status"], row["error"]) for row in rows}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.accelerate.deepcache_schedule import DeepCacheConfig, nonuniform_steps, sources
+from speedlab.accelerate.deepcache_schedule import DeepCacheConfig, fallback, nonuniform_steps, sources
 
 
 def test_uniform() -> None:
@@ -54,12 +52,16 @@ def test_nonuniform_window() -> None:
     assert len({step for step in plan if step is not None}) == 7
 
 
-def test_no_nonuniform_schedule_falls_back_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_nonuniform_schedule_falls_back_and_says_so() -> None:
     assert nonuniform_steps(30, 15, 15, 1.4) is None
-    with caplog.at_level(logging.WARNING):
-        plan = sources(DeepCacheConfig(interval=2, schedule="nonuniform"), 30)
-    assert plan == sources(DeepCacheConfig(interval=2), 30)
-    assert "uniform one is used" in caplog.text
+    config = DeepCacheConfig(interval=2, schedule="nonuniform")
+    assert sources(config, 30) == sources(DeepCacheConfig(interval=2), 30)
+    assert "no non-uniform schedule has 15 full steps of 30 around step 15" in str(fallback(config, 30))
+    evenly = DeepCacheConfig(interval=3, schedule="nonuniform", power=1.0)
+    assert sources(evenly, 30) == sources(DeepCacheConfig(interval=3), 30)
+    assert "Choose a power above 1" in str(fallback(evenly, 30))
+    assert fallback(DeepCacheConfig(interval=3), 30) is None
+    assert fallback(DeepCacheConfig(interval=3, schedule="nonuniform"), 30) is None
 
 
 @given(

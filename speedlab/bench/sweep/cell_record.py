@@ -16,6 +16,7 @@ from ...profiling.record import RunRecord
 from ...profiling.summary import rows_of, summarise
 from .cells import Cell
 from .measure import OneRun, Prompt
+from .plan_text import STOCK
 from .quality import Quality
 from .techniques import Parts
 
@@ -79,7 +80,7 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         timestamp=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         status=runs.status,
         error=runs.error,
-        request={**first.record.request, **_request(runs, facts), **_decoded(first)},
+        request=_as_it_ran({**first.record.request, **_request(runs, facts), **_decoded(first)}),
         phases_ms=_phases(every, summary["run"]["median"], median),
         summary=summary,
         memory=memory,
@@ -145,6 +146,13 @@ def _decoded(run: OneRun) -> dict[str, Any]:
         vae = {"weight": info["precision"], "compute": info["precision"]}
         told["precision"] = {**request["precision"], "vae": vae}
     return told
+
+
+def _as_it_ran(request: dict[str, Any]) -> dict[str, Any]:
+    """The request under the name of what ran, where that is not what the cell asked for: its own name is a label."""
+    if "asked" not in request:
+        return request
+    return {**request, "plan": "+".join(request["accelerators"]) or STOCK, "label": request["plan"]}
 
 
 def _phases(every: Sequence[OneRun], sample: float, total: float) -> dict[str, float | str | None]:

@@ -11,11 +11,21 @@ from .cell_record import CellRuns
 def notes_of(cells: Sequence[CellRuns], measured_ms: float, wall_ms: float) -> list[str]:
     """The notes of a finished sweep. `measured_ms` of `wall_ms` were spent in phases that the records name."""
     notes = [f"{runs.cell.name}: {runs.status}: {runs.error}" for runs in cells if runs.status != "ok"]
+    notes += warning_notes(cells)
     notes += saturation_notes([runs for runs in cells if runs.status == "ok"])
     if wall_ms > 0 and measured_ms > 0:
         share = max(1.0 - measured_ms / wall_ms, 0.0)
         notes.append(f"{share:.1%} of the {wall_ms / 1000.0:.1f} s was neither loading nor anything that a row counts.")
     return notes
+
+
+def warning_notes(cells: Sequence[CellRuns]) -> list[str]:
+    """What the records warn of, with the cells that each sentence is about."""
+    told: dict[str, list[str]] = {}
+    for runs in cells:
+        for text in () if runs.record is None else runs.record.warnings:
+            told.setdefault(text, []).append(runs.cell.name)
+    return [f"{'; '.join(names)}: {text}" for text, names in told.items()]
 
 
 def saturation_notes(cells: Sequence[CellRuns]) -> list[str]:

@@ -66,7 +66,10 @@ def _lpips(runs: CellRuns) -> str:
 
 
 def _status(record: RunRecord) -> str:
-    return record.status if record.error is None else f"{record.status}: {record.error}"
+    """The status, its error, and what was asked for where something else ran."""
+    label = record.request.get("label")
+    told = record.status if label is None else f"{record.status}, asked for {label}"
+    return told if record.error is None else f"{told}: {record.error}"
 
 
 def _time(text: str) -> str:

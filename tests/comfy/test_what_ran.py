@@ -1,0 +1,194 @@
+"""What did not happen as it was asked for stands in the record and in the row, and the plan's name is what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+CACHED = {
+    "cache_interval": 3, "cache_branch_id": 0, "start_percent": 0.0, "end_percent": 1.0, "schedule": "uniform",
+}  # fmt: skip
+FIXED = {"mode": "fixed", "stop_at": 0.5, "similarity": 0.99}
+
+
+@pytest.fixture
+def deepcache(node: Any) -> Callable[..., Any]:
+    return lambda model, **options: node("SpeedLabDeepCache").apply(model, **{**CACHED, **options})[0]
+
+
+@pytest.fixture
+def dynamic_cfg(node: Any) -> Callable[..., Any]:
+    return lambda model, **options: node("SpeedLabDynamicCFG").apply(model, **{**FIXED, **options})[0]
+
+
+@pytest.fixture
+def record(node: Any, tiny: Any) -> Callable[..., Any]:
+    """The record of Profile Sampler with this model."""
+
+    def run(model: Any, *, steps: int = 6, cfg: float = 5.0, sampler: str = "euler", **more: Any) -> Any:
+        return node("SpeedLabProfileSampler").sample(
+            model, 1, steps, cfg, sampler, "normal", tiny.cond(1), tiny.cond(2), tiny.latent(), **more
+        )["result"][1]
+
+    return run
+
+
+@pytest.fixture
+def guided(engine: Any, tiny: Any) -> Callable[..., Any]:
+    """The trace of a run on sigmas of one's own, as the samplers for custom sigmas make it."""
+    import comfy.samplers
+    import torch
+
+    trace, nvtx, clock = (engine(f"profiling.{name}") for name in ("trace", "nvtx", "clock"))
+
+    def run(model: Any, sigmas: Any, sampler: Any = None) -> Any:
+        seen = trace.SamplingTrace(clock.clock_for(model.load_device), nvtx.emitter(False))
+        guider = comfy.samplers.CFGGuider(trace.traced(model, seen))
+        guider.set_conds(tiny.cond(1), tiny.cond(2))
+        guider.set_cfg(5.0)
+        latent = torch.randn(1, 4, 8, 8)
+        sampler = sampler or comfy.samplers.sampler_object("euler")
+        guider.sample(latent, latent, sampler, sigmas, disable_pbar=True, seed=0)
+        return seen
+
+    return run
+
+
+@pytest.fixture
+def sigmas(tiny: Any) -> Any:
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(tiny.model.get_model_object("model_sampling"), "karras", 12)
+
+
+def told(record: Any, text: str) -> bool:
+    """Whether exactly one warning of the record says so."""
+    return sum(text in warning for warning in record.warnings) == 1
+
+
+def test_dynamic_cfg_that_steps_aside(record, dynamic_cfg, deepcache, tiny, engine):
+    made = record(deepcache(dynamic_cfg(tiny.model)), sampler="euler_cfg_pp", cfg=1.5)
+    assert told(made, "uncond stays on in this run, because the sampler (a cfg_pp one)")
+    assert [name.partition("(")[0] for name in made.request["accelerators"]] == ["deepcache"]
+    assert [name.partition("(")[0] for name in made.request["asked"]] == ["dynamic_cfg", "deepcache"]
+    row = engine("profiling.record").csv_row(made)
+    assert "dynamic_cfg" not in row["plan"] + row["accelerators"]
+    assert all(step["uncond_rows"] == step["cond_rows"] for step in made.steps)
+    alone = record(dynamic_cfg(tiny.model), sampler="euler_cfg_pp", cfg=1.5)
+    assert alone.request["plan"] == "stock"
+    assert "uncond stays on" in engine("profiling.report").summary_text(alone)
+
+
+def test_dynamic_cfg_that_steps_aside_late_still_ran(record, dynamic_cfg, tiny):
+    """Its first evaluations without uncond stand; then a function appears that reads it."""
+    seen = []
+
+    def late(args: dict) -> Any:
+        seen.append(args["sigma"])
+        return args["denoised"] if len(seen) < 5 else args["denoised"] + 0.0 * args["uncond_denoised"]
+
+    model = dynamic_cfg(tiny.model)
+    model.set_model_sampler_post_cfg_function(late)
+    made = record(model)
+    assert told(made, "uncond stays on in the rest of this run")
+    assert "asked" not in made.request
+    assert made.request["plan"].startswith("dynamic_cfg(")
+
+
+@pytest.mark.parametrize(
+    ("options", "run", "why"),
+    [
+        ({}, {"cfg": 1.0}, "at CFG 1"),
+        ({"stop_at": 0.99}, {"denoise": 0.4}, None),
+        ({"mode": "adaptive", "similarity": 1.0 - 1e-7}, {}, "never agreed"),
+    ],
+)
+def test_dynamic_cfg_that_left_out_nothing(record, dynamic_cfg, tiny, options, run, why):
+    made = record(dynamic_cfg(tiny.model, **options), **run)
+    dropped = any(step["uncond_rows"] == 0 for step in made.steps)
+    assert (made.request["plan"] == "stock") is (why is not None)
+    assert why is None or told(made, why)
+    assert dropped is (why is None or run.get("cfg") == 1.0)
+
+
+def test_nonuniform_deepcache_that_falls_back(record, deepcache, tiny):
+    made = record(deepcache(tiny.model, schedule="nonuniform", power=1.0, center=3))
+    assert told(made, "the uniform one is used")
+    assert made.request["accelerators"] == record(deepcache(tiny.model)).request["accelerators"]
+    assert "schedule=nonuniform" in made.request["asked"][0]
+    assert "schedule=uniform" in made.request["plan"]
+    assert [step["cached"] for step in made.steps] == [False, True, True] * 2
+
+
+def test_a_branch_that_is_too_deep(record, deepcache, tiny):
+    model = deepcache(tiny.model, cache_branch_id=20)
+    for _ in range(2):
+        made = record(model)
+        assert told(made, "cache_branch_id 20 is too deep for this model; the largest, 3, is used")
+        assert "cache_branch_id=3" in made.request["plan"]
+
+
+def test_deepcache_that_cached_nothing(record, deepcache, tiny):
+    made = record(deepcache(tiny.model), steps=1)
+    assert told(made, "no step of this run was cached")
+    assert made.request["plan"] == "stock"
+    assert "asked" not in record(deepcache(tiny.model), steps=4).request
+
+
+def test_a_sampler_without_a_schedule(guided, deepcache, dynamic_cfg, sigmas, tiny):
+    import comfy.samplers
+
+    def sample(model, noise, _sigmas, extra_args, callback, **_: Any) -> Any:
+        extra_args["model_options"]["transformer_options"].pop("sample_sigmas", None)
+        return model(noise, sigmas[:1], **extra_args)
+
+    model = dynamic_cfg(deepcache(tiny.model))
+    seen = guided(model, sigmas, comfy.samplers.KSAMPLER(sample))
+    assert sum("DeepCache: this sampler gives no schedule" in note for note in seen.notes) == 1
+    assert sum("uncond stays on in this run, because this sampler gives no schedule" in n for n in seen.notes) == 1
+    assert seen.ran == {"deepcache": None, "dynamic_cfg": None}
+
+
+def test_a_part_whose_place_is_not_known(guided, deepcache, dynamic_cfg, sigmas, tiny):
+    """SplitSigmas, then SetFirstSigma: the latter copies, so nothing lies behind the part any more."""
+    from comfy_extras.nodes_custom_sampler import SetFirstSigma, SplitSigmas
+
+    high, low = SplitSigmas.execute(sigmas, 6).args
+    changed = SetFirstSigma.execute(low, float(low[0]) * 0.98).args[0]
+    model = dynamic_cfg(deepcache(tiny.model, end_percent=0.9))
+    for lost in (changed, high.clone()):
+        notes = guided(model, lost).notes
+        assert sum("a part of a schedule" in note and note.startswith("DeepCache") for note in notes) == 1
+        assert sum("a part of a schedule" in note and note.startswith("Dynamic CFG") for note in notes) == 1
+    # Where no share of the whole is asked for, or the whole is there, there is nothing to say.
+    everywhere = dynamic_cfg(deepcache(tiny.model), mode="adaptive", similarity=-1.0)
+    for run in (guided(everywhere, changed), guided(model, high), guided(model, low), guided(model, sigmas.clone())):
+        assert not any("a part of a schedule" in note for note in run.notes)
+
+
+def test_a_padded_buffer_counts_its_schedule_alone(guided, dynamic_cfg, sigmas, tiny):
+    import torch
+
+    buffer = torch.cat([sigmas, torch.zeros(20)])
+    seen = guided(dynamic_cfg(tiny.model), buffer[: len(sigmas)])
+    assert [e.uncond_rows for e in seen.evaluations] == [1] * 6 + [0] * 6
+    assert not any("a part of a schedule" in note for note in seen.notes)
+    # Here only the part lies in the buffer.
+    padded = torch.cat([sigmas[6:], torch.full((20,), -1.0)])
+    notes = guided(dynamic_cfg(tiny.model), padded[:7]).notes
+    assert any("a part of a schedule" in note for note in notes)
+
+
+@pytest.mark.parametrize("scheduler", ["normal", "karras", "simple", "sgm_uniform", "ddim_uniform", "beta"])
+@pytest.mark.parametrize("steps", [1, 4, 7, 30])
+def test_a_whole_schedule_is_no_part(engine, tiny, scheduler, steps):
+    import comfy.samplers
+
+    model_sampling = tiny.model.get_model_object("model_sampling")
+    whole = comfy.samplers.KSampler(tiny.model, steps, "cpu", "euler", scheduler, 1.0, {}).sigmas
+    module = engine("accelerate.whole_schedule")
+    assert module.is_whole(whole, model_sampling)
+    cut = comfy.samplers.KSampler(tiny.model, steps, "cpu", "dpm_2", scheduler, 1.0, {}).sigmas
+    assert module.is_whole(cut, model_sampling), "DPM2 leaves out the penultimate sigma"
