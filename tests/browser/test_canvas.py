@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytestmark = pytest.mark.browser
@@ -52,6 +54,31 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
         assert made == api, name
 
 
+def record_of(canvas, run_id: str) -> dict:
+    return json.loads((canvas.output / "speedlab" / "runs" / f"{run_id}.json").read_text())
+
+
+def rate(record: dict) -> str:
+    per_s = record["summary"]["it_per_s"]
+    return f"{per_s:.2f} it/s" if per_s >= 1 else f"{1 / per_s:.2f} s/it"
+
+
+def duration(ms: float) -> str:
+    return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.{2 if ms < 10_000 else 1}f} s"
+
+
+def verdict(a: dict, b: dict) -> str:
+    """What the sidebar has to say: the whole time decides, and sampling is a share of it."""
+    before, after = (run["phases_ms"]["total"] for run in (a, b))
+    assert min(before, after) > 100
+    shares = [round(100 * run["phases_ms"]["sample"] / run["phases_ms"]["total"]) for run in (a, b)]
+    ratio = f"{before / after:.2f} times as fast" if after <= before else f"{after / before:.2f} times as long"
+    return (
+        f"B {'is' if after <= before else 'takes'} {ratio} as A from text to picture ({duration(after)} against "
+        f"{duration(before)}). Sampling is {shares[0]} % of A and {shares[1]} % of B."
+    )
+
+
 def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     """The whole way in the classic renderer on the dark theme."""
     canvas = open_canvas()
@@ -60,7 +87,10 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     assert steps == sorted(steps) and len(set(steps)) >= 3, f"the chart did not grow: {steps}"
     first = canvas.evaluate(f"() => {PANEL}.dataset.run")
     assert canvas.evaluate(f"() => {PANEL}.querySelectorAll('.sl-bar').length") == 6
-    assert "it" in canvas.evaluate(f"() => {PANEL}.querySelector('.sl-figure').textContent")
+    told = record_of(canvas, first)
+    assert canvas.evaluate(f"() => {PANEL}.querySelector('.sl-figure').textContent") == rate(told)
+    sampling_s = told["phases_ms"]["sample"] / 1000
+    assert told["summary"]["steps"] / told["summary"]["it_per_s"] == pytest.approx(sampling_s, rel=0.01)
     assert canvas.evaluate(f"() => {PANEL}.querySelectorAll('.sl-stack i').length") >= 2
     fit(canvas, 1.15)
     canvas.shot("node-dark")
@@ -75,6 +105,10 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     assert "phases_ms" not in str(saved), "a saved workflow keeps the run's id, not the run"
 
     canvas.evaluate("() => { app.graph.nodes.find((n) => n.type === 'SpeedLabProfileSampler').widgets[0].value = 5; }")
+    # Another text, so that its encoding is part of the time and not of the cache.
+    canvas.evaluate(
+        "() => app.graph.nodes.filter((n) => n.type.includes('Encode')).forEach((n) => { n.widgets[0].value += ' 2'; })"
+    )
     canvas.queue()
     second = canvas.evaluate(f"() => {PANEL}.dataset.run")
     open_sidebar(canvas)
@@ -89,6 +123,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     compared.wait_for()
     assert compared.locator(".sl-chart").count() == 2
     assert "seed" in compared.locator(".sl-differences").text_content()
+    assert compared.locator(".sl-verdict").text_content() == verdict(told, record_of(canvas, second))
     canvas.shot("compare")
     canvas.page.locator("[data-act=back]").click()
 

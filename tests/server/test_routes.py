@@ -45,6 +45,23 @@ def run_id(server):
     return entry["outputs"]["7"]["speedlab"][0]["run_id"]
 
 
+def test_a_run_of_schema_1_is_shown_with_the_rate_of_its_steps_and_downloaded_as_it_is(server, run_id):
+    old_id = "20250101-000000-0000000a"
+    told = server.record(run_id)
+    wrong = {**told["summary"], "it_per_s": 1e6, "step_median_ms": 0.001}
+    path = server.output / "speedlab" / "runs" / f"{old_id}.json"
+    path.write_text(json.dumps({**told, "run_id": old_id, "schema": 1, "summary": wrong}))
+    try:
+        shown = server.get(f"/speedlab/runs/{old_id}")
+        assert (shown["schema"], shown["summary"]["steps"]) == (2, 2)
+        assert 2 / shown["summary"]["it_per_s"] == pytest.approx(told["phases_ms"]["sample"] / 1000.0, rel=0.01)
+        (listed,) = (run for run in server.get("/speedlab/runs?limit=200")["runs"] if run["run_id"] == old_id)
+        assert listed["it_per_s"] == shown["summary"]["it_per_s"]
+        assert ask(server, f"/speedlab/runs/{old_id}?download=1")[2] == path.read_bytes()
+    finally:
+        path.unlink()
+
+
 def test_a_run_is_listed_read_and_its_files_are_served(server, run_id):
     page = server.get("/speedlab/runs?limit=1")
     assert page["runs"][0]["run_id"] == run_id
