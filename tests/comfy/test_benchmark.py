@@ -97,6 +97,23 @@ def test_cells_take_turns(bench, engine, monkeypatch):
     assert order == [1, 2, 1, 2, 1, 2]
 
 
+def test_a_cell_on_a_cpu_tells_what_it_adds_to_the_process(bench, output, engine):
+    """A gigabyte that the process holds is no cell's; what a large batch takes is its own."""
+    if engine("profiling.memory").rss_to_grow_from() is None:
+        pytest.skip("this system does not let a process reset its peak")
+    held = bytearray(b"x") * 10**9
+    (table, *_), rows, _ = bench(
+        axis_x="batch", values_x="1, 4", width=128, height=128, steps=1, warmup=1, cfg=1.0
+    )
+    small, large = (record_of(output, row)["memory"]["overall"] for row in rows)
+    assert [row["peak_rss_gb"] for row in rows] == ["", ""] and len(held) == 10**9
+    assert 0.0 <= small["rss_growth_gb"] < large["rss_growth_gb"] < 1.0
+    for row in rows:
+        # The process's peak stays with each phase, where it is called so.
+        assert record_of(output, row)["memory"]["sample"]["peak_rss_gb"] > 1.0
+    assert "RAM growth" in table and f"| {large['rss_growth_gb']:.2f} GB |" in table
+
+
 def test_the_picture_is_profile_samplers_decoded_by_vae_decode(bench, node, loaded, core, output):
     import numpy
     from PIL import Image
