@@ -34,6 +34,7 @@ from speedlab.bench.files import demo_checkpoint, link_model  # noqa: E402
 from speedlab.bench.overrides import Overrides, adapt  # noqa: E402
 from speedlab.bench.results import report_ids, shown_pictures  # noqa: E402
 from speedlab.bench.scenarios import find  # noqa: E402
+from speedlab.bench.turns import turned  # noqa: E402
 from speedlab.fleet.prompts import read_prompts  # noqa: E402
 from speedlab.fleet.tasks import prompt_work  # noqa: E402
 from speedlab.host import ComfyServer, from_environment, pack_root  # noqa: E402
@@ -55,11 +56,13 @@ def main() -> None:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("\n".join(f"a {WORDS[n % len(WORDS)]}, number {n}" for n in range(args.prompts)))
         for turn in range(args.rounds):
-            rows.append({"round": turn, **one_server(args, checkpoint, prompts, Path(folder) / f"server-{turn}")})
-            print(told(rows[-1]), flush=True)
-            for workers in args.workers:
-                out = Path(folder) / f"fleet-{turn}-{workers}"
-                rows.append({"round": turn, **one_fleet(args, checkpoint, prompts, out, workers)})
+            # No workers is one server without a fleet.
+            for workers in turned([None, *args.workers], turn):
+                if workers is None:
+                    row = one_server(args, checkpoint, prompts, Path(folder) / f"server-{turn}")
+                else:
+                    row = one_fleet(args, checkpoint, prompts, Path(folder) / f"fleet-{turn}-{workers}", workers)
+                rows.append({"round": turn, **row})
                 print(told(rows[-1]), flush=True)
     print(f"written to {write(rows, args)}")
 

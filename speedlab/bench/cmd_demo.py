@@ -28,6 +28,7 @@ from .scenario import Scenario
 from .scenarios import LIGHTHOUSE, find
 from .session import ServerOptions, Target, open_server
 from .tables import format_table
+from .turns import turned
 
 BASE = "txt2img-default"
 WARM_UP_STEPS = 2
@@ -157,12 +158,12 @@ class Demo:
         rounds: list[list[DemoRun]] = []
         started = time.monotonic()
         while len(rounds) < MOST_ROUNDS:
-            measured = []
-            for plan in plans:
-                measured.append(await self.measure(plan, with_picture=not rounds))
+            measured = {}
+            for plan in turned(plans, len(rounds)):
+                measured[plan.name] = await self.measure(plan, with_picture=not rounds)
                 # The next one must not be measured beside this one's models.
                 await self.client.free()
-            rounds.append(measured)
+            rounds.append([measured[plan.name] for plan in plans])
             spent_s = time.monotonic() - started
             if spent_s * (len(rounds) + 1) / len(rounds) > ROUNDS_SECONDS:
                 break

@@ -151,6 +151,11 @@ def rss_peak_bytes() -> int | None:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
+def rss_to_grow_from() -> int | None:
+    """Resident set now, for a peak to be held against; None where the peak cannot be reset, so that it says nothing."""
+    return rss_bytes() if _reset_rss_peak() else None
+
+
 def _reset_rss_peak() -> bool:
     """Linux keeps a high-water mark that a process may reset for itself; elsewhere boundaries have to do."""
     try:

@@ -16,6 +16,7 @@ import pytest
 
 from speedlab.bench import __main__ as cli
 from speedlab.bench import cmd_bench, compare_csv, drift
+from speedlab.bench.turns import turned
 from speedlab.profiling.record import CSV_COLUMNS
 
 BEGIN = datetime(2026, 11, 21, 21, 0, 0, tzinfo=timezone.utc)
@@ -272,3 +273,10 @@ def test_a_table_that_may_not_be_read_is_named(tmp_path, capsys):
         if was_root:
             os.seteuid(0)
     assert code == 1 and "close the program that holds it" in capsys.readouterr().err
+
+
+def test_every_item_has_every_place_once_in_as_many_rounds_as_there_are_items():
+    rounds = [turned("ABC", number) for number in range(4)]
+    assert rounds[0] == rounds[3] == ["A", "B", "C"]
+    assert [set(place) for place in zip(*rounds[:3], strict=True)] == [set("ABC")] * 3
+    assert turned([], 3) == []

@@ -15,6 +15,7 @@ from ...profiling.environment import environment, environment_hash
 from ...profiling.record import RunRecord
 from ...profiling.summary import rows_of, summarise
 from .cells import Cell
+from .growth import with_growth
 from .measure import OneRun, Prompt
 from .plan_text import STOCK
 from .quality import Quality
@@ -83,11 +84,19 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         request=_as_it_ran({**first.record.request, **_request(runs, facts), **_decoded(first)}),
         phases_ms=_phases(every, summary["run"]["median"], median),
         summary=summary,
-        memory=memory,
+        memory=with_growth(memory, _growths(runs)),
         quality=_quality(runs),
         artifacts=_artifacts(runs),
         warnings=tuple(notes),
     )
+
+
+def _growths(runs: CellRuns) -> list[float | None]:
+    """Of the measured runs but for the cell's first one, which loads weights, unless there is no other."""
+    every = [run.rss_growth_gb for repeat in runs.repeats for run in repeat]
+    # Runs before the measured ones have loaded what there is to load.
+    warm = runs.first is not None and runs.first.record.run_id != runs.repeats[0][0].record.run_id
+    return every if warm else every[1:] or every
 
 
 def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:

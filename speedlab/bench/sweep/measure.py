@@ -13,11 +13,12 @@ from ...errors import SpeedLabError
 from ...loading import family_of
 from ...profiling.complete import merge_memory, save_pngs
 from ...profiling.context import NodeContext
-from ...profiling.memory import MemoryPeak
+from ...profiling.memory import MemoryPeak, rss_to_grow_from
 from ...profiling.record import RunRecord, memory_dict
 from ...profiling.runner import ProfiledLatent, ProfileOptions, SamplingRequest, profile_sampling
 from ...profiling.store import RunStore
 from ...profiling.timeline import Block, measured
+from .growth import growth_gb
 from .plan_text import SweepTextError
 from .reload import Reloader
 from .settings import CellSettings
@@ -55,6 +56,7 @@ class OneRun:
     pictures: Any
     decode_info: dict[str, Any]
     files: tuple[str, ...]
+    rss_growth_gb: float | None = None
 
     @property
     def total_ms(self) -> float:
@@ -108,6 +110,7 @@ def run_once(
     text = prompt.text
     if settings.prompt_tokens is not None:
         text = prompt_of_length(parts.clip, text, settings.prompt_tokens)
+    resident = rss_to_grow_from()
     with measured("text_encode", conditioning.device_of(parts.clip)) as encoded:
         base = _expert(parts.model, parts.clip, text, prompt.negative)
         refiner = None
@@ -130,6 +133,9 @@ def run_once(
         pictures=result.images[:1].float().cpu(),
         decode_info=dict(result.info),
         files=tuple(path.relative_to(store.root.parent).as_posix() for path in files),
+        rss_growth_gb=growth_gb(
+            resident, (encoded.peak, decoded.before, decoded.peak), sampled.record.memory.get("sample", {})
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from ...profiling.charts import blank, new_figure, to_image
 from ...profiling.record import RunRecord
 from .axes import Axis
 from .cell_record import CellRuns
+from .growth import GROWTH
 from .runner import SweepResult
 
 if TYPE_CHECKING:
@@ -140,13 +141,13 @@ def _seconds(runs: CellRuns) -> float | None:
 def _memory(runs: CellRuns) -> float | None:
     overall = runs.record.memory.get("overall", {}) if runs.record is not None else {}
     vram = overall.get("peak_allocated_gb")
-    return overall.get("peak_rss_gb") if vram is None else vram
+    return overall.get(GROWTH) if vram is None else vram
 
 
 def _memory_name(result: SweepResult) -> str:
     seen = [runs.record.memory.get("overall", {}) for runs in result.cells if runs.record is not None]
     on_card = any(overall.get("peak_allocated_gb") is not None for overall in seen)
-    return "peak VRAM, GB" if on_card else "peak RAM, GB"
+    return "peak VRAM, GB" if on_card else "growth of RAM, GB"
 
 
 def _rate(runs: CellRuns) -> float | None:

@@ -1,4 +1,4 @@
-"""Runs a sweep: cells in turn, round after round, so that drift of the machine hits them all alike (A B A B)."""
+"""Runs a sweep: cells in turn, round after round, so that drift hits them all alike (A B C, B C A)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ...profiling.context import NodeContext
 from ...profiling.memory import rss_bytes
 from ...profiling.runner import failure_message, failure_status
 from ...profiling.store import RunStore, new_run_id
+from ..turns import turned
 from .axes import Axis, parse_axis, with_batch
 from .batch_search import BatchSearch
 from .cell_record import CellRuns, SweepFacts, failed_record, measured_record
@@ -114,7 +115,8 @@ class Sweep:
     def _rounds(self, cells: Sequence[CellRuns]) -> None:
         rounds = self.request.warmup + self.request.repeats
         for index in range(rounds):
-            for runs in cells:
+            # Warm-up and the first measured round are in the given order, in which baselines come first.
+            for runs in turned(cells, max(index - self.request.warmup, 0)):
                 if runs.status == "ok":
                     what = "warm-up" if index < self.request.warmup else f"repeat {index + 1 - self.request.warmup}"
                     self.progress.begin(f"{runs.cell.name}: {what} of {self.request.repeats}")

@@ -10,6 +10,7 @@ from ...profiling.record import csv_row
 from ...profiling.store import RunStore, write_picture
 from .axes import Axis
 from .cell_record import CellRuns
+from .growth import GROWTH
 
 SIDE = 256
 _PAD, _LINE, _TITLE = 8, 16, 28
@@ -74,9 +75,10 @@ def caption(runs: CellRuns) -> list[str]:
         return [_short(runs.error or runs.status)]
     row = csv_row(runs.record)
     spread = f" ±{float(row['time_std_s']):.2f}" if int(row["repeats"] or 1) > 1 else ""
-    memory = row["max_vram_gb"] or row["peak_rss_gb"]
-    kind = "VRAM" if row["max_vram_gb"] else "RAM"
-    lines = [f"{float(row['time_s']):.2f} s{spread}", f"{float(memory):.2f} GB {kind}" if memory else "memory unknown"]
+    memory = row["max_vram_gb"] or runs.record.memory.get("overall", {}).get(GROWTH)
+    kind = "VRAM" if row["max_vram_gb"] else "more RAM"
+    told = "memory unknown" if memory is None else f"{float(memory):.2f} GB {kind}"
+    lines = [f"{float(row['time_s']):.2f} s{spread}", told]
     if runs.quality is not None:
         lpips = "" if runs.quality.lpips is None else f", LPIPS {runs.quality.lpips:.3f}"
         lines.append(f"PSNR {runs.quality.psnr:.1f} dB, SSIM {runs.quality.ssim:.3f}{lpips}")

@@ -6,10 +6,12 @@ import re
 from collections.abc import Sequence
 
 from ...profiling.record import RunRecord, csv_row
-from ..tables import HEADER, NOTHING, RAM_COLUMN, cells, seconds
+from ..tables import HEADER, NOTHING, cells, seconds
 from .cell_record import CellRuns
+from .growth import GROWTH
 from .runner import SweepResult
 
+RAM_COLUMN = "RAM growth"
 _MORE = ("min", "max", "std", "first run", "images/min", "PSNR", "SSIM", "status")
 
 
@@ -41,6 +43,8 @@ def _row(runs: CellRuns) -> list[str]:
     plain = list(cells(row))
     # Cells tells a failure in the time column; here the status has a column of its own.
     plain[2] = seconds(float(row["time_s"])) if row["time_s"] else NOTHING
+    growth = record.memory.get("overall", {}).get(GROWTH)
+    plain[-1] = NOTHING if growth is None else f"{growth:.2f} GB"
     spread = [_time(row[name]) for name in ("time_min_s", "time_max_s", "time_std_s")]
     first = record.summary.get("first_run_ms")
     rate = row["images_per_min"]
