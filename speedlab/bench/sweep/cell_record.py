@@ -13,10 +13,10 @@ from ...precision import unet_dtypes
 from ...profiling.complete import merge_memory
 from ...profiling.environment import environment, environment_hash
 from ...profiling.record import RunRecord, summarise
+from ...profiling.runner import plan_of
 from ...profiling.trace import StepRow
 from .cells import Cell
 from .measure import OneRun, Prompt
-from .plan_text import STOCK
 from .quality import Quality
 from .techniques import Parts
 
@@ -152,9 +152,10 @@ def _decoded(run: OneRun) -> dict[str, Any]:
 
 def _as_it_ran(request: dict[str, Any]) -> dict[str, Any]:
     """The request under the name of what ran, where that is not what the cell asked for: its own name is a label."""
+    request.pop("label", None)  # of the workflow, which does not know the cells
     if "asked" not in request:
         return request
-    return {**request, "plan": "+".join(request["accelerators"]) or STOCK, "label": request["plan"]}
+    return {**request, "plan": plan_of(request["accelerators"]), "label": request["plan"]}
 
 
 def _phases(every: Sequence[OneRun], total: float) -> dict[str, float | str | None]:
