@@ -54,7 +54,7 @@ def test_the_scenario_comes_from_client_workflow_or_node():
 
 
 def shipped(scenario):
-    """A shipped workflow as a browser sends it: nothing stands at its nodes, the names are in the workflow's own extra."""
+    """A shipped workflow as a browser sends it: nothing stands at its nodes; the workflow has the names."""
     api = workflows.api_graph(SCENARIOS[scenario])
     prompt = {node: {**entry, "_meta": {"title": "t"}} for node, entry in api.items()}
     sampler = next(node for node, entry in api.items() if entry["class_type"] == "SpeedLabProfileSampler")
