@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..profiling.plan_names import made_of
 from .events import SAMPLERS
 from .graph import ApiGraph
 from .scenario import SOURCES, Scenario
@@ -14,6 +15,8 @@ from .ui_format import UiGraph, to_ui
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
+# Samplers that write the name of their plan into a record; a name stands there with what it was given for.
+_NAMED = frozenset({"SpeedLabProfileSampler", "SpeedLabEnsembleSampler"})
 
 
 def note_text(scenario: Scenario) -> str:
@@ -38,11 +41,15 @@ def note_text(scenario: Scenario) -> str:
 
 
 def ui_graph(scenario: Scenario) -> UiGraph:
-    """The drag-in workflow. Its `extra.speedlab` names scenario and plan, for the record of each run."""
+    """The drag-in workflow. Its `extra.speedlab` names scenario and plan, and what nodes the name is of."""
     graph = scenario.graph()
     named: dict[str, object] = {"scenario": scenario.id, "plan": scenario.plan.name}
     if graph.plans:
         named["plans"] = {str(node): plan for node, plan in graph.plans.items()}
+    api = graph.to_api()
+    stands_for = {node: made_of(api, node) for node, entry in api.items() if entry["class_type"] in _NAMED}
+    if stands_for:
+        named["made_of"] = stands_for
     extra = {"speedlab": named}
     return to_ui(graph, name=scenario.id, note=note_text(scenario), note_title=scenario.title, extra=extra)
 
@@ -54,7 +61,10 @@ def api_graph(scenario: Scenario) -> ApiGraph:
     for node_id, node in api.items():
         if node["class_type"] in SAMPLERS:
             plan = graph.plans.get(int(node_id), scenario.plan.name)
-            node["_meta"]["speedlab"] = {"scenario": scenario.id, "plan": plan}
+            named = {"scenario": scenario.id, "plan": plan}
+            if node["class_type"] in _NAMED:
+                named["made_of"] = made_of(api, node_id)
+            node["_meta"]["speedlab"] = named
     return api
 
 

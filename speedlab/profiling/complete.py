@@ -15,7 +15,7 @@ from .charts import OF_REPORT, STEPS, chart_or_blank
 from .context import NodeContext
 from .memory import MemoryPeak, measure_peak
 from .record import RunRecord, memory_dict, total_ms
-from .runner import with_rates
+from .runner import plan_of, with_rates
 from .store import RunStore, new_run_id, write_picture
 
 _MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "device_used_gb", "outside_torch_gb")
@@ -62,7 +62,7 @@ def _with_decode(record: RunRecord, has_images: bool, reached_ns: int, context: 
     techniques = [*record.request.get("accelerators", ()), *compiled, *(f"tiny_vae({name})" for name in tiny)]
     request = {**record.request, "accelerators": techniques, "decode": infos, "precision": _precision(record, infos)}
     if not record.request.get("plan_named"):
-        request["plan"] = "+".join(techniques) or "stock"
+        request["plan"] = plan_of(techniques)
     peak, since = MemoryPeak(), MemoryPeak()
     for entry in decodes:
         peak = peak.merged(entry.peak)

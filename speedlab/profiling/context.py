@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .plan_names import still_made_of
 from .timeline import PhaseEntry
 
 _PHASE_NODES = {
@@ -62,23 +63,38 @@ class NodeContext:
 
     def scenario(self) -> dict[str, str]:
         """`scenario` and `plan` that a workflow or a client named, as short texts."""
-        workflow = self.extra.get("workflow")
-        places = [
+        named = {"plan": plan[:_MAX_NAME]} if (plan := self._given_plan()[0]) else {}
+        for place in self._places():
+            value = _path(place, "scenario")
+            if isinstance(value, str) and value and "scenario" not in named:
+                named["scenario"] = value[:_MAX_NAME]
+        return named
+
+    def is_plan_as_named(self) -> bool:
+        """Whether the graph still is what its plan was named for; False where nothing tells."""
+        told = self._given_plan()[1]
+        return told is not None and still_made_of(self.prompt, self.node_id or "", told)
+
+    def _places(self) -> list[Any]:
+        """Where a name may stand: from a client, in a workflow, and at the node itself."""
+        return [
             self.extra.get("speedlab"),
-            _path(workflow, "extra", "speedlab"),
+            _path(self.extra.get("workflow"), "extra", "speedlab"),
             _path(self.prompt.get(self.node_id or ""), "_meta", "speedlab"),
         ]
-        named: dict[str, str] = {}
-        for place in places:  # a workflow of several plans names each by its sampler
-            plan = _path(place, "plans", self.node_id or "")
-            if isinstance(plan, str) and plan and "plan" not in named:
-                named["plan"] = plan[:_MAX_NAME]
-        for place in places:
-            for key in ("scenario", "plan"):
-                value = place.get(key) if isinstance(place, Mapping) else None
-                if isinstance(value, str) and value and key not in named:
-                    named[key] = value[:_MAX_NAME]
-        return named
+
+    def _given_plan(self) -> tuple[str | None, str | None]:
+        """The name of the plan, and what it was given for as `made_of` wrote it."""
+        node_id, places = self.node_id or "", self._places()
+        # A workflow of several plans names each by its sampler.
+        for keys in (("plans", node_id), ("plan",)):
+            for place in places:
+                plan = _path(place, *keys)
+                if isinstance(plan, str) and plan:
+                    told = _path(place, "made_of")
+                    told = told.get(node_id) if isinstance(told, Mapping) else told
+                    return plan, told if isinstance(told, str) else None
+        return None, None
 
     def workflow_id(self) -> str | None:
         """The id of the canvas's workflow; None for a prompt that came without one."""

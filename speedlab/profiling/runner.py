@@ -369,13 +369,16 @@ def _request(
     shape = tuple(samples.shape) if not getattr(samples, "is_nested", False) else tuple(samples.unbind()[0].shape)
     asked = [accelerator.describe() for accelerator in accelerators(model)]
     techniques = _what_ran(model, session)
-    named = context.scenario()
+    named, ran = context.scenario(), plan_of(techniques)
+    # A graph may have been changed since it was named, and a technique may have done nothing: what ran wins.
+    is_named = "plan" in named and techniques == asked and context.is_plan_as_named()
     source: CheckpointSource | None = model.get_attachment(SOURCE)
     return {
         "sampled_as": session.run_id,
         "scenario": named.get("scenario"),
-        "plan": named.get("plan") or "+".join(techniques) or "stock",
-        "plan_named": "plan" in named,
+        "plan": named["plan"] if is_named else ran,
+        "plan_named": is_named,
+        **({"label": named["plan"]} if "plan" in named and not is_named else {}),
         "checkpoint": _checkpoint(source, context, with_hash=session.status == "ok"),
         "model": type(model.model).__name__,
         "sampler": request.sampler_name,
@@ -393,6 +396,11 @@ def _request(
         "loras": [match.describe() for match in model.get_attachment(LORAS) or ()],
         **request.more,
     }
+
+
+def plan_of(techniques: Sequence[str]) -> str:
+    """The name of a plan that nobody named."""
+    return "+".join(techniques) or "stock"
 
 
 def _what_ran(model: Any, session: _Session) -> list[str]:

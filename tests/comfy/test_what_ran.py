@@ -192,3 +192,45 @@ def test_a_whole_schedule_is_no_part(engine, tiny, scheduler, steps):
     assert module.is_whole(whole, model_sampling)
     cut = comfy.samplers.KSampler(tiny.model, steps, "cpu", "dpm_2", scheduler, 1.0, {}).sigmas
     assert module.is_whole(cut, model_sampling), "DPM2 leaves out the penultimate sigma"
+
+
+def test_a_given_name_that_is_no_longer_true_is_a_label(record, deepcache, node, engine, tiny):
+    """`stock` of a shipped workflow, in a graph that the user put DeepCache into."""
+    graph = {
+        "1": {"class_type": "Loader", "inputs": {}},
+        "2": {"class_type": "SpeedLabProfileSampler", "inputs": {"model": ["1", 0]}},
+    }
+    named = {
+        "speedlab": {
+            "scenario": "s",
+            "plan": "default",
+            "made_of": {"2": engine("profiling.plan_names").made_of(graph, "2")},
+        }
+    }
+    here = {"extra_pnginfo": named, "unique_id": "2"}
+    made = record(tiny.model, prompt=graph, **here)
+    assert (made.request["plan"], made.request["scenario"]) == ("default", "s")
+    assert "label" not in made.request
+    graph["3"] = {"class_type": "SpeedLabDeepCache", "inputs": {"model": ["1", 0]}}
+    graph["2"]["inputs"]["model"] = ["3", 0]
+    made = record(deepcache(tiny.model), prompt=graph, **here)
+    assert made.request["plan"] == "+".join(made.request["accelerators"])
+    assert made.request["plan"].startswith("deepcache(cache_interval=3")
+    assert (made.request["label"], made.request["scenario"]) == ("default", "s")
+    assert engine("profiling.record").csv_row(made)["plan"] == made.request["plan"]
+
+
+def test_a_name_whose_technique_did_nothing_is_a_label(record, dynamic_cfg, engine, tiny):
+    graph = {
+        "1": {"class_type": "SpeedLabDynamicCFG", "inputs": {"stop_at": 0.5}},
+        "2": {"class_type": "SpeedLabProfileSampler", "inputs": {"model": ["1", 0]}},
+    }
+    told = engine("profiling.plan_names").made_of(graph, "2")
+    here = {
+        "prompt": graph,
+        "extra_pnginfo": {"speedlab": {"plan": "CFG off", "made_of": {"2": told}}},
+        "unique_id": "2",
+    }
+    assert record(dynamic_cfg(tiny.model), **here).request["plan"] == "CFG off"
+    made = record(dynamic_cfg(tiny.model), sampler="euler_cfg_pp", **here)
+    assert (made.request["plan"], made.request["label"]) == ("stock", "CFG off")

@@ -5,8 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speedlab.bench import workflows
+from speedlab.bench.scenarios import SCENARIOS
 from speedlab.profiling.context import NodeContext
 from speedlab.profiling.memory import MemoryPeak
+from speedlab.profiling.plan_names import made_of
 from speedlab.profiling.timeline import PhaseEntry
 
 PROMPT = {
@@ -58,9 +61,78 @@ def test_the_scenario_comes_from_client_workflow_or_node():
     assert NodeContext.of({}, workflow, "3").scenario() == {"scenario": "ui"}
 
 
+def shipped(scenario):
+    """A shipped workflow as a browser sends it: nothing stands at its nodes; the workflow has the names."""
+    api = workflows.api_graph(SCENARIOS[scenario])
+    prompt = {node: {**entry, "_meta": {"title": "t"}} for node, entry in api.items()}
+    sampler = next(node for node, entry in api.items() if entry["class_type"] == "SpeedLabProfileSampler")
+    return prompt, {"workflow": workflows.ui_graph(SCENARIOS[scenario])}, sampler
+
+
+def inputs_of(prompt, class_type):
+    return next(entry["inputs"] for entry in prompt.values() if entry["class_type"] == class_type)
+
+
+def test_every_shipped_name_is_true_of_its_graph():
+    for scenario in SCENARIOS:
+        api = workflows.api_graph(SCENARIOS[scenario])
+        extra = {"workflow": workflows.ui_graph(SCENARIOS[scenario])}
+        for node, entry in api.items():
+            if entry["class_type"] in ("SpeedLabProfileSampler", "SpeedLabEnsembleSampler"):
+                assert NodeContext.of(api, {}, node).is_plan_as_named(), scenario
+                assert NodeContext.of(api, extra, node).is_plan_as_named(), scenario
+
+
+def test_a_shipped_name_lasts_as_long_as_its_graph():
+    prompt, extra, sampler = shipped("txt2img-default")
+    context = NodeContext.of(prompt, extra, sampler)
+    assert (context.scenario()["plan"], context.is_plan_as_named()) == ("stock", True)
+    # Other files, sizes and prompts are the same plan; so is an input that a node gained since.
+    inputs_of(prompt, "SpeedLabCheckpointLoader").update(ckpt_name="mine.safetensors", gained_since=1)
+    inputs_of(prompt, "EmptyLatentImage").update(width=768, batch_size=4)
+    prompt[sampler]["inputs"].update(steps=50, seed=3, cfg=3.5)
+    assert NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+    # The user puts DeepCache and Dynamic CFG before the sampler.
+    model = prompt[sampler]["inputs"]["model"]
+    more = {
+        "90": {"class_type": "SpeedLabDeepCache", "inputs": {"model": model, "cache_interval": 3}},
+        "91": {"class_type": "SpeedLabDynamicCFG", "inputs": {"model": ["90", 0], "stop_at": 0.5}},
+    }
+    changed = {**prompt, **more, sampler: {**prompt[sampler], "inputs": {**prompt[sampler]["inputs"]}}}
+    changed[sampler]["inputs"]["model"] = ["91", 0]
+    assert not NodeContext.of(changed, extra, sampler).is_plan_as_named()
+    assert NodeContext.of(changed, extra, sampler).scenario()["plan"] == "stock"
+
+
+def test_other_settings_of_a_technique_are_another_plan():
+    prompt, extra, sampler = shipped("sdxl-fastest-deepcache")
+    assert NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+    cached = inputs_of(prompt, "SpeedLabDeepCache")
+    cached["end_percent"] = 1  # as a browser writes 1.0
+    assert NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+    cached["cache_interval"] += 2
+    assert not NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+    prompt, extra, sampler = shipped("sdxl-tiny-vae")
+    tiny = next(entry for entry in prompt.values() if entry["class_type"] == "SpeedLabTinyVAEDecode")
+    assert NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+    tiny["class_type"] = "SpeedLabVAEDecode"
+    assert not NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+
+
+def test_a_name_that_nothing_vouches_for_is_not_taken_for_true():
+    assert not NodeContext.of(PROMPT, {"speedlab": {"plan": "mine"}}, "3").is_plan_as_named()
+    assert not NodeContext.of(PROMPT, {}, "3").is_plan_as_named()
+    told = {"plan": "mine", "made_of": {"3": made_of(PROMPT, "3")}}
+    assert NodeContext.of(PROMPT, {"speedlab": told}, "3").is_plan_as_named()
+    for odd in ("", "x" * 100_000, "(((", "+,+", {"3": 7}, ["3"], None):
+        assert not NodeContext.of(PROMPT, {"speedlab": {"plan": "mine", "made_of": odd}}, "3").is_plan_as_named()
+
+
 def test_a_loop_in_the_graph_ends():
     loop = {"1": {"inputs": {"a": ["2", 0]}}, "2": {"inputs": {"a": ["1", 0]}}}
     assert NodeContext.of(loop, {}, "1").ancestors() == {"1", "2"}
+    loop = {"1": {"inputs": {"model": ["2", 0]}}, "2": {"inputs": {"model": ["1", 0]}}}
+    assert made_of(loop, "1").count("(") == 1
 
 
 JSON = st.recursive(
@@ -75,5 +147,7 @@ def test_no_prompt_however_odd_is_an_error(prompt, extra, node_id):
     context = NodeContext.of(prompt, extra, node_id)
     context.ancestors()
     context.scenario()
+    context.is_plan_as_named()
+    made_of(context.prompt, "1")
     context.checkpoint_name()
     context.phase_ms("load", [entry("load", "1", 1.0)])

@@ -51,6 +51,9 @@ def test_both_formats_are_the_same_graph(scenario):
         named = node["_meta"].pop("speedlab", None)
         if node["class_type"] in SAMPLERS:
             plan = told.get("plans", {}).get(number, told["plan"])
+            stands_for = told.get("made_of", {}).get(number)
+            assert named.pop("made_of", None) == stands_for
+            assert (stands_for is None) == (node["class_type"] == "SpeedLabBenchmark")
             assert named == {"scenario": scenario.id, "plan": plan}
         else:
             assert named is None
@@ -121,6 +124,7 @@ def test_the_table_row_is_sound(scenario):
     assert scenario.file("checkpoint") is not None
     extra = ui_extra(scenario)
     plans = extra.pop("plans", {})
+    extra.pop("made_of", None)
     assert extra == {"scenario": scenario.id, "plan": scenario.plan.name}
     samplers = [str(node.id) for node in scenario.graph().nodes if node.class_type == "SpeedLabProfileSampler"]
     assert not plans or list(plans) == samplers

@@ -13,11 +13,11 @@ from ...precision import unet_dtypes
 from ...profiling.complete import merge_memory
 from ...profiling.environment import environment, environment_hash
 from ...profiling.record import RunRecord
+from ...profiling.runner import plan_of
 from ...profiling.summary import rows_of, summarise
 from .cells import Cell
 from .growth import with_growth
 from .measure import OneRun, Prompt
-from .plan_text import STOCK
 from .quality import Quality
 from .techniques import Parts
 
@@ -159,9 +159,10 @@ def _decoded(run: OneRun) -> dict[str, Any]:
 
 def _as_it_ran(request: dict[str, Any]) -> dict[str, Any]:
     """The request under the name of what ran, where that is not what the cell asked for: its own name is a label."""
+    request.pop("label", None)  # of the workflow, which does not know the cells
     if "asked" not in request:
         return request
-    return {**request, "plan": "+".join(request["accelerators"]) or STOCK, "label": request["plan"]}
+    return {**request, "plan": plan_of(request["accelerators"]), "label": request["plan"]}
 
 
 def _phases(every: Sequence[OneRun], sample: float, total: float) -> dict[str, float | str | None]:
