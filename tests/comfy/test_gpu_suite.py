@@ -283,6 +283,20 @@ def test_a_capped_card_is_given_back(engine: Any, bench: Any) -> None:
     assert before == mm.EXTRA_RESERVED_VRAM
 
 
+@pytest.mark.parametrize(("peak", "share"), [(4.0, 50.0), (1.0, None)])
+def test_a_share_is_never_above_the_peak(
+    engine: Any, bench: Any, monkeypatch: Any, caplog: Any, peak: float, share: float | None
+) -> None:
+    plan, pictures, shots = engine("gpu.plan"), engine("gpu.measure_pictures"), engine("gpu.shot")
+    block = plan.Block("some", "pictures", "", (plan.Arm("stock"),), dtype="fp32")
+    shot = shots.Shot(0.1, 1.0, 0.2, 1.3, engine("profiling.memory").MemoryPeak(), torch.zeros(1), True)
+    known = {"flop_per_step": 2e12 / bench.scene(block).steps, "tflops": peak}
+    monkeypatch.setattr(bench.journal, "value", lambda row, name: known[name])
+    told = pictures._rates(bench, block, pictures.Lane(plan.Arm("stock"), None, shot, [shot]))
+    assert told == {"tflops": 2.0, "peak_share": share}
+    assert ("above the measured peak" in caplog.text) == (share is None)
+
+
 def test_nan_is_an_error_and_no_time(engine: Any, bench: Any) -> None:
     shots, memory = engine("gpu.shot"), engine("profiling.memory")
     pictures = engine("gpu.measure_pictures")
