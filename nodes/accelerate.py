@@ -130,7 +130,7 @@ class DynamicCFG:
     DESCRIPTION = (
         "Turns the negative prompt's half of each evaluation off for the last steps, where it changes the picture "
         "least. Works together with DeepCache. Where a sampler or another node needs that half, it stays on and the "
-        "log says why. For SD 1.x, SD 2.x and the SDXL family."
+        "record says why. For SD 1.x, SD 2.x and the SDXL family."
     )
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)

@@ -19,6 +19,7 @@ export function detailView(record, remove) {
     "div",
     { class: "sl-detail", "data-run": record.run_id },
     el("h3", null, request.plan ?? record.run_id, statusBadge(record.status)),
+    request.label && request.label !== request.plan ? el("div", { class: "sl-sub sl-label", text: t("asked_as", { label: request.label }) }) : null,
     el("div", { class: "sl-sub", text: settingsLine(record) }),
     el("div", { class: "sl-big" }, bigFigure(duration(record.phases_ms?.total), t("total")), bigFigure(rate(summary.it_per_s), t("speed")), ...memoryPeaks(record.memory?.overall).slice(0, 1).map(([name, value]) => bigFigure(gigabytes(value), t(name)))),
     bars.length ? [chart.element, legend(bars, summary)] : null,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import SpeedLabError, first_line
 from .backends import CompileOptions
-from .run_notes import report_note
+from .run_notes import report_note, report_ran
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,13 @@ class Run:
         mm.throw_exception_if_processing_interrupted()
 
     def tell(self, transformer_options: Mapping[str, Any]) -> None:
-        """Hand what was noted to the log and the record."""
+        """Hand what was noted to the log and the record, and whether the run counts as compiled at all."""
         for text, level in self.notes.items():
             log.log(level, "SpeedLab: Compile: %s", text)
             report_note(transformer_options, f"Compile: {text}")
         self.notes.clear()
+        if self.eager:
+            report_ran(transformer_options, "compile", None)
 
 
 def raise_what_passes(error: BaseException) -> None:

@@ -101,6 +101,8 @@ def _step_table(record: RunRecord) -> list[str]:
 def _memory_line(memory: Mapping[str, Any]) -> str:
     vram, rss = memory.get("peak_allocated_gb"), memory.get("peak_rss_gb")
     parts = [f"VRAM peak {vram:.2f} GB"] if vram is not None else []
+    outside = memory.get("outside_torch_gb")
+    parts += [f"of which {outside:.2f} GB outside of PyTorch's allocator"] if vram is not None and outside else []
     parts += [f"RAM peak {rss:.2f} GB"] if rss is not None else []
     return ", ".join(parts) or "memory: not known on this platform"
 

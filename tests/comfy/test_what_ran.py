@@ -68,6 +68,15 @@ def told(record: Any, text: str) -> bool:
     return sum(text in warning for warning in record.warnings) == 1
 
 
+def test_a_run_that_fell_back_to_eager_is_not_called_compiled(record, node, tiny):
+    """tensorrt needs an NVIDIA GPU, which the tiny model is not on."""
+    compiled = node("SpeedLabCompileModel").apply(tiny.model, "tensorrt", "auto", "default", "auto", "eager")[0]
+    made = record(compiled, steps=2)
+    assert told(made, "The run is uncompiled, as on_failure asks")
+    assert made.request["accelerators"] == [] and made.request["plan"] == "stock"
+    assert [name.partition("(")[0] for name in made.request["asked"]] == ["compile"]
+
+
 def test_dynamic_cfg_that_steps_aside(record, dynamic_cfg, deepcache, tiny, engine):
     made = record(deepcache(dynamic_cfg(tiny.model)), sampler="euler_cfg_pp", cfg=1.5)
     assert told(made, "uncond stays on in this run, because the sampler (a cfg_pp one)")
