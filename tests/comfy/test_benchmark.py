@@ -81,6 +81,11 @@ def test_two_axes_make_a_row_a_cell_with_quality_against_the_baseline(bench, out
     for row in rows:
         record = record_of(output, row)
         assert len(record["summary"]["totals_ms"]) == len(record["summary"]["runs_ms"]) == 2
+        phases = record["phases_ms"]
+        counted = ("text_encode", "to_device", "prepare", "sample", "decode", "save")
+        assert sum(phases[name] or 0.0 for name in counted) == pytest.approx(phases["total"], rel=0.01)
+        assert float(row["time_s"]) == pytest.approx(phases["total"] / 1000.0, rel=0.01)
+        assert float(row["steps"]) / float(row["it_per_s"]) == pytest.approx(phases["sample"] / 1000.0, rel=0.01)
         assert all((output / name).is_file() for name in record["artifacts"]["images"])
     assert len(list((output / "speedlab" / "runs").glob("*.json"))) == 4
 

@@ -14,7 +14,7 @@ from ...profiling.complete import merge_memory
 from ...profiling.environment import environment, environment_hash
 from ...profiling.record import RunRecord
 from ...profiling.runner import plan_of
-from ...profiling.summary import rows_of, summarise
+from ...profiling.summary import rows_of, speed, summarise
 from .cells import Cell
 from .growth import with_growth
 from .measure import OneRun, Prompt
@@ -63,7 +63,9 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     begun = rows_of(begin.record.steps)
     summary = summarise(sampling, rows, begin.record.summary.get("first_eval_ms"), begun[0].ms if begun else None)
     median = statistics.median(totals)
+    phases = _phases(_middle(runs), median)
     summary |= {
+        **speed(phases["sample"], summary["steps"]),
         "totals_ms": [round(ms, 3) for ms in totals],
         "first_run_ms": round(begin.total_ms, 3),
         "images_per_min": round(60000.0 * runs.cell.settings.batch / median, 4) if median > 0 else None,
@@ -82,7 +84,7 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         status=runs.status,
         error=runs.error,
         request=_as_it_ran({**first.record.request, **_request(runs, facts), **_decoded(first)}),
-        phases_ms=_phases(every, summary["run"]["median"], median),
+        phases_ms={**phases, "first_eval": first.record.summary.get("first_eval_ms")},
         summary=summary,
         memory=with_growth(memory, _growths(runs)),
         quality=_quality(runs),
@@ -165,20 +167,29 @@ def _as_it_ran(request: dict[str, Any]) -> dict[str, Any]:
     return {**request, "plan": plan_of(request["accelerators"]), "label": request["plan"]}
 
 
-def _phases(every: Sequence[OneRun], sample: float, total: float) -> dict[str, float | str | None]:
-    def median(values: Sequence[Any]) -> float | None:
+def _middle(runs: CellRuns) -> list[OneRun]:
+    """The runs of the repeat with the median time, or of both in the middle: their phases add up to that time.
+
+    Medians of each phase for itself would not, for the repeat with the longest decode need not be the one with the
+    longest sampling.
+    """
+    order = sorted(runs.repeats, key=lambda repeat: statistics.fmean(run.total_ms for run in repeat))
+    return [run for repeat in order[(len(order) - 1) // 2 : len(order) // 2 + 1] for run in repeat]
+
+
+def _phases(middle: Sequence[OneRun], total: float) -> dict[str, float | None]:
+    def mean(values: Sequence[Any]) -> float | None:
         known = [float(value) for value in values if isinstance(value, (int, float))]
-        return round(statistics.median(known), 3) if known else None
+        return round(sum(known) / len(middle), 3) if known else None
 
     return {
         "load": None,
-        "text_encode": median([run.encode_ms for run in every]),
-        "to_device": median([run.record.phases_ms.get("to_device") for run in every]),
-        "prepare": median([run.record.phases_ms.get("prepare") for run in every]),
-        "first_eval": every[0].record.summary.get("first_eval_ms"),
-        "sample": sample,
-        "decode": median([run.decode_ms for run in every]),
-        "save": median([run.save_ms for run in every]),
+        "text_encode": mean([run.encode_ms for run in middle]),
+        "to_device": mean([run.record.phases_ms.get("to_device") for run in middle]),
+        "prepare": mean([run.record.phases_ms.get("prepare") for run in middle]),
+        "sample": mean([run.sample_ms for run in middle]),
+        "decode": mean([run.decode_ms for run in middle]),
+        "save": mean([run.save_ms for run in middle]),
         "total": round(total, 3),
     }
 
