@@ -13,6 +13,7 @@ from .progress import ProgressLine
 from .results import Outcome, fetch_pictures, fetch_records
 from .scenario import Scenario
 from .small import MARK, PROMPTS, shrink
+from .warm_up import shape_of, warm_up, warm_up_graph, with_new_texts
 from .workflows import ui_graph
 
 
@@ -34,12 +35,13 @@ def parts_of(scenario: Scenario, small: bool = False) -> list[tuple[str, ApiGrap
 async def run_scenario(
     client: ComfyClient, scenario: Scenario, out: Path, *, small: bool = False, journal: Journal | None = None
 ) -> Outcome:
-    """Queue a scenario picture by picture; its outcome holds what was reached before an error.
+    """Queue a scenario image by image, warmed up; its outcome holds what was reached before an error.
 
     Parts that `journal` holds are not run again. Raises ServerGone where the server died.
     """
     outcome = Outcome(scenario.id)
     parts = parts_of(scenario, small)
+    warm = ""
     for number, (name, graph) in enumerate(parts, start=1):
         if journal is not None and journal.recall(name, out, outcome):
             outcome.recalled += 1
@@ -47,7 +49,14 @@ async def run_scenario(
         line = ProgressLine(f"{scenario.id}{f' {number}/{len(parts)}' if len(parts) > 1 else ''}", graph)
         before = len(outcome.records), len(outcome.pictures)
         try:
-            result = await client.run(graph, extra_data=extra_data(scenario, small), listener=line)
+            # Times of a small run say nothing, so nothing is done for them.
+            if not small and shape_of(graph) != warm:
+                before_it = warm_up_graph(graph)
+                if before_it is not None:
+                    await warm_up(client, before_it)
+                warm = shape_of(graph)
+            asked = graph if small else with_new_texts(graph)
+            result = await client.run(asked, extra_data=extra_data(scenario, small), listener=line)
             outcome.pictures += await fetch_pictures(client, result, out, name)
             await fetch_records(client, result, out, outcome)
         except ServerGone:

@@ -177,6 +177,22 @@ def test_bench_runs_a_scenario_on_a_running_server(server, tmp_path):
     assert (tmp_path / "speedlab" / "runs" / f"{row['run_id']}.json").is_file()
 
 
+def test_each_image_of_a_bench_is_a_warm_repeat_with_its_texts_encoded(server, tmp_path):
+    """Texts that an earlier image had too count again, and the short run before leaves nothing behind."""
+    before = server.get("/speedlab/runs?limit=1")["files"]
+    arguments = ("--width", "64", "--height", "64", "--steps", "3", "--checkpoint", CHECKPOINT)
+    done = command("bench", "sd15-sliced-attention", "txt2img-default", "--server", server.url, *arguments, out=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    for row in rows:
+        record = json.loads((tmp_path / "speedlab" / "runs" / f"{row['run_id']}.json").read_text())
+        assert float(row["time_s"]) > 0 and record["phases_ms"]["text_encode"] > 0
+        assert row["steps"] == "3" and not any("moved its weights" in text for text in record["warnings"])
+    assert server.get("/speedlab/runs?limit=1")["files"] == before + len(rows)
+
+
 def test_bench_fails_with_words_where_the_server_lacks_the_checkpoint(server, tmp_path):
     arguments = ("txt2img-default", "--server", server.url, "--checkpoint", "no_such.safetensors")
     done = command("bench", *arguments, out=tmp_path)
