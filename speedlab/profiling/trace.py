@@ -24,7 +24,10 @@ KEY = "speedlab.profile"
 
 @dataclass
 class Evaluation:
-    """One model evaluation with guidance. `sigma` stays on the device until the run is over: reading it would wait."""
+    """One model evaluation with guidance. `sigma` stays on the device until the run is over: reading it would wait.
+
+    Rows are those of the batches that the network got: latents times conds, each area and each mask a cond of its own.
+    """
 
     sigma: Any
     start: Mark
@@ -151,13 +154,15 @@ class SamplingTrace:
             self._current = outer
 
     @contextmanager
-    def forward(self, cond_or_uncond: Sequence[int]) -> Iterator[None]:
+    def forward(self, cond_or_uncond: Sequence[int], rows: int) -> Iterator[None]:
+        """One forward of `rows` rows, which `cond_or_uncond` names in chunks of equal size."""
         if self._current is not None:
             self._current.forwards += 1
-            uncond = sum(1 for which in cond_or_uncond if which == 1)
+            chunk = rows // max(len(cond_or_uncond), 1)
+            uncond = chunk * sum(1 for which in cond_or_uncond if which == 1)
             self._current.uncond_rows += uncond
-            self._current.cond_rows += len(cond_or_uncond) - uncond
-        with nvtx.nvtx_range(self.emitter, nvtx.FORWARD, len(cond_or_uncond)):
+            self._current.cond_rows += rows - uncond
+        with nvtx.nvtx_range(self.emitter, nvtx.FORWARD, rows):
             yield
 
     def mark_cached(self) -> None:
@@ -220,7 +225,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
         if trace.conditions is None:
             # Here every technique has set what it sets for its run.
             trace.conditions = conditions_now(args[0].device.type)
-        with trace.forward(options.get("cond_or_uncond", (0,))):
+        with trace.forward(options.get("cond_or_uncond", (0,)), int(args[0].shape[0])):
             return executor(*args, **kwargs)
 
     return {
