@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 KNOWN_STEMS = ("taesd", "taesdxl")
 # The latent format of each decoder's family, by core's class names: its scale and shift are the decoder's.
 _FORMATS = {"taesd": "SD15", "taesdxl": "SDXL", "taesd3": "SD3", "taef1": "Flux"}
-_DECODER_FILE = re.compile(r"(?P<stem>[\w.-]+)_decoder\.(safetensors|sft|pth|pt|ckpt|bin)")
+# Which endings are model files is core's to say: its list holds no others.
+_DECODER_FILE = re.compile(r"(?P<stem>.+)_decoder\.\w+", re.DOTALL)
 _UPSCALE = 8
 # What a band holds where nobody names a size, in pixels to each side of a square: what a processor's cache takes, and
 # what fills a graphics card.
@@ -118,12 +119,17 @@ def resolve_decoder(decoder: str, latent: Mapping[str, Any], model: Any | None) 
 def _check_family(stem: str, latent: Mapping[str, Any], model: Any | None) -> None:
     """Refuse a decoder of another family than the latent's, where both are known: the picture would be garbage."""
     made_by = FAMILIES.get(type(_latent_format(latent, model)).__name__)
-    decodes = FAMILIES.get(_FORMATS.get(stem, ""))
+    decodes = FAMILIES.get(_format_of(stem) or "")
     if made_by is not None and decodes is not None and made_by != decodes:
         raise SpeedLabError(
             f"These latents were made by an {made_by} model and the decoder '{stem}' is for {decodes}. Set decoder to "
             "auto."
         )
+
+
+def _format_of(stem: str) -> str | None:
+    """The latent format of a decoder that is known by its file's name, in whatever folder it lies."""
+    return _FORMATS.get(re.split(r"[\\/]", stem)[-1])
 
 
 def decode_device() -> Any:
@@ -193,7 +199,7 @@ def memory_used_decode(shape: Any, dtype: Any) -> float:
 def _scale_and_shift(stem: str, latent_format: Any | None) -> tuple[float, float]:
     import comfy.latent_formats
 
-    known = getattr(comfy.latent_formats, _FORMATS.get(stem, ""), None)
+    known = getattr(comfy.latent_formats, _format_of(stem) or "", None)
     chosen = known() if known is not None else latent_format
     if chosen is None:
         raise SpeedLabError(
