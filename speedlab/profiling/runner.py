@@ -310,7 +310,7 @@ def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | 
             f"PyTorch cannot wait for the device {model.load_device.type} here (its backend has no synchronize): the "
             "times tell when work was queued, not when it was done, so steps and phases cannot be told apart for sure."
         )
-    notes += [match.warning() for match in model.get_attachment(LORAS) or () if match.matched < match.total]
+    notes += [warning for match in model.get_attachment(LORAS) or () for warning in match.warnings()]
     if phases["text_encode"] is None:
         notes.append("A core node encoded the text, so the time from text to picture is not known.")
     elif phases["text_encode"] == "cached":

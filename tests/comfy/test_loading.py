@@ -367,8 +367,8 @@ def odd_files(model_files, demo_checkpoint, lora_files, taesd_files, comfy):
     paths = [vae]
     for kind, source in made.items():
         for name in ODD_NAMES:
-            stem, ending = os.path.splitext(name)
-            path = model_files / kind / (f"{stem}_decoder{ending}" if kind == "vae_approx" else name)
+            odd = Path(name)
+            path = model_files / kind / (f"{odd.stem}_decoder{odd.suffix}" if kind == "vae_approx" else name)
             path.symlink_to(source)
             paths.append(path)
     folder_paths.filename_list_cache.clear()
@@ -393,7 +393,7 @@ def test_what_the_lists_offer_loads_whatever_it_is_called(node, core, loaded, od
     assert ours.patches.keys() == theirs.patches.keys()
     assert name in vae.INPUT_TYPES()["required"]["vae_name"][0]
     assert vae.load(name, "fp32")[0].vae_dtype == torch.float32
-    stem = os.path.splitext(name)[0]
+    stem = Path(name).stem
     assert stem in tiny_vae.INPUT_TYPES()["required"]["decoder"][0]
     assert tiny_vae.decode({"samples": torch.zeros(1, 4, 8, 8)}, stem, 1, 0, tiny.model)[0].shape == (1, 64, 64, 3)
 
