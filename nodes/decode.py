@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from ..speedlab import decoding, tiny_vae
+from ..speedlab.latent_mark import mark_of
 from ..speedlab.precision import VAE_PRECISIONS
 from ..speedlab.profiling.timeline import phase
+
+
+def _run_of(samples: dict) -> str | None:
+    """The profiled run that made these very latents, if one did."""
+    mark = mark_of(samples)
+    return mark.run_id if mark is not None else None
 
 
 class VAEDecode:
@@ -68,9 +75,10 @@ class VAEDecode:
     def decode(self, samples: dict, vae: object, slicing: bool, tile_size: int, overlap: int, precision: str) -> tuple:
         decoding.require_vae(vae)
         config = decoding.DecodeConfig(slicing, tile_size, overlap, precision)
+        run_id = _run_of(samples)
         with phase("decode", vae.device) as info:  # type: ignore[attr-defined]
             decoded = decoding.decode(vae, samples, config)
-            info.update(decoded.info, run_id=tiny_vae.run_of(samples))
+            info.update(decoded.info, run_id=run_id)
         return (decoded.images,)
 
 
@@ -136,9 +144,10 @@ class TinyVAEDecode:
 
     def decode(self, samples: dict, decoder: str, slice_size: int, tile_size: int, model: object = None) -> tuple:
         config = tiny_vae.TinyDecodeConfig(decoder, slice_size, tile_size)
+        run_id = _run_of(samples)
         with phase("decode", tiny_vae.decode_device()) as info:
             decoded = tiny_vae.decode_tiny(samples, config, model)
-            info.update(decoded.info, run_id=tiny_vae.run_of(samples))
+            info.update(decoded.info, run_id=run_id)
         return (decoded.images,)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import SpeedLabError
 from .finite import is_finite
+from .latent_mark import mark_of
 from .loading import VAE_SOURCE
 from .precision import short_name, torch_dtype
 from .vae_attempts import SMALLEST_TILE, Way, decode_fitting
@@ -20,7 +21,6 @@ from .vae_precision import abilities, remember_not_finite, safer, sibling, sibli
 
 log = logging.getLogger(__name__)
 
-LATENT_MARK = "speedlab"
 # Set on a VAE by Compile VAE: backend and mode.
 COMPILED_BY = "speedlab_compiled"
 
@@ -163,9 +163,9 @@ def check_family(vae: Any, latent: Mapping[str, Any]) -> None:
     """Refuse SDXL latents on an SD 1.x VAE and the reverse, where both are known: the picture would be garbage."""
     patcher = getattr(vae, "patcher", None)
     source = None if patcher is None else patcher.get_attachment(VAE_SOURCE)
-    mark = latent.get(LATENT_MARK)
-    made_by = FAMILIES.get(str(mark.get("latent_format"))) if isinstance(mark, Mapping) else None
     decodes = FAMILIES.get(str(getattr(source, "latent_format", None)))
+    mark = mark_of(latent) if decodes is not None else None
+    made_by = FAMILIES.get(str(mark.latent_format)) if mark is not None else None
     if source is not None and made_by is not None and decodes is not None and made_by != decodes:
         raise SpeedLabError(
             f"These latents were made by an {made_by} model and this VAE comes from an {decodes} checkpoint "

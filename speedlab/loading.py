@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePath
 from typing import Any
 
 from .core import is_out_of_memory
@@ -83,9 +83,13 @@ def find_model_file(kind: str, name: str) -> Path:
 
 
 def _stays_inside(name: str) -> bool:
-    """Whether a name is relative on every system: no drive, no root, no way up. Links are the user's own to follow."""
-    posix, windows = PurePosixPath(name.replace("\\", "/")), PureWindowsPath(name)
-    return not ("\0" in name or windows.drive or windows.root or posix.is_absolute() or ".." in posix.parts)
+    """Whether a name is relative on this system: no drive, no root, no way up. Links are the user's own to follow.
+
+    `c:odd.safetensors` and names with a backslash are plain file names wherever ComfyUI lists them, and the core
+    loaders take them; only Windows reads a drive into them.
+    """
+    path = PurePath(name)
+    return not ("\0" in name or path.drive or path.root or ".." in path.parts)
 
 
 @contextmanager
@@ -185,9 +189,7 @@ def load_vae(name: str, precision: str) -> Any:
     loader = core_nodes().VAELoader
     # Core lists more than the files in models/vae: tiny VAE pairs, video TAEs and a pass-through.
     if name in loader.INPUT_TYPES()["required"]["vae_name"][0] and name not in folder_paths.get_filename_list("vae"):
-        vae = _core_vae(loader, name)
-        vae = vae if dtype is None else vae_in(vae, dtype)
-        return _with_precision(vae, precision)
+        return _with_precision(_core_vae(loader, name, dtype), precision)
     path = find_model_file("vae", name)
     refuse_unsafe(path)
     with readable(path, "VAE"):
@@ -196,18 +198,27 @@ def load_vae(name: str, precision: str) -> Any:
     return _with_precision(vae, precision)
 
 
-def _core_vae(loader: Any, name: str) -> Any:
+def _core_vae(loader: Any, name: str, dtype: Any | None) -> Any:
     """What core lists beside the files of models/vae; it may be built from files of models/vae_approx."""
     import folder_paths
 
     listed = folder_paths.get_filename_list("vae_approx")
-    paths = [find_model_file("vae_approx", file) for file in listed if file.startswith((f"{name}_", f"{name}."))]
+    if name in listed:
+        # Core lists each file whose name begins like that of a video TAE and loads only those of that very name.
+        path = find_model_file("vae_approx", name)
+        refuse_unsafe(path)
+        with readable(path, "VAE"):
+            return _vae_from_file(path, dtype)
+    pair = (f"{name}_encoder.", f"{name}_decoder.")
+    paths = [find_model_file("vae_approx", file) for file in listed if file.startswith(pair)]
     for path in paths:
         refuse_unsafe(path)
     if not paths:
-        return loader().load_vae(name)[0]
-    with readable(paths[0], "tiny VAE"):
-        return loader().load_vae(name)[0]
+        vae = loader().load_vae(name)[0]
+    else:
+        with readable(paths[0], "tiny VAE"):
+            vae = loader().load_vae(name)[0]
+    return vae if dtype is None else vae_in(vae, dtype)
 
 
 def _with_precision(vae: Any, precision: str) -> Any:

@@ -19,7 +19,6 @@ from typing import Any
 from .core import is_out_of_memory, out_of_memory_advice, progress_bar, release_unused_memory
 from .decoding import (
     FAMILIES,
-    LATENT_MARK,
     Decoded,
     check_latent,
     picture_latents,
@@ -28,6 +27,7 @@ from .decoding import (
 )
 from .errors import ModelFileError, SpeedLabError, first_line
 from .finite import is_finite
+from .latent_mark import mark_of
 from .loading import readable, refuse_unsafe
 from .tiny_stream import VALUES_PER_PIXEL, can_stream, decode_rows
 
@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 KNOWN_STEMS = ("taesd", "taesdxl")
 # The latent format of each decoder's family, by core's class names: its scale and shift are the decoder's.
 _FORMATS = {"taesd": "SD15", "taesdxl": "SDXL", "taesd3": "SD3", "taef1": "Flux"}
-_DECODER_FILE = re.compile(r"(?P<stem>[\w.-]+)_decoder\.(safetensors|sft|pth|pt|ckpt|bin)")
+# Which endings are model files is core's to say: its list holds no others.
+_DECODER_FILE = re.compile(r"(?P<stem>.+)_decoder\.\w+", re.DOTALL)
 _UPSCALE = 8
 # What a band holds where nobody names a size, in pixels to each side of a square: what a processor's cache takes, and
 # what fills a graphics card.
@@ -76,9 +77,9 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
     Raises SpeedLabError when `auto` cannot tell the latent's family, ModelFileError for a missing or broken file.
     """
     samples = picture_latents(latent)
-    stem = resolve_decoder(config.decoder, latent, model)
-    _check_family(stem, latent, model)
-    vae = load_tiny_vae(stem, _latent_format(latent, model))
+    latent_format = _latent_format(latent, model)
+    stem = resolve_decoder(config.decoder, latent_format)
+    vae = load_tiny_vae(stem, latent_format)
     check_latent(vae, samples)
     if samples.ndim != 4:
         raise SpeedLabError(
@@ -88,6 +89,9 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
     images, fitted, warnings = _decode_fitting(decode_slices, vae, samples, config)
     if decode_slices is _decode_whole_slices:
         warnings.append(report(f"The tiny decoder '{stem}' cannot run in bands; it decoded whole pictures."))
+    foreign = _foreign(stem, latent_format)
+    if foreign:
+        warnings.append(report(foreign))
     info: dict[str, Any] = {"decoder": stem, "slice_size": fitted.slice_size, "tile_size": fitted.tile_size}
     # The decoder squashes its input, so Inf in the latents can come out as finite pixels.
     if not is_finite(samples) or not is_finite(images):
@@ -97,15 +101,15 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
     return Decoded(images, info)
 
 
-def resolve_decoder(decoder: str, latent: Mapping[str, Any], model: Any | None) -> str:
+def resolve_decoder(decoder: str, latent_format: Any | None) -> str:
     """The stem to use: the one chosen, else the one of the latent's family. Raises SpeedLabError if that is unknown."""
     if decoder != "auto":
         return decoder
-    latent_format = _latent_format(latent, model)
     if latent_format is None:
         raise SpeedLabError(
-            "Tiny VAE Decode cannot tell an SD 1.x latent from an SDXL one. Connect the model, or choose taesd "
-            "(SD 1.x, 2.x) or taesdxl (SDXL) as decoder."
+            "Tiny VAE Decode cannot tell an SD 1.x latent from an SDXL one, unless a SpeedLab sampler made it and no "
+            "other node has changed it since. Connect the model, or choose taesd (SD 1.x, 2.x) or taesdxl (SDXL) as "
+            "decoder."
         )
     name = getattr(latent_format, "taesd_decoder_name", None)
     if not name:
@@ -115,15 +119,21 @@ def resolve_decoder(decoder: str, latent: Mapping[str, Any], model: Any | None) 
     return str(name).removesuffix("_decoder")
 
 
-def _check_family(stem: str, latent: Mapping[str, Any], model: Any | None) -> None:
-    """Refuse a decoder of another family than the latent's, where both are known: the picture would be garbage."""
-    made_by = FAMILIES.get(type(_latent_format(latent, model)).__name__)
-    decodes = FAMILIES.get(_FORMATS.get(stem, ""))
-    if made_by is not None and decodes is not None and made_by != decodes:
-        raise SpeedLabError(
-            f"These latents were made by an {made_by} model and the decoder '{stem}' is for {decodes}. Set decoder to "
-            "auto."
-        )
+def _foreign(stem: str, latent_format: Any | None) -> str | None:
+    """What to say where the decoder that somebody chose is for another family than the latents are of."""
+    made_by = FAMILIES.get(type(latent_format).__name__)
+    decodes = FAMILIES.get(_format_of(stem) or "")
+    if made_by is None or decodes is None or made_by == decodes:
+        return None
+    return (
+        f"These latents were made by an {made_by} model and the decoder '{stem}' is for {decodes}, so the colours will "
+        "be off. Set decoder to auto."
+    )
+
+
+def _format_of(stem: str) -> str | None:
+    """The latent format of a decoder that is known by its file's name, in whatever folder it lies."""
+    return _FORMATS.get(re.split(r"[\\/]", stem)[-1])
 
 
 def decode_device() -> Any:
@@ -131,18 +141,6 @@ def decode_device() -> Any:
     import comfy.model_management as mm
 
     return mm.vae_device()
-
-
-def latent_mark(model: Any) -> dict[str, str]:
-    """What this pack's samplers leave in a LATENT, so that a later decode knows its family."""
-    return {"latent_format": type(model.get_model_object("latent_format")).__name__}
-
-
-def run_of(latent: Mapping[str, Any]) -> str | None:
-    """The id of the profiled run that made a LATENT, if one did."""
-    mark = latent.get(LATENT_MARK)
-    run_id = mark.get("run_id") if isinstance(mark, Mapping) else None
-    return run_id if isinstance(run_id, str) else None
 
 
 def load_tiny_vae(stem: str, latent_format: Any | None = None) -> Any:
@@ -193,7 +191,7 @@ def memory_used_decode(shape: Any, dtype: Any) -> float:
 def _scale_and_shift(stem: str, latent_format: Any | None) -> tuple[float, float]:
     import comfy.latent_formats
 
-    known = getattr(comfy.latent_formats, _FORMATS.get(stem, ""), None)
+    known = getattr(comfy.latent_formats, _format_of(stem) or "", None)
     chosen = known() if known is not None else latent_format
     if chosen is None:
         raise SpeedLabError(
@@ -207,9 +205,8 @@ def _latent_format(latent: Mapping[str, Any], model: Any | None) -> Any | None:
 
     if model is not None:
         return model.get_model_object("latent_format")
-    mark = latent.get(LATENT_MARK)
-    name = mark.get("latent_format", "") if isinstance(mark, Mapping) else ""
-    known = getattr(comfy.latent_formats, str(name), None)
+    mark = mark_of(latent)
+    known = getattr(comfy.latent_formats, (mark and mark.latent_format) or "", None)
     return known() if isinstance(known, type) else None
 
 

@@ -12,12 +12,11 @@ from weakref import WeakKeyDictionary
 
 from ..accelerate.patching import Accelerator, accelerators
 from ..core import core_nodes, is_out_of_memory, output_directory
-from ..decoding import LATENT_MARK
 from ..errors import ResultsError, SpeedLabError, UnavailableError, first_line
+from ..latent_mark import marked
 from ..loading import HASHED, SOURCE, CheckpointSource, sampled_hash
 from ..lora import LORAS
 from ..precision import unet_dtypes
-from ..tiny_vae import latent_mark
 from . import live, nvtx, timeline
 from .clock import clock_for
 from .compile_counts import CompileCounts, compile_counts
@@ -176,9 +175,9 @@ def profile_run(
             session.feed.close(session.status)
     session.peak = reading.peak
     record = _record(model, request, latent, session, context)
-    marked = {**out, LATENT_MARK: {**latent_mark(model), "run_id": session.run_id}}
+    out = marked(out, model, session.run_id)
     if options.part:
-        return ProfiledLatent(marked, record)
+        return ProfiledLatent(out, record)
     try:
         store.write(record)
     except ResultsError as error:
@@ -186,7 +185,7 @@ def profile_run(
         log.error("SpeedLab: %s", error)
         record = record.changed(warnings=(*record.warnings, str(error)))
     _note_sampling(session)
-    return ProfiledLatent(marked, record)
+    return ProfiledLatent(out, record)
 
 
 def _is_first_use(model: Any) -> bool:
@@ -310,7 +309,7 @@ def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | 
             f"PyTorch cannot wait for the device {model.load_device.type} here (its backend has no synchronize): the "
             "times tell when work was queued, not when it was done, so steps and phases cannot be told apart for sure."
         )
-    notes += [match.warning() for match in model.get_attachment(LORAS) or () if match.matched < match.total]
+    notes += [warning for match in model.get_attachment(LORAS) or () for warning in match.warnings()]
     if phases["text_encode"] is None:
         notes.append("A core node encoded the text, so the time from text to picture is not known.")
     elif phases["text_encode"] == "cached":

@@ -12,6 +12,7 @@ from .mutate import of_bytes, of_text
 from .outcome import Broken, Target
 
 _executed: list[str] = []
+_TENSORS = ("lora_unet_down_blocks_0_attentions_0.lora_up.weight", "a.b.processor.lora_A.default.weight", "x.hada_w1_a")
 _NAMES = ("a.safetensors", "sub/a.safetensors", "../a.safetensors", "..\\a.ckpt", "/etc/passwd", "C:\\a.ckpt")
 
 
@@ -54,8 +55,17 @@ def model_targets(models: Path) -> list[Target]:
         Target("checkpoint file", weights, checkpoint),
         Target("VAE file", weights, vae),
         Target("pickle file", of_bytes(_pickles()), pickled),
+        Target("tensor names", of_text(_TENSORS), _tensor_reader),
         Target("model names", of_text(_NAMES), _name_reader(models)),
     ]
+
+
+def _tensor_reader(name: str) -> object:
+    import torch
+
+    from ..lora import content_of
+
+    return content_of({name: torch.zeros(1), "b.lora_up.weight": torch.zeros(1, 1)})
 
 
 def _name_reader(models: Path) -> Callable[[str], object]:

@@ -20,7 +20,6 @@ from ..bench.sweep.cells import baseline_of, make_cells
 from ..bench.sweep.plan_text import parse_plan
 from ..bench.sweep.settings import CellSettings
 from ..errors import SpeedLabError
-from ..lora import modules_in
 from ..memory.queue import read_queue
 from ..profiling.context import NodeContext
 from ..profiling.library import RunLibrary, RunSummary
@@ -37,7 +36,6 @@ _AXIS_TEXTS = (
     "(cache_interval=3, schedule=nonuniform), off", "tiny(decoder=taesd), full", "inductor(mode=max-autotune)",
     "stock\nfast=deepcache(3)+dynamic_cfg(stop_at=0.5)+tiny",
 )  # fmt: skip
-_TENSORS = ("lora_unet_down_blocks_0_attentions_0.lora_up.weight", "a.b.processor.lora_A.default.weight", "x.hada_w1_a")
 _PLANS = ("stock", "fast=deepcache(3)+tiny", "a=settings(steps=4,cfg=1)+compile(backend=inductor, mode=default)")
 
 
@@ -56,7 +54,6 @@ def pure_targets(folder: Path) -> list[Target]:
         Target("server answers", of_json([_rejection(), _failure()]), _read_answer),
         Target("axis", _axes, _read_axes),
         Target("plan", of_text(_PLANS), parse_plan),
-        Target("tensor names", of_text(_TENSORS), lambda name: modules_in([name])),
         Target("server bodies", of_bytes([b'{"a": {"b": [1, 2]}}', b"[1, 2]"]), json_object),
         Target("prompt queue", _queue_texts, lambda texts: read_queue(*texts)),
     ]

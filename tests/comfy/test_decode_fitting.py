@@ -243,10 +243,24 @@ def test_a_precision_chosen_in_the_loader_is_marked(engine, node, model_files):
 def test_latents_of_another_family_are_refused_where_both_are_known(decoding, engine, node, model_files):
     loaded = node("SpeedLabCheckpointLoader").load(DEMO, "auto", "contiguous")[2]
     decode = decoding.decode
+    of_sdxl = marked(engine, "SDXL", latent())
     with pytest.raises(engine("errors").SpeedLabError, match=r"made by an SDXL model.*SD 1\.x or 2\.x checkpoint"):
-        decode(loaded, {**latent(), "speedlab": {"latent_format": "SDXL"}}, decoding.DecodeConfig())
-    for mark in ({"latent_format": "SD15"}, {"latent_format": "Other"}, {}, None):
-        assert decode(loaded, {**latent(), "speedlab": mark}, decoding.DecodeConfig()).images.shape[0] == 1
+        decode(loaded, of_sdxl, decoding.DecodeConfig())
+    changed = {**of_sdxl, "samples": of_sdxl["samples"] * 1.01}
+    unbound = {**latent(), "speedlab": {"latent_format": "SDXL"}}
+    others = [{**latent(), "speedlab": mark} for mark in ({}, None, "text")]
+    for given in (marked(engine, "SD15", latent()), marked(engine, "Other", latent()), changed, unbound, *others):
+        assert decode(loaded, given, decoding.DecodeConfig()).images.shape[0] == 1
+
+
+def marked(engine, name, samples):
+    """The LATENT as a sampler of this pack would have left it after a model of that latent format."""
+
+    class Model:
+        def get_model_object(self, _name):
+            return type(name, (), {})()
+
+    return engine("latent_mark").marked(samples, Model(), "20260102-030405-0123abcd")
 
 
 def test_a_batch_of_mixed_sizes_is_refused(decoding, engine, vae, node, taesd_files, model_files):

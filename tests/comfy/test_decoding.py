@@ -141,23 +141,105 @@ def test_tiles_have_no_seam(tiny_decode, height, width, tile):
     assert float((tiny_decode(samples, tile_size=tile) - tiny_decode(samples)).abs().max()) <= 1e-5
 
 
-def test_auto_takes_the_family_from_the_model_or_the_mark(tiny_decode, tiny, engine):
+def marked(engine, name, samples):
+    """The LATENT as a sampler of this pack would have left it after a model of that latent format."""
+
+    class Model:
+        def get_model_object(self, _name):
+            return type(name, (), {})()
+
+    return engine("latent_mark").marked(samples, Model(), "20260102-030405-0123abcd")
+
+
+def test_auto_takes_the_family_from_the_model_or_the_mark(tiny_decode, tiny, engine, caplog):
     import torch
 
     samples = latent(1, 8, 8, seed=5)
     expected = tiny_decode(samples, "taesd")
     assert torch.equal(tiny_decode(samples, "auto", model=tiny.model), expected)
-    assert torch.equal(tiny_decode({**samples, "speedlab": {"latent_format": "SD15"}}, "auto"), expected)
-    sdxl = tiny_decode({**samples, "speedlab": {"latent_format": "SDXL"}}, "auto")
+    assert torch.equal(tiny_decode(marked(engine, "SD15", samples), "auto"), expected)
+    sdxl = tiny_decode(marked(engine, "SDXL", samples), "auto")
     assert torch.equal(sdxl, tiny_decode(samples, "taesdxl"))
     assert not torch.equal(sdxl, expected)
-    with pytest.raises(engine("errors").SpeedLabError, match="made by an SDXL model and the decoder 'taesd'"):
-        tiny_decode({**samples, "speedlab": {"latent_format": "SDXL"}}, "taesd")
+    caplog.clear()
+    by_hand = tiny_decode(marked(engine, "SDXL", samples), "taesd")
+    assert torch.equal(by_hand, expected), "what somebody picks is what decodes"
+    assert "made by an SDXL model and the decoder 'taesd'" in caplog.text
     with pytest.raises(engine("errors").SpeedLabError, match=r"cannot tell an SD 1\.x latent from an SDXL one"):
         tiny_decode(samples, "auto")
-    for mark in ({"latent_format": "Nonsense"}, {"latent_format": "torch"}, "text", None):
+    unknown = [marked(engine, "Nonsense", samples), marked(engine, "torch", samples)]
+    for given in (*unknown, *({**samples, "speedlab": mark} for mark in ({"latent_format": "SD15"}, "text", None))):
         with pytest.raises(engine("errors").SpeedLabError, match="cannot tell"):
-            tiny_decode({**samples, "speedlab": mark}, "auto")
+            tiny_decode(given, "auto")
+
+
+# What core's nodes do to a LATENT between the sampler and the decoder, and whether the pictures are still the same.
+BETWEEN = {
+    "nothing": (lambda core, latent: latent, True),
+    "one of the batch": (lambda core, latent: core.LatentFromBatch().frombatch(latent, 1, 1)[0], True),
+    "repeated": (lambda core, latent: core.RepeatLatentBatch().repeat(latent, 2)[0], True),
+    "upscaled": (lambda core, latent: core.LatentUpscaleBy().upscale(latent, "bilinear", 2.0)[0], False),
+    "flipped": (lambda core, latent: core.LatentFlip().flip(latent, "x-axis: vertically")[0], False),
+    "cropped": (lambda core, latent: core.LatentCrop().crop(latent, 32, 32, 0, 0)[0], False),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_a_mark_is_good_for_the_pictures_it_was_made_for_alone(tiny_decode, engine, core, between):
+    import torch
+
+    change, same = BETWEEN[between]
+    given = change(core, marked(engine, "SDXL", latent(2, 8, 8, seed=6)))
+    assert "speedlab" in given, "core's nodes hand on what they do not know"
+    if same:
+        assert torch.equal(tiny_decode(given, "auto"), tiny_decode(given, "taesdxl"))
+        return
+    assert engine("latent_mark").mark_of(given) is None
+    with pytest.raises(engine("errors").SpeedLabError, match="cannot tell"):
+        tiny_decode(given, "auto")
+
+
+def test_a_batch_of_two_models_is_of_neither(tiny_decode, engine):
+    import torch
+
+    first, second = marked(engine, "SD15", latent(seed=7)), marked(engine, "SDXL", latent(seed=8))
+    both = {**first, "samples": torch.cat([first["samples"], second["samples"]])}
+    assert engine("latent_mark").mark_of(both) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_mark_reads_latents_of_every_type(engine, dtype):
+    import torch
+
+    given = latent(2)
+    given["samples"] = given["samples"].to(getattr(torch, dtype)).transpose(2, 3)
+    mark = engine("latent_mark").mark_of(marked(engine, "SD15", given))
+    assert (mark.latent_format, mark.run_id) == ("SD15", "20260102-030405-0123abcd")
+
+
+def test_a_mark_does_not_outlive_its_sampler(tiny_decode, node, core, tiny, vae, engine):
+    """A Profile Sampler, then a core sampler: the first one's mark says nothing of the second one's latent."""
+    import torch
+
+    cond = tiny.cond(1)
+    first = node("SpeedLabProfileSampler").sample(tiny.model, 1, 1, 1.0, "euler", "normal", cond, cond, tiny.latent())[
+        "result"
+    ][0]
+    assert engine("latent_mark").mark_of(first).latent_format == "SD15"
+    # The first model's mark, as that of another family, which the second sampler knows nothing of.
+    first = {**first, "speedlab": {**first["speedlab"], "latent_format": "SDXL"}}
+    second = core.KSampler().sample(tiny.model, 2, 1, 1.0, "euler", "normal", cond, cond, first)[0]
+    assert second["speedlab"]["latent_format"] == "SDXL", "core hands the mark on"
+    source = engine("loading").VaeSource(Path("sd15.safetensors"), in_checkpoint=True, latent_format="SD15")
+    other = copy.copy(vae)
+    other.patcher = vae.patcher.clone()
+    other.patcher.set_attachments(engine("loading").VAE_SOURCE, source)
+    decoding = engine("decoding")
+    assert torch.isfinite(decoding.decode(other, second, decoding.DecodeConfig()).images).all()
+    assert torch.equal(tiny_decode(second, "taesd"), tiny_decode({"samples": second["samples"]}, "taesd"))
+    assert torch.equal(tiny_decode(second, "auto", model=tiny.model), tiny_decode(second, "taesd"))
+    with pytest.raises(engine("errors").SpeedLabError, match="cannot tell"):
+        tiny_decode(second, "auto")
 
 
 def test_a_decoder_that_is_not_installed_names_the_file(tiny_decode, engine):
@@ -170,7 +252,7 @@ def test_a_broken_decoder_is_named(engine, node, model_files, taesd_files):
     path.write_bytes((taesd_files / "taesd_decoder.safetensors").read_bytes()[:5000])
     try:
         with pytest.raises(engine("errors").ModelFileError, match="truncated"):
-            node("SpeedLabTinyVAEDecode").decode({**latent(), "speedlab": {"latent_format": "SD15"}}, "broken", 1, 0)
+            node("SpeedLabTinyVAEDecode").decode(marked(engine, "SD15", latent()), "broken", 1, 0)
     finally:
         path.unlink()
 

@@ -340,3 +340,70 @@ def test_memory_that_runs_out_while_loading_is_not_blamed_on_the_file(engine, de
     assert engine("core").is_out_of_memory(caught.value), "a benchmark's row says oom"
     with pytest.raises(errors.ModelFileError), readable(demo_checkpoint, "checkpoint"):
         raise RuntimeError("Error(s) in loading state_dict for AutoencoderKL: size mismatch")
+
+
+ODD_NAMES = ("c:odd.safetensors", "C:\\odd.safetensors", "\\odd.safetensors", "..odd..safetensors", "a\\b c.SFT")
+
+
+@pytest.fixture
+def odd_files(model_files, demo_checkpoint, lora_files, taesd_files, comfy):
+    """Links of each odd name in each models folder; they go again after the test."""
+    if os.name == "nt":
+        pytest.skip("no such names on Windows, where they are drives and folders")
+    import folder_paths
+
+    vae = model_files / "vae" / "plain.safetensors"
+    made = {
+        "checkpoints": demo_checkpoint,
+        "loras": lora_files / "first.safetensors",
+        "vae": vae,
+        "vae_approx": next((model_files / "vae_approx").glob("taesd_decoder.*")),
+    }
+    from safetensors.torch import load_file, save_file
+
+    prefix = "first_stage_model."
+    weights = load_file(demo_checkpoint)
+    save_file({k[len(prefix) :]: v.contiguous() for k, v in weights.items() if k.startswith(prefix)}, vae)
+    paths = [vae]
+    for kind, source in made.items():
+        for name in ODD_NAMES:
+            odd = Path(name)
+            path = model_files / kind / (f"{odd.stem}_decoder{odd.suffix}" if kind == "vae_approx" else name)
+            path.symlink_to(source)
+            paths.append(path)
+    folder_paths.filename_list_cache.clear()
+    yield
+    for path in paths:
+        path.unlink()
+    folder_paths.filename_list_cache.clear()
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_what_the_lists_offer_loads_whatever_it_is_called(node, core, loaded, odd_files, tiny, name):
+    import torch
+
+    model, clip = loaded[:2]
+    checkpoint, lora, vae, tiny_vae = (
+        node(f"SpeedLab{kind}") for kind in ("CheckpointLoader", "LoraStack", "VAELoader", "TinyVAEDecode")
+    )
+    assert name in checkpoint.INPUT_TYPES()["required"]["ckpt_name"][0]
+    assert name in checkpoint.load(name, "auto", "contiguous")[3]
+    assert name in lora.INPUT_TYPES()["required"]["lora_1"][0]
+    ours, theirs = stack(node, model, clip, (name, 1.0))[0], core.LoraLoader().load_lora(model, clip, name, 1.0, 1.0)[0]
+    assert ours.patches.keys() == theirs.patches.keys()
+    assert name in vae.INPUT_TYPES()["required"]["vae_name"][0]
+    assert vae.load(name, "fp32")[0].vae_dtype == torch.float32
+    stem = Path(name).stem
+    assert stem in tiny_vae.INPUT_TYPES()["required"]["decoder"][0]
+    assert tiny_vae.decode({"samples": torch.zeros(1, 4, 8, 8)}, stem, 1, 0, tiny.model)[0].shape == (1, 64, 64, 3)
+
+
+def test_a_file_that_core_lists_from_vae_approx_is_read_as_one(node, model_files, engine):
+    """Core's list of VAEs holds every file named like a video TAE; a bad one is told in words."""
+    path = model_files / "vae_approx" / "taehv.safetensors"
+    path.write_bytes(b"nothing")
+    try:
+        with pytest.raises(engine("errors").ModelFileError, match=r"taehv\.safetensors"):
+            node("SpeedLabVAELoader").load("taehv.safetensors", "auto")
+    finally:
+        path.unlink()

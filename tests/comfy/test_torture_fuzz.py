@@ -32,7 +32,9 @@ def test_no_model_file_breaks_a_loader_or_runs_code(models, comfy):
     for target in traps.model_targets(models):
         tally = fuzz(target, INPUTS)
         assert not tally.defects, target.name
-        assert tally.inputs == INPUTS and tally.counts["refused"] > INPUTS / 2
+        # Any text may name a tensor, so that counting modules has nothing to refuse.
+        mostly = "fine" if target.name == "tensor names" else "refused"
+        assert tally.inputs == INPUTS and tally.counts[mostly] > INPUTS / 2
 
 
 def test_code_in_a_pickle_would_be_seen(models, comfy, monkeypatch):
