@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import comfy.samplers
+from collections.abc import Mapping
 
 from ..speedlab.bench.sweep.axes import AXES, NO_AXIS
 from ..speedlab.bench.sweep.output import read_prompts, write_output
@@ -11,6 +11,7 @@ from ..speedlab.bench.sweep.settings import CellSettings
 from ..speedlab.bench.sweep.techniques import Parts
 from ..speedlab.core import core_nodes
 from ..speedlab.profiling.context import NodeContext
+from . import names
 
 _HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"}
 _VALUES = (
@@ -32,6 +33,8 @@ class Benchmark:
     """Every value of one or two axes, measured in turn."""
 
     NODE_ID = "SpeedLabBenchmark"
+    # The nodes that its plans are made of, by id: set where they are all known.
+    pack_nodes: Mapping[str, type] = {}
     DISPLAY_NAME = "Benchmark (SpeedLab)"
     CATEGORY = "SpeedLab/measure"
     DESCRIPTION = (
@@ -72,8 +75,8 @@ class Benchmark:
                     {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01,
                      "tooltip": "Guidance, where no axis or plan sets it."},
                 ),
-                "sampler_name": (comfy.samplers.KSampler.SAMPLERS, {"tooltip": "The sampler, where no axis sets it."}),
-                "scheduler": (comfy.samplers.KSampler.SCHEDULERS, {"tooltip": "The scheduler, where no axis sets it."}),
+                "sampler_name": (names.samplers(), {"tooltip": "The sampler, where no axis sets it."}),
+                "scheduler": (names.schedulers(), {"tooltip": "The scheduler, where no axis sets it."}),
                 "seed": _text("0", "One seed for all prompts, or one a line. Every cell uses the same."),
                 "warmup": _int(1, 0, 100, "Rounds before the measured ones; the very first run is told apart."),
                 "repeats": _int(5, 1, 1000, "Measured rounds: the table shows their median and spread."),
@@ -99,14 +102,12 @@ class Benchmark:
         scheduler: str, seed: str, warmup: int = 1, repeats: int = 5, plan: str = "", refiner: object = None,
         refiner_clip: object = None, prompt: object = None, extra_pnginfo: object = None, unique_id: object = None,
     ) -> dict:  # fmt: skip
-        from . import NODE_CLASS_MAPPINGS
-
         request = SweepRequest(
             axis_x, values_x, axis_y, values_y,
             CellSettings(width, height, batch, steps, cfg, sampler_name, scheduler),
             plan, read_prompts(positive, negative, seed), warmup, repeats,
         )  # fmt: skip
-        nodes = {**core_nodes().NODE_CLASS_MAPPINGS, **NODE_CLASS_MAPPINGS}
+        nodes = {**core_nodes().NODE_CLASS_MAPPINGS, **self.pack_nodes}
         parts = Parts(model, clip, vae, refiner, refiner_clip)
         sweep = Sweep(parts, request, nodes, NodeContext.of(prompt, extra_pnginfo, unique_id))
         output = write_output(sweep.run(), sweep.store)

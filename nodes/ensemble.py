@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.samplers
-
 from ..speedlab.ensemble import EnsembleRequest, Expert, sample_ensemble
 from ..speedlab.profiling import browser, report
 from ..speedlab.profiling.context import NodeContext
 from ..speedlab.profiling.depth import DETAILS
 from ..speedlab.profiling.runner import ProfileOptions
+from . import names
 
 
 class EnsembleSampler:
@@ -115,9 +114,9 @@ def _settings() -> dict[str, Any]:
                 "tooltip": "How closely both models follow their prompts.",
             },
         ),
-        "sampler_name": (comfy.samplers.KSampler.SAMPLERS, {"tooltip": "The sampling algorithm."}),
+        "sampler_name": (names.samplers(), {"tooltip": "The sampling algorithm."}),
         "scheduler": (
-            comfy.samplers.KSampler.SCHEDULERS,
+            names.schedulers(),
             {"tooltip": "How the noise levels are spread over the steps of both models."},
         ),
         "handoff": (

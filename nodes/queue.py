@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from comfy.comfy_types import IO
-
 from ..speedlab.memory import free, queue
+from . import names
 
 
 class PromptQueue:
@@ -79,7 +78,7 @@ class FreeMemory:
         "VAE. With a list it waits for the whole list and frees once. Everything else stays loaded."
     )
     INPUT_IS_LIST = True
-    RETURN_TYPES = (IO.ANY,)
+    RETURN_TYPES = (names.ANY,)
     RETURN_NAMES = ("value",)
     OUTPUT_IS_LIST = (True,)
     OUTPUT_TOOLTIPS = ("The value, unchanged; a list stays a list.",)
@@ -90,7 +89,7 @@ class FreeMemory:
         return {
             "required": {
                 "value": (
-                    IO.ANY,
+                    names.ANY,
                     {"tooltip": "Anything: conditioning that was encoded, or latents that were sampled."},
                 ),
                 "what": (
@@ -103,7 +102,7 @@ class FreeMemory:
             },
             "optional": {
                 "wait_for": (
-                    IO.ANY,
+                    names.ANY,
                     {"tooltip": "Something else that must be ready before, such as the negative prompt."},
                 ),
             },

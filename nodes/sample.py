@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import comfy.samplers
-
 from ..speedlab.profiling import browser, charts, report
 from ..speedlab.profiling.context import NodeContext
 from ..speedlab.profiling.runner import DETAILS, ProfileOptions, SamplingRequest, profile_sampling
+from . import names
 
 _HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID", "dynprompt": "DYNPROMPT"}
 
@@ -64,11 +63,11 @@ class ProfileSampler:
                     },
                 ),
                 "sampler_name": (
-                    comfy.samplers.KSampler.SAMPLERS,
+                    names.samplers(),
                     {"tooltip": "The sampling algorithm. Some evaluate the model twice a step."},
                 ),
                 "scheduler": (
-                    comfy.samplers.KSampler.SCHEDULERS,
+                    names.schedulers(),
                     {"tooltip": "How the noise levels are spread over the steps."},
                 ),
                 "positive": ("CONDITIONING", {"tooltip": "What the picture shall show."}),

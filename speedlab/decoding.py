@@ -18,11 +18,9 @@ from .loading import VAE_SOURCE
 from .precision import short_name, torch_dtype
 from .vae_attempts import SMALLEST_TILE, Way, decode_fitting
 from .vae_precision import abilities, remember_not_finite, safer, sibling, sibling_bytes, slow_choice, starting_dtype
+from .vae_variants import COMPILED, derivations_of
 
 log = logging.getLogger(__name__)
-
-# Set on a VAE by Compile VAE: backend and mode.
-COMPILED_BY = "speedlab_compiled"
 
 # Latents of equal shape that no VAE of the other family can decode, by the class names of core's latent formats.
 FAMILIES = {"SD15": "SD 1.x or 2.x", "SDXL": "SDXL", "SDXL_Playground_2_5": "SDXL"}
@@ -102,10 +100,9 @@ def _info(vae: Any, chosen: Any, way: Way, config: DecodeConfig, warnings: list[
         info["slicing"] = True
     if way.tile_size:
         info.update(tile_size=way.tile_size, overlap=way.overlap)
-    compiled = getattr(chosen, COMPILED_BY, None)
+    compiled = derivations_of(chosen).get(COMPILED)
     if compiled is not None:
-        backend, mode = compiled
-        info["compiled"] = f"compile_vae(backend={backend}{'' if mode == 'default' else f',mode={mode}'})"
+        info["compiled"] = compiled.described
     if chosen is not vae:
         info["second_modules_gb"] = round(sibling_bytes(vae) / 1e9, 4)
     if warnings:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from .core import is_out_of_memory
+from .core import core_nodes, is_out_of_memory
 from .errors import ModelFileError, SpeedLabError, first_line
-from .precision import CheckpointPrecision, describe_parts, torch_dtype, unet_options
+from .precision import CheckpointPrecision, cpu_computes_bf16, describe_parts, torch_dtype, unet_options
 
 log = logging.getLogger(__name__)
 
@@ -170,8 +170,6 @@ def set_compute_dtype(model: Any, precision: CheckpointPrecision) -> None:
     """On a CPU with bf16 instructions compute in bf16 what is stored in bf16; core alone would compute in fp32."""
     import torch
 
-    from .precision import cpu_computes_bf16
-
     if precision == "bf16" and model.load_device.type == "cpu" and cpu_computes_bf16():
         model.set_model_compute_dtype(torch.bfloat16)
 
@@ -182,8 +180,6 @@ def load_vae(name: str, precision: str) -> Any:
     Raises ModelFileError for a file that is missing, truncated, unsafe or no VAE.
     """
     import folder_paths
-
-    from .core import core_nodes
 
     dtype = torch_dtype(precision)
     loader = core_nodes().VAELoader

@@ -13,8 +13,8 @@ from typing import Any
 from .core import is_out_of_memory, out_of_memory_advice, progress_bar, release_unused_memory
 from .errors import SpeedLabError
 from .finite import is_finite
-from .memory.patcher import settle
 from .vae_tiles import Grid, blend, grid
+from .vae_variants import placement_of
 
 SMALLEST_TILE = 64
 _PIXELS_PER_LATENT = 8
@@ -183,7 +183,8 @@ class _Decoder:
         try:
             raw = vae.first_stage_model.decode(samples.to(vae.vae_dtype).to(vae.device))
         finally:
-            settle(vae.patcher)
+            if (placement := placement_of(vae)) is not None:
+                placement.settle()
         # A copy: the output is scaled in place, and there are decoders that hand back what they were given.
         pixels = raw.to(device=vae.output_device, dtype=self._output_dtype, copy=True)
         del raw

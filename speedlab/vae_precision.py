@@ -13,8 +13,10 @@ from weakref import WeakKeyDictionary
 from . import precision
 from .loading import FIXED_PRECISION, vae_in
 from .precision import cpu_computes_bf16, short_name, torch_dtype
+from .vae_variants import derivations_of, is_compiled_vae
 
 _siblings: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+_derived: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 _not_finite_in: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
@@ -70,15 +72,16 @@ def sibling(vae: Any, dtype: Any) -> Any:
     """The VAE itself if it runs in `dtype`, else its second module in that dtype, built once."""
     if vae.vae_dtype == dtype:
         return vae
-    from .accelerate.compile_vae import compiled_like
-    from .memory.explain import under_plan_of
-    from .memory.patcher import is_planned
-
-    known = _siblings.setdefault(vae.first_stage_model, {})
-    if dtype not in known:
-        known[dtype] = compiled_like(vae, vae_in(vae, dtype))
-    other = known[dtype]
-    return under_plan_of(vae, other) if is_planned(vae.patcher) else other
+    modules = _siblings.setdefault(vae.first_stage_model, {})
+    if dtype not in modules:
+        modules[dtype] = vae_in(vae, dtype)
+    # Of this VAE object: another one of the same weights may be under another plan, or not compiled.
+    derived = _derived.setdefault(vae, {})
+    if dtype not in derived:
+        derived[dtype] = modules[dtype]
+        for derivation in derivations_of(vae).values():
+            derived[dtype] = derivation.of(derived[dtype])
+    return derived[dtype]
 
 
 def sibling_bytes(vae: Any) -> int:
@@ -104,10 +107,8 @@ def _may_try_fp16(vae: Any) -> bool:
     """
     from comfy.cli_args import args
 
-    from .accelerate.compile_vae import is_compiled
-
     flags = ("fp16_vae", "bf16_vae", "fp32_vae", "cpu_vae")
-    if is_compiled(vae):
+    if is_compiled_vae(vae):
         return False
     chosen = vae.patcher.get_attachment(FIXED_PRECISION) or any(getattr(args, flag, False) for flag in flags)
     return not chosen and vae.device.type == "cuda" and abilities(vae.device).fp16

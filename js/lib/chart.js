@@ -1,6 +1,6 @@
 // The step chart: bars in SVG, which stretches with its box, and words in HTML, which does not.
 import { el, svg } from "./dom.js";
-import { barText, binned, duration, isNumber, KINDS, steady } from "./figures.js";
+import { barText, binned, duration, hasMedian, isNumber, KINDS, steady } from "./figures.js";
 import { t } from "./i18n.js";
 
 const WIDTH = 1000;
@@ -26,8 +26,9 @@ export function legend(bars, summary = null) {
 }
 
 function wordOf(kind, summary) {
-  const ms = summary?.step_kinds?.[kind]?.median_ms;
-  return isNumber(ms) ? t("kind_median", { kind: t(`kind_${kind}`), value: duration(ms) }) : t(`kind_${kind}`);
+  const told = summary?.step_kinds?.[kind];
+  const name = hasMedian(told) ? "kind_median" : "kind_one";
+  return isNumber(told?.median_ms) ? t(name, { kind: t(`kind_${kind}`), value: duration(told.median_ms) }) : t(`kind_${kind}`);
 }
 
 /** A chart of step times. `draw` may be called as often as there is news; the pointer shows a bar's values. */

@@ -2,7 +2,7 @@
 import { legend, StepChart } from "./chart.js";
 import { section, settingsOf, table } from "./detail.js";
 import { el } from "./dom.js";
-import { duration, gigabytes, isNumber, KINDS, phasesOf, rate, recordBars } from "./figures.js";
+import { duration, gigabytes, hasMedian, isNumber, KINDS, phasesOf, rate, recordBars } from "./figures.js";
 import { t } from "./i18n.js";
 import { phaseBar, statusBadge } from "./parts.js";
 
@@ -41,7 +41,10 @@ function verdict(a, b) {
   }
   const [share_a, share_b] = totals.map((total, index) => (isPositive(sampled[index]) ? Math.round((100 * sampled[index]) / total) : "–"));
   const text = t("verdict", { ratio: words(...totals), time_a: duration(totals[0]), time_b: duration(totals[1]), share_a, share_b });
-  return el("div", { class: `sl-verdict ${totals[1] <= totals[0] ? "sl-good" : "sl-bad"}`, text });
+  // Good or bad is said of repeated runs alone: of single ones nobody knows how far they swing.
+  const repeated = [a, b].every((run) => run.summary?.repeats > 1);
+  const judged = repeated ? (totals[1] <= totals[0] ? "sl-good" : "sl-bad") : "";
+  return el("div", null, el("div", { class: `sl-verdict ${judged}`.trim(), text }), repeated ? null : el("div", { class: "sl-hint", text: t("single_runs") }));
 }
 
 const isPositive = (value) => isNumber(value) && value > 0;
@@ -54,7 +57,7 @@ function figures(a, b) {
     [t("total"), (run) => run.phases_ms?.total, duration],
     [t("speed"), (run) => run.summary?.it_per_s, rate],
     [t("step_time"), (run) => run.summary?.step_time_ms, duration],
-    ...KINDS.map((kind) => [t("kind_median", { kind: t(`kind_${kind}`), value: "" }).trim(), (run) => run.summary?.step_kinds?.[kind]?.median_ms, duration]),
+    ...KINDS.map((kind) => [kindName(kind, [a, b]), (run) => run.summary?.step_kinds?.[kind]?.median_ms, duration]),
     [t("first_eval"), (run) => run.summary?.first_eval_ms, duration],
     ...[...new Set([a, b].flatMap((run) => phasesOf(run.phases_ms).map(([name]) => name)))].map((name) => [t(`phase_${name}`), (run) => run.phases_ms?.[name], duration]),
     [t("vram"), (run) => run.memory?.overall?.peak_allocated_gb, gigabytes],
@@ -64,6 +67,12 @@ function figures(a, b) {
     .map(([name, read, write]) => [name, read(a), read(b), write])
     .filter(([, before, after]) => isNumber(before) || isNumber(after))
     .map(([name, before, after, write]) => [name, write(before), write(after), ratio(before, after)]);
+}
+
+// A median where both runs have more than one step of the kind.
+function kindName(kind, runs) {
+  const medians = runs.map((run) => run.summary?.step_kinds?.[kind]).filter(Boolean).every(hasMedian);
+  return medians ? t("kind_median", { kind: t(`kind_${kind}`), value: "" }).trim() : t(`kind_${kind}`);
 }
 
 const ratio = (before, after) => (isNumber(before) && isNumber(after) && before > 0 ? `${(after / before).toFixed(2)}` : "");

@@ -65,6 +65,9 @@ export function liveBars(steps) {
   }));
 }
 
+/** Whether a kind's `median_ms` is a median, and not the time of its only step. */
+export const hasMedian = (told) => (told?.samples ?? told?.steps) > 1;
+
 /** Steps but the first, where compilation and warm-up show; a single step stands for itself. */
 export const steady = (bars) => (bars.length > 1 ? bars.slice(1) : bars).map((bar) => bar.ms);
 

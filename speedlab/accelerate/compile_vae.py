@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from ..decoding import COMPILED_BY
 from ..errors import UnavailableError, first_line
-from ..memory.patcher import is_streamed, refusal_of_compiled
+from ..vae_variants import COMPILED, Derivation, placement_of, set_derivation
 from . import backends
 from .backends import FOR_VAE, MODES, CompileOptions, dynamo
 from .compile_folder import cache_folder
 from .compile_graphs import kind_of
 from .compile_run import CompileError, passing, raise_what_passes
+from .compiled import refusal_of_streaming
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,9 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
     able, reason = backends.usable(backend, CompileOptions(mode, device=vae.device))
     if not able:
         raise UnavailableError(f"Compile VAE cannot use {backend_name}: {reason}.")
-    if is_streamed(vae.patcher):
-        raise refusal_of_compiled()
+    placement = placement_of(vae)
+    if placement is not None and placement.streams:
+        raise refusal_of_streaming()
     network = getattr(vae.first_stage_model, "speedlab_original", vae.first_stage_model)
     if getattr(vae, "latent_dim", 2) != 2 or not isinstance(vae.upscale_ratio, int):
         raise UnavailableError(
@@ -72,19 +73,9 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
     compiled.first_stage_model = copy.copy(network)
     compiled.first_stage_model.__dict__["speedlab_original"] = network
     compiled.first_stage_model.__dict__["decode"] = _decoder(network, backend, options)
-    setattr(compiled, COMPILED_BY, (backend_name, mode))
+    described = f"compile_vae(backend={backend_name}{'' if mode == 'default' else f',mode={mode}'})"
+    set_derivation(compiled, COMPILED, Derivation(described, lambda other: compile_vae(other, backend_name, mode)))
     return compiled
-
-
-def is_compiled(vae: Any) -> bool:
-    """Whether Compile VAE made this VAE."""
-    return hasattr(vae, COMPILED_BY)
-
-
-def compiled_like(vae: Any, other: Any) -> Any:
-    """`other` compiled as `vae` is; `other` itself where `vae` is not."""
-    settings = getattr(vae, COMPILED_BY, None)
-    return other if settings is None else compile_vae(other, *settings)
 
 
 def _decoder(network: Any, backend: ModuleType, options: CompileOptions) -> Callable[..., torch.Tensor]:

@@ -2,7 +2,8 @@
 
 On full steps ComfyUI's own forward runs, and what reaches one of the outer output blocks from below is kept. On cached
 steps only the outer blocks run. A step is full or cached with all its evaluations: samplers such as Heun and DPM++ SDE
-evaluate twice a step, and an evaluation belongs to the last step whose sigma is at or above its own.
+evaluate twice a step, and an evaluation belongs to the last step whose sigma is at or above its own (at or below, where
+sigmas rise).
 """
 
 from __future__ import annotations
@@ -89,11 +90,14 @@ def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wra
     }
 
 
-def _sampler_sample(executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, *args: Any, **kwargs: Any) -> Any:
-    """Around the sampler: at its end the record hears of a run in which no step was cached."""
-    result = executor(model_wrap, sigmas, extra_args, *args, **kwargs)
+def _sampler_sample(
+    executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around the sampler: its callback counts steps, and at its end the record hears of a run without a cached one."""
     told = extra_args.get("model_options", {}).get("transformer_options", {})
     run: Run | None = state_of(told, KEY)
+    heard = callback if run is None else run.finder.listening(callback)
+    result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
     if run is not None and not run.reused:
         report_note(told, "DeepCache: no step of this run was cached; all were evaluated in full.")
         report_ran(told, "deepcache", None)
@@ -105,24 +109,28 @@ def _predict_noise(
 ) -> Any:
     model_options = {} if model_options is None else model_options
     run: Run | None = state_of(model_options.get("transformer_options", {}), KEY)
-    if run is None:
+    if run is None or run.stepped_aside:
         return executor(x, timestep, model_options, *args, **kwargs)
     position = run.finder.locate(model_options, timestep)
+    told = model_options.get("transformer_options", {})
+    if position is None:
+        run.stepped_aside = True
+        run.clear()
+        rest = "the rest of this run" if run.reused else "this run"
+        warn(told, f"DeepCache: {run.finder.why_not()}; nothing is cached in {rest}.")
+        return executor(x, timestep, model_options, *args, **kwargs)
     if not run.warned:
         run.warned = True
-        _tell(run, position, model_options.get("transformer_options", {}))
-    if position is None:
-        return executor(x, timestep, model_options, *args, **kwargs)
+        _tell(run, position, told)
+    if position.went_back:
+        report_note(told, "DeepCache: this sampler goes back to steps that it had left, and evaluates there in full.")
     with run.evaluating(position):
         return executor(x, timestep, model_options, *args, **kwargs)
 
 
-def _tell(run: Run, position: Position | None, told: Mapping[str, Any]) -> None:
+def _tell(run: Run, position: Position, told: Mapping[str, Any]) -> None:
     """Say what this run does in place of what was asked for: once, at its first evaluation."""
     config = run.config
-    if position is None:
-        warn(told, "DeepCache: this sampler gives no schedule of sigmas, so nothing is cached in this run.")
-        return
     if run.clamped is not None:  # the log had it when the model was patched
         report_note(told, run.clamped)
     if run.finder.is_lost and (config.start > 0.0 or config.end < 1.0):
@@ -168,5 +176,5 @@ def _apply_model(
         result = executor(*inputs, **kwargs)
     # More than one forward, or one of other rows: another node evaluates in a way of its own, with parts unnamed here.
     if len(kept) == 1 and kept[0].shape[0] == x.shape[0]:
-        run.store(keys, evaluation.step, kept[0])
+        run.store(keys, evaluation, kept[0])
     return result

@@ -16,10 +16,14 @@ from .position import Position, StepFinder
 
 @dataclass
 class Evaluation:
-    """One model evaluation with guidance: the step it belongs to, and how often each chunk was evaluated so far."""
+    """One model evaluation with guidance: the step it belongs to, and how often each chunk was evaluated so far.
+
+    Features of steps before `keep_from` serve no evaluation that is still to come.
+    """
 
     step: int
     source: int | None
+    keep_from: int = 0
     seen: Counter[Hashable] = field(default_factory=Counter)
 
 
@@ -40,8 +44,9 @@ class Run:
     clamped: str | None = None
     # Whether an evaluation of this run was answered from features.
     reused: bool = False
+    stepped_aside: bool = False
     _plan: tuple[int | None, ...] = ()
-    _entries: dict[Hashable, _Entry] = field(default_factory=dict)
+    _entries: dict[Hashable, tuple[_Entry, ...]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Run:
         # Some nodes deep-copy the options of a running model; the run is still the same run.
@@ -52,7 +57,12 @@ class Run:
         """Everything inside belongs to the step at `position`."""
         if len(self._plan) != position.steps:
             self._plan = sources(self.config, position.steps, position.part)
-        outer, self.current = self.current, Evaluation(position.step, self._plan[position.step])
+        if position.went_back:
+            # Noise came on top since: what was kept belongs to another picture.
+            self._entries.clear()
+        source = self._plan[min(position.reached, position.step)]
+        keep_from = position.step if source is None else source
+        outer, self.current = self.current, Evaluation(position.step, self._plan[position.step], keep_from)
         try:
             yield
         finally:
@@ -63,26 +73,31 @@ class Run:
         self._entries.clear()
         self.current = None
 
-    def store(self, keys: Sequence[Hashable], step: int, features: torch.Tensor) -> None:
-        """Keep `features` [chunks * B, C, H, W], one chunk a key, as those of `step`.
+    def store(self, keys: Sequence[Hashable], evaluation: Evaluation, features: torch.Tensor) -> None:
+        """Keep `features` [chunks * B, C, H, W], one chunk a key, as those of the evaluation's step.
 
-        Each chunk is copied: what a CUDA graph returns is overwritten by its next replay.
+        Each chunk is copied: what a CUDA graph returns is overwritten by its next replay. A sampler that looks ahead
+        (Heun++ does, by two steps) comes back to the steps between, which take the features that were there before.
         """
+        step = evaluation.step
         for key, chunk in zip(keys, features.chunk(len(keys)), strict=True):
-            self._entries[key] = _Entry(step, chunk.clone())
+            others = (e for e in self._entries.get(key, ()) if e.step != step and e.step >= evaluation.keep_from)
+            self._entries[key] = (*others, _Entry(step, chunk.clone()))
 
     def recall(self, keys: Sequence[Hashable], evaluation: Evaluation) -> torch.Tensor | None:
         """The features of all `keys` as one new tensor [chunks * B, C, H, W], or None if one of them has none.
 
-        Features count only if they are no older than the evaluation's full step, and not from a later step, to which
-        a sampler that goes back in time would return.
+        Features count only if they are no older than the evaluation's full step, and not from a later step, which a
+        sampler that looks ahead has evaluated before.
         """
+        if evaluation.source is None:
+            return None
         found = []
         for key in keys:
-            entry = self._entries.get(key)
-            if entry is None or evaluation.source is None or not evaluation.source <= entry.step <= evaluation.step:
+            sound = [e for e in self._entries.get(key, ()) if evaluation.source <= e.step <= evaluation.step]
+            if not sound:
                 return None
-            found.append(entry.features)
+            found.append(max(sound, key=lambda entry: entry.step).features)
         return torch.cat(found)
 
 

@@ -127,11 +127,14 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
     }
 
 
-def _sampler_sample(executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, *args: Any, **kwargs: Any) -> Any:
-    """Around the sampler: at its end the record hears of a run in which no evaluation was without uncond."""
-    result = executor(model_wrap, sigmas, extra_args, *args, **kwargs)
+def _sampler_sample(
+    executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around the sampler: its callback counts steps, and at its end the record hears of a run that left out nothing."""
     told = extra_args.get("model_options", {}).get("transformer_options", {})
     run: Run | None = state_of(told, KEY)
+    heard = callback if run is None else run.finder.listening(callback)
+    result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
     if run is not None and not run.left_out:
         report_ran(told, "dynamic_cfg", None)
         if not run.stepped_aside:
@@ -212,7 +215,7 @@ def _keeps_uncond(run: Run, model_options: dict, timestep: Any) -> bool:
         return not run.converged
     position = run.finder.locate(model_options, timestep)
     if position is None:
-        run.step_aside("this sampler gives no schedule of sigmas", model_options)
+        run.step_aside(run.finder.why_not(), model_options)
         return True
     run.tell_of_part(model_options)
     return position.part.first + position.step < steps_before(run.config.stop_at, position.part.total)

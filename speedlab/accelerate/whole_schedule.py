@@ -20,6 +20,8 @@ class Part(NamedTuple):
 
 # The largest sigma of a model and the first one of a scheduler differ by less; an img2img run starts far below.
 _STARTS_AT = 0.9
+# FlipSigmas writes 0.0001 where a schedule ended in 0, and UniPC 0.001, also into the sigmas that it was given.
+_LAST = 0.00101
 
 
 def part_of(sigmas: torch.Tensor) -> Part:
@@ -37,8 +39,23 @@ def part_of(sigmas: torch.Tensor) -> Part:
     whole = _without_padding(whole, end)
     # KSampler (Advanced) sets the last sigma of a run that ends early to 0, in the whole schedule too.
     kept = torch.cat([whole[:end], whole[end + 1 :]]) if whole[end] == 0 else whole
-    falls = bool(torch.isfinite(whole).all() and (kept.diff() <= 0).all() and whole[0] > whole[-1] >= 0)
-    return Part(first, len(whole) - 1) if falls else own
+    if not torch.isfinite(whole).all():
+        return own
+    falls = bool((kept.diff() <= 0).all() and whole[0] > whole[-1] >= 0)
+    rises = bool((whole.diff() >= 0).all() and whole[-1] > whole[0] >= 0)
+    return Part(first, len(whole) - 1) if falls or rises else own
+
+
+def is_cut(sigmas: torch.Tensor) -> bool:
+    """Whether something that is not 0 lies before or behind `sigmas`, of which `part_of` may make nothing."""
+    if sigmas.stride(0) != 1:
+        return False
+    entries, rest = divmod(sigmas.untyped_storage().nbytes(), sigmas.element_size())
+    if rest or entries <= len(sigmas):
+        return False
+    stored = torch.as_strided(sigmas, (entries,), (1,), 0).detach()
+    first = int(sigmas.storage_offset())
+    return bool((stored[:first] != 0).any() or (stored[first + len(sigmas) :] != 0).any())
 
 
 def _without_padding(whole: torch.Tensor, end: int) -> torch.Tensor:
@@ -55,20 +72,26 @@ def _without_padding(whole: torch.Tensor, end: int) -> torch.Tensor:
 
 
 def is_whole(sigmas: torch.Tensor, model_sampling: Any) -> bool:
-    """Whether `sigmas` run from a model's largest sigma to 0, so that nothing lies before or behind them."""
+    """Whether `sigmas` run from end to end of a model's sigmas, so that nothing lies before or behind them.
+
+    From the largest to 0, or back as FlipSigmas turns them, or there and back.
+    """
     first, last = (float(sigma) for sigma in (sigmas[0], sigmas[-1]))
     largest = getattr(model_sampling, "sigma_max", None)
-    if last != 0:
-        return False
-    return largest is None or first >= _STARTS_AT * float(largest) or _starts_lower(first, len(sigmas), model_sampling)
+    if largest is None:
+        return last <= _LAST or first <= _LAST
+    top = _STARTS_AT * float(largest)
+    if last <= _LAST:
+        return first >= top or first <= _LAST or _starts_lower(first, len(sigmas), model_sampling)
+    return last >= top and (first <= _LAST or (first >= top and float(sigmas.min()) < top))
 
 
 def _starts_lower(first: float, count: int, model_sampling: Any) -> bool:
     """Whether a whole schedule of ddim_uniform starts there: the one scheduler of ComfyUI that starts far below."""
-    from comfy.samplers import ddim_scheduler
-
     if not hasattr(model_sampling, "sigmas"):
         return False
+    from comfy.samplers import ddim_scheduler
+
     # With few steps ddim_uniform gives a step more than was asked for, or one less.
     starts = (float(ddim_scheduler(model_sampling, steps)[0]) for steps in (count - 2, count - 1, count) if steps > 0)
     return any(abs(first - start) <= 1e-4 * start for start in starts)

@@ -25,7 +25,11 @@ def verdict(entry: Comparison) -> str:
         return "REGRESSION"
     if entry.is_faster:
         return "faster"
-    return "same within 3 %" if entry.low > 1.0 or entry.high < 1.0 else "no difference shown"
+    if entry.low <= 1.0 <= entry.high:
+        return "no difference shown"
+    if entry.is_same:
+        return "same within 3 %"
+    return f"{'slower' if entry.low > 1.0 else 'faster'}, not shown to be by 3 %"
 
 
 def format_comparison(entries: Sequence[Comparison]) -> str:
@@ -96,7 +100,10 @@ def _conclude(entries: Sequence[Comparison], args: argparse.Namespace) -> int:
         print(f"REGRESSION: {entry.name} takes {entry.ratio:.3f} times as long in B")
     judged = [entry for entry in entries if entry.low is not None]
     if judged and not regressions:
-        print(f"No regression: of {len(judged)} settings none is slower by more than 3 % beyond doubt.")
+        open_ = sum(not entry.is_no_slower for entry in judged)
+        said = f"of {len(judged)} settings none is slower by more than 3 % beyond doubt"
+        doubt = f", but the intervals of {open_} are too wide to rule it out"
+        print(f"No regression shown: {said}{doubt}." if open_ else f"No regression: {said}.")
     mixed = [entry for entry in entries if entry.low is None and entry.mixture is not None]
     if mixed:
         print(

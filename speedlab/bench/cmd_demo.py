@@ -168,6 +168,8 @@ class Demo:
             if spent_s * (len(rounds) + 1) / len(rounds) > ROUNDS_SECONDS:
                 break
         print(f"{len(rounds)} round{'s' if len(rounds) > 1 else ''} in turn.", flush=True)
+        if len(rounds) == 1:
+            print("One round shows no spread: the ratio below is of a single run each.", flush=True)
         return [_with_picture(middle(runs), runs[0]) for runs in zip(*rounds, strict=True)]
 
     async def compare(self, runs: Sequence[DemoRun]) -> str:

@@ -17,6 +17,7 @@ KEY = ("scenario", "plan", "batch", "width", "height", "steps", "cfg", "sampler"
        "accelerators", "seed", "checkpoint")  # fmt: skip
 _NAMED = frozenset({"scenario", "plan", "batch", "width", "height", "steps", "cfg"})
 THRESHOLD = 0.03
+_MORE = 1.0 + THRESHOLD
 # No run is shorter or longer; beyond that arithmetic would overflow.
 _SHORTEST_S, _LONGEST_S = 1e-9, 1e9
 
@@ -89,6 +90,16 @@ class Comparison:
     def is_faster(self) -> bool:
         """B is faster by more than 3 %, beyond doubt."""
         return self.high is not None and self.high < 1.0 and self.ratio < 1.0 / (1.0 + THRESHOLD)
+
+    @property
+    def is_same(self) -> bool:
+        """The whole interval lies within 3 %."""
+        return self.is_no_slower and self.low is not None and self.low >= 1.0 / _MORE
+
+    @property
+    def is_no_slower(self) -> bool:
+        """Beyond doubt B is not slower by more than 3 %."""
+        return self.high is not None and self.high <= _MORE
 
     @property
     def name(self) -> str:

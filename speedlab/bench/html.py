@@ -98,7 +98,8 @@ def _row(row: dict[str, str]) -> list[str]:
     def number(name: str, form: str) -> str:
         return form.format(float(row[name])) if row.get(name) else NOTHING
 
-    spread = [seconds(float(row[f"time_{name}_s"])) if row.get(f"time_{name}_s") else NOTHING for name in MORE[:3]]
+    times = [row.get(f"time_{name}_s") if row.get("repeats") != "1" else None for name in MORE[:3]]
+    spread = [seconds(float(time_s)) if time_s else NOTHING for time_s in times]  # one run has none
     status = f"{row.get('status', '')}: {row['error']}" if row.get("error") else row.get("status", "")
     quality = [number("psnr", "{:.1f} dB"), number("ssim", "{:.4f}")]
     return [*cells(row), *spread, number("images_per_min", "{:.2f}"), *quality, status]

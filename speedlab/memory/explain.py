@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..accelerate.patching import Site
+from ..accelerate.compiled import has_compile_wrapper, refusal_of_streaming
 from ..core import is_out_of_memory
 from ..errors import SpeedLabError, first_line
-from .patcher import Group, Offload, planned, refusal_of_compiled
+from ..vae_variants import Derivation, set_derivation
+from .patcher import Group, Offload, Placement, is_planned, planned
 
 _NEXT = {
     "none": "Set offload of Memory Plan to model, or to auto with a budget_gb below what the device has.",
@@ -57,8 +58,9 @@ def explaining_out_of_memory(offload: Offload, group: Group) -> Callable[..., An
     """An OUTER_SAMPLE wrapper."""
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        if offload == "sequential" and _is_compiled(executor.class_obj):
-            raise refusal_of_compiled()
+        transformer_options = executor.class_obj.model_options.get("transformer_options", {})
+        if offload == "sequential" and has_compile_wrapper(transformer_options.get("wrappers", {})):
+            raise refusal_of_streaming()
         with explained("sampling", offload, group):
             return executor(*args, **kwargs)
 
@@ -77,20 +79,6 @@ def settling(group: Group) -> Callable[..., Any]:
             raise
 
     return apply_model
-
-
-def is_compiled_model(model: Any) -> bool:
-    """Whether Compile Model or ComfyUI's TorchCompileModel is on a MODEL."""
-    return _has_compile_key(getattr(model, "wrappers", {}))
-
-
-def _is_compiled(guider: Any) -> bool:
-    return _has_compile_key(guider.model_options.get("transformer_options", {}).get("wrappers", {}))
-
-
-def _has_compile_key(wrappers: Mapping[str, Any]) -> bool:
-    """Compiled modules are swapped in by a wrapper under a key of that name."""
-    return any("compile" in str(key) and found for key, found in wrappers.get(Site.APPLY_MODEL.value, {}).items())
 
 
 _classes: dict[type, type] = {}
@@ -134,15 +122,19 @@ def explained_clip(clip: Any, patcher: Any, offload: Offload, group: Group) -> A
     return _explained(clone, "text encoding", ("encode_from_tokens", "encode_from_tokens_scheduled"), offload, group)
 
 
-def under_plan_of(vae: Any, other: Any) -> Any:
-    """`other`, a second module of a planned VAE's weights, under the plan of `vae`."""
-    placement = vae.patcher.placement
-    placement.group.add(other.first_stage_model)
-    return explained_vae(other, planned(other.patcher, placement), placement.offload, placement.group)
-
-
 def explained_vae(vae: Any, patcher: Any, offload: Offload, group: Group) -> Any:
     """A second VAE object on another patcher; the network is shared, and nothing of the first one is changed."""
     second = copy.copy(vae)
     second.patcher = patcher
+    set_derivation(second, "memory_plan", _derivation(patcher.placement) if is_planned(patcher) else None)
     return _explained(second, "decoding", ("decode", "decode_tiled", "encode", "encode_tiled"), offload, group)
+
+
+def _derivation(placement: Placement) -> Derivation:
+    """Put a second module of a planned VAE's weights under the same plan."""
+
+    def planned_too(other: Any) -> Any:
+        placement.group.add(other.first_stage_model)
+        return explained_vae(other, planned(other.patcher, placement), placement.offload, placement.group)
+
+    return Derivation(f"memory_plan(offload={placement.offload})", planned_too)

@@ -11,7 +11,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import UnavailableError
+from ..accelerate.compiled import is_compiled_in_place, refusal_of_streaming
 from .streaming import ModelStream
 from .units import networks
 
@@ -66,27 +66,21 @@ def _weights(loaded: Any) -> Any:
     return None if patcher is None else getattr(patcher, "model", None)
 
 
-def _refuse_compiled(model: Any) -> None:
-    for network in networks(model):
-        if any(getattr(part, "_compiled_call_impl", None) is not None for part in network.modules()):
-            raise refusal_of_compiled()
-
-
-def refusal_of_compiled() -> UnavailableError:
-    """Compiled code guards the device of each weight: it would be compiled anew at every layer."""
-    return UnavailableError(
-        "Memory Plan's sequential offload and compiled code (Compile Model, Compile VAE, TorchCompileModel) exclude "
-        "each other: compiled code holds on to where its weights are. Set offload to model, or take the compile node "
-        "out."
-    )
-
-
 @dataclass(frozen=True)
 class Placement:
     """What a plan says about one model: how it is offloaded, and with which others it takes turns."""
 
     offload: Offload
     group: Group
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights come to the device layer by layer."""
+        return self.offload == "sequential"
+
+    def settle(self) -> None:
+        """Bring home what a forward of the group that was cut off left on the device."""
+        self.group.settle()
 
     def __deepcopy__(self, memo: dict) -> Placement:
         return self
@@ -120,7 +114,8 @@ class _Planned(_Patcher):
     ) -> Any:  # fmt: skip
         if not self._streams():
             return super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
-        _refuse_compiled(self.model)
+        if any(map(is_compiled_in_place, networks(self.model))):
+            raise refusal_of_streaming()
         # Patches go into the weights at home, once, so that what is streamed is what a loaded model has.
         result = super().load(device_to, _NO_ROOM, True, False, **kwargs)
         self._patch_all()
@@ -156,7 +151,7 @@ class _Planned(_Patcher):
         return super().unpatch_model(device_to, unpatch_weights)
 
     def _streams(self) -> bool:
-        return self.placement.offload == "sequential"
+        return self.placement.streams
 
     def _loaded_by_another(self) -> bool:
         """Whether weights are on the device, or patched in use, as another patcher of this model left them."""
@@ -217,14 +212,3 @@ def unplanned(patcher: Any) -> Any:
 def is_planned(patcher: Any) -> bool:
     """Whether a memory plan steers this patcher."""
     return isinstance(patcher, _Planned)
-
-
-def is_streamed(patcher: Any) -> bool:
-    """Whether a memory plan streams this patcher's weights."""
-    return isinstance(patcher, _Planned) and patcher.placement.offload == "sequential"
-
-
-def settle(patcher: Any) -> None:
-    """Bring home what a cut-off forward of a planned patcher's group left on the device."""
-    if isinstance(patcher, _Planned):
-        patcher.placement.group.settle()

@@ -10,13 +10,14 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..accelerate.compile_vae import is_compiled
+from ..accelerate.compiled import has_compile_wrapper, refusal_of_streaming
 from ..accelerate.patching import Accelerator, Site, accelerators, attach, declare
 from ..decoding import require_vae
 from ..errors import SpeedLabError, UnavailableError
+from ..vae_variants import is_compiled_vae
 from .activations import PictureSize
-from .explain import explained_clip, explained_vae, explaining_out_of_memory, is_compiled_model, settling
-from .patcher import Group, Offload, Placement, is_dynamic, is_planned, planned, refusal_of_compiled, unplanned
+from .explain import explained_clip, explained_vae, explaining_out_of_memory, settling
+from .patcher import Group, Offload, Placement, is_dynamic, is_planned, planned, unplanned
 from .predict import OFFLOADS, Prediction, is_measured, parts_of, predict
 from .wording import gigabytes, plan_text, too_small
 
@@ -72,7 +73,7 @@ def plan_memory(
     parts = parts_of(model, clip, vae, size)
     predictions = {offload: predict(parts, offload) for offload in OFFLOADS}
     budget = config.budget_gb * GB or free_bytes(model, clip, vae)
-    compiled = is_compiled_model(model) or (vae is not None and is_compiled(vae))
+    compiled = has_compile_wrapper(getattr(model, "wrappers", {})) or (vae is not None and is_compiled_vae(vae))
     refused: tuple[Offload, ...] = ("sequential",) if compiled else ()
     chosen = _choose(config, predictions, budget, refused)
     text = plan_text(
@@ -134,7 +135,7 @@ def _choose(
 ) -> Offload:
     given = config.budget_gb > 0
     if config.offload in refused:
-        raise refusal_of_compiled()
+        raise refusal_of_streaming()
     possible = {offload: one for offload, one in predictions.items() if offload not in refused}
     fits = [offload for offload in OFFLOADS if offload in possible and predictions[offload].peak <= budget]
     asked = None if config.offload == "auto" else config.offload

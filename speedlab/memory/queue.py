@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..conditioning import device_of, encode, require_clip
-from ..core import progress_bar
+from ..core import core_nodes, progress_bar
 from ..errors import SpeedLabError
 from ..profiling.timeline import phase
 
@@ -67,8 +67,6 @@ def encode_queue(clip: Any, text: QueueText) -> EncodedQueue:
 
 def zeroed(conditioning: Sequence[Any]) -> list[Any]:
     """Conditioning with embedding and pooled output set to zero, as core's ConditioningZeroOut makes it."""
-    from ..core import core_nodes
-
     return list(core_nodes().ConditioningZeroOut().zero_out(conditioning)[0])
 
 

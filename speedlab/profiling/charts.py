@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnavailableError
 from .kernel_names import ATTENTION, CONVOLUTION, COPY, ELEMENTWISE, GEMM, NORMALISATION, OTHER
 from .record import RunRecord
-from .summary import CACHED, CFG_OFF, FORECAST, FULL, KIND_NAMES, rows_of, step_kinds
+from .summary import CACHED, CFG_OFF, FORECAST, FULL, KIND_NAMES, has_median, rows_of, step_kinds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,7 +105,10 @@ def _kind_legend(axes: Axes, record: RunRecord) -> None:
 
     lines, _ = axes.get_legend_handles_labels()
     kinds: dict[str, Any] = record.summary.get("step_kinds") or {}
-    words = {kind: f"{it['steps']} {KIND_NAMES[kind]}, median {it['median_ms']:.1f} ms" for kind, it in kinds.items()}
+    words = {
+        kind: f"{it['steps']} {KIND_NAMES[kind]}, {'median ' if has_median(it) else ''}{it['median_ms']:.1f} ms"
+        for kind, it in kinds.items()
+    }
     patches = [Patch(color=_KIND_COLOURS[kind], label=label) for kind, label in words.items()]
     axes.legend(handles=[*lines, *patches], loc="upper right", fontsize=8, frameon=False)
 

@@ -143,7 +143,7 @@ def _with_roofline(
         notes.append("This torch cannot run a compiled model eagerly, so its operations were not counted.")
         return dataclasses.replace(depth, notes=tuple(notes))
     found: dict[str, Any] | None = None
-    evaluations = timed.evaluations[window.first : window.end]
+    evaluations = [timed.evaluations[n] for n in window.evaluations]
     timed_ms = sum(row.ms for row in rows if row.index in window.steps)
     with _reported("The operations of a forward could not be counted", notes):
         peaks: list[Peak] = []
@@ -151,7 +151,7 @@ def _with_roofline(
         def observed(counted: Any) -> object:
             return sample(_with_peak(counted, _compute_dtype(model, timed), peaks, notes))
 
-        count = count_flops(observed, model, timed.evaluations, range(window.first, window.end))
+        count = count_flops(observed, model, timed.evaluations, window.evaluations)
         found = roofline(count, evaluations, len(window.steps), timed_ms, peaks[0] if peaks else None)
         if found is None:
             notes.append("This model runs outside of PyTorch, where its operations cannot be counted.")

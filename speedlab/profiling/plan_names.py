@@ -45,7 +45,7 @@ def _nodes_of(prompt: Mapping[str, Any], node_id: str) -> Iterator[tuple[str, di
     decoders = [
         known
         for known, node in prompt.items()
-        if "VAEDecode" in _class_of(node) and any(source == node_id for _, source in _links(node))
+        if "VAEDecode" in _class_of(node) and any(source == node_id for _, source in _named_links(node))
     ]
     for start, behind in ((node_id, ("model", "value")), *((decoder, ("vae",)) for decoder in decoders)):
         waiting = [start] if start in decoders else _sources(prompt.get(start), behind)
@@ -60,10 +60,10 @@ def _nodes_of(prompt: Mapping[str, Any], node_id: str) -> Iterator[tuple[str, di
 
 
 def _sources(node: Any, kinds: tuple[str, ...]) -> list[str]:
-    return [source for name, source in sorted(_links(node)) if any(kind in name for kind in kinds)]
+    return [source for name, source in sorted(_named_links(node)) if any(kind in name for kind in kinds)]
 
 
-def _links(node: Any) -> list[tuple[str, str]]:
+def _named_links(node: Any) -> list[tuple[str, str]]:
     found = ((name, value) for name, value in _inputs(node).items() if isinstance(value, (list, tuple)))
     return [(str(name), str(value[0])) for name, value in found if len(value) == 2]
 

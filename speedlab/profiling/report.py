@@ -7,7 +7,7 @@ from typing import Any
 
 from .depth_text import depth_lines, depth_table
 from .record import OTHERS, RunRecord, precision_text
-from .summary import KIND_NAMES
+from .summary import KIND_NAMES, has_median
 
 _PHASE_NAMES = {
     "load": "load checkpoint",
@@ -38,8 +38,11 @@ def summary_text(record: RunRecord) -> str:
     ]
     kinds = summary.get("step_kinds") or {}
     if kinds:
-        told = (f"{its['steps']} {KIND_NAMES[kind]} {_ms(its['median_ms'])}" for kind, its in kinds.items())
-        lines.append(f"steps by kind, medians: {', '.join(told)}")
+        told = (
+            f"{its['steps']} {KIND_NAMES[kind]}, {'median ' if has_median(its) else ''}{_ms(its['median_ms'])}"
+            for kind, its in kinds.items()
+        )
+        lines.append(f"steps by kind: {'; '.join(told)}")
     if summary.get("repeats", 1) > 1:
         lines.append(
             f"{summary['repeats']} runs: median {_s(run.get('median'))}, min {_s(run.get('min'))}, "

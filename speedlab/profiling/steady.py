@@ -13,12 +13,16 @@ _LONGEST_INTERVAL = 8
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbouring steps by index, and the evaluations `first` <= n < `end` that belong to them."""
+    """Neighbouring steps by index, and the evaluations that belong to them, which lie in `first` <= n < `end`.
+
+    A sampler that looks ahead evaluates other steps in between.
+    """
 
     steps: tuple[int, ...]
     first: int
     end: int
     notes: tuple[str, ...] = ()
+    evaluations: tuple[int, ...] = ()
 
 
 def choose_window(rows: Sequence[StepRow], owners: Sequence[int]) -> Window | None:
@@ -42,7 +46,10 @@ def choose_window(rows: Sequence[StepRow], owners: Sequence[int]) -> Window | No
         notes.append("The profiled steps include the first, whose time may hold preparing and compiling.")
     steps = tuple(row.index for row in chosen)
     mine = [n for n, owner in enumerate(owners) if owner in steps]
-    return Window(steps, mine[0], mine[-1] + 1, tuple(notes))
+    others = mine[-1] + 1 - mine[0] - len(mine)
+    if others:
+        notes.append(f"This sampler evaluates other steps in between: {others} of the profiled evaluations are theirs.")
+    return Window(steps, mine[0], mine[-1] + 1, tuple(notes), tuple(mine))
 
 
 def _interval(rows: Sequence[StepRow]) -> Sequence[StepRow]:

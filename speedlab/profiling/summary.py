@@ -41,7 +41,10 @@ def summarise(
     per_run = spread(list(runs_ms))
     taken = len(steps[0]) if steps else 0
     kinds = _kinds(steps)
-    usual = kinds.get(_first_kind(steps), {}).get("median_ms")
+    usual = kinds.get(_first_kind(steps), {})
+    # The only step there is exceeds no other.
+    alone = usual.get("samples") == usual.get("steps") == 1 and steps[0][0].ms == first_step_ms
+    usual_ms = None if alone else usual.get("median_ms")
     return {
         "repeats": len(runs_ms),
         "runs_ms": [round(ms, 3) for ms in runs_ms],
@@ -49,7 +52,7 @@ def summarise(
         **speed(None if per_run is None else per_run.median, taken),
         "step_kinds": kinds,
         "first_eval_ms": _round(first_eval_ms),
-        "first_step_excess_ms": None if first_step_ms is None or usual is None else _round(first_step_ms - usual),
+        "first_step_excess_ms": None if first_step_ms is None or usual_ms is None else _round(first_step_ms - usual_ms),
         "images_per_min": None,
     }
 
@@ -83,7 +86,7 @@ def _kind(row: StepRow, with_uncond: bool) -> str | None:
 
 
 def _kinds(steps: Sequence[Sequence[StepRow]]) -> dict[str, dict[str, float | int]]:
-    """Steps of one run and the spread over all runs, by kind.
+    """Steps of one run and the spread over all runs, by kind; `samples` are the steps that the spread is of.
 
     A run's first step, which also prepares, stands for its kind only where nothing else does.
     """
@@ -91,16 +94,23 @@ def _kinds(steps: Sequence[Sequence[StepRow]]) -> dict[str, dict[str, float | in
     runs = [list(zip(rows, step_kinds(rows), strict=True)) for rows in steps]
     for kind in KINDS:
         mine = [row.ms for run in runs for row, its in run[1:] if its == kind]
-        times = spread(mine or [row.ms for run in runs for row, its in run if its == kind])
+        samples = mine or [row.ms for run in runs for row, its in run if its == kind]
+        times = spread(samples)
         if times is not None:
             count = sum(its == kind for _, its in runs[0])
             spreads = {f"{name}_ms": round(value, 4) for name, value in dataclasses.asdict(times).items()}
-            found[kind] = {"steps": count, **spreads}
+            found[kind] = {"steps": count, "samples": len(samples), **spreads}
     return found
 
 
 def _first_kind(steps: Sequence[Sequence[StepRow]]) -> str:
     return next((kind for kind in step_kinds(steps[0]) if kind), FULL) if steps else FULL
+
+
+def has_median(told: Mapping[str, Any]) -> bool:
+    """Whether a kind's `median_ms` is one; of a single step it is that step's time. Older records hold no samples."""
+    samples = told.get("samples", told.get("steps"))
+    return is_number(samples) and samples > 1
 
 
 def rows_of(steps: Sequence[Mapping[str, Any]]) -> tuple[StepRow, ...]:

@@ -14,17 +14,24 @@ from typing import Any, Protocol
 from ..accelerate.patching import Site, Wrapper, attach
 from ..accelerate.reporting import REPORT_CACHED
 from ..accelerate.run_notes import REPORT_NOTE, REPORT_RAN
-from ..schedule import step_of
+from ..schedule import StepTracker
 from . import nvtx
 from .clock import Clock, Mark, host_ms
 from .environment import Conditions, conditions_now
 
 KEY = "speedlab.profile"
+_NO_PLACE = (
+    "The sampler evaluates at sigmas to which its schedule, which neither falls nor rises all the way, does not lead "
+    "there; these evaluations count with the step that it had come to."
+)
 
 
 @dataclass
 class Evaluation:
-    """One model evaluation with guidance. `sigma` stays on the device until the run is over: reading it would wait."""
+    """One model evaluation with guidance. `sigma` stays on the device until the run is over: reading it would wait.
+
+    Rows are those of the batches that the network got: latents times conds, each area and each mask a cond of its own.
+    """
 
     sigma: Any
     start: Mark
@@ -33,6 +40,8 @@ class Evaluation:
     uncond_rows: int = 0
     forwards: int = 0
     cached: bool = False
+    # Steps that the sampler's callback had reported before.
+    done: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class SamplingTrace:
     observer: Observer | None = None
     _current: Evaluation | None = None
     _open_step: bool = False
+    _tracker: StepTracker | None = None
 
     def parts(self) -> Iterator[SamplingTrace]:
         """This trace and those that follow it in the same run."""
@@ -110,6 +120,7 @@ class SamplingTrace:
 
     def begin(self, sigmas: Sequence[float]) -> None:
         self.sigmas = list(sigmas)
+        self._tracker = StepTracker(tuple(self.sigmas)) if len(self.sigmas) > 1 else None
         self.start = self.clock.mark()
         self.emitter.push(nvtx.SAMPLE, len(self.sigmas) - 1)
         self._push_step(0)
@@ -132,13 +143,16 @@ class SamplingTrace:
             self._open_step = False
         if index + 1 < len(self.sigmas) - 1:
             self._push_step(index + 1)
+        if self._tracker is not None:
+            self._tracker.step_done(index)
         if self.observer is not None:
             self.observer.step_done()
 
     @contextmanager
     def evaluation(self, sigma: Any) -> Iterator[None]:
         outer = self._current
-        current = self._current = Evaluation(sigma, self.clock.mark())
+        done = 0 if self._tracker is None else self._tracker.done
+        current = self._current = Evaluation(sigma, self.clock.mark(), done=done)
         self.evaluations.append(current)
         if self.observer is not None and outer is None:
             self.observer.evaluating(current)
@@ -151,13 +165,15 @@ class SamplingTrace:
             self._current = outer
 
     @contextmanager
-    def forward(self, cond_or_uncond: Sequence[int]) -> Iterator[None]:
+    def forward(self, cond_or_uncond: Sequence[int], rows: int) -> Iterator[None]:
+        """One forward of `rows` rows, which `cond_or_uncond` names in chunks of equal size."""
         if self._current is not None:
             self._current.forwards += 1
-            uncond = sum(1 for which in cond_or_uncond if which == 1)
+            chunk = rows // max(len(cond_or_uncond), 1)
+            uncond = chunk * sum(1 for which in cond_or_uncond if which == 1)
             self._current.uncond_rows += uncond
-            self._current.cond_rows += len(cond_or_uncond) - uncond
-        with nvtx.nvtx_range(self.emitter, nvtx.FORWARD, len(cond_or_uncond)):
+            self._current.cond_rows += rows - uncond
+        with nvtx.nvtx_range(self.emitter, nvtx.FORWARD, rows):
             yield
 
     def mark_cached(self) -> None:
@@ -220,7 +236,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
         if trace.conditions is None:
             # Here every technique has set what it sets for its run.
             trace.conditions = conditions_now(args[0].device.type)
-        with trace.forward(options.get("cond_or_uncond", (0,))):
+        with trace.forward(options.get("cond_or_uncond", (0,)), int(args[0].shape[0])):
             return executor(*args, **kwargs)
 
     return {
@@ -311,8 +327,19 @@ def part_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
 
 
 def evaluation_steps(trace: SamplingTrace) -> list[int]:
-    """The step that each evaluation belongs to. Call after the clock settled: it waits for the device."""
-    return [step_of(sigma, trace.sigmas) for sigma in _host_sigmas(trace.evaluations)]
+    """The step that each evaluation belongs to. Call after the clock settled: it waits for the device.
+
+    One that no step leads through counts with the step that the sampler had come to, and the record says so.
+    """
+    tracker = StepTracker(tuple(trace.sigmas))
+    owners = []
+    for evaluation, sigma in zip(trace.evaluations, _host_sigmas(trace.evaluations), strict=True):
+        tracker.reach(evaluation.done)
+        reached, step = tracker.reached, tracker.locate(sigma)
+        if step is None:
+            trace.add_note(_NO_PLACE)
+        owners.append(reached if step is None else step)
+    return owners
 
 
 def _host_sigmas(evaluations: Sequence[Evaluation]) -> list[float]:

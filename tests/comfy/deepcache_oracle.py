@@ -16,7 +16,7 @@ def with_oracle(tiny: Any, model: Any, *, interval: int = 3, branch: int = 0, fi
     from comfy.patcher_extension import WrappersMP
 
     place = ("output", len(tiny.unet.output_blocks) - 1 - branch)
-    kept: dict[tuple, tuple[int, torch.Tensor]] = {}
+    kept: dict[tuple, dict[int, torch.Tensor]] = {}
 
     def wrapper(executor: Any, x: Any, t: Any, context: Any, y: Any, control: Any, options: dict, **kwargs: Any) -> Any:
         step = _step(options)
@@ -29,11 +29,14 @@ def with_oracle(tiny: Any, model: Any, *, interval: int = 3, branch: int = 0, fi
                 return h, skip
             keys = [(uuid, replaced) for uuid in uuids]
             source = step - (step - first) % interval
-            # Another cache may have left out the full step; what is older than that is stale.
-            if step == source or not all(key in kept and kept[key][0] >= source for key in keys):
-                kept.update({key: (step, part.clone()) for key, part in zip(keys, h.chunk(len(keys)), strict=True)})
+            # Another cache may have left out the full step; what is older than that is stale. A sampler that looks
+            # ahead has later steps' features, too.
+            newest = [max((n for n in kept.get(key, ()) if source <= n <= step), default=None) for key in keys]
+            if step == source or None in newest:
+                for key, part in zip(keys, h.chunk(len(keys)), strict=True):
+                    kept.setdefault(key, {})[step] = part.clone()
                 return h, skip
-            return torch.cat([kept[key][1] for key in keys]), skip
+            return torch.cat([kept[key][n] for key, n in zip(keys, newest, strict=True)]), skip
 
         patches = dict(options.get("patches", {}))
         patches["output_block_patch"] = [swap, *patches.get("output_block_patch", [])]

@@ -187,10 +187,10 @@ def test_out_of_memory_is_a_row_and_the_largest_batch_is_found(bench, engine, mo
         return real(prepared, *args)
 
     monkeypatch.setattr(runner, "run_once", small_card)
-    (table, _, sheet, _), rows, _ = bench(axis_x="batch", values_x="1, 2, max", steps=1)
+    (table, _, sheet, _), rows, _ = bench(axis_x="batch", values_x="1, 2, max", steps=1)  # one repeat each
     states = {int(row["batch"]): row["status"] for row in rows}
     assert states == {1: "ok", 2: "ok", 4: "ok", 8: "oom", 6: "oom", 5: "ok"}
-    assert "The largest batch that fits is 5" in table and "Throughput saturates at batch" in table
+    assert "The largest batch that fits is 5" in table and "saturates" not in table
     assert sheet.shape[2] > 6 * 256
 
 

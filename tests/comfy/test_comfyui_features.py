@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("comfy", "comfy_execution", "comfyui_version", "folder_paths", "latent_preview", "nodes", "node_helpers")
 # The pack asks for these before it uses them, and does without.
-ASKED_FOR: set[str] = set()
+ASKED_FOR = {"comfy.memory_management"}
 
 
 def names_in(source: str, file: str = "") -> Iterator[tuple[str, str]]:

@@ -54,6 +54,7 @@ CASES: dict[str, Callable[[TinyUNet], dict[str, Any]]] = {
     "euler": lambda tiny: {},
     "ancestral": lambda tiny: {"sampler": "euler_ancestral"},
     "heun": lambda tiny: {"sampler": "heun"},
+    "heunpp2": lambda tiny: {"sampler": "heunpp2", "scheduler": "karras"},
     "dpmpp_sde": lambda tiny: {"sampler": "dpmpp_sde", "scheduler": "karras"},
     "dpmpp_2m": lambda tiny: {"sampler": "dpmpp_2m", "scheduler": "karras"},
     "unipc": lambda tiny: {"sampler": "uni_pc"},

@@ -139,6 +139,14 @@ def test_other_samplers(sample, reference, sampler_name):
     assert torch.equal(result.latent["samples"], reference(sampler_name=sampler_name))
 
 
+def test_a_sampler_that_looks_ahead(sample):
+    record = sample(sampler_name="heunpp2", steps=8).record
+    assert record.kernel_profile["steps"] == [1, 2, 3]
+    assert any("evaluations are theirs" in warning for warning in record.warnings)
+    own = sum(record.steps[step]["evals"] for step in (1, 2, 3))
+    assert own == 8 and record.roofline["flop_per_step"] * 3 == record.roofline["flop_per_forward"] * own
+
+
 @pytest.mark.parametrize(("steps", "profiled"), [(1, [0]), (2, [1]), (3, [1, 2])])
 def test_short_runs(sample, steps, profiled):
     record = sample(steps=steps).record

@@ -136,6 +136,45 @@ def test_odd_sizes_and_regional_prompts(sample, reference, tiny):
     assert sum(step["uncond_rows"] for step in record.steps) == seen.count(1)
 
 
+def region(cond, width, x):
+    return [cond[0][0], {**cond[0][1], "area": (8, width, 0, x), "strength": 1.0}]
+
+
+def masked(cond):
+    import torch
+
+    return [cond[0][0], {**cond[0][1], "mask": torch.ones(1, 8, 8), "mask_strength": 0.5}]
+
+
+# Batch, positive conds a latent, and the rows of cond and uncond a step; areas of a cond need an uncond each.
+CONDS = {
+    "batch": (3, lambda cond: cond(1), 3, 3),
+    "two conds": (3, lambda cond: [*cond(1), *cond(5)], 6, 3),
+    "a mask": (2, lambda cond: [*cond(1), masked(cond(5))], 4, 2),
+    "areas of one size": (3, lambda cond: [region(cond(1), 4, 0), region(cond(5), 4, 4)], 6, 9),
+    "areas of two sizes": (2, lambda cond: [region(cond(1), 4, 0), region(cond(5), 6, 2)], 4, 6),
+    "two conds, one of them longer": (2, lambda cond: [*cond(1), *cond(5, tokens=12)], 4, 2),
+}
+
+
+@pytest.mark.parametrize("name", CONDS)
+def test_rows_are_those_of_the_batches_that_the_model_got(sample, reference, tiny, name):
+    batch, positive, cond_rows, uncond_rows = CONDS[name]
+    seen = []
+    counted = tiny.model.clone()
+
+    def count(executor, x, timestep, context=None, *args, **kwargs):
+        seen.append(int(x.shape[0]))
+        return executor(x, timestep, context, *args, **kwargs)
+
+    counted.add_wrapper_with_key("diffusion_model", "count", count)
+    out, record = sample(model=counted, latent=tiny.latent(batch), positive=positive(tiny.cond))[:2]
+    assert [step["cond_rows"] for step in record.steps] == [cond_rows] * 4
+    assert [step["uncond_rows"] for step in record.steps] == [uncond_rows] * 4
+    assert sum(seen) == 4 * (cond_rows + uncond_rows), "what reached the network itself"
+    assert_equal(out, reference(latent=tiny.latent(batch), positive=positive(tiny.cond)))
+
+
 @pytest.mark.parametrize("name", sorted(DETERMINISTIC_COUNTS))
 def test_evaluations_are_counted_exactly(sample, name):
     steps, evals = DETERMINISTIC_COUNTS[name]

@@ -65,7 +65,7 @@ def test_a_server_error_and_a_secret_given_away_would_be_seen(comfy, base_dir, t
     from speedlab.profiling.library import RunLibrary
 
     with route_targets(tmp_path / "secret.txt") as (target,):
-        monkeypatch.setattr(RunLibrary, "text", lambda self, run_id: SECRET.decode())
+        monkeypatch.setattr(RunLibrary, "shown", lambda self, run_id: SECRET.decode())
         assert "gave away" in judge(target, Request("GET", "/speedlab/runs/20260102-030405-0123abcd")).reason
         monkeypatch.setattr(routes, "_library", lambda: 1 / 0)
         assert "answered 500" in judge(target, Request("GET", "/speedlab/runs")).reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from speedlab.bench import __main__ as cli
-from speedlab.bench import cmd_bench, compare_csv, drift
+from speedlab.bench import cmd_bench, cmd_compare, compare_csv, drift
 from speedlab.bench.turns import turned
 from speedlab.profiling.record import CSV_COLUMNS
 
@@ -241,6 +242,30 @@ def test_records_of_an_older_schema_are_named(tmp_path, command):
             (runs / f"{one['run_id']}.json").write_text(json.dumps({"schema": schema}))
     code, text = command(a, b, "--strict", "--across")
     assert code == 0 and "A MIXTURE: records of schema 1 in A and 2 in B" in text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "told"),
+    [
+        (1.001, 0.99, 1.02, "no difference shown"),
+        (1.02, 1.01, 1.028, "same within 3 %"),
+        (1.02, 1.001, 1.05, "slower, not shown to be by 3 %"),
+        (0.98, 0.95, 0.99, "faster, not shown to be by 3 %"),
+        (1.01, 0.9, 1.2, "no difference shown"),
+        (1.2, 1.1, 1.3, "REGRESSION"),
+        (0.8, 0.7, 0.9, "faster"),
+    ],
+)
+def test_a_verdict_says_what_its_whole_interval_bears_out(capsys, ratio, low, high, told):
+    env = compare_csv.Environment("", "", "", "", "")
+    key = ("",) * len(compare_csv.KEY)
+    entry = compare_csv.Comparison(key, (env, env), 1.0, ratio, ratio, (3, 3), 3, low, high)
+    assert cmd_compare.verdict(entry) == told
+    cmd_compare._conclude([entry], argparse.Namespace(strict=False, across=False))
+    said = capsys.readouterr().out
+    assert ("REGRESSION" in said) == (told == "REGRESSION")
+    assert ("No regression:" in said) == (high <= 1.03)
+    assert ("too wide to rule it out" in said) == (high > 1.03 and told != "REGRESSION")
 
 
 def test_a_table_against_itself_has_no_verdict(command):

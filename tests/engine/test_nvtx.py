@@ -59,7 +59,7 @@ def test_names_do_not_grow_with_steps():
         trace = SamplingTrace(HostClock("cpu"), out)
         trace.begin([float(n) for n in range(steps, -1, -1)])
         for step in range(steps):
-            with trace.evaluation(None), trace.forward((0, 1)):
+            with trace.evaluation(None), trace.forward((0, 1), 2):
                 pass
             trace.step_done(step)
         trace.finish()

@@ -47,6 +47,23 @@ def test_medians_stand_for_each_kind_without_a_first_step_that_prepares():
     assert 7 / summary["it_per_s"] == pytest.approx(0.851)
 
 
+def test_a_single_step_of_a_kind_has_no_median(make_record):
+    steps = [row(0, 500.0), row(1, 100.0), row(2, 60.0, "cached")]
+    summary = summarise([660.0], [steps], 480.0, 500.0)
+    assert {kind: told["samples"] for kind, told in summary["step_kinds"].items()} == {"full": 1, "cached": 1}
+    assert summary["first_step_excess_ms"] == 400.0
+    record = make_record(steps=[step_dict(step) for step in steps], summary=summary)
+    assert "2 full, 100.0 ms; 1 cached, 60.0 ms" in report.summary_text(record)
+    twice = summarise([660.0] * 2, [steps] * 2, 480.0, 500.0)
+    record = make_record(steps=[step_dict(step) for step in steps], summary=twice)
+    assert "2 full, median 100.0 ms; 1 cached, median 60.0 ms" in report.summary_text(record)
+
+
+def test_the_only_step_exceeds_no_other():
+    assert summarise([500.0], [[row(0, 500.0)]], 480.0, 500.0)["first_step_excess_ms"] is None
+    assert summarise([90.0], [[row(0, 90.0)]], 480.0, 500.0)["first_step_excess_ms"] == 410.0, "after a warm-up"
+
+
 def test_steps_that_all_run_without_cfg_are_full():
     steps = [row(n, 10.0, "cfg_off") for n in range(3)]
     assert step_kinds(steps) == ["full"] * 3
@@ -96,7 +113,7 @@ def test_a_record_of_schema_1_is_read_with_the_rate_of_its_steps(old):
     cells = csv_row(record)
     assert (cells["steps"], cells["it_per_s"], cells["step_time_s"]) == ("9", "2.5", "0.4")
     text = report.summary_text(record)
-    assert "9 steps in" in text and "2.50 it/s, a step 400.0 ms" in text and "6 cached 100.0 ms" in text
+    assert "9 steps in" in text and "2.50 it/s, a step 400.0 ms" in text and "6 cached, median 100.0 ms" in text
     # What is read is written as the present schema, and reads back the same.
     assert from_json(record.to_json()).to_json() == record.to_json()
 

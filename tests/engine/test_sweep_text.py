@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from speedlab.bench.sweep.axes import AXES, NONE, parse_axis
 from speedlab.bench.sweep.batch_search import BatchSearch, predicted_bytes, saturation_point
 from speedlab.bench.sweep.cells import baseline_of, make_cells
-from speedlab.bench.sweep.notes import largest_note
+from speedlab.bench.sweep.notes import largest_note, saturation_notes
 from speedlab.bench.sweep.plan_text import (
     MAIN,
     PlanText,
@@ -230,4 +232,57 @@ def test_memory_is_predicted_by_a_line():
 
 def test_the_saturation_point():
     assert saturation_point({1: 10.0, 2: 19.0, 4: 20.0, 8: 19.9}) == 2
+    assert saturation_point({1: 20.0, 2: 19.9, 4: 19.8}) == 1
+    # The best is the largest that was measured, or there is too little beyond it.
+    assert saturation_point({1: 47.5, 2: 68.0}) is None
+    assert saturation_point({1: 10.0, 2: 19.5, 4: 20.0}) is None
+    assert saturation_point({1: 20.0, 2: 19.0}) is None
     assert saturation_point({1: 10.0}) is None
+
+
+@given(st.dictionaries(st.integers(1, 64), st.floats(0.1, 1e4), max_size=8))
+def test_saturation_is_claimed_only_with_a_larger_size_that_gains_nothing(rates):
+    point = saturation_point(rates)
+    if point is None:
+        return
+    assert len(rates) >= 3 and point < max(rates)
+    assert all(rates[batch] <= rates[point] / 0.95 for batch in rates if batch > point)
+    assert rates[max(rates)] < max(rates.values()) or max(rates.values()) in [rates[b] for b in rates if b < max(rates)]
+
+
+def cell_runs(batch, rate, repeats):
+    """Of a cell only what the note reads."""
+    (cell,) = make_cells(CellSettings(), parse_axis("batch", str(batch)), NONE)
+    record = SimpleNamespace(summary={"images_per_min": rate})
+    return SimpleNamespace(cell=cell, record=record, repeats=[()] * repeats, status="ok")
+
+
+def test_saturation_needs_repeats():
+    rates = {1: 10.0, 2: 20.0, 4: 20.1, 8: 19.9}
+    (note,) = saturation_notes([cell_runs(batch, rate, 2) for batch, rate in rates.items()])
+    assert note == "Throughput saturates at batch 2: 20.0 images a minute, best 20.1, batch 8 19.9."
+    assert saturation_notes([cell_runs(batch, rate, 1) for batch, rate in rates.items()]) == []
+    assert saturation_notes([cell_runs(1, 47.5, 5), cell_runs(2, 68.0, 5)]) == []
+
+
+def test_the_largest_batch_is_claimed_only_where_the_next_one_ran_out_of_memory():
+    def told(outcomes, **options):
+        search = BatchSearch(**options)
+        for batch, status, was_tried in outcomes:
+            search.note(batch, status, was_tried)
+        assert search.next() is None
+        return largest_note(search, "")
+
+    fits = [(1, "ok", True), (2, "ok", True), (4, "ok", True)]
+    assert told([*fits, (8, "oom", True), (6, "oom", True), (5, "oom", True)]) == "The largest batch that fits is 4."
+    for text, options in (
+        ("the limit given is 4", {"most": 4}),
+        ("none is tried above 4", {"most": 4, "limited": False}),
+    ):
+        assert told(fits, **options) == f"Batch 4 fits; whether a larger one does is not known: {text}."
+    predicted = told([*fits, (8, "oom", False), (6, "oom", False), (5, "oom", False)])
+    assert predicted == (
+        "Batch 4 fits; whether a larger one does is not known: batch 5 was not tried, because it would run out of "
+        "memory by prediction."
+    )
+    assert told([(2, "oom", True), (1, "oom", True)]) == "No batch size fits."

@@ -48,6 +48,15 @@ def img2img(prompt):
     prompt["5"]["inputs"]["denoise"] = 0.5
 
 
+def batch_of_3(prompt):
+    prompt["4"]["inputs"]["batch_size"] = 3
+
+
+def batch_of_3_without_cfg(prompt):
+    batch_of_3(prompt)
+    dynamic_cfg(prompt)
+
+
 def one_step(prompt):
     prompt["5"]["inputs"]["steps"] = 1
 
@@ -88,6 +97,8 @@ RUNS = {
     "compile and dynamic cfg": (compiled_without_cfg, "compile(", STEPS, STEPS, STEPS // 2),
     "repeats": (repeats, "tiny_vae(taesd)", STEPS, STEPS, STEPS),
     "heun": (heun, "tiny_vae(taesd)", STEPS, 2 * STEPS - 1, 2 * STEPS - 1),
+    "batch of 3": (batch_of_3, "tiny_vae(taesd)", STEPS, 3 * STEPS, 3 * STEPS),
+    "batch of 3, dynamic cfg": (batch_of_3_without_cfg, "dynamic_cfg(", STEPS, 3 * STEPS, 3 * STEPS // 2),
     "img2img": (img2img, "tiny_vae(taesd)", STEPS, STEPS, STEPS),
     "one step": (one_step, "tiny_vae(taesd)", 1, 1, 1),
 }

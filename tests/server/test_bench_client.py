@@ -181,7 +181,9 @@ def test_each_image_of_a_bench_is_a_warm_repeat_with_its_texts_encoded(server, t
     """Texts that an earlier image had too count again, and the short run before leaves nothing behind."""
     before = server.get("/speedlab/runs?limit=1")["files"]
     arguments = ("--width", "64", "--height", "64", "--steps", "3", "--checkpoint", CHECKPOINT)
-    done = command("bench", "sd15-sliced-attention", "txt2img-default", "--server", server.url, *arguments, out=tmp_path)
+    done = command(
+        "bench", "sd15-sliced-attention", "txt2img-default", "--server", server.url, *arguments, out=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -7,26 +7,30 @@ from dataclasses import dataclass, field
 
 SATURATED = 0.95
 RAM_SHARE = 0.8
+_SIZES = 3
 
 
 @dataclass
 class BatchSearch:
     """Which batch to try next. `fits` and `fails` are what is known; `most` is a limit that needs no failure.
 
-    `limited`: the user gave that limit. `broken_at`: the size whose run failed for another reason than memory, which
-    ends the search.
+    `limited`: the user gave that limit. `predicted`: those of `fails` that were not tried. `broken_at`: the size whose
+    run failed for another reason than memory, which ends the search.
     """
 
     fits: set[int] = field(default_factory=set)
     fails: set[int] = field(default_factory=set)
     most: int | None = None
     limited: bool = True
+    predicted: set[int] = field(default_factory=set)
     broken_at: int | None = None
 
-    def note(self, batch: int, status: str) -> None:
+    def note(self, batch: int, status: str, was_tried: bool = True) -> None:
         """Note how a run of one batch size ended: `ok`, `oom`, or in another way."""
         if status in ("ok", "oom"):
             self.tried(batch, status == "ok")
+            if not was_tried:
+                self.predicted.add(batch)
         elif self.broken_at is None:
             self.broken_at = batch
 
@@ -68,8 +72,12 @@ def predicted_bytes(peaks: Mapping[int, int], start: int, batch: int) -> int:
 
 
 def saturation_point(rates: Mapping[int, float]) -> int | None:
-    """The smallest batch that reaches 95 % of the best images a minute; None for fewer than two sizes."""
-    if len(rates) < 2:
+    """The smallest batch that reaches 95 % of the best images a minute.
+
+    None where that is not shown: of fewer than three sizes, and where the largest one is the best, which a still larger
+    one may exceed.
+    """
+    if len(rates) < _SIZES or max(rates, key=lambda batch: rates[batch]) == max(rates):
         return None
     best = max(rates.values())
     return min(batch for batch, rate in rates.items() if rate >= SATURATED * best)

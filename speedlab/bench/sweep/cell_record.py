@@ -34,6 +34,7 @@ class CellRuns:
     quality: Quality | None = None
     status: str = "ok"
     error: str | None = None
+    was_tried: bool = True
     difference: str | None = None
     record: RunRecord | None = None
 

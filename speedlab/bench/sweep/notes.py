@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .batch_search import BatchSearch, saturation_point
 from .cell_record import CellRuns
 
+_REPEATS = 2
+
 
 def notes_of(cells: Sequence[CellRuns], measured_ms: float, wall_ms: float) -> list[str]:
     """The notes of a finished sweep. `measured_ms` of `wall_ms` were spent in phases that the records name."""
@@ -29,11 +31,14 @@ def warning_notes(cells: Sequence[CellRuns]) -> list[str]:
 
 
 def saturation_notes(cells: Sequence[CellRuns]) -> list[str]:
-    """Where more pictures at once gain nothing more, for each value of the axis beside `batch`."""
+    """Where more pictures at once gain nothing more, for each value of the axis beside `batch`.
+
+    Sizes of one repeat say nothing of it: a single run swings by more than what is asked here.
+    """
     groups: dict[str, dict[int, float]] = {}
     for runs in cells:
         rate = runs.record.summary.get("images_per_min") if runs.record is not None else None
-        if rate and any(axis == "batch" for axis, _ in runs.cell.labels):
+        if rate and len(runs.repeats) >= _REPEATS and any(axis == "batch" for axis, _ in runs.cell.labels):
             other = ", ".join(f"{axis} {label}" for axis, label in runs.cell.labels if axis != "batch")
             groups.setdefault(other, {})[runs.cell.settings.batch] = float(rate)
     notes = []
@@ -42,7 +47,7 @@ def saturation_notes(cells: Sequence[CellRuns]) -> list[str]:
         if point is not None:
             notes.append(
                 f"{_where(other)}Throughput saturates at batch {point}: {rates[point]:.1f} images a minute, best "
-                f"{max(rates.values()):.1f}."
+                f"{max(rates.values()):.1f}, batch {max(rates)} {rates[max(rates)]:.1f}."
             )
     return notes
 
@@ -53,12 +58,15 @@ def largest_note(search: BatchSearch, other: str) -> str:
         known = f" Batch {max(search.fits)} fits." if search.fits else ""
         return f"{_where(other)}The search for the largest batch ended in an error at batch {search.broken_at}.{known}"
     if not search.fits:
-        return f"{_where(other)}No batch size fits."
+        return f"{_where(other)}{'No batch size fits' if 1 in search.fails else 'None of the batch sizes fits'}."
     largest = max(search.fits)
-    limit = ""
-    if search.most is not None and largest >= search.most:
-        limit = f" (the limit given, {search.most})" if search.limited else " (no larger one is tried)"
-    return f"{_where(other)}The largest batch that fits is {largest}{limit}."
+    if largest + 1 in search.fails - search.predicted:
+        return f"{_where(other)}The largest batch that fits is {largest}."
+    fits = f"{_where(other)}Batch {largest} fits; whether a larger one does is not known:"
+    refused = min((size for size in search.predicted if size > largest), default=None)
+    if refused is not None:
+        return f"{fits} batch {refused} was not tried, because it would run out of memory by prediction."
+    return f"{fits} {'the limit given is' if search.limited else 'none is tried above'} {search.most or largest}."
 
 
 def _where(other: str) -> str:

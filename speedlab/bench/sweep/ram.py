@@ -14,8 +14,12 @@ from .cells import Cell
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+class NotTriedError(MemoryError):
+    """A batch that was predicted not to fit, and therefore not run."""
+
+
 def refuse_too_large(cell: Cell, known: Sequence[CellRuns], device: Any, start: int) -> None:
-    """Raise MemoryError for a batch on a CPU that will not fit by what smaller ones took.
+    """Raise NotTriedError for a batch on a CPU that will not fit by what smaller ones took.
 
     `start` is the resident set in bytes before the sweep.
     """
@@ -26,7 +30,7 @@ def refuse_too_large(cell: Cell, known: Sequence[CellRuns], device: Any, start: 
     growth = predicted_bytes(smaller, start, batch)
     reason = too_large(growth, rss_bytes() or 0, start, free_ram_bytes())
     if reason is not None:
-        raise MemoryError(f"batch {batch} {reason}")
+        raise NotTriedError(f"batch {batch} {reason}")
 
 
 def free_ram_bytes() -> int:

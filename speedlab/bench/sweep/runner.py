@@ -26,7 +26,7 @@ from .notes import largest_note, notes_of
 from .plan_text import parse_plan
 from .progress import SweepProgress
 from .quality import quality_of
-from .ram import refuse_too_large
+from .ram import NotTriedError, refuse_too_large
 from .reload import Reloader
 from .settings import MOST_PICTURES, CellSettings
 from .sheet import save_picture, thumbnail
@@ -151,6 +151,7 @@ class Sweep:
         except Exception as error:
             # Whatever a cell raises, a shape error deep in a library too, belongs into its row.
             runs.status, runs.error = failure_status(error), failure_message(error)
+            runs.was_tried = not isinstance(error, NotTriedError)
             log.warning("SpeedLab: %s ended with %s: %s", runs.cell.name, runs.status, runs.error)
             self.progress.more(-self._steps(runs) * (self.request.repeats - len(runs.repeats)) // self._rounds_a_cell())
             self._prepared.pop((runs.cell.x, runs.cell.y), None)
@@ -221,12 +222,12 @@ class Sweep:
         search = BatchSearch(most=min(most or MOST_PICTURES, MOST_PICTURES), limited=most is not None)
         for runs in self.result.cells:
             if (runs.cell.y if self.result.axis_x.open_end else runs.cell.x) == other:
-                search.note(runs.cell.settings.batch, runs.status)
+                search.note(runs.cell.settings.batch, runs.status, runs.was_tried)
         while (batch := search.next()) is not None:
             runs = self._add_batch(batch, other)
             self.progress.more(self._steps(runs))
             self._rounds([runs])
-            search.note(batch, runs.status)
+            search.note(batch, runs.status, runs.was_tried)
         return search
 
     def _add_batch(self, batch: int, other: int) -> CellRuns:

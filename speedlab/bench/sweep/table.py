@@ -45,7 +45,9 @@ def _row(runs: CellRuns) -> list[str]:
     plain[2] = seconds(float(row["time_s"])) if row["time_s"] else NOTHING
     growth = record.memory.get("overall", {}).get(GROWTH)
     plain[-1] = NOTHING if growth is None else f"{growth:.2f} GB"
-    spread = [_time(row[name]) for name in ("time_min_s", "time_max_s", "time_std_s")]
+    # One run has no spread.
+    known = len(runs.repeats) > 1
+    spread = [_time(row[name]) if known else NOTHING for name in ("time_min_s", "time_max_s", "time_std_s")]
     first = record.summary.get("first_run_ms")
     rate = row["images_per_min"]
     return [

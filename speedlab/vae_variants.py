@@ -1,0 +1,56 @@
+"""What nodes made of a VAE object, and how a second module of its weights (another dtype) becomes the same.
+
+A VAE has no clone and no attachments that follow it: a node that changes one hands out a second VAE object. Compile VAE
+and Memory Plan note here, by name, how they do to another module of the same weights what they did to this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+_DERIVATIONS = "speedlab_derivations"
+COMPILED = "compile"
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """Something that a node did to a VAE: its name for the record, and how it is done to another VAE."""
+
+    described: str
+    of: Callable[[Any], Any]
+
+
+class Placement(Protocol):
+    """What the patcher of a VAE under a memory plan bears as `placement`."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights come to the device layer by layer."""
+
+    def settle(self) -> None:
+        """Bring home what a forward that was cut off left on the device."""
+
+
+def placement_of(vae: Any) -> Placement | None:
+    """The memory plan of a VAE; None without one."""
+    placement: Placement | None = getattr(vae.patcher, "placement", None)
+    return placement
+
+
+def derivations_of(vae: Any) -> Mapping[str, Derivation]:
+    """What was done to a VAE, by name, in the order in which it was done."""
+    found: Mapping[str, Derivation] = getattr(vae, _DERIVATIONS, {})
+    return found
+
+
+def set_derivation(vae: Any, name: str, derivation: Derivation | None) -> None:
+    """Note on a VAE object of our own how `name` is done to another one; None: it is no longer done."""
+    others = {key: one for key, one in derivations_of(vae).items() if key != name}
+    setattr(vae, _DERIVATIONS, others if derivation is None else {**others, name: derivation})
+
+
+def is_compiled_vae(vae: Any) -> bool:
+    """Whether Compile VAE made this VAE."""
+    return COMPILED in derivations_of(vae)
