@@ -86,22 +86,29 @@ def _with_rest(
     record: RunRecord, run_id: str, context: NodeContext, entries: Sequence[timeline.PhaseEntry], reached_ns: int
 ) -> RunRecord:
     """The record with what else made the pictures: the span that a core decoder took, or that nobody measured it."""
-    sampled = _sampling_of(run_id, entries)
-    if sampled is None or sampled.node_id is None or context.node_id not in context.graph:
+    if context.node_id not in context.graph:
         return record
-    upstream = context.upstream(context.node_id, ("images",))
-    before = context.upstream(sampled.node_id)
-    if sampled.node_id not in upstream:
+    sampled = _sampling_of(run_id, entries)
+    if sampled is None or sampled.node_id is None:
+        # Samplers of this pack always run; a node that made one while the prompt ran may be answered from the cache.
         return with_others(
             record, context, (),
-            f"The pictures do not come from the sampler of this profile, {context.names([sampled.node_id])}, so the "
-            "time from text to picture is not known.",
+            "This profile is of an earlier prompt: ComfyUI had it in its cache, so the time from text to picture is "
+            "not known. Change the seed to have it measured.",
         )  # fmt: skip
-    behind = upstream - before - {sampled.node_id}
+    sampler = sampled.node_id
+    upstream = context.upstream(context.node_id, ("images",))
+    if sampler not in upstream:
+        return with_others(
+            record, context, (),
+            f"The pictures do not come from the sampler of this profile, {context.names([sampler])}, so the time from "
+            "text to picture is not known.",
+        )  # fmt: skip
+    behind = upstream - context.upstream(sampler)
     decoders = context.decoding(behind)
-    others = {*context.samplers(upstream), *context.working(behind)} - {sampled.node_id}
+    others = {*context.samplers(upstream), *context.working(upstream)} - {sampler}
     if record.phases_ms.get("decode") is None:
-        others -= set(decoders)
+        others -= set(decoders) & behind
     record = with_others(record, context, others)
     if others or record.phases_ms.get("decode") is not None:
         return record

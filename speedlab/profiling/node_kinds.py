@@ -100,15 +100,22 @@ def _given(name: str) -> frozenset[str]:
 
 
 def _taken(graph: Graph, node_id: str) -> frozenset[str]:
-    """The types of what comes into a node: as it declares them, and for open inputs as the linked output does."""
+    """The types of what comes into a node: as it declares them, and for open inputs as the linked output does.
+
+    What is typed in on a node counts for none: a network comes by a link, or as an object from the node's maker.
+    """
     node = graph.get(node_id)
     declared = _declared(_class(class_of(node)))
     types: set[str] = set()
     for name, value in inputs_of(node).items():
+        if isinstance(value, (str, int, float, bool, type(None))):
+            continue
         kind, link = declared.get(name, "*"), link_of(value)
-        if kind == "*" and link is not None:
+        # Types such as COMFY_MATCHTYPE_V3 and COMFY_AUTOGROW_V3 are open too.
+        if link is not None and (kind == "*" or "," in kind or kind.startswith("COMFY_")):
             outputs = _outputs(class_of(graph.get(link[0])))
-            kind = outputs[link[1]] if 0 <= link[1] < len(outputs) else kind
+            known = outputs[link[1]] if 0 <= link[1] < len(outputs) else "*"
+            kind = "*" if known.startswith("COMFY_") else known
         types.update(part.strip() for part in kind.split(","))
     return frozenset(types)
 

@@ -178,7 +178,8 @@ def profile_run(
     out = marked(out, model, session.run_id)
     if options.part:
         return ProfiledLatent(out, record)
-    record = with_others(record, context, context.samplers(context.ancestors()))
+    upstream = context.ancestors()
+    record = with_others(record, context, {*context.samplers(upstream), *context.working(upstream)})
     try:
         store.write(record)
     except ResultsError as error:

@@ -350,3 +350,33 @@ def test_a_part_from_the_cache_leaves_the_total_of_that_image_empty(whose, job):
     assert_whole(whose, found["7"][0])
     assert found["37"][0]["phases_ms"]["text_encode"] == "cached"
     assert_empty(whose, found["37"][0], "in its cache")
+
+
+def test_a_second_pass_that_was_changed_leaves_the_time_empty_again(whose, job):
+    """Hires fix, queued again: what is before the second pass did not change, and the image is not its work alone."""
+    prompt = job()
+    prompt |= {"20": upscaled(["5", 0]), "21": core_sampler(["1", 0], ["20", 0])}
+    prompt["6"]["inputs"]["samples"] = ["21", 0]
+    first = records(whose, prompt)[0]["7"][0]
+    prompt["21"]["inputs"]["seed"] = 8
+    again = records(whose, prompt)[0]["7"][0]
+    assert again["request"]["sampled_as"] != first["request"]["sampled_as"], "a measurement never is from the cache"
+    assert again["phases_ms"]["text_encode"] == "cached"
+    assert_empty(whose, again, "KSampler (21)")
+
+
+def test_an_expansion_from_the_cache_leaves_the_time_empty(whose, job):
+    prompt = rounds(job(), n=1)
+    prompt["11"] = report_of(["9", 1], ["9", 2])
+    assert_whole(whose, records(whose, prompt)[0]["11"][0])
+    del prompt["10"]
+    prompt["12"] = prompt.pop("11")
+    assert_empty(whose, records(whose, prompt)[0]["12"][0], "of an earlier prompt")
+
+
+def test_the_encoding_of_a_picture_to_start_from_is_work_on_the_image_too(whose, job):
+    prompt = job(denoise=0.6)
+    prompt["20"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 99}}
+    prompt["21"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["20", 0], "vae": ["1", 2]}}
+    prompt["5"]["inputs"]["latent_image"] = ["21", 0]
+    assert_empty(whose, records(whose, prompt)[0]["7"][0], "VAEEncode (21)")
