@@ -15,7 +15,7 @@ import os
 # Absolute, with links kept: a pack that is linked into custom_nodes lies in that ComfyUI.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
 
-from speedlab.host.cli import main
+from speedlab_tools.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -179,7 +179,7 @@ def main() -> None:
     pack = inprocess.start(args.base)
     import torch
 
-    from speedlab.profiling.environment import device_name
+    from speedlab.measure.environment import device_name
 
     prepare(args.base)
     device = device_name(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))

@@ -178,7 +178,7 @@ class _Pipe:
 
 def prepare(base: Path) -> None:
     """Write the full-size checkpoint and a Tiny VAE, both with random weights, where they are not there yet."""
-    from speedlab import synthetic
+    from speedlab_tools import synthetic
 
     checkpoint = base / "models" / "checkpoints" / CHECKPOINT
     if not checkpoint.exists():

@@ -18,8 +18,8 @@ class ForwardCost:
 
     def of(self, plan: Plan, steps: int) -> int:
         """FLOPs of `steps` Euler steps."""
-        schedule = importlib.import_module("speedlab.accelerate.deepcache_schedule")
-        fractions = importlib.import_module("speedlab.schedule")
+        schedule = importlib.import_module("speedlab.techniques.deepcache.schedule")
+        fractions = importlib.import_module("speedlab.patching.schedule")
         sources = schedule.sources(schedule.DeepCacheConfig(interval=plan.interval), steps)
         with_uncond = fractions.steps_before(plan.stop_at, steps)
         return sum(
@@ -38,7 +38,7 @@ def count(unet: Any, size: int) -> ForwardCost:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    forward = importlib.import_module("speedlab.accelerate.deepcache_forward")
+    forward = importlib.import_module("speedlab.techniques.deepcache.forward")
     side = size // 8
     x, timestep, context = torch.randn(1, 4, side, side), torch.tensor([500.0]), torch.randn(1, 77, 768)
     kept: list[Any] = []

@@ -87,8 +87,8 @@ def measure(part: str, family: str, dtype: str, side: int, rows: int) -> tuple[s
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import inprocess
 
-    pack = inprocess.start(Path(tempfile.mkdtemp(prefix="speedlab-")))
-    engine = lambda name: importlib.import_module(f"{pack.__name__}.speedlab.{name}")  # noqa: E731
+    inprocess.start(Path(tempfile.mkdtemp(prefix="speedlab-")))
+    engine = lambda name: importlib.import_module(f"speedlab.{name}")  # noqa: E731
     import torch
     from comfy.model_management import get_torch_device
 
@@ -97,7 +97,7 @@ def measure(part: str, family: str, dtype: str, side: int, rows: int) -> tuple[s
     with torch.inference_mode():
         forward(64)
         gc.collect()
-        memory = engine("profiling.memory")
+        memory = engine("measure.peaks")
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.rss_bytes()
         with memory.measure_peak(device) as reading:
             forward(side)
@@ -128,7 +128,8 @@ def _unet(engine: Any, family: str, dtype: str, side: int, rows: int, device: An
     import comfy.supported_models as supported
     import torch
 
-    spec = engine("synthetic.spec")
+    from speedlab_tools.synthetic import spec
+
     name, _, small = family.partition("-")
     shape = spec.architecture(spec.CheckpointSpec(family=name, size=small or "full")).unet
     config = {

@@ -29,15 +29,15 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from speedlab.bench.client import ComfyClient  # noqa: E402
-from speedlab.bench.files import demo_checkpoint, link_model  # noqa: E402
-from speedlab.bench.overrides import Overrides, adapt  # noqa: E402
-from speedlab.bench.results import report_ids, shown_pictures  # noqa: E402
-from speedlab.bench.scenarios import find  # noqa: E402
-from speedlab.bench.turns import turned  # noqa: E402
-from speedlab.fleet.prompts import read_prompts  # noqa: E402
-from speedlab.fleet.tasks import prompt_work  # noqa: E402
-from speedlab.host import ComfyServer, from_environment, pack_root  # noqa: E402
+from speedlab.plans.turns import turned  # noqa: E402
+from speedlab_tools.bench.results import report_ids, shown_pictures  # noqa: E402
+from speedlab_tools.client.client import ComfyClient  # noqa: E402
+from speedlab_tools.client.files import demo_checkpoint, link_model  # noqa: E402
+from speedlab_tools.fleet.order import read_prompts  # noqa: E402
+from speedlab_tools.fleet.tasks import prompt_work  # noqa: E402
+from speedlab_tools.host import ComfyServer, from_environment, pack_root  # noqa: E402
+from speedlab_tools.scenarios.catalog import find  # noqa: E402
+from speedlab_tools.scenarios.overrides import Overrides, adapt  # noqa: E402
 
 SCENARIO, SEED = "txt2img-default", 1
 WORDS = ("lighthouse", "river", "cat", "mountain", "lamp", "forest", "bridge", "boat")
@@ -117,9 +117,10 @@ def one_server(args: argparse.Namespace, checkpoint: Path, prompts: Path, base: 
 def one_fleet(args: argparse.Namespace, checkpoint: Path, prompts: Path, out: Path, workers: int) -> Result:
     """The prompts on a fleet, read from its manifest."""
     line = [
-        sys.executable, "-m", "speedlab.fleet", SCENARIO, "--prompts", str(prompts), "--out", str(out), "--workers",
-        str(workers), "--threads", str(args.threads), "--checkpoint", str(checkpoint), "--width", str(args.size),
-        "--height", str(args.size), "--steps", str(args.steps), "--seed", str(SEED), "--negative", "",
+        sys.executable, "-m", "speedlab_tools.fleet", SCENARIO, "--prompts", str(prompts), "--out", str(out),
+        "--workers", str(workers), "--threads", str(args.threads), "--checkpoint", str(checkpoint),
+        "--width", str(args.size), "--height", str(args.size), "--steps", str(args.steps),
+        "--seed", str(SEED), "--negative", "",
         *(["--cpu"] if args.cpu else []),
     ]  # fmt: skip
     began = time.perf_counter()
@@ -161,7 +162,7 @@ def write(rows: list[Result], args: argparse.Namespace) -> Path:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import inprocess
 
-    from speedlab.profiling.environment import device_name
+    from speedlab.measure.environment import device_name
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     facts = {

@@ -29,20 +29,14 @@ def start(base: Path) -> ModuleType:
     comfyui = os.environ.get("SPEEDLAB_COMFYUI") or os.environ.get("COMFYUI_PATH")
     if not comfyui:
         sys.exit("Set COMFYUI_PATH to a ComfyUI folder, or run this through `python run.py`.")
-    for kind in ("checkpoints", "loras", "vae", "vae_approx"):
-        (base / "models" / kind).mkdir(parents=True, exist_ok=True)
-    (base / "output").mkdir(exist_ok=True)
-    # Neither `nodes/` nor a script of this folder (`accelerate.py`) may stand for a package of the same name.
-    ours = (ROOT, Path(__file__).resolve().parent)
-    sys.path[:] = [comfyui, *(p for p in sys.path if Path(p or ".").resolve() not in ours)]
-    import torch
+    base.mkdir(parents=True, exist_ok=True)
+    # A script of this folder (`accelerate.py`) must not stand for a package of the same name.
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(__file__).resolve().parent)]
+    for name in ("speedlab", "speedlab_tools"):
+        load_package(name, ROOT / name)
+    from speedlab_tools.host import inprocess
 
-    args = importlib.import_module("comfy.cli_args").args
-    args.cpu = not torch.cuda.is_available()
-    args.base_directory = str(base)
-    importlib.import_module("nodes")
-    load_package("speedlab", ROOT / "speedlab")
-    return load_package("speedlab_pack", ROOT)
+    return inprocess.start(Path(comfyui), base)
 
 
 def result_name(what: str, device: str, torch_version: str, date: str) -> str:

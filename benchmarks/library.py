@@ -38,8 +38,8 @@ def main() -> None:
 
 
 def measure(folder: Path, runs: int, repeats: int) -> list[dict[str, Any]]:
-    from speedlab.profiling.library import RunLibrary, _index
-    from speedlab.profiling.store import RunStore
+    from speedlab.measure.store import RunStore
+    from speedlab.web.library import RunLibrary, _index
 
     store = RunStore(folder)
     store.check_writable()
@@ -111,7 +111,7 @@ def write(rows: list[dict[str, Any]], results: Path) -> None:
 
 
 def _processor() -> str:
-    from speedlab.profiling.environment import device_name
+    from speedlab.measure.environment import device_name
 
     try:
         import torch

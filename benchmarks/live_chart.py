@@ -31,8 +31,8 @@ def main() -> None:
     options.add_argument("--size", type=int, default=256)
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = options.parse_args()
-    from speedlab.bench.files import demo_checkpoint
-    from speedlab.bench.session import ServerOptions, open_server
+    from speedlab_tools.client.files import demo_checkpoint
+    from speedlab_tools.client.session import ServerOptions, open_server
 
     checkpoint = demo_checkpoint("sd15")
     with tempfile.TemporaryDirectory() as folder:
@@ -42,12 +42,12 @@ def main() -> None:
 
 
 async def measure(url: str, checkpoint: str, out: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    from speedlab.bench.client import ComfyClient
-    from speedlab.bench.overrides import Overrides, adapt
-    from speedlab.bench.results import Outcome, fetch_records
-    from speedlab.bench.runner import parts_of
-    from speedlab.bench.scenarios import find
-    from speedlab.profiling.store import RunStore
+    from speedlab.measure.store import RunStore
+    from speedlab_tools.bench.results import Outcome, fetch_records
+    from speedlab_tools.bench.runner import parts_of
+    from speedlab_tools.client.client import ComfyClient
+    from speedlab_tools.scenarios.catalog import find
+    from speedlab_tools.scenarios.overrides import Overrides, adapt
 
     scenario = find("txt2img-default")
     scenario = replace(scenario, settings=replace(scenario.settings, warmup=0))

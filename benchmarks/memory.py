@@ -101,7 +101,7 @@ def main() -> None:
 def write_models(base: Path) -> None:
     """The VAE, checkpoint and tiny decoders that the cells need, with random weights unless real ones lie there."""
     inprocess.load_package("speedlab", inprocess.ROOT / "speedlab")
-    from speedlab import synthetic
+    from speedlab_tools import synthetic
 
     synthetic.write_vae(base / "models" / "vae" / VAE)
     synthetic.write_checkpoint(base / "models" / "checkpoints" / CHECKPOINT, synthetic.CheckpointSpec(family="vega"))
@@ -150,7 +150,7 @@ def environment() -> dict[str, Any]:
     """Where it ran."""
     import torch
 
-    from speedlab.profiling.environment import device_name
+    from speedlab.measure.environment import device_name
 
     threads = torch.get_num_threads()
     return {"device": device_name(torch.device("cpu")), "torch": torch.__version__, "threads": threads}
@@ -234,7 +234,7 @@ def watched() -> Iterator[dict[str, float]]:
     """Peaks in GB of the block: the kernel's own mark of the resident set, and its sampled parts."""
     import gc
 
-    from speedlab.profiling.memory import measure_peak, rss_bytes
+    from speedlab.measure.peaks import measure_peak, rss_bytes
 
     gc.collect()
     seen = {"peak_anon_gb": 0.0, "peak_file_gb": 0.0, "before_gb": (rss_bytes() or 0) / 1e9}
@@ -270,7 +270,7 @@ def resident_parts() -> tuple[int, int]:
 
 def result_file() -> str:
     """Today's CSV, named by device and torch."""
-    from speedlab.profiling.environment import cpu_name
+    from speedlab.measure.environment import cpu_name
 
     versions = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True

@@ -91,10 +91,10 @@ def measure(args: argparse.Namespace, family: str, offload: str, side: int, batc
     import importlib
 
     pack = inprocess.start(args.base)
-    engine = lambda name: importlib.import_module(f"{pack.__name__}.speedlab.{name}")  # noqa: E731
+    engine = lambda name: importlib.import_module(f"speedlab.{name}")  # noqa: E731
     import torch
 
-    memory, environment = engine("profiling.memory"), engine("profiling.environment")
+    memory, environment = engine("measure.peaks"), engine("measure.environment")
     name = checkpoint(args, family)
     nodes = pack.NODE_CLASS_MAPPINGS
     with torch.inference_mode():
@@ -173,7 +173,7 @@ def trim() -> None:
 
 def checkpoint(args: argparse.Namespace, family: str) -> str:
     """The name of the checkpoint in ComfyUI's folder; a demo one is written on first use."""
-    from speedlab import synthetic
+    from speedlab_tools import synthetic
 
     folder = args.base / "models" / "checkpoints"
     if args.checkpoint:

@@ -44,7 +44,7 @@ def measure(pack: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     import torch
 
-    from speedlab import synthetic
+    from speedlab_tools import synthetic
 
     spec = synthetic.CheckpointSpec(family="sd15", size="small")
     synthetic.write_checkpoint(args.base / "models" / "checkpoints" / CHECKPOINT, spec)
@@ -85,7 +85,7 @@ def measure(pack: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
 def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     import torch
 
-    from speedlab.profiling.environment import device_name
+    from speedlab.measure.environment import device_name
 
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     name = inprocess.result_name("profiler-overhead", device_name(device), torch.__version__, time.strftime("%Y-%m-%d"))

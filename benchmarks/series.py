@@ -25,19 +25,19 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from speedlab.bench import cmd_bench  # noqa: E402
-from speedlab.bench.client import ComfyClient  # noqa: E402
-from speedlab.bench.events import LOADERS, node_spans  # noqa: E402
-from speedlab.bench.files import prepare_output  # noqa: E402
-from speedlab.bench.models import ModelChoice, choose_models  # noqa: E402
-from speedlab.bench.overrides import Overrides, adapt  # noqa: E402
-from speedlab.bench.recipes_sweep import sweep  # noqa: E402
-from speedlab.bench.results import Outcome, fetch_records  # noqa: E402
-from speedlab.bench.runner import parts_of  # noqa: E402
-from speedlab.bench.scenario import Scenario, Settings  # noqa: E402
-from speedlab.bench.scenarios import LIGHTHOUSE, find  # noqa: E402
-from speedlab.bench.session import ServerOptions, Target, open_server  # noqa: E402
-from speedlab.profiling.store import RunStore  # noqa: E402
+from speedlab.measure.store import RunStore  # noqa: E402
+from speedlab_tools.bench import command as cmd_bench  # noqa: E402
+from speedlab_tools.bench.models import ModelChoice, choose_models  # noqa: E402
+from speedlab_tools.bench.results import Outcome, fetch_records  # noqa: E402
+from speedlab_tools.bench.runner import parts_of  # noqa: E402
+from speedlab_tools.client.client import ComfyClient  # noqa: E402
+from speedlab_tools.client.events import LOADERS, node_spans  # noqa: E402
+from speedlab_tools.client.files import prepare_output  # noqa: E402
+from speedlab_tools.client.session import ServerOptions, Target, open_server  # noqa: E402
+from speedlab_tools.scenarios.catalog import LIGHTHOUSE, find  # noqa: E402
+from speedlab_tools.scenarios.graphs_sweep import sweep  # noqa: E402
+from speedlab_tools.scenarios.overrides import Overrides, adapt  # noqa: E402
+from speedlab_tools.scenarios.scenario import Scenario, Settings  # noqa: E402
 
 SIDE, STEPS, PROMPTS = 256, 8, 5
 FAST = "attention(sdpa)+deepcache(3)+dynamic_cfg(stop_at=0.5)+tiny"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..speedlab.accelerate.deepcache import DeepCacheConfig, attach_deepcache
-from ..speedlab.accelerate.dynamic_cfg import DynamicCFGConfig, attach_dynamic_cfg
+from ..speedlab.techniques.deepcache.attach import DeepCacheConfig, attach_deepcache
+from ..speedlab.techniques.guidance.dynamic_cfg import DynamicCFGConfig, attach_dynamic_cfg
 
 _CATEGORY = "SpeedLab/accelerate"
 _PATCHED = "A patched clone. The input model is untouched, and comes back itself where the settings change nothing."

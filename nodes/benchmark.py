@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..speedlab.bench.sweep.axes import AXES, NO_AXIS
-from ..speedlab.bench.sweep.output import read_prompts, write_output
-from ..speedlab.bench.sweep.runner import Sweep, SweepRequest
-from ..speedlab.bench.sweep.settings import CellSettings
-from ..speedlab.bench.sweep.techniques import Parts
-from ..speedlab.core import core_nodes
-from ..speedlab.profiling.context import NodeContext
+from ..speedlab.common.core import core_nodes
+from ..speedlab.measure.context import NodeContext
+from ..speedlab.plans.axes import AXES, NO_AXIS
+from ..speedlab.plans.output import read_prompts, write_output
+from ..speedlab.plans.settings import CellSettings
+from ..speedlab.plans.sweep import Sweep, SweepRequest
+from ..speedlab.plans.techniques import Parts
 from . import names
 
 _HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"}

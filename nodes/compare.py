@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..speedlab import compare
+from ..speedlab.measure import compare
 
 
 class CompareImages:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..speedlab.accelerate.backends import FOR_VAE, MODES, NAMES
-from ..speedlab.accelerate.compile import DYNAMIC, ON_FAILURE, SCOPES, CompileConfig, attach_compile
-from ..speedlab.accelerate.compile_vae import compile_vae
+from ..speedlab.techniques.compile.attach import DYNAMIC, ON_FAILURE, SCOPES, CompileConfig, attach_compile
+from ..speedlab.techniques.compile.backends import FOR_VAE, MODES, NAMES
+from ..speedlab.vae.compile import compile_vae
 
 _CATEGORY = "SpeedLab/accelerate"
 

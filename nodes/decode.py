@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ..speedlab import decoding, tiny_vae
-from ..speedlab.latent_mark import mark_of
-from ..speedlab.precision import VAE_PRECISIONS
-from ..speedlab.profiling.timeline import phase
+from ..speedlab.common.dtypes import VAE_PRECISIONS
+from ..speedlab.measure.timeline import phase
+from ..speedlab.models.latent_mark import mark_of
+from ..speedlab.vae import decode as decoding
+from ..speedlab.vae import taesd
 
 
 def _run_of(samples: dict) -> str | None:
@@ -104,7 +105,7 @@ class TinyVAEDecode:
             "required": {
                 "samples": ("LATENT", {"tooltip": "The latents to decode."}),
                 "decoder": (
-                    tiny_vae.decoder_choices(),
+                    taesd.decoder_choices(),
                     {
                         "default": "auto",
                         "tooltip": "taesd is for SD 1.x and 2.x, taesdxl for SDXL. auto asks the model, or the latent "
@@ -143,10 +144,10 @@ class TinyVAEDecode:
         return True
 
     def decode(self, samples: dict, decoder: str, slice_size: int, tile_size: int, model: object = None) -> tuple:
-        config = tiny_vae.TinyDecodeConfig(decoder, slice_size, tile_size)
+        config = taesd.TinyDecodeConfig(decoder, slice_size, tile_size)
         run_id = _run_of(samples)
-        with phase("decode", tiny_vae.decode_device()) as info:
-            decoded = tiny_vae.decode_tiny(samples, config, model)
+        with phase("decode", taesd.decode_device()) as info:
+            decoded = taesd.decode_tiny(samples, config, model)
             info.update(decoded.info, run_id=run_id)
         return (decoded.images,)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..speedlab.ensemble import EnsembleRequest, Expert, sample_ensemble
-from ..speedlab.profiling import browser, report
-from ..speedlab.profiling.context import NodeContext
-from ..speedlab.profiling.depth import DETAILS
-from ..speedlab.profiling.runner import ProfileOptions
+from ..speedlab.measure import report
+from ..speedlab.measure.context import NodeContext
+from ..speedlab.measure.kernel_profile import DETAILS
+from ..speedlab.sampling.ensemble import EnsembleRequest, Expert, sample_ensemble
+from ..speedlab.sampling.profiled import ProfileOptions
+from ..speedlab.web import browser
 from . import names
 
 

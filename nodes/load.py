@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import folder_paths
 
-from ..speedlab import loading, lora
-from ..speedlab.core import compute_device, core_nodes
-from ..speedlab.precision import CHECKPOINT_PRECISIONS, VAE_PRECISIONS
-from ..speedlab.profiling.timeline import phase
+from ..speedlab.common.core import compute_device, core_nodes
+from ..speedlab.common.dtypes import CHECKPOINT_PRECISIONS, VAE_PRECISIONS
+from ..speedlab.measure.timeline import phase
+from ..speedlab.models import loading, lora
 
 _NO_LORA = "None"
 _LORA_SLOTS = 4

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ..speedlab.core import missing_input, output_directory
-from ..speedlab.profiling import browser, report
-from ..speedlab.profiling.complete import complete
-from ..speedlab.profiling.context import NodeContext
-from ..speedlab.profiling.store import RunStore
+from ..speedlab.common.core import missing_input, output_directory
+from ..speedlab.measure import report
+from ..speedlab.measure.context import NodeContext
+from ..speedlab.measure.store import RunStore
+from ..speedlab.sampling.complete import complete
+from ..speedlab.web import browser
 
 _HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID", "dynprompt": "DYNPROMPT"}
 

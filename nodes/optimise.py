@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..speedlab.accelerate.attention import CHOICES, AttentionConfig, attach_attention
-from ..speedlab.accelerate.precision_flags import (
+from ..speedlab.techniques.attention.attach import CHOICES, AttentionConfig, attach_attention
+from ..speedlab.techniques.precision.attach import (
     AUTOCASTS,
     CONVOLUTIONS,
     LINEARS,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..speedlab.memory import free, queue
+from ..speedlab.memory import free
+from ..speedlab.sampling import prompt_queue
 from . import names
 
 
@@ -63,7 +64,7 @@ class PromptQueue:
         }
 
     def encode(self, clip: object, prompts: str, negative: str, seeds: str) -> tuple:
-        encoded = queue.encode_queue(clip, queue.read_queue(prompts, negative, seeds))
+        encoded = prompt_queue.encode_queue(clip, prompt_queue.read_queue(prompts, negative, seeds))
         return encoded.positive, encoded.negative, encoded.seeds, len(encoded.seeds)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..speedlab.profiling import browser, charts, report
-from ..speedlab.profiling.context import NodeContext
-from ..speedlab.profiling.runner import DETAILS, ProfileOptions, SamplingRequest, profile_sampling
+from ..speedlab.measure import charts, report
+from ..speedlab.measure.context import NodeContext
+from ..speedlab.sampling.profiled import DETAILS, ProfileOptions, SamplingRequest, profile_sampling
+from ..speedlab.web import browser
 from . import names
 
 _HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID", "dynprompt": "DYNPROMPT"}

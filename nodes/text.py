@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..speedlab import conditioning
-from ..speedlab.profiling.timeline import phase
+from ..speedlab.measure.timeline import phase
+from ..speedlab.models import text as conditioning
 
 
 class TextEncode:

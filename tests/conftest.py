@@ -16,7 +16,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_TAESD = ROOT.parent / "shared" / "models" / "vae_approx"
-PACK_NAME = "speedlab_pack"
 DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
 
 
@@ -35,6 +34,7 @@ def _load_package(name: str, folder: Path) -> ModuleType:
 
 
 _load_package("speedlab", ROOT / "speedlab")
+_load_package("speedlab_tools", ROOT / "speedlab_tools")
 
 # How fast examples are drawn says what else the machine does, not whether the code is right.
 hypothesis.settings.register_profile("speedlab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -86,13 +86,15 @@ def comfy(base_dir: Path) -> ModuleType:
 @pytest.fixture(scope="session")
 def pack(comfy: ModuleType) -> ModuleType:
     """The pack under a package name of its own, as ComfyUI loads it."""
-    return _load_package(PACK_NAME, ROOT)
+    from speedlab_tools.host.inprocess import load_pack
+
+    return load_pack()
 
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(cache_dir: Path) -> Path:
     """The small SD 1.5 checkpoint: real layout, random weights."""
-    synthetic = importlib.import_module("speedlab.synthetic")
+    synthetic = importlib.import_module("speedlab_tools.synthetic")
     spec = synthetic.CheckpointSpec(family="sd15", size="small")
     return synthetic.write_checkpoint(cache_dir / DEMO_CHECKPOINT, spec)
 
@@ -100,7 +102,7 @@ def demo_checkpoint(cache_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def vega_checkpoint(cache_dir: Path) -> Path:
     """The smallest layout of the SDXL family."""
-    synthetic = importlib.import_module("speedlab.synthetic")
+    synthetic = importlib.import_module("speedlab_tools.synthetic")
     spec = synthetic.CheckpointSpec(family="vega", size="small")
     return synthetic.write_checkpoint(cache_dir / "speedlab_demo_vega.safetensors", spec)
 
@@ -108,7 +110,7 @@ def vega_checkpoint(cache_dir: Path) -> Path:
 @pytest.fixture(scope="session")
 def taesd_files(cache_dir: Path) -> Path:
     """A folder with encoder and decoder of taesd and taesdxl: their layout, random weights."""
-    synthetic = importlib.import_module("speedlab.synthetic")
+    synthetic = importlib.import_module("speedlab_tools.synthetic")
     folder = cache_dir / "vae_approx"
     for name in ("taesd", "taesdxl"):
         synthetic.write_taesd(folder, name)

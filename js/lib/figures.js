@@ -37,7 +37,7 @@ const CACHED = 1;
 const WITH_UNCOND = 2;
 const FORECAST = 4;
 
-// The kinds of speedlab/profiling/summary.py, and a colour of its own for the first step, which also prepares.
+// The kinds of speedlab/measure/summary.py, and a colour of its own for the first step, which also prepares.
 function kindOf(index, { forecast, cached, uncond, anyUncond }) {
   if (forecast) return "forecast";
   if (cached) return "cached";

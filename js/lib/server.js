@@ -1,4 +1,4 @@
-// What the extension asks its own server; see speedlab/routes.py.
+// What the extension asks its own server; see speedlab/web/routes.py.
 import { api } from "../../../scripts/api.js";
 
 async function answer(response) {

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..accelerate.unet import require_unet
-from ..errors import UnavailableError
+from ..common.errors import UnavailableError
+from ..models.unet import require_unet
+from .layers import networks, weight_bytes
 from .live_bytes import fused_attention, on_meta, peak_bytes
-from .units import networks, weight_bytes
 
 _TOKENS = 77
 _PIXELS_PER_LATENT = 8

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..errors import SpeedLabError
+from ..common.errors import SpeedLabError
 
 log = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..accelerate.compiled import has_compile_wrapper, refusal_of_streaming
-from ..accelerate.patching import Accelerator, Site, accelerators, attach, declare
-from ..decoding import require_vae
-from ..errors import SpeedLabError, UnavailableError
-from ..vae_variants import is_compiled_vae
+from ..common.errors import SpeedLabError, UnavailableError
+from ..patching.compiled import has_compile_wrapper, refusal_of_streaming
+from ..patching.wrappers import Accelerator, Site, accelerators, attach, declare
+from ..vae.decode import require_vae
+from ..vae.variants import is_compiled_vae
 from .activations import PictureSize
-from .explain import explained_clip, explained_vae, explaining_out_of_memory, settling
-from .patcher import Group, Offload, Placement, is_dynamic, is_planned, planned, unplanned
+from .out_of_memory import explained_clip, explained_vae, explaining_out_of_memory, settling
+from .placement import Group, Offload, Placement, is_dynamic, is_planned, planned, unplanned
 from .predict import OFFLOADS, Prediction, is_measured, parts_of, predict
-from .wording import gigabytes, plan_text, too_small
+from .text import gigabytes, plan_text, too_small
 
 log = logging.getLogger(__name__)
 

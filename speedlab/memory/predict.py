@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..vae_precision import starting_dtype
+from ..vae.precision import starting_dtype
 from .activations import PictureSize, decode_bytes, sampling_bytes, text_bytes
-from .patcher import Offload
-from .units import streamed_bytes, weight_bytes
+from .layers import streamed_bytes, weight_bytes
+from .placement import Offload
 
 OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")  # from the fastest on
 _TABLE = Path(__file__).with_name("activations.csv")

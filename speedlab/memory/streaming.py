@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .units import Unit, aligned, is_movable, movable, units_of
+from .layers import Unit, aligned, is_movable, movable, units_of
 
 Restored = list[tuple[torch.nn.Module, str, torch.nn.Parameter]]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from speedlab.host import ComfyServer, from_environment, pack_root
+from speedlab_tools.host import ComfyServer, from_environment, pack_root
 
 DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from_pack = "speedlab_pack.speedlab."
-
 
 @pytest.fixture(scope="session")
 def engine(pack: ModuleType) -> Callable[[str], ModuleType]:
-    """Modules of the engine as the pack sees them: `engine("profiling.runner")`."""
-    return lambda name: importlib.import_module(from_pack + name)
+    """Modules of the engine once ComfyUI can be imported: `engine("sampling.profiled")`."""
+    return lambda name: importlib.import_module(f"speedlab.{name}")
 
 
 @pytest.fixture(scope="session")

@@ -29,10 +29,17 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 
 @pytest.fixture(scope="module")
 def modules(pack: ModuleType) -> SimpleNamespace:
-    names = ("attention", "attention_backends", "attention_choice", "deepcache", "dynamic_cfg", "patching", "run_notes")
-    root = f"{pack.__name__}.speedlab"
-    found = {name: importlib.import_module(f"{root}.accelerate.{name}") for name in names}
-    return SimpleNamespace(**found, errors=importlib.import_module(f"{root}.errors"))
+    names = {
+        "attention": "techniques.attention.attach",
+        "attention_backends": "techniques.attention.backends",
+        "attention_choice": "techniques.attention.choice",
+        "deepcache": "techniques.deepcache.attach",
+        "dynamic_cfg": "techniques.guidance.dynamic_cfg",
+        "patching": "patching.wrappers",
+        "run_notes": "patching.notes",
+        "errors": "common.errors",
+    }
+    return SimpleNamespace(**{name: importlib.import_module(f"speedlab.{path}") for name, path in names.items()})
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_two_axes_make_a_row_a_cell_with_quality_against_the_baseline(bench, out
 
 
 def test_cells_take_turns(bench, engine, monkeypatch):
-    runner = engine("bench.sweep.runner")
+    runner = engine("plans.sweep")
     order, real = [], runner.run_once
 
     def noted(prepared, *args):
@@ -108,7 +108,7 @@ def test_cells_take_turns(bench, engine, monkeypatch):
 
 def test_a_cell_on_a_cpu_tells_what_it_adds_to_the_process(bench, output, engine):
     """A gigabyte that the process holds is no cell's; what a large batch takes is its own."""
-    if engine("profiling.memory").rss_to_grow_from() is None:
+    if engine("measure.peaks").rss_to_grow_from() is None:
         pytest.skip("this system does not let a process reset its peak")
     held = bytearray(b"x") * 10**9
     (table, *_), rows, _ = bench(axis_x="batch", values_x="1, 4", width=128, height=128, steps=1, warmup=1, cfg=1.0)
@@ -178,7 +178,7 @@ def test_what_cannot_run_is_a_row_and_the_rest_goes_on(bench):
 
 
 def test_out_of_memory_is_a_row_and_the_largest_batch_is_found(bench, engine, monkeypatch):
-    runner = engine("bench.sweep.runner")
+    runner = engine("plans.sweep")
     real = runner.run_once
 
     def small_card(prepared, *args):
@@ -196,7 +196,7 @@ def test_out_of_memory_is_a_row_and_the_largest_batch_is_found(bench, engine, mo
 
 def test_a_search_with_the_mark_on_the_other_axis_ends_with_every_row(bench, engine, monkeypatch):
     """A size that the marked row never came to has nothing to be compared with, and is a row all the same."""
-    runner = engine("bench.sweep.runner")
+    runner = engine("plans.sweep")
     real = runner.run_once
 
     def small_card(prepared, *args):
@@ -233,7 +233,7 @@ def test_labels_may_look_like_formulas(bench):
 
 
 def test_weights_of_past_cells_are_let_go(bench, engine, monkeypatch):
-    runner = engine("bench.sweep.runner")
+    runner = engine("plans.sweep")
     kept: list[int] = []
     real = runner.Sweep._prepare
 
@@ -249,7 +249,7 @@ def test_weights_of_past_cells_are_let_go(bench, engine, monkeypatch):
 
 
 def test_on_a_cpu_the_search_stops_by_prediction(bench, engine, monkeypatch):
-    ram = engine("bench.sweep.ram")
+    ram = engine("plans.ram")
     monkeypatch.setattr(ram, "free_ram_bytes", lambda: 10_000_000_000)
     monkeypatch.setattr(ram, "predicted_bytes", lambda peaks, start, batch: 3_000_000_000 * batch)
     (table, *_), rows, _ = bench(axis_x="batch", values_x="1, max", steps=1)
@@ -259,7 +259,7 @@ def test_on_a_cpu_the_search_stops_by_prediction(bench, engine, monkeypatch):
 
 
 def test_a_cancel_keeps_what_is_done(bench, engine, comfy, output, monkeypatch):
-    runner, mm = engine("bench.sweep.runner"), importlib.import_module("comfy.model_management")
+    runner, mm = engine("plans.sweep"), importlib.import_module("comfy.model_management")
     real, calls = runner.run_once, []
 
     def cancelling(prepared, *args):
@@ -280,7 +280,7 @@ def test_a_cancel_keeps_what_is_done(bench, engine, comfy, output, monkeypatch):
 
 
 def test_a_cancel_in_the_first_cell_says_so(node, loaded, output, engine, comfy, monkeypatch):
-    runner, mm = engine("bench.sweep.runner"), importlib.import_module("comfy.model_management")
+    runner, mm = engine("plans.sweep"), importlib.import_module("comfy.model_management")
     real = runner.run_once
 
     def cancelling(*args):
@@ -304,8 +304,8 @@ def test_several_prompts_and_seeds_are_averaged(bench, output):
 
 def test_precision_reloads_the_checkpoint_and_keeps_patches(bench, output, loaded, engine):
     before = loaded[0]
-    attach = engine("accelerate.deepcache").attach_deepcache
-    patched = attach(before, engine("accelerate.deepcache").DeepCacheConfig(interval=2))
+    attach = engine("techniques.deepcache.attach").attach_deepcache
+    patched = attach(before, engine("techniques.deepcache.attach").DeepCacheConfig(interval=2))
     _, rows, _ = bench(model=patched, axis_x="precision", values_x="*fp32, fp16", values_y="")
     assert [row["precision"] for row in rows] == ["fp32", "fp16 computed in fp32"]
     assert all("deepcache(cache_interval=2" in row["accelerators"] for row in rows)
@@ -337,7 +337,7 @@ def test_handoff_without_a_refiner_is_an_error_row(bench, loaded):
 
 
 def test_prompt_tokens_are_exact(bench, loaded, engine):
-    tokens = engine("bench.sweep.tokens")
+    tokens = engine("plans.measure")
     for wanted in (2, 8, 77, 154, 231):
         text = tokens.prompt_of_length(loaded[1], "a lighthouse on a rocky coast at dawn", wanted)
         assert tokens.count_tokens(loaded[1], text) + 2 * -(-wanted // 77) == wanted
@@ -367,7 +367,7 @@ def test_prompt_tokens_are_exact(bench, loaded, engine):
     ],
 )
 def test_bad_settings_are_errors_before_anything_runs(bench, output, engine, changes, words):
-    with pytest.raises(engine("errors").SpeedLabError, match=words):
+    with pytest.raises(engine("common.errors").SpeedLabError, match=words):
         bench(**changes)
     assert rows_of(output) == []
 

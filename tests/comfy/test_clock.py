@@ -30,7 +30,7 @@ def test_a_run_is_measured_and_kept(node, tiny, engine, backwards, base_dir):
         )["result"][1]
         for seed in (1, 2, 3)
     ]  # fmt: skip
-    store = engine("profiling.store").RunStore(base_dir / "output")
+    store = engine("measure.store").RunStore(base_dir / "output")
     ids = [record.run_id for record in records]
     stamps = [record.timestamp for record in records]
     assert stamps == sorted(set(stamps), reverse=True), "the clock did go backwards"
@@ -41,12 +41,12 @@ def test_a_run_is_measured_and_kept(node, tiny, engine, backwards, base_dir):
         numbers = [*record["summary"]["runs_ms"], *(step["cpu_ms"] for step in record["steps"])]
         numbers += [ms for ms in record["phases_ms"].values() if isinstance(ms, (int, float))]
         assert numbers and all(ms >= 0 for ms in numbers)
-    listed = [run.run_id for run in engine("profiling.library").RunLibrary(store).page(limit=200).runs]
+    listed = [run.run_id for run in engine("web.library").RunLibrary(store).page(limit=200).runs]
     assert [run_id for run_id in listed if run_id in ids] == ids[::-1], "newest first"
 
 
 def test_locks_and_rows_do_not_wait_for_the_clock(engine, backwards, tmp_path, make_any_record):
-    store = engine("profiling.store").RunStore(tmp_path)
+    store = engine("measure.store").RunStore(tmp_path)
     started = time.monotonic()
     for run_id in ("20260102-030405-00000002", "20260101-030405-00000001"):
         record = make_any_record(engine, run_id)
@@ -59,6 +59,8 @@ def test_locks_and_rows_do_not_wait_for_the_clock(engine, backwards, tmp_path, m
 @pytest.fixture
 def make_any_record():
     def make(engine, run_id):
-        return engine("torture.samples").record().changed(run_id=run_id)
+        from speedlab_tools.stress.samples import record
+
+        return record().changed(run_id=run_id)
 
     return make

@@ -116,7 +116,7 @@ def test_the_model_patcher_has(tiny, name):
 @pytest.fixture(scope="module")
 def seen(tiny, core, engine) -> dict[str, list[Any]]:
     """One run of the stock sampler with a wrapper at every site: what each was given, and the attention's override."""
-    site, attach = engine("accelerate.patching").Site, engine("accelerate.patching").attach
+    site, attach = engine("patching.wrappers").Site, engine("patching.wrappers").attach
     calls: dict[str, list[Any]] = defaultdict(list)
 
     def wrapper(name: str) -> Any:
@@ -150,7 +150,7 @@ def test_a_wrapper_runs_at(seen, site, times):
 def test_the_sites_are_those_that_the_engine_names(comfy, engine):
     known = importlib.import_module("comfy.patcher_extension").WrappersMP
     values = {value for name, value in vars(known).items() if name.isupper()}
-    assert {site.value for site in engine("accelerate.patching").Site} <= values
+    assert {site.value for site in engine("patching.wrappers").Site} <= values
 
 
 def test_wrappers_are_given_what_they_look_at(seen):

@@ -45,7 +45,7 @@ def test_very_small_pictures_are_compared_too(node, height, width):
 
 
 def test_pictures_of_other_sizes_are_refused(node, engine):
-    with pytest.raises(engine("errors").SpeedLabError, match="32x24"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="32x24"):
         node("SpeedLabCompareImages").compare(image(), image(height=16))
 
 
@@ -59,7 +59,7 @@ def test_latents(node, engine):
     assert largest == pytest.approx(1.0)
     assert node("SpeedLabCompareLatents").compare(a, a)["result"][0] == 0.0
     assert "bit for bit" in node("SpeedLabCompareLatents").compare(a, a)["result"][2]
-    with pytest.raises(engine("errors").SpeedLabError, match="one shape"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="one shape"):
         node("SpeedLabCompareLatents").compare(a, {"samples": torch.ones(1, 4, 2, 3)})
 
 
@@ -150,7 +150,7 @@ def test_pictures_carry_the_workflow(node, profile, base_dir):
 
 
 def test_a_chart_of_a_failed_run_is_drawn_too(engine, profile):
-    charts = engine("profiling.charts")
+    charts = engine("measure.charts")
     failed = profile.changed(status="oom", steps=(), error="no memory")
     assert charts.run_chart(failed).shape[-1] == 3
-    assert "oom" in engine("profiling.report").summary_text(failed)
+    assert "oom" in engine("measure.report").summary_text(failed)

@@ -27,7 +27,7 @@ def unet(comfy: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def compiled(engine: Any) -> Any:
-    return engine("accelerate.compile")
+    return engine("techniques.compile.attach")
 
 
 def lora(model: Any, strength: float) -> Any:
@@ -61,7 +61,7 @@ def test_patches_are_refused_by_name(unet: Any, compiled: Any, engine: Any, back
 
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(backend))
     model.set_model_attn2_patch(halve)
-    with pytest.raises(engine("errors").SpeedLabError, match=rf"{backend}.*attn2_patch.*halve.*inductor"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match=rf"{backend}.*attn2_patch.*halve.*inductor"):
         unet.sample(model, steps=1, size=SIZE)
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(backend, on_failure="eager"))
     model.set_model_attn2_patch(halve)
@@ -72,7 +72,7 @@ def test_patches_are_refused_by_name(unet: Any, compiled: Any, engine: Any, back
 
 
 def test_jit_trace_keeps_the_chosen_attention(unet: Any, compiled: Any, engine: Any) -> None:
-    attention = engine("accelerate.attention")
+    attention = engine("techniques.attention.attach")
     model = attention.attach_attention(unet.model, attention.AttentionConfig("split"))
     eager = unet.sample(model, steps=2, size=SIZE)
     traced = compiled.attach_compile(model, compiled.CompileConfig("jit_trace"))
@@ -81,9 +81,9 @@ def test_jit_trace_keeps_the_chosen_attention(unet: Any, compiled: Any, engine: 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_another_attention_is_refused(unet: Any, compiled: Any, engine: Any, backend: str) -> None:
-    attention = engine("accelerate.attention")
+    attention = engine("techniques.attention.attach")
     model = attention.attach_attention(unet.model, attention.AttentionConfig("split"))
-    with pytest.raises(engine("errors").SpeedLabError, match=r"brings its own attention.*Attention Backend"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match=r"brings its own attention.*Attention Backend"):
         unet.sample(compiled.attach_compile(model, compiled.CompileConfig(backend)), steps=1, size=SIZE)
 
 
@@ -98,7 +98,7 @@ def test_autocast_is_refused_where_it_cannot_act(
     after = compiled.attach_compile(model, compiled.CompileConfig(backend))
     (before,) = precision.apply(compiled.attach_compile(unet.model, compiled.CompileConfig(backend)), *cast)
     for both in (after, before):
-        with pytest.raises(engine("errors").SpeedLabError, match=rf"{backend}.*Precision's autocast.*inductor"):
+        with pytest.raises(engine("common.errors").SpeedLabError, match=rf"{backend}.*Precision's autocast.*inductor"):
             unet.sample(both, steps=1, size=SIZE)
     traced = compiled.attach_compile(model, compiled.CompileConfig("jit_trace"))
     plain = unet.sample(steps=2, size=SIZE)
@@ -113,7 +113,7 @@ def test_a_damaged_graph_is_exported_anew(unet: Any, compiled: Any, engine: Any,
     (newest, *_) = sorted(folder.glob("*.graph"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for damage in (lambda data: data[: len(data) // 2], lambda data: bytes(len(data)), lambda data: b""):
         newest.write_bytes(damage(newest.read_bytes()))
-        engine("accelerate.compile_program")._programs.clear()
+        engine("techniques.compile.program")._programs.clear()
         again = unet.sample(compiled.attach_compile(unet.model, config), steps=1, size=SIZE)
         assert torch.equal(again, wanted)
         assert "is damaged" in caplog.text
@@ -135,7 +135,7 @@ def test_two_fixed_sizes_of_a_frozen_trace_are_both_kept(unet: Any, compiled: An
 def test_a_part_of_the_network_that_another_node_put_in_is_refused(unet: Any, compiled: Any, engine: Any) -> None:
     model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace"))
     model.add_object_patch("diffusion_model.middle_block", unet.unet.middle_block)
-    with pytest.raises(engine("errors").SpeedLabError, match=r"jit_trace.*diffusion_model\.middle_block"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match=r"jit_trace.*diffusion_model\.middle_block"):
         unet.sample(model, steps=1, size=SIZE)
 
 
@@ -146,11 +146,11 @@ def test_what_fails_while_it_runs_is_told_as_well(
     def broken(*inputs: Any) -> Any:
         raise ValueError("no kernel for this size")
 
-    engine("accelerate.compile_program")._programs.clear()
-    monkeypatch.setattr(engine("accelerate.backends.jit_trace"), "compile", lambda *a: broken)
+    engine("techniques.compile.program")._programs.clear()
+    monkeypatch.setattr(engine("techniques.compile.backends.jit_trace"), "compile", lambda *a: broken)
     model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", on_failure=on_failure))
     if on_failure == "error":
-        with pytest.raises(engine("errors").SpeedLabError, match="jit_trace could not run UNetModel: no kernel"):
+        with pytest.raises(engine("common.errors").SpeedLabError, match="jit_trace could not run UNetModel: no kernel"):
             unet.sample(model, steps=1, size=(16, 8))
         return
     assert torch.equal(unet.sample(model, steps=1, size=(16, 8)), unet.sample(steps=1, size=(16, 8)))
@@ -172,8 +172,8 @@ def test_a_cancel_that_a_library_wrapped_is_a_cancel(
         except BaseException as error:
             raise RuntimeError("Couldn't get TorchScript module by tracing.") from error
 
-    monkeypatch.setattr(engine("accelerate.backends.jit_trace"), "compile", cancelled)
-    engine("accelerate.compile_program")._programs.clear()
+    monkeypatch.setattr(engine("techniques.compile.backends.jit_trace"), "compile", cancelled)
+    engine("techniques.compile.program")._programs.clear()
     model = compiled.attach_compile(unet.model, compiled.CompileConfig("jit_trace", on_failure="eager"))
     with pytest.raises(mm.InterruptProcessingException):
         unet.sample(model, steps=1, size=(16, 8))
@@ -206,7 +206,9 @@ def test_a_missing_package_is_named(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
-    with pytest.raises(engine("errors").UnavailableError, match=rf"cannot use {backend}: .*not installed.*install"):
+    with pytest.raises(
+        engine("common.errors").UnavailableError, match=rf"cannot use {backend}: .*not installed.*install"
+    ):
         compiled.attach_compile(unet.model, compiled.CompileConfig(backend))
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(backend, on_failure="eager"))
     assert torch.equal(unet.sample(model, steps=1, size=SIZE), unet.sample(steps=1, size=SIZE))
@@ -214,8 +216,11 @@ def test_a_missing_package_is_named(
 
 
 def test_nexforts_modes_are_checked(engine: Any) -> None:
-    onediff, nexfort = engine("accelerate.backends.onediff"), engine("accelerate.backends.onediff_nexfort")
-    for mode in engine("accelerate.backends").MODES:
+    onediff, nexfort = (
+        engine("techniques.compile.backends.onediff"),
+        engine("techniques.compile.backends.onediff_nexfort"),
+    )
+    for mode in engine("techniques.compile.backends").MODES:
         for device in ("cpu", "cuda"):
             assert "freezing" not in nexfort.nexfort_mode(mode, torch.device(device))
     with pytest.raises(ValueError, match="no mode 'faster'"):
@@ -231,7 +236,7 @@ def test_each_torch_tensorrt_is_told_the_types_in_its_own_words(engine: Any) -> 
     def later(program: Any, *, enabled_precisions: Any = (), use_explicit_typing: bool = True) -> None: ...
     def newest(program: Any, **settings: Any) -> None: ...
 
-    typing = engine("accelerate.backends.tensorrt")._typing
+    typing = engine("techniques.compile.backends.tensorrt")._typing
     assert typing(first, {torch.float16}) == {"enabled_precisions": {torch.float16, torch.float32}}
     assert typing(later, {torch.float16}) == {"use_explicit_typing": True}
     assert typing(newest, {torch.float16}) == {}
@@ -239,9 +244,9 @@ def test_each_torch_tensorrt_is_told_the_types_in_its_own_words(engine: Any) -> 
 
 def test_a_backend_for_fixed_weights_refuses_a_lora(unet: Any, compiled: Any, engine: Any) -> None:
     """TensorRT does not run here; what it refuses is asked of the same code that a run asks."""
-    program, run = engine("accelerate.compile_program"), engine("accelerate.compile_run")
-    backend = engine("accelerate.backends.tensorrt")
-    started = run.Run(backend, engine("accelerate.backends").CompileOptions(), falls_back=False)
+    program, run = engine("techniques.compile.program"), engine("techniques.compile.run")
+    backend = engine("techniques.compile.backends.tensorrt")
+    started = run.Run(backend, engine("techniques.compile.backends").CompileOptions(), falls_back=False)
     assert program._obstacle_of_model(started, unet.model) == ""
     with pytest.raises(run.CompileError, match=r"tensorrt.*takes no LoRA.*inductor"):
         program.ProgramEngine(started, lora(unet.model, 1.0))
@@ -252,12 +257,12 @@ def test_a_trace_does_not_keep_the_network(unet: Any, engine: Any, freeze: bool)
     """ComfyUI lets go of models; what was compiled of them goes with them."""
     network = copy.deepcopy(unet.unet)
     example = (torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, tiny_unet.TOKENS, tiny_unet.CONTEXT))
-    options = engine("accelerate.backends").CompileOptions(
+    options = engine("techniques.compile.backends").CompileOptions(
         freeze=freeze, device=torch.device("cpu"), folder=None, example=example
     )
-    target = engine("accelerate.compile_program").PureNetwork(network, {})
+    target = engine("techniques.compile.program").PureNetwork(network, {})
     with torch.no_grad():
-        program = engine("accelerate.backends.jit_trace").compile(target, options)
+        program = engine("techniques.compile.backends.jit_trace").compile(target, options)
         assert torch.equal(program(*example), program(*example))
     gone = weakref.ref(network)
     del target, network
@@ -268,11 +273,11 @@ def test_a_trace_does_not_keep_the_network(unet: Any, engine: Any, freeze: bool)
 @pytest.mark.parametrize("freeze", [False, True])
 def test_a_trace_goes_with_the_program(engine: Any, freeze: bool) -> None:
     """What torch.jit.trace makes stays among the functions of the process: 26 MB for each trace of a small UNet."""
-    options = engine("accelerate.backends").CompileOptions(freeze=freeze, example=(torch.ones(1, 3),))
+    options = engine("techniques.compile.backends").CompileOptions(freeze=freeze, example=(torch.ones(1, 3),))
     known = torch.jit._state._python_cu.get_functions
     before = len(known())
     with torch.no_grad():
-        engine("accelerate.backends.jit_trace").compile(torch.nn.Linear(3, 3), options)
+        engine("techniques.compile.backends.jit_trace").compile(torch.nn.Linear(3, 3), options)
     assert len(known()) == before
     torch.jit.trace(torch.neg, torch.ones(1))
     assert len(known()) > before
@@ -280,8 +285,8 @@ def test_a_trace_goes_with_the_program(engine: Any, freeze: bool) -> None:
 
 def test_frozen_weights_go_with_the_program(engine: Any) -> None:
     """torch.jit.freeze would keep them until the process ends: 200 MB after these six."""
-    options = engine("accelerate.backends").CompileOptions(freeze=True, example=(torch.ones(1, 3000),))
-    compile = engine("accelerate.backends.jit_trace").compile
+    options = engine("techniques.compile.backends").CompileOptions(freeze=True, example=(torch.ones(1, 3000),))
+    compile = engine("techniques.compile.backends.jit_trace").compile
 
     def use() -> int:
         layer = torch.nn.Linear(3000, 3000)
@@ -291,7 +296,7 @@ def test_frozen_weights_go_with_the_program(engine: Any) -> None:
             program(*options.example)
         del program, layer
         gc.collect()
-        return engine("profiling.memory").rss_bytes()
+        return engine("measure.peaks").rss_bytes()
 
     before = use()
     for _ in range(5):

@@ -31,13 +31,13 @@ def unet(comfy: Any) -> Any:
 @pytest.fixture
 def compiled(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The engine with fresh counters; graphs run as dynamo captured them, for making C++ of each takes seconds."""
-    dynamo, inductor = engine("accelerate.backends.dynamo"), engine("accelerate.backends.inductor")
+    dynamo, inductor = engine("techniques.compile.backends.dynamo"), engine("techniques.compile.backends.inductor")
     monkeypatch.setattr(inductor, "_compile_graph", lambda _options, graph, _inputs: graph.forward)
     # Dynamo tells this logger of every step, and a test runner would keep it all.
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     torch._dynamo.reset()
     dynamo._functions.clear()
-    yield engine("accelerate.compile")
+    yield engine("techniques.compile.attach")
     torch._dynamo.reset()
     dynamo._functions.clear()
 
@@ -45,7 +45,7 @@ def compiled(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def graphs(engine: Any) -> Any:
     """Graphs compiled since the last call."""
-    count = engine("accelerate.backends.dynamo").COUNT
+    count = engine("techniques.compile.backends.dynamo").COUNT
     seen = [count.graphs]
 
     def new() -> int:
@@ -117,7 +117,7 @@ def test_another_layout_makes_no_code_for_any_layout(
 ) -> None:
     """At one function dynamo would take strides that it has seen in two kinds for changing ones, and inductor leaves
     convolutions alone whose strides change."""
-    precision, inductor = engine("accelerate.precision_flags"), engine("accelerate.backends.inductor")
+    precision, inductor = engine("techniques.precision.attach"), engine("techniques.compile.backends.inductor")
     with_symbols: list[bool] = []
 
     def compile_graph(_options: Any, graph: Any, inputs: list[Any]) -> Any:
@@ -165,7 +165,7 @@ def test_cuda_graphs_need_pytorchs_own_allocator(
     engine: Any, monkeypatch: pytest.MonkeyPatch, allocator: str, refused: bool
 ) -> None:
     """Known before the run, and with the remedy: recording fails in the middle of it otherwise."""
-    backends = engine("accelerate.backends")
+    backends = engine("techniques.compile.backends")
     inductor, cudagraphs = backends.load("inductor"), backends.load("cudagraphs")
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
     for backend in (inductor, cudagraphs):
@@ -186,11 +186,11 @@ def test_cuda_graphs_need_pytorchs_own_allocator(
 def test_the_limit_of_graphs_is_never_silent(
     unet: Any, compiled: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any, behaviour: str
 ) -> None:
-    monkeypatch.setattr(engine("accelerate.backends.dynamo"), "GRAPHS_PER_KIND_STATIC", 1)
+    monkeypatch.setattr(engine("techniques.compile.backends.dynamo"), "GRAPHS_PER_KIND_STATIC", 1)
     config = compiled.CompileConfig(scope="blocks", dynamic="false", on_failure=behaviour)
     model = compiled.attach_compile(unet.model, config)
     if behaviour == "error":  # in the first picture already, where three kinds stand at two sizes
-        with pytest.raises(engine("accelerate.compile_run").CompileError, match=r"limit of graphs.*dynamic to auto"):
+        with pytest.raises(engine("techniques.compile.run").CompileError, match=r"limit of graphs.*dynamic to auto"):
             unet.sample(model, steps=1, size=SIZE)
     else:
         assert relative(unet.sample(model, steps=1, size=(24, 24)), unet.sample(steps=1, size=(24, 24))) < 1e-5
@@ -247,15 +247,15 @@ def test_with_each_technique_in_either_order(
 ) -> None:
     def attach(model: Any) -> Any:
         if technique == "deepcache":
-            deepcache = engine("accelerate.deepcache")
+            deepcache = engine("techniques.deepcache.attach")
             return deepcache.attach_deepcache(model, deepcache.DeepCacheConfig(interval=2))
         if technique == "dynamic_cfg":
-            dynamic_cfg = engine("accelerate.dynamic_cfg")
+            dynamic_cfg = engine("techniques.guidance.dynamic_cfg")
             return dynamic_cfg.attach_dynamic_cfg(model, dynamic_cfg.DynamicCFGConfig(stop_at=0.5))
         if technique == "attention":
-            attention = engine("accelerate.attention")
+            attention = engine("techniques.attention.attach")
             return attention.attach_attention(model, attention.AttentionConfig("sdpa_math"))
-        precision = engine("accelerate.precision_flags")
+        precision = engine("techniques.precision.attach")
         return precision.attach_precision(model, precision.PrecisionConfig(memory_format="channels_last"))
 
     config = compiled.CompileConfig(scope="blocks")
@@ -270,7 +270,7 @@ def test_with_each_technique_in_either_order(
 
 
 def test_attention_with_compile_needs_no_graph_a_run(unet: Any, compiled: Any, engine: Any, graphs: Any) -> None:
-    attention = engine("accelerate.attention")
+    attention = engine("techniques.attention.attach")
     for scope, backends in (("blocks", ("auto", "sdpa", "split")), ("model", ("sdpa",))):
         for backend in backends:
             model = attention.attach_attention(unet.model, attention.AttentionConfig(backend))
@@ -281,15 +281,15 @@ def test_attention_with_compile_needs_no_graph_a_run(unet: Any, compiled: Any, e
             assert graphs() == 0, (scope, backend)
     model = attention.attach_attention(unet.model, attention.AttentionConfig("split"))
     model = compiled.attach_compile(model, compiled.CompileConfig(scope="model"))
-    with pytest.raises(engine("errors").SpeedLabError, match=r"Attention Backend's split.*scope to blocks"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match=r"Attention Backend's split.*scope to blocks"):
         unet.sample(model, steps=1, size=SIZE)
 
 
 def test_deepcache_on_a_whole_graph_is_refused_by_both_names(unet: Any, compiled: Any, engine: Any) -> None:
-    deepcache = engine("accelerate.deepcache")
+    deepcache = engine("techniques.deepcache.attach")
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="model"))
     model = deepcache.attach_deepcache(model, deepcache.DeepCacheConfig(interval=2))
-    with pytest.raises(engine("errors").UnavailableError, match=r"DeepCache and Compile Model.*scope blocks"):
+    with pytest.raises(engine("common.errors").UnavailableError, match=r"DeepCache and Compile Model.*scope blocks"):
         unet.sample(model, steps=2, size=SIZE)
 
 
@@ -298,7 +298,7 @@ def test_cores_compile_beside_ours_is_refused(unet: Any, compiled: Any, engine: 
 
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks"))
     set_torch_compile_wrapper(model=model, backend="eager")
-    with pytest.raises(engine("errors").UnavailableError, match=r"TorchCompileModel"):
+    with pytest.raises(engine("common.errors").UnavailableError, match=r"TorchCompileModel"):
         unet.sample(model, steps=1, size=SIZE)
 
 
@@ -336,9 +336,9 @@ def test_a_cancel_while_compiling_stops_and_leaves_nothing(
         mm.interrupt_current_processing()
         return graph.forward
 
-    monkeypatch.setattr(engine("accelerate.backends.inductor"), "_compile_graph", cancelling)
+    monkeypatch.setattr(engine("techniques.compile.backends.inductor"), "_compile_graph", cancelling)
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks"))
-    count = engine("accelerate.backends.dynamo").COUNT
+    count = engine("techniques.compile.backends.dynamo").COUNT
     before = count.graphs
     with pytest.raises(mm.InterruptProcessingException):
         unet.sample(model, steps=2, size=SIZE)
@@ -354,10 +354,10 @@ def test_a_failure_names_backend_part_cause_and_remedy(
     def failing(_options: Any, _graph: Any, _inputs: Any) -> Any:
         raise RuntimeError("the compiler fell over\nand more lines")
 
-    monkeypatch.setattr(engine("accelerate.backends.inductor"), "_compile_graph", failing)
+    monkeypatch.setattr(engine("techniques.compile.backends.inductor"), "_compile_graph", failing)
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks", on_failure=behaviour))
     if behaviour == "error":
-        with pytest.raises(engine("errors").SpeedLabError) as raised:
+        with pytest.raises(engine("common.errors").SpeedLabError) as raised:
             unet.sample(model, steps=1, size=SIZE)
         text = str(raised.value)
         for words in ("inductor", "ResBlock input_blocks.1.0", "the compiler fell over", "another backend", "eager"):
@@ -383,7 +383,7 @@ def test_on_a_cpu_residual_blocks_stay_as_they_are_unless_asked_for(
 
 
 def test_all_blocks_are_worth_it_with_frozen_weights_and_on_a_card(engine: Any, compiled: Any) -> None:
-    parts, options = engine("accelerate.compile_graphs"), engine("accelerate.backends").CompileOptions
+    parts, options = engine("techniques.compile.graphs"), engine("techniques.compile.backends").CompileOptions
     cpu, card = torch.device("cpu"), torch.device("cuda")
     assert parts.blocks_that_gain(options(device=cpu, freeze=True)) == parts.BLOCKS
     assert parts.blocks_that_gain(options(device=card)) == parts.BLOCKS
@@ -397,7 +397,7 @@ def test_sdxl_blocks(compiled: Any, comfy: Any) -> None:
 
 
 def test_settings_that_make_no_sense_are_refused(unet: Any, compiled: Any, engine: Any) -> None:
-    unavailable = engine("errors").UnavailableError
+    unavailable = engine("common.errors").UnavailableError
     with pytest.raises(ValueError, match="backend is 'fast'"):
         compiled.CompileConfig(backend="fast")
     with pytest.raises(unavailable, match="no mode max-autotune"):
@@ -410,7 +410,7 @@ def test_settings_that_make_no_sense_are_refused(unet: Any, compiled: Any, engin
 
 def test_frozen_code_of_other_weights_is_let_go(unet: Any, compiled: Any, engine: Any) -> None:
     """Each holds its weights once more, and a function has room for sixteen."""
-    functions = engine("accelerate.backends.dynamo")._functions
+    functions = engine("techniques.compile.backends.dynamo")._functions
     config = compiled.CompileConfig(freeze_weights=True)
     counts, held = set(), []
     for number in range(1, 5):
@@ -433,7 +433,9 @@ def test_frozen_weights_and_hooks_that_change_them_are_refused(unet: Any, compil
     name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     weight = unet.model.model.state_dict()[name]
     model.add_hook_patches(hook.hooks[0], {name: ("diff", (torch.ones_like(weight),))}, 1.0)
-    with pytest.raises(engine("errors").SpeedLabError, match=r"freeze_weights cannot follow hooks.*freeze_weights off"):
+    with pytest.raises(
+        engine("common.errors").SpeedLabError, match=r"freeze_weights cannot follow hooks.*freeze_weights off"
+    ):
         unet.sample(model, steps=1, size=(8, 8))
 
 

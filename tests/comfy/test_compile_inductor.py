@@ -16,8 +16,8 @@ from .tiny_unet import fill, relative
 def fresh(engine: Any, base_dir: Path) -> Any:
     """Nothing compiled yet in this process."""
     torch._dynamo.reset()
-    engine("accelerate.backends.dynamo")._functions.clear()
-    yield engine("accelerate.compile")
+    engine("techniques.compile.backends.dynamo")._functions.clear()
+    yield engine("techniques.compile.attach")
     torch._dynamo.reset()
 
 
@@ -40,7 +40,7 @@ def test_real_code_equals_eager_and_is_found_again_on_disk(
     kept = list((base_dir / "user" / "speedlab" / "compiled").glob(f"inductor-torch{torch.__version__[:3]}*cpu"))
     assert len(kept) == 1 and any(kept[0].rglob("*.so"))
     torch._dynamo.reset()
-    engine("accelerate.backends.dynamo")._functions.clear()
+    engine("techniques.compile.backends.dynamo")._functions.clear()
     counters.clear()
     again = fresh.attach_compile(tiny.model, fresh.CompileConfig(scope="blocks"))
     assert relative(sample(core, tiny, again), eager) < 1e-4
@@ -101,14 +101,14 @@ def test_a_compiled_vae_decodes_alike(
         (pictures,) = node("SpeedLabVAEDecode").decode({"samples": latent}, compiled, False, 0, 64, "auto")[:1]
         assert pictures.shape == (1, 8 * size[0], 8 * size[1], 3)
         if which == "vae":
-            decoded = engine("decoding").decode(compiled, {"samples": latent}, engine("decoding").DecodeConfig())
+            decoded = engine("vae.decode").decode(compiled, {"samples": latent}, engine("vae.decode").DecodeConfig())
             assert decoded.info["compiled"] == f"compile_vae(backend={backend})"
     assert "decode" not in vars(network)
     assert list(network.state_dict()) == list(compiled.first_stage_model.state_dict()) == keys
 
 
 def test_a_vae_that_cannot_be_compiled_says_why(node: Any, tiny_vae: Any, engine: Any) -> None:
-    with pytest.raises(engine("errors").UnavailableError, match="no mode max-autotune"):
+    with pytest.raises(engine("common.errors").UnavailableError, match="no mode max-autotune"):
         node("SpeedLabCompileVAE").apply(tiny_vae, "jit_trace", "max-autotune")
     with pytest.raises(ValueError, match="tensorrt"):
         node("SpeedLabCompileVAE").apply(tiny_vae, "tensorrt", "default")

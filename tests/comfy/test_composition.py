@@ -163,11 +163,11 @@ def _cond_only_later(model: Any) -> Any:
 @pytest.fixture(scope="module")
 def techniques(tiny: TinyUNet, pack: ModuleType) -> dict[str, Technique]:
     def engine(name: str) -> ModuleType:
-        return importlib.import_module(f"{pack.__name__}.speedlab.accelerate.{name}")
+        return importlib.import_module(f"speedlab.techniques.{name}")
 
-    deepcache, dynamic_cfg = engine("deepcache"), engine("dynamic_cfg")
-    attention, precision = engine("attention"), engine("precision_flags")
-    backends = engine("attention_backends").BACKENDS
+    deepcache, dynamic_cfg = engine("deepcache.attach"), engine("guidance.dynamic_cfg")
+    attention, precision = engine("attention.attach"), engine("precision.attach")
+    backends = engine("attention.backends").BACKENDS
     both = precision.PrecisionConfig(memory_format="channels_last", linear="onednn")
 
     @contextmanager
@@ -298,8 +298,8 @@ def test_convolutions_as_products(
     products: str, other: str, order: str,
 ) -> None:  # fmt: skip
     """As on a CPU in the inner levels of large models, with everything else."""
-    engine = f"{pack.__name__}.speedlab.accelerate"
-    conv, precision = (importlib.import_module(f"{engine}.{name}") for name in ("conv_as_matmul", "precision_flags"))
+    names = ("cpu.conv_as_matmul", "precision.attach")
+    conv, precision = (importlib.import_module(f"speedlab.techniques.{name}") for name in names)
     monkeypatch.setattr(conv, "_FEWEST_WEIGHTS", 1)
     monkeypatch.setattr(conv, "most_pixels_here", lambda: 1 << 30)
     technique, calls = techniques[other], []

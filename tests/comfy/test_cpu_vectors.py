@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture
 def vectors(engine: Any) -> Any:
-    module = engine("accelerate.backends.cpu_vectors")
+    module = engine("techniques.cpu.vectors")
     module.known_to_work.cache_clear()
     yield module
     module.known_to_work.cache_clear()
@@ -41,7 +41,7 @@ def test_what_cannot_be_told_is_left_to_inductor(vectors: Any, monkeypatch: pyte
 
 
 def test_the_answer_holds_while_code_is_compiled_for_a_cpu(vectors: Any, engine: Any) -> None:
-    limits, config = engine("accelerate.backends.dynamo").limits, torch._inductor.config.cpp
+    limits, config = engine("techniques.compile.backends.dynamo").limits, torch._inductor.config.cpp
     before = config.vec_isa_ok
     with limits(4, torch.device("cpu")):
         assert config.vec_isa_ok is (True if vectors.known_to_work() else before)

@@ -25,7 +25,7 @@ def taesd(core, model_files, taesd_files):
 
 @pytest.fixture
 def decoding(engine):
-    return engine("decoding")
+    return engine("vae.decode")
 
 
 def latent(batch=1, height=8, width=8, seed=0, channels=4):
@@ -78,7 +78,7 @@ def test_no_seam_can_be_seen(decoding, engine, photograph):
     taesd, encoded = photograph
     whole = decoding.decode(taesd, encoded, decoding.DecodeConfig()).images
     tiled = decoding.decode(taesd, encoded, decoding.DecodeConfig(tile_size=128, overlap=32)).images
-    rows = engine("vae_tiles").spans(32, 16, 4)
+    rows = engine("vae.tiles").spans(32, 16, 4)
     edges = sorted({8 * edge for span in rows for edge in span} - {0, 256})
     assert len(rows) == 3
 
@@ -110,7 +110,7 @@ def test_tiles_of_the_full_vae_have_smooth_borders(decoding, engine, vae):
     tiled = decoding.decode(vae, smooth, decoding.DecodeConfig(tile_size=64, overlap=64)).images
     extra = (tiled - whole)[0].mean(-1)
     steps = extra.diff(dim=0).abs().mean(1)
-    edges = sorted({8 * edge for span in engine("vae_tiles").spans(16, 8, 2) for edge in span} - {0, 128})
+    edges = sorted({8 * edge for span in engine("vae.tiles").spans(16, 8, 2) for edge in span} - {0, 128})
     at_seams = torch.stack([steps[edge - 1] for edge in edges]).mean()
     assert at_seams < 1.5 * steps.mean(), "what tiling changes does not change faster at the seams"
 
@@ -141,7 +141,9 @@ def test_out_of_memory_goes_from_all_to_one_to_tiles(decoding, vae, caplog):
 def test_when_nothing_fits_the_error_says_what_to_do(decoding, engine, vae):
     with (
         memory_for(vae, 0),
-        pytest.raises(engine("errors").SpeedLabError, match=r"ran out of memory even in tiles of 64.*Free Memory"),
+        pytest.raises(
+            engine("common.errors").SpeedLabError, match=r"ran out of memory even in tiles of 64.*Free Memory"
+        ),
     ):
         decoding.decode(vae, latent(1, 16, 16), decoding.DecodeConfig())
 
@@ -160,7 +162,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(decoding, vae):
 
 
 def test_tiles_get_smaller_and_end(engine):
-    attempts = engine("vae_attempts")
+    attempts = engine("vae.attempts")
     samples = latent(3, 96, 64)["samples"]
     way, seen = attempts.Way(False, 0, 64), []
     while (following := attempts.smaller_way(way, samples)) is not None:
@@ -202,7 +204,7 @@ def test_fp16_that_overflows_ends_in_a_safer_precision_and_is_remembered(decodin
     assert first.info["precision"] in ("bf16", "fp32")
     assert "NaN or Inf in fp16" in first.info["warning"]
     assert first.info["second_modules_gb"] >= 0.09
-    precision = engine("vae_precision")
+    precision = engine("vae.precision")
     assert "fp16" in precision._not_finite_in[large.first_stage_model]
     assert large.vae_dtype == torch.float32
     assert next(large.first_stage_model.parameters()).dtype == torch.float32
@@ -216,7 +218,7 @@ def test_latents_out_of_range_are_not_held_against_a_precision(decoding, engine,
     absurd = {"samples": torch.full((1, 4, 8, 8), 3e38)}
     assert "out of its range" in decoding.decode(half, absurd, decoding.DecodeConfig()).info["warning"]
     assert decoding.decode(half, latent(), decoding.DecodeConfig()).info["precision"] == "bf16"
-    assert half.first_stage_model not in engine("vae_precision")._not_finite_in
+    assert half.first_stage_model not in engine("vae.precision")._not_finite_in
 
 
 def test_pictures_on_a_vae_for_videos_are_refused(decoding, engine, vae):
@@ -224,7 +226,7 @@ def test_pictures_on_a_vae_for_videos_are_refused(decoding, engine, vae):
 
     video = copy.copy(vae)
     video.latent_dim = 3
-    with pytest.raises(engine("errors").SpeedLabError, match="this VAE decodes videos"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="this VAE decodes videos"):
         decoding.decode(video, latent(), decoding.DecodeConfig())
 
 
@@ -234,7 +236,7 @@ def test_auto_on_a_cpu_keeps_what_was_loaded_and_says_so(decoding, vae):
 
 
 def test_a_precision_chosen_in_the_loader_is_marked(engine, node, model_files):
-    loading = engine("loading")
+    loading = engine("models.loading")
     auto, chosen = (node("SpeedLabCheckpointLoader").load(DEMO, name, "contiguous")[2] for name in ("auto", "fp32"))
     assert auto.patcher.get_attachment(loading.FIXED_PRECISION) is None
     assert chosen.patcher.get_attachment(loading.FIXED_PRECISION) == "fp32"
@@ -244,7 +246,9 @@ def test_latents_of_another_family_are_refused_where_both_are_known(decoding, en
     loaded = node("SpeedLabCheckpointLoader").load(DEMO, "auto", "contiguous")[2]
     decode = decoding.decode
     of_sdxl = marked(engine, "SDXL", latent())
-    with pytest.raises(engine("errors").SpeedLabError, match=r"made by an SDXL model.*SD 1\.x or 2\.x checkpoint"):
+    with pytest.raises(
+        engine("common.errors").SpeedLabError, match=r"made by an SDXL model.*SD 1\.x or 2\.x checkpoint"
+    ):
         decode(loaded, of_sdxl, decoding.DecodeConfig())
     changed = {**of_sdxl, "samples": of_sdxl["samples"] * 1.01}
     unbound = {**latent(), "speedlab": {"latent_format": "SDXL"}}
@@ -260,7 +264,7 @@ def marked(engine, name, samples):
         def get_model_object(self, _name):
             return type(name, (), {})()
 
-    return engine("latent_mark").marked(samples, Model(), "20260102-030405-0123abcd")
+    return engine("models.latent_mark").marked(samples, Model(), "20260102-030405-0123abcd")
 
 
 def test_a_batch_of_mixed_sizes_is_refused(decoding, engine, vae, node, taesd_files, model_files):
@@ -269,11 +273,11 @@ def test_a_batch_of_mixed_sizes_is_refused(decoding, engine, vae, node, taesd_fi
     nested = importlib.import_module("comfy.nested_tensor").NestedTensor
     mixed = {"samples": nested([latent()["samples"], latent(1, 4, 4)["samples"]])}
     for samples in (mixed, {"samples": [latent()["samples"], latent(1, 4, 4)["samples"]]}):
-        with pytest.raises(engine("errors").SpeedLabError, match="mixes latents of different sizes"):
+        with pytest.raises(engine("common.errors").SpeedLabError, match="mixes latents of different sizes"):
             decoding.decode(vae, samples, decoding.DecodeConfig())
-        with pytest.raises(engine("errors").SpeedLabError, match="mixes latents"):
+        with pytest.raises(engine("common.errors").SpeedLabError, match="mixes latents"):
             node("SpeedLabTinyVAEDecode").decode(samples, "taesd", 1, 0)
-    with pytest.raises(engine("errors").SpeedLabError, match=r"shape \(4, 8, 8\)"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match=r"shape \(4, 8, 8\)"):
         decoding.decode(vae, {"samples": latent()["samples"][0]}, decoding.DecodeConfig())
 
 
@@ -281,7 +285,7 @@ def test_a_batch_of_mixed_sizes_is_refused(decoding, engine, vae, node, taesd_fi
 def test_bands_of_any_height_give_the_whole_decoder(engine, taesd, rows):
     import torch
 
-    stream = engine("tiny_stream")
+    stream = engine("vae.taesd_stream")
     decoder = taesd.first_stage_model.taesd_decoder
     latents = latent(2, 40, 5, seed=6)["samples"]
     parts = list(stream.decode_rows(decoder, latents, rows, lambda: None))
@@ -291,7 +295,7 @@ def test_bands_of_any_height_give_the_whole_decoder(engine, taesd, rows):
 
 def test_bands_hold_a_bands_memory_whatever_the_height(engine, taesd):
     """Largest tensor that any layer gives, counted: a band's, also when the last one brings what was held back."""
-    stream = engine("tiny_stream")
+    stream = engine("vae.taesd_stream")
     decoder = taesd.first_stage_model.taesd_decoder
 
     def largest(height):
@@ -312,7 +316,7 @@ def test_bands_hold_a_bands_memory_whatever_the_height(engine, taesd):
 def test_a_tiny_decoder_out_of_memory_takes_smaller_bands(engine, node, taesd_files, model_files, caplog):
     import torch
 
-    tiny_vae = engine("tiny_vae")
+    tiny_vae = engine("vae.taesd")
     samples = latent(2, 32, 32, seed=8)
     config = tiny_vae.TinyDecodeConfig("taesd", slice_size=2)
     whole = tiny_vae.decode_tiny(samples, config)
@@ -338,12 +342,12 @@ def test_a_tiny_decoder_out_of_memory_takes_smaller_bands(engine, node, taesd_fi
 def test_a_tiny_decoder_of_another_build_decodes_whole_and_says_so(engine, taesd):
     import torch
 
-    stream = engine("tiny_stream")
+    stream = engine("vae.taesd_stream")
     changed = torch.nn.Sequential(*taesd.first_stage_model.taesd_decoder, torch.nn.GroupNorm(1, 3))
     assert not stream.can_stream(changed)
     with pytest.raises(stream.UnknownLayerError, match="GroupNorm"):
         next(stream.decode_rows(changed, latent()["samples"], 4, lambda: None))
-    tiny_vae = engine("tiny_vae")
+    tiny_vae = engine("vae.taesd")
     expected = tiny_vae.decode_tiny(latent(3), tiny_vae.TinyDecodeConfig("taesd")).images
     vae = tiny_vae.load_tiny_vae("taesd")
     # The same decoder wrapped in a way that cannot run in bands.

@@ -57,19 +57,19 @@ def test_another_precision_is_a_second_module(decode, vae, engine):
     assert torch.isfinite(images).all()
     assert vae.vae_dtype == torch.float32
     assert all(torch.equal(before[key], value) for key, value in vae.first_stage_model.state_dict().items())
-    second = engine("vae_precision").sibling(vae, torch.bfloat16)
-    assert second is engine("vae_precision").sibling(vae, torch.bfloat16), "built once"
+    second = engine("vae.precision").sibling(vae, torch.bfloat16)
+    assert second is engine("vae.precision").sibling(vae, torch.bfloat16), "built once"
     assert torch.allclose(images, decode(latent()), atol=0.1)
 
 
 def test_a_picture_that_is_not_finite_is_decoded_again_in_fp32(node, engine, vae, caplog):
     import torch
 
-    decoding = engine("decoding")
-    half = engine("loading").vae_in(vae, torch.bfloat16)
+    decoding = engine("vae.decode")
+    half = engine("models.loading").vae_in(vae, torch.bfloat16)
     half.first_stage_model.post_quant_conv.weight.data.fill_(float("nan"))
     # The second module is built from these weights; give it sound ones, as a file would.
-    engine("vae_precision")._siblings[half.first_stage_model] = {torch.float32: vae}
+    engine("vae.precision")._siblings[half.first_stage_model] = {torch.float32: vae}
     samples = latent()
     decoded = decoding.decode(half, samples, decoding.DecodeConfig())
     assert torch.isfinite(decoded.images).all()
@@ -90,7 +90,7 @@ def test_latents_that_are_not_finite_are_blamed_on_the_sampler(decode, caplog, n
 
 @pytest.mark.parametrize("size", [1, 8, 63])
 def test_a_tile_that_is_too_small_is_refused(decode, engine, size):
-    with pytest.raises(engine("errors").SpeedLabError, match="64 pixels or more"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="64 pixels or more"):
         decode(latent(), tile_size=size)
 
 
@@ -104,17 +104,17 @@ def test_infinite_latents_are_noticed_although_pixels_come_out_finite(tiny_decod
 
 
 def test_the_record_learns_which_decoder_it_was(engine, core, model_files, taesd_files):
-    decoding = engine("decoding")
+    decoding = engine("vae.decode")
     through_input = decoding.decode(core.VAELoader().load_vae("taesd")[0], latent(), decoding.DecodeConfig())
     assert through_input.info["decoder"] == "taesd"
 
 
 def test_a_latent_of_another_family_or_an_empty_batch_is_refused(decode, engine, node):
-    with pytest.raises(engine("errors").SpeedLabError, match="16 channels"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="16 channels"):
         decode(latent(channels=16))
-    with pytest.raises(engine("errors").SpeedLabError, match="empty"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="empty"):
         decode(latent(0))
-    with pytest.raises(engine("errors").SpeedLabError, match="no VAE"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="no VAE"):
         node("SpeedLabVAEDecode").decode(latent(), None, False, 0, 64, "auto")
 
 
@@ -148,7 +148,7 @@ def marked(engine, name, samples):
         def get_model_object(self, _name):
             return type(name, (), {})()
 
-    return engine("latent_mark").marked(samples, Model(), "20260102-030405-0123abcd")
+    return engine("models.latent_mark").marked(samples, Model(), "20260102-030405-0123abcd")
 
 
 def test_auto_takes_the_family_from_the_model_or_the_mark(tiny_decode, tiny, engine, caplog):
@@ -165,11 +165,11 @@ def test_auto_takes_the_family_from_the_model_or_the_mark(tiny_decode, tiny, eng
     by_hand = tiny_decode(marked(engine, "SDXL", samples), "taesd")
     assert torch.equal(by_hand, expected), "what somebody picks is what decodes"
     assert "made by an SDXL model and the decoder 'taesd'" in caplog.text
-    with pytest.raises(engine("errors").SpeedLabError, match=r"cannot tell an SD 1\.x latent from an SDXL one"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match=r"cannot tell an SD 1\.x latent from an SDXL one"):
         tiny_decode(samples, "auto")
     unknown = [marked(engine, "Nonsense", samples), marked(engine, "torch", samples)]
     for given in (*unknown, *({**samples, "speedlab": mark} for mark in ({"latent_format": "SD15"}, "text", None))):
-        with pytest.raises(engine("errors").SpeedLabError, match="cannot tell"):
+        with pytest.raises(engine("common.errors").SpeedLabError, match="cannot tell"):
             tiny_decode(given, "auto")
 
 
@@ -194,8 +194,8 @@ def test_a_mark_is_good_for_the_pictures_it_was_made_for_alone(tiny_decode, engi
     if same:
         assert torch.equal(tiny_decode(given, "auto"), tiny_decode(given, "taesdxl"))
         return
-    assert engine("latent_mark").mark_of(given) is None
-    with pytest.raises(engine("errors").SpeedLabError, match="cannot tell"):
+    assert engine("models.latent_mark").mark_of(given) is None
+    with pytest.raises(engine("common.errors").SpeedLabError, match="cannot tell"):
         tiny_decode(given, "auto")
 
 
@@ -204,7 +204,7 @@ def test_a_batch_of_two_models_is_of_neither(tiny_decode, engine):
 
     first, second = marked(engine, "SD15", latent(seed=7)), marked(engine, "SDXL", latent(seed=8))
     both = {**first, "samples": torch.cat([first["samples"], second["samples"]])}
-    assert engine("latent_mark").mark_of(both) is None
+    assert engine("models.latent_mark").mark_of(both) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -213,7 +213,7 @@ def test_a_mark_reads_latents_of_every_type(engine, dtype):
 
     given = latent(2)
     given["samples"] = given["samples"].to(getattr(torch, dtype)).transpose(2, 3)
-    mark = engine("latent_mark").mark_of(marked(engine, "SD15", given))
+    mark = engine("models.latent_mark").mark_of(marked(engine, "SD15", given))
     assert (mark.latent_format, mark.run_id) == ("SD15", "20260102-030405-0123abcd")
 
 
@@ -225,25 +225,25 @@ def test_a_mark_does_not_outlive_its_sampler(tiny_decode, node, core, tiny, vae,
     first = node("SpeedLabProfileSampler").sample(tiny.model, 1, 1, 1.0, "euler", "normal", cond, cond, tiny.latent())[
         "result"
     ][0]
-    assert engine("latent_mark").mark_of(first).latent_format == "SD15"
+    assert engine("models.latent_mark").mark_of(first).latent_format == "SD15"
     # The first model's mark, as that of another family, which the second sampler knows nothing of.
     first = {**first, "speedlab": {**first["speedlab"], "latent_format": "SDXL"}}
     second = core.KSampler().sample(tiny.model, 2, 1, 1.0, "euler", "normal", cond, cond, first)[0]
     assert second["speedlab"]["latent_format"] == "SDXL", "core hands the mark on"
-    source = engine("loading").VaeSource(Path("sd15.safetensors"), in_checkpoint=True, latent_format="SD15")
+    source = engine("models.loading").VaeSource(Path("sd15.safetensors"), in_checkpoint=True, latent_format="SD15")
     other = copy.copy(vae)
     other.patcher = vae.patcher.clone()
-    other.patcher.set_attachments(engine("loading").VAE_SOURCE, source)
-    decoding = engine("decoding")
+    other.patcher.set_attachments(engine("models.loading").VAE_SOURCE, source)
+    decoding = engine("vae.decode")
     assert torch.isfinite(decoding.decode(other, second, decoding.DecodeConfig()).images).all()
     assert torch.equal(tiny_decode(second, "taesd"), tiny_decode({"samples": second["samples"]}, "taesd"))
     assert torch.equal(tiny_decode(second, "auto", model=tiny.model), tiny_decode(second, "taesd"))
-    with pytest.raises(engine("errors").SpeedLabError, match="cannot tell"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="cannot tell"):
         tiny_decode(second, "auto")
 
 
 def test_a_decoder_that_is_not_installed_names_the_file(tiny_decode, engine):
-    with pytest.raises(engine("errors").ModelFileError, match=r"taesd3_decoder\.safetensors"):
+    with pytest.raises(engine("common.errors").ModelFileError, match=r"taesd3_decoder\.safetensors"):
         tiny_decode(latent(), "taesd3")
 
 
@@ -251,7 +251,7 @@ def test_a_broken_decoder_is_named(engine, node, model_files, taesd_files):
     path = model_files / "vae_approx" / "broken_decoder.safetensors"
     path.write_bytes((taesd_files / "taesd_decoder.safetensors").read_bytes()[:5000])
     try:
-        with pytest.raises(engine("errors").ModelFileError, match="truncated"):
+        with pytest.raises(engine("common.errors").ModelFileError, match="truncated"):
             node("SpeedLabTinyVAEDecode").decode(marked(engine, "SD15", latent()), "broken", 1, 0)
     finally:
         path.unlink()
@@ -260,7 +260,7 @@ def test_a_broken_decoder_is_named(engine, node, model_files, taesd_files):
 def test_its_memory_estimate_is_its_own(engine, tiny_decode, core):
     import torch
 
-    tiny_vae = engine("tiny_vae")
+    tiny_vae = engine("vae.taesd")
     ours = tiny_vae.load_tiny_vae("taesdxl").memory_used_decode((1, 4, 128, 128), torch.bfloat16)
     theirs = core.VAELoader().load_vae("taesdxl")[0].memory_used_decode((1, 4, 128, 128), torch.bfloat16)
     assert 0.3e9 < ours < 0.9e9
@@ -300,8 +300,8 @@ def test_inputs_are_not_changed(tiny_decode, decode):
 
 @pytest.mark.parametrize(("able", "words"), [(False, "this processor has no instructions"), (True, "")])
 def test_fp16_on_a_processor_that_cannot_is_told(node, engine, model_files, taesd_files, monkeypatch, able, words):
-    monkeypatch.setattr(engine("precision"), "cpu_computes_fp16", lambda: able)
-    decoding, vae = engine("decoding"), node("SpeedLabVAELoader").load("taesd", "fp16")[0]
+    monkeypatch.setattr(engine("common.dtypes"), "cpu_computes_fp16", lambda: able)
+    decoding, vae = engine("vae.decode"), node("SpeedLabVAELoader").load("taesd", "fp16")[0]
     told = decoding.decode(vae, latent(), decoding.DecodeConfig()).info.get("warning", "")
     assert words in told and bool(words) == bool(told)
     assert "warning" not in decoding.decode(vae, latent(), decoding.DecodeConfig(precision="fp32")).info

@@ -17,7 +17,7 @@ from .tiny_unet import LAYOUTS, build, relative
 
 @pytest.fixture(scope="module")
 def deepcache(pack: ModuleType) -> ModuleType:
-    return importlib.import_module(f"{pack.__name__}.speedlab.accelerate.deepcache")
+    return importlib.import_module("speedlab.techniques.deepcache.attach")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,7 +94,7 @@ def _flux() -> Any:
 @pytest.mark.parametrize("node", ["DeepCache", "DynamicCFG"])
 def test_another_network_is_refused(pack: ModuleType, node: str) -> None:
     nodes = importlib.import_module(f"{pack.__name__}.nodes.accelerate")
-    errors = importlib.import_module(f"{pack.__name__}.speedlab.errors")
+    errors = importlib.import_module("speedlab.common.errors")
     flux = _flux()
     on = {
         "DeepCache": (3, 0, 0.0, 1.0, "uniform"),

@@ -24,7 +24,7 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 
 @pytest.fixture(scope="module")
 def attach(pack: ModuleType) -> Callable[..., Any]:
-    deepcache = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.deepcache")
+    deepcache = importlib.import_module("speedlab.techniques.deepcache.attach")
     return lambda model, **options: deepcache.attach_deepcache(model, deepcache.DeepCacheConfig(**options))
 
 

@@ -152,7 +152,7 @@ def test_stock_agrees(pair: tuple[TinyUNet, Any], helper: Any) -> None:
 
 @pytest.mark.parametrize(("interval", "branch"), [(2, 0), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3), (5, 0), (5, 1)])
 def test_uniform(pair: tuple[TinyUNet, Any], pack: ModuleType, helper: Any, interval: int, branch: int) -> None:
-    deepcache = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.deepcache")
+    deepcache = importlib.import_module("speedlab.techniques.deepcache.attach")
     tiny, unet = pair
     reference = _euler_in_diffusers(tiny, unet, _sigmas(tiny), helper(interval, branch))
     config = deepcache.DeepCacheConfig(interval=interval, branch=branch)
@@ -161,7 +161,7 @@ def test_uniform(pair: tuple[TinyUNet, Any], pack: ModuleType, helper: Any, inte
 
 @pytest.mark.parametrize("branch", [0, 2])
 def test_nonuniform(pair: tuple[TinyUNet, Any], pack: ModuleType, helper: Any, branch: int) -> None:
-    deepcache = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.deepcache")
+    deepcache = importlib.import_module("speedlab.techniques.deepcache.attach")
     tiny, unet = pair
     full, _ = published_formula()(STEPS, 4, center=5, pow=1.4)
     reference = _euler_in_diffusers(tiny, unet, _sigmas(tiny), helper(3, branch, frozenset(int(s) for s in full)))
@@ -185,7 +185,7 @@ def published_formula() -> Callable[..., tuple[list[int], float]]:
 
 @pytest.mark.parametrize("steps", [4, 10, 12, 20, 25, 30, 50])
 def test_nonuniform_list(steps: int) -> None:
-    schedule = importlib.import_module("speedlab.accelerate.deepcache_schedule")
+    schedule = importlib.import_module("speedlab.techniques.deepcache.schedule")
     published = published_formula()
     for interval, center, power in itertools.product((2, 3, 5, 8), (0, 5, 10, 15, 25), (1.2, 1.4, 2.0)):
         count = -(-steps // interval)

@@ -25,7 +25,7 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 
 @pytest.fixture(scope="module")
 def deepcache(pack: ModuleType) -> ModuleType:
-    return importlib.import_module(f"{pack.__name__}.speedlab.accelerate.deepcache")
+    return importlib.import_module("speedlab.techniques.deepcache.attach")
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_features_live_as_long_as_the_run(tiny: TinyUNet, attach: Attach, deepca
 
 
 def test_cached_evaluations_are_reported(tiny: TinyUNet, attach: Attach, pack: ModuleType) -> None:
-    reporting = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.reporting")
+    reporting = importlib.import_module("speedlab.patching.notes")
     reports: list[int] = []
     model = attach(tiny.model, interval=4)
     model.model_options["transformer_options"][reporting.REPORT_CACHED] = lambda: reports.append(1)
@@ -228,7 +228,7 @@ def test_cached_evaluations_are_reported(tiny: TinyUNet, attach: Attach, pack: M
 
 
 def test_the_record_knows_the_options(tiny: TinyUNet, attach: Attach, pack: ModuleType) -> None:
-    patching = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.patching")
+    patching = importlib.import_module("speedlab.patching.wrappers")
     (note,) = patching.accelerators(attach(tiny.model, interval=4, branch=2))
     assert note.name == "deepcache"
     assert (note.options["cache_interval"], note.options["cache_branch_id"]) == (4, 2)

@@ -241,7 +241,7 @@ def test_peak_and_flags_are_those_of_the_run(sample, node, tiny, engine, monkeyp
     """Precision sets its flags while the model samples; read afterwards they are the others again."""
     import torch
 
-    module, environment = engine("profiling.roofline"), engine("profiling.environment")
+    module, environment = engine("measure.roofline"), engine("measure.environment")
     measured, real = [], module._measure
 
     def measure(device, dtype, *args):
@@ -252,7 +252,7 @@ def test_peak_and_flags_are_those_of_the_run(sample, node, tiny, engine, monkeyp
     monkeypatch.setattr(module, "_peaks", {})
     outside = environment.speed_flags()
     wanted = not outside["tf32_matmul"]
-    precision, flags = engine("accelerate.precision_flags"), "on" if wanted else "off"
+    precision, flags = engine("techniques.precision.attach"), "on" if wanted else "off"
     config = precision.PrecisionConfig(tf32=flags, cudnn_benchmark="on", autocast="bf16")
     changed = sample(model=precision.attach_precision(tiny.model, config)).record
     plain = sample().record
@@ -267,15 +267,15 @@ def test_peak_and_flags_are_those_of_the_run(sample, node, tiny, engine, monkeyp
 
 
 def test_a_share_of_a_peak_is_never_above_it(sample, engine, monkeypatch):
-    module = engine("profiling.roofline")
+    module = engine("measure.roofline")
     monkeypatch.setattr(module, "_measure", lambda *args: module.Peak("measured: a busy machine", 1e-9))
     monkeypatch.setattr(module, "_peaks", {})
     result = sample()
     assert result.record.roofline["tflops"] > 1e-9 and result.record.roofline["peak_share"] is None
     assert any("so no share of it is given" in text for text in result.record.warnings)
-    assert "%" not in engine("profiling.depth_text")._operations(result.record.roofline)
+    assert "%" not in engine("measure.kernel_text")._operations(result.record.roofline)
     old = {**result.record.roofline, "peak_share": 250.0}
-    assert "%" not in engine("profiling.depth_text")._operations(old)
+    assert "%" not in engine("measure.kernel_text")._operations(old)
     assert module.share_of_peak(1.0, 2.0) == 50.0 and module.share_of_peak(1.0, 0.0) is None
 
 
@@ -291,7 +291,7 @@ def test_cond_and_uncond_apart_are_two_forwards(sample, unet):
 def test_a_compiled_model(sample, engine, tiny):
     import torch
 
-    compiled = engine("accelerate.compiled")
+    compiled = engine("patching.compiled")
     torch._dynamo.reset()
     model = tiny.model.clone()
     network = model.model.diffusion_model
@@ -347,17 +347,17 @@ def test_a_trace_is_beside_the_record(sample, base_dir, node):
 
 
 def test_a_trace_never_leaves_the_output_folder(sample, engine, monkeypatch, tmp_path, base_dir):
-    runner = engine("profiling.runner")
+    runner = engine("sampling.profiled")
     outside, output = tmp_path / "outside", tmp_path / "output"
     (output / "speedlab").mkdir(parents=True)
     outside.mkdir()
     (output / "speedlab" / "runs").symlink_to(outside)
     monkeypatch.setattr(runner, "output_directory", lambda: output)
-    with pytest.raises(engine("errors").ResultsError, match="link"):
+    with pytest.raises(engine("common.errors").ResultsError, match="link"):
         sample(detail="trace")
     assert not list(outside.iterdir())
-    store = engine("profiling.store").RunStore(output)
-    with pytest.raises(engine("errors").ResultsError, match="not a run id"):
+    store = engine("measure.store").RunStore(output)
+    with pytest.raises(engine("common.errors").ResultsError, match="not a run id"):
         store.trace_path("../../x")
 
 
@@ -371,7 +371,7 @@ def test_another_profiler_is_refused_before_sampling(
 ):
     monkeypatch.setenv(variable, "7")
     model, seen = evaluations(tiny.model)
-    with pytest.raises(engine("errors").UnavailableError, match=words) as caught:
+    with pytest.raises(engine("common.errors").UnavailableError, match=words) as caught:
         sample(model=model, detail=detail)
     assert "'timing'" in str(caught.value)
     assert not seen
@@ -383,7 +383,7 @@ def test_a_running_torch_profiler_is_refused(sample, engine):
 
     with (
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
-        pytest.raises(engine("errors").UnavailableError, match=r"torch\.profiler is already running"),
+        pytest.raises(engine("common.errors").UnavailableError, match=r"torch\.profiler is already running"),
     ):
         sample()
     assert sample().record.kernels
@@ -424,7 +424,7 @@ def test_a_cancel_in_an_extra_pass_keeps_the_timed_run(sample, reference, tiny, 
 
 
 def test_a_profiler_that_cannot_stop_never_hides_a_cancel(sample, engine, tiny, comfy, monkeypatch, caplog):
-    recorder = engine("profiling.recorder")
+    recorder = engine("measure.recorder")
     real = recorder.new_profiler
 
     def stubborn(device):
@@ -449,7 +449,7 @@ def test_a_profiler_that_cannot_stop_never_hides_a_cancel(sample, engine, tiny, 
 
 def test_comfyuis_cancel_button_is_heeded_in_the_extra_pass(sample, engine, tiny, comfy, monkeypatch):
     management = importlib.import_module("comfy.model_management")
-    extra = engine("profiling.depth")
+    extra = engine("measure.kernel_profile")
     real = extra.run_pass
 
     def pressed(*args, **kwargs):
@@ -464,7 +464,7 @@ def test_comfyuis_cancel_button_is_heeded_in_the_extra_pass(sample, engine, tiny
 def test_a_failing_profiler_is_told_and_costs_no_picture(sample, reference, engine, monkeypatch, caplog):
     import torch
 
-    recorder = engine("profiling.recorder")
+    recorder = engine("measure.recorder")
 
     def refuse(device):
         raise RuntimeError("CUPTI said no")
@@ -499,7 +499,7 @@ def test_a_model_that_fails_in_the_extra_pass_is_told(sample, tiny):
 
 
 def test_a_trace_that_cannot_be_written_is_told(sample, engine, monkeypatch):
-    trace_file = engine("profiling.trace_file")
+    trace_file = engine("measure.trace_file")
 
     def full(path, data):
         raise OSError(28, "No space left on device")
@@ -513,7 +513,7 @@ def test_a_trace_that_cannot_be_written_is_told(sample, engine, monkeypatch):
 
 
 def test_memory_of_the_passes_is_not_the_runs(sample, engine, monkeypatch):
-    depth = engine("profiling.depth")
+    depth = engine("measure.kernel_profile")
     kept = []
     real = depth.count_flops
 
@@ -528,7 +528,7 @@ def test_memory_of_the_passes_is_not_the_runs(sample, engine, monkeypatch):
     plain = sample(detail="timing").record.memory["overall"]["peak_rss_gb"]
     deep = sample().record.memory["overall"]["peak_rss_gb"]
     assert deep < plain + 0.3
-    with engine("profiling.memory").measure_peak("cpu") as reading:
+    with engine("measure.peaks").measure_peak("cpu") as reading:
         pass
     assert reading.before.rss < (plain + 0.3) * 1e9, "nor that of what runs next"
 
@@ -540,7 +540,7 @@ def test_the_charts_are_one_batch(sample, node, engine):
     report = node("SpeedLabProfileReport").report(result.record)["result"][2]
     assert report.shape == (4, 520, 900, 3)
     assert all(float(picture.std()) > 0.02 for picture in report), "every picture shows something"
-    charts = engine("profiling.charts")
+    charts = engine("measure.charts")
     failed = result.record.changed(status="oom", steps=(), kernels=(), phases_ms={}, memory={})
     assert charts.run_chart(failed, charts.OF_REPORT).shape == (1, 520, 900, 3)
     strange = result.record.changed(kernels=({"name": "a$b$ \\frac{x}", "family": "other", "share": 100.0},))

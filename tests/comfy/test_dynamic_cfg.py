@@ -25,13 +25,13 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 
 @pytest.fixture(scope="module")
 def attach(pack: ModuleType) -> Callable[..., Any]:
-    dynamic_cfg = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.dynamic_cfg")
+    dynamic_cfg = importlib.import_module("speedlab.techniques.guidance.dynamic_cfg")
     return lambda model, **options: dynamic_cfg.attach_dynamic_cfg(model, dynamic_cfg.DynamicCFGConfig(**options))
 
 
 @pytest.fixture(scope="module")
 def deepcache(pack: ModuleType) -> Callable[..., Any]:
-    module = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.deepcache")
+    module = importlib.import_module("speedlab.techniques.deepcache.attach")
     return lambda model, **options: module.attach_deepcache(model, module.DeepCacheConfig(**options))
 
 
@@ -303,10 +303,10 @@ def test_guider_is_restored(tiny: TinyUNet, attach: Any, error: str) -> None:
 @pytest.fixture
 def products(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Convolutions as matrix products in the tiny UNet too, on any processor."""
-    root = f"{pack.__name__}.speedlab.accelerate"
+    root = "speedlab.techniques.cpu"
     conv_as_matmul = importlib.import_module(f"{root}.conv_as_matmul")
-    if importlib.import_module(f"{root}.onednn_linear").why_not():
-        pytest.skip(importlib.import_module(f"{root}.onednn_linear").why_not())
+    if importlib.import_module(f"{root}.onednn").why_not():
+        pytest.skip(importlib.import_module(f"{root}.onednn").why_not())
     monkeypatch.setattr(conv_as_matmul, "_FEWEST_WEIGHTS", 1)
     monkeypatch.setattr(conv_as_matmul, "most_pixels_here", lambda: 1 << 30)
     return conv_as_matmul
@@ -353,7 +353,7 @@ def test_a_compiled_model_keeps_its_layers(
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     dynamic_cfg, compiling = (
-        importlib.import_module(f"{pack.__name__}.speedlab.accelerate.{name}") for name in ("dynamic_cfg", "compile")
+        importlib.import_module(f"speedlab.techniques.{name}") for name in ("guidance.dynamic_cfg", "compile.attach")
     )
     entered, block = [], tiny.unet.out
     real = products.few_pixels_as_products
@@ -374,7 +374,7 @@ def test_a_compiled_model_keeps_its_layers(
 
 def test_the_record_tells_of_products(tiny: TinyUNet, attach: Any, products: ModuleType, pack: ModuleType) -> None:
     notes: list[str] = []
-    run_notes = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.run_notes")
+    run_notes = importlib.import_module("speedlab.patching.notes")
     model = attach(tiny.model, stop_at=0.5)
     model.model_options["transformer_options"][run_notes.REPORT_NOTE] = notes.append
     tiny.sample(model, steps=STEPS)
@@ -403,7 +403,7 @@ def test_rows_with_deepcache(tiny: TinyUNet, attach: Any, deepcache: Any) -> Non
 
 
 def test_the_record_knows_the_options(tiny: TinyUNet, attach: Any, deepcache: Any, pack: ModuleType) -> None:
-    patching = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.patching")
+    patching = importlib.import_module("speedlab.patching.wrappers")
     notes = patching.accelerators(attach(deepcache(tiny.model), stop_at=0.5))
     assert [note.name for note in notes] == ["deepcache", "dynamic_cfg"]
     assert notes[1].describe() == "dynamic_cfg(mode=fixed, stop_at=0.5)"

@@ -58,7 +58,7 @@ def test_equals_two_chained_samplers(core, node, pair, sampler, scheduler):
 @pytest.mark.parametrize(("handoff", "steps", "at"), [(0.9, 8, 7), (0.5, 7, 3), (0.29, 100, 29), (0.13, 8, 1)])
 def test_the_hand_over_is_the_floor_of_its_share(core, node, pair, handoff, steps, at):
     if steps > 20:
-        assert __import__("importlib").import_module("speedlab.schedule").steps_before(handoff, steps) == at
+        assert __import__("importlib").import_module("speedlab.patching.schedule").steps_before(handoff, steps) == at
         return
     out, record = ensemble(node, pair.base.model, pair.refiner.model, pair, handoff=handoff, steps=steps)
     assert torch.equal(out["samples"], chained(core, pair.base.model, pair.refiner.model, pair, at, steps=steps))
@@ -119,7 +119,7 @@ def test_batch_mask_and_batch_index_go_through(core, node, pair):
 
 
 def test_dynamic_cfg_counts_the_steps_of_the_whole_schedule(engine, node, pair):
-    guidance = engine("accelerate.dynamic_cfg")
+    guidance = engine("techniques.guidance.dynamic_cfg")
     config = guidance.DynamicCFGConfig(stop_at=0.5)
     base = guidance.attach_dynamic_cfg(pair.base.model, config)
     refiner = guidance.attach_dynamic_cfg(pair.refiner.model, config)
@@ -131,7 +131,7 @@ def test_dynamic_cfg_counts_the_steps_of_the_whole_schedule(engine, node, pair):
 
 
 def test_deepcache_on_either_model_counts_the_whole_schedule(engine, node, pair):
-    deepcache = engine("accelerate.deepcache")
+    deepcache = engine("techniques.deepcache.attach")
     config = deepcache.DeepCacheConfig(interval=3)
     base = deepcache.attach_deepcache(pair.base.model, config)
     refiner = deepcache.attach_deepcache(pair.refiner.model, config)
@@ -204,7 +204,7 @@ def test_a_cancel_on_the_refiner_is_recorded(node, pair, engine, base_dir):
         handle.remove()
         mm.interrupt_current_processing(False)
     runs = sorted((base_dir / "output" / "speedlab" / "runs").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    record = engine("profiling.record").from_json(runs[-1].read_text())
+    record = engine("measure.record").from_json(runs[-1].read_text())
     assert record.status == "cancelled"
     assert record.request["base_steps"] == 6
     out, _ = ensemble(node, pair.base.model, pair.refiner.model, pair)

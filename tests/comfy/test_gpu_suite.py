@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +18,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def gpu(name: str) -> ModuleType:
+    """A module of the suite; it can be imported where ComfyUI can."""
+    return importlib.import_module(f"speedlab_tools.gpu.{name}")
+
+
 # On a processor these have no kernel, no package or no such mode; that, too, is a row.
 CANNOT = (
     "alone-attention/attention-sdpa_mem_efficient", "alone-attention/attention-sdpa_cudnn",
@@ -31,9 +39,9 @@ CANNOT = (
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_refiner"])
 def test_activations_of_the_full_depth_stay_near_one(comfy: ModuleType, family: Any) -> None:
     """Each block of the full-depth network, one level as wide as the next; widths change the fan-in alone."""
-    from speedlab.synthetic.spec import CheckpointSpec, architecture
-    from speedlab.synthetic.unet import unet_layout
-    from speedlab.synthetic.weights import draw
+    from speedlab_tools.synthetic.spec import CheckpointSpec, architecture
+    from speedlab_tools.synthetic.unet import unet_layout
+    from speedlab_tools.synthetic.weights import draw
 
     full = architecture(CheckpointSpec(family, "full")).unet
     config = replace(full, channel_mult=(1,) * len(full.channel_mult))
@@ -60,7 +68,7 @@ def test_activations_of_the_full_depth_stay_near_one(comfy: ModuleType, family: 
 
 
 def suite(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "speedlab.gpu", "--small", "--repeats", "1", "--out", str(out), *arguments]
+    command = [sys.executable, "-m", "speedlab_tools.gpu", "--small", "--repeats", "1", "--out", str(out), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
 
 
@@ -71,7 +79,7 @@ def test_the_whole_suite_runs_from_end_to_end(comfy: ModuleType, tmp_path: Path)
     (path,) = tmp_path.glob("*_gpu-small.json")
     document = json.loads(path.read_text())
     rows = {row["id"]: row for row in document["rows"]}
-    from speedlab.gpu import plan
+    from speedlab_tools.gpu import plan
 
     assert document["complete"] and document["started"] == {}
     expected = {block.row(arm) for block in plan.BLOCKS for arm in block.arms}
@@ -123,10 +131,10 @@ def test_a_plan_of_the_command_line_is_measured_beside_stock(comfy: ModuleType, 
 @pytest.fixture
 def bench(engine: Any, pack: ModuleType, tiny: SimpleNamespace, tmp_path: Path) -> Any:
     """The tools of a call, with a journal of its own."""
-    journal = engine("gpu.journal").open_journal(
+    journal = gpu("journal").open_journal(
         tmp_path, [], {"device": "a card", "torch": "2.11.0"}, {}, small=True, again=False
     )
-    tools = engine("gpu.bench")
+    tools = gpu("bench")
     return tools.Bench(pack, journal, tools.Settings(tmp_path, 60.0, 1, True), began=_now())
 
 
@@ -137,7 +145,7 @@ def _now() -> float:
 
 
 def test_a_failing_measurement_is_a_row_and_the_next_block_runs(engine: Any, bench: Any, monkeypatch: Any) -> None:
-    plan, runner = engine("gpu.plan"), engine("gpu.suite")
+    plan, runner = gpu("plan"), gpu("suite")
     ran: list[str] = []
 
     def breaks(tools: Any, block: Any) -> None:
@@ -159,7 +167,7 @@ def test_a_failing_measurement_is_a_row_and_the_next_block_runs(engine: Any, ben
 def test_a_device_lost_outside_of_any_arm_does_not_come_again_for_ever(
     engine: Any, bench: Any, monkeypatch: Any
 ) -> None:
-    plan, runner = engine("gpu.plan"), engine("gpu.suite")
+    plan, runner = gpu("plan"), gpu("suite")
 
     def breaks(tools: Any, block: Any) -> None:
         raise RuntimeError(
@@ -171,13 +179,13 @@ def test_a_device_lost_outside_of_any_arm_does_not_come_again_for_ever(
     assert runner.run(bench, [plan.Block("full", "breaks", "", arms)], lambda _text: None)
     assert {row["status"] for row in bench.journal.rows.values()} == {"oom"}
     lost = plan.Block("lost", "breaks", "", arms)
-    with pytest.raises(engine("gpu.bench").LostDeviceError):
+    with pytest.raises(gpu("bench").LostDeviceError):
         runner.run(bench, [lost], lambda _text: None)
     assert [arm.name for arm in bench.pending(lost)] == ["second"]
 
 
 def test_a_row_inside_its_own_row_counts_as_one_start(engine: Any, bench: Any) -> None:
-    plan = engine("gpu.plan")
+    plan = gpu("plan")
     block = plan.Block("one", "pictures", "", (plan.Arm("first"),))
     with bench.into_row(block, block.arms[0]):
         with bench.into_row(block, block.arms[0]):
@@ -187,7 +195,7 @@ def test_a_row_inside_its_own_row_counts_as_one_start(engine: Any, bench: Any) -
 
 
 def test_what_needs_another_allocator_is_left_to_another_process(engine: Any, bench: Any, monkeypatch: Any) -> None:
-    plan, runner, tools = engine("gpu.plan"), engine("gpu.suite"), engine("gpu.bench")
+    plan, runner, tools = gpu("plan"), gpu("suite"), gpu("bench")
     ran: list[str] = []
 
     def works(bench: Any, block: Any) -> None:
@@ -221,7 +229,7 @@ def test_what_needs_another_allocator_is_left_to_another_process(engine: Any, be
 
 
 def test_a_block_that_is_never_done_in_time_is_given_up(engine: Any, bench: Any, monkeypatch: Any) -> None:
-    plan, runner, tools = engine("gpu.plan"), engine("gpu.suite"), engine("gpu.bench")
+    plan, runner, tools = gpu("plan"), gpu("suite"), gpu("bench")
 
     def slow(bench: Any, block: Any) -> None:
         raise tools.OutOfTimeError("the time of this call is over")
@@ -241,7 +249,7 @@ def test_a_block_that_is_never_done_in_time_is_given_up(engine: Any, bench: Any,
 def test_what_ends_between_rounds_keeps_what_is_enough(
     engine: Any, bench: Any, monkeypatch: Any, rounds: int, kept: bool, end: str
 ) -> None:
-    plan, pictures, tools = engine("gpu.plan"), engine("gpu.measure_pictures"), engine("gpu.bench")
+    plan, pictures, tools = gpu("plan"), gpu("measure_images"), gpu("bench")
     monkeypatch.setattr(bench, "settings", replace(bench.settings, repeats=5))
     left = iter([None] * (2 + 2 * rounds))
 
@@ -260,7 +268,7 @@ def test_what_ends_between_rounds_keeps_what_is_enough(
 
 
 def test_a_lost_device_ends_the_process_with_its_row_written(engine: Any, bench: Any, monkeypatch: Any) -> None:
-    plan, runner = engine("gpu.plan"), engine("gpu.suite")
+    plan, runner = gpu("plan"), gpu("suite")
 
     def breaks(tools: Any, block: Any) -> None:
         with tools.into_row(block, block.arms[0]):
@@ -268,7 +276,7 @@ def test_a_lost_device_ends_the_process_with_its_row_written(engine: Any, bench:
 
     monkeypatch.setitem(runner.RUNNERS, "breaks", breaks)
     block = plan.Block("one", "breaks", "", (plan.Arm("first"), plan.Arm("second")))
-    with pytest.raises(engine("gpu.bench").LostDeviceError):
+    with pytest.raises(gpu("bench").LostDeviceError):
         runner.run(bench, [block], lambda _text: None)
     assert bench.journal.rows["one/first"]["status"] == "error" and "one/second" not in bench.journal.rows
 
@@ -276,7 +284,7 @@ def test_a_lost_device_ends_the_process_with_its_row_written(engine: Any, bench:
 def test_a_capped_card_is_given_back(engine: Any, bench: Any) -> None:
     import comfy.model_management as mm
 
-    pictures = engine("gpu.measure_pictures")
+    pictures = gpu("measure_images")
     before = mm.EXTRA_RESERVED_VRAM
     with pytest.raises(KeyError), pictures._card_of(4.0, bench.device):
         raise KeyError
@@ -287,9 +295,9 @@ def test_a_capped_card_is_given_back(engine: Any, bench: Any) -> None:
 def test_a_share_is_never_above_the_peak(
     engine: Any, bench: Any, monkeypatch: Any, caplog: Any, peak: float, share: float | None
 ) -> None:
-    plan, pictures, shots = engine("gpu.plan"), engine("gpu.measure_pictures"), engine("gpu.shot")
+    plan, pictures, shots = gpu("plan"), gpu("measure_images"), gpu("run")
     block = plan.Block("some", "pictures", "", (plan.Arm("stock"),), dtype="fp32")
-    shot = shots.Shot(0.1, 1.0, 0.2, 1.3, engine("profiling.memory").MemoryPeak(), torch.zeros(1), True)
+    shot = shots.Shot(0.1, 1.0, 0.2, 1.3, engine("measure.peaks").MemoryPeak(), torch.zeros(1), True)
     known = {"flop_per_step": 2e12 / bench.scene(block).steps, "tflops": peak}
     monkeypatch.setattr(bench.journal, "value", lambda row, name: known[name])
     told = pictures._rates(bench, block, pictures.Lane(plan.Arm("stock"), None, shot, [shot]))
@@ -298,10 +306,10 @@ def test_a_share_is_never_above_the_peak(
 
 
 def test_nan_is_an_error_and_no_time(engine: Any, bench: Any) -> None:
-    shots, memory = engine("gpu.shot"), engine("profiling.memory")
-    pictures = engine("gpu.measure_pictures")
+    shots, memory = gpu("run"), engine("measure.peaks")
+    pictures = gpu("measure_images")
     good = shots.Shot(0.1, 1.0, 0.2, 1.3, memory.MemoryPeak(), torch.zeros(1), True)
-    lane = pictures.Lane(engine("gpu.plan").Arm("a"), None, good, [good, replace(good, finite=False)])
+    lane = pictures.Lane(gpu("plan").Arm("a"), None, good, [good, replace(good, finite=False)])
     fields = pictures.timed(lane)
     assert fields["status"] == "error" and "NaN" in fields["error"]
     assert pictures.timed(replace(lane, shots=[good]))["picture_s"] == 1.3

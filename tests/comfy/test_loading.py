@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from speedlab import synthetic
+from speedlab_tools import synthetic
 
 DEMO = "speedlab_demo_sd15.safetensors"
 
@@ -82,7 +82,7 @@ def test_precisions_are_kept_and_sample_finite(node, core, model_files, engine, 
     import torch
 
     model, clip, vae, info = node("SpeedLabCheckpointLoader").load(DEMO, precision, "channels_last")
-    short = engine("precision").short_name
+    short = engine("common.dtypes").short_name
     assert short(model.model_dtype()) == precision
     if precision == "fp32":
         assert short(vae.vae_dtype) == "fp32"
@@ -95,7 +95,7 @@ def test_precisions_are_kept_and_sample_finite(node, core, model_files, engine, 
     assert torch.isfinite(latent["samples"]).all()
     unet = record.request["precision"]["unet"]
     assert unet["weight"] == precision
-    if precision == "bf16" and engine("precision").cpu_computes_bf16():
+    if precision == "bf16" and engine("common.dtypes").cpu_computes_bf16():
         assert unet["compute"] == "bf16"
     assert unet["compute"] in info
     assert "channels-last" in info
@@ -116,7 +116,7 @@ def test_a_truncated_file_is_named(node, checkpoints, demo_checkpoint, engine, k
     size = demo_checkpoint.stat().st_size
     with demo_checkpoint.open("rb") as file:
         (checkpoints / "cut.safetensors").write_bytes(file.read(keep if isinstance(keep, int) else int(size * keep)))
-    with pytest.raises(engine("errors").ModelFileError, match=r"cut\.safetensors") as error:
+    with pytest.raises(engine("common.errors").ModelFileError, match=r"cut\.safetensors") as error:
         node("SpeedLabCheckpointLoader").load("cut.safetensors", "auto", "contiguous")
     assert "Traceback" not in str(error.value)
     assert keep in (0, 4) or "truncated" in str(error.value)
@@ -134,14 +134,14 @@ def test_foreign_and_malicious_files_are_refused_without_running_them(node, chec
     torch.save({"state_dict": {"a": torch.zeros(1)}}, zipped)
     (checkpoints / "cut.pt").write_bytes(zipped.getvalue()[:-60])
     for name in ("picture.safetensors", "evil.ckpt", "text.ckpt", "empty.safetensors", "cut.pt"):
-        with pytest.raises(engine("errors").ModelFileError, match=name.replace(".", r"\.")):
+        with pytest.raises(engine("common.errors").ModelFileError, match=name.replace(".", r"\.")):
             node("SpeedLabCheckpointLoader").load(name, "auto", "contiguous")
     assert not mark.exists()
 
 
 def test_a_lora_among_the_checkpoints_is_recognised(node, checkpoints, lora_files, engine):
     (checkpoints / "lora.safetensors").write_bytes((lora_files / "first.safetensors").read_bytes())
-    with pytest.raises(engine("errors").ModelFileError, match="looks like a LoRA"):
+    with pytest.raises(engine("common.errors").ModelFileError, match="looks like a LoRA"):
         node("SpeedLabCheckpointLoader").load("lora.safetensors", "auto", "contiguous")
 
 
@@ -149,7 +149,7 @@ def test_a_lora_among_the_checkpoints_is_recognised(node, checkpoints, lora_file
     "name", ["nothing.safetensors", "../../etc/passwd", "/etc/passwd", "a\0b.safetensors", "..\\x"]
 )
 def test_a_missing_file_or_a_path_is_an_error_that_names_it(node, model_files, engine, name):
-    with pytest.raises(engine("errors").ModelFileError):
+    with pytest.raises(engine("common.errors").ModelFileError):
         node("SpeedLabCheckpointLoader").load(name, "auto", "contiguous")
 
 
@@ -188,7 +188,7 @@ def test_nothing_to_do_returns_the_same_objects(node, loaded, lora_files):
 
 
 def test_matches_are_counted(engine, loaded, lora_files, caplog):
-    lora = engine("lora")
+    lora = engine("models.lora")
     model, clip = loaded[:2]
     _, _, (whole,) = lora.apply_stack(model, clip, [lora.LoraChoice("first.safetensors", 1.0)])
     assert whole.matched == whole.total > 10
@@ -199,17 +199,19 @@ def test_matches_are_counted(engine, loaded, lora_files, caplog):
 
 def test_a_lora_for_another_model_is_refused(node, loaded, lora_files, engine):
     model, clip = loaded[:2]
-    with pytest.raises(engine("errors").ModelFileError, match=r"foreign\.safetensors matches no key"):
+    with pytest.raises(engine("common.errors").ModelFileError, match=r"foreign\.safetensors matches no key"):
         stack(node, model, clip, ("foreign.safetensors", 1.0))
     (lora_files / "cut.safetensors").write_bytes((lora_files / "first.safetensors").read_bytes()[:3000])
-    with pytest.raises(engine("errors").ModelFileError, match=r"cut\.safetensors"):
+    with pytest.raises(engine("common.errors").ModelFileError, match=r"cut\.safetensors"):
         stack(node, model, clip, ("cut.safetensors", 1.0))
 
 
 def test_a_lora_of_the_same_names_but_another_width_is_refused(node, loaded, lora_files, engine):
     synthetic.write_lora(lora_files / "vega.safetensors", synthetic.CheckpointSpec(family="vega", size="small"))
     model, clip = loaded[:2]
-    with pytest.raises(engine("errors").ModelFileError, match=r"vega\.safetensors was made for another model family"):
+    with pytest.raises(
+        engine("common.errors").ModelFileError, match=r"vega\.safetensors was made for another model family"
+    ):
         stack(node, model, clip, ("vega.safetensors", 1.0))
 
 
@@ -234,7 +236,7 @@ def test_a_file_with_a_unet_alone_keeps_the_precision_asked_for(node, checkpoint
     save_file(unet, checkpoints / "bare.safetensors")
     model, clip, _, info = node("SpeedLabCheckpointLoader").load("bare.safetensors", "bf16", "contiguous")
     assert clip is None
-    assert engine("precision").short_name(model.model_dtype()) == "bf16"
+    assert engine("common.dtypes").short_name(model.model_dtype()) == "bf16"
     assert "no text encoder" in info
 
 
@@ -246,17 +248,17 @@ def test_an_empty_file_and_one_that_lacks_tensors_are_told(node, checkpoints, de
     from safetensors.torch import load_file, save_file
 
     (checkpoints / "nothing.ckpt").write_bytes(b"")
-    with pytest.raises(engine("errors").ModelFileError, match="is empty"):
+    with pytest.raises(engine("common.errors").ModelFileError, match="is empty"):
         node("SpeedLabCheckpointLoader").load("nothing.ckpt", "auto", "contiguous")
     weights = load_file(demo_checkpoint)
     holes = {k: v for k, v in weights.items() if not k.startswith("model.diffusion_model.input_blocks.0.")}
     save_file(holes, checkpoints / "holes.safetensors")
-    with pytest.raises(engine("errors").ModelFileError, match=r"holes\.safetensors"):
+    with pytest.raises(engine("common.errors").ModelFileError, match=r"holes\.safetensors"):
         node("SpeedLabCheckpointLoader").load("holes.safetensors", "auto", "contiguous")
 
 
 def test_a_text_encoder_that_is_not_there_is_told(node, engine):
-    with pytest.raises(engine("errors").SpeedLabError, match="no text encoder"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="no text encoder"):
         node("SpeedLabTextEncode").encode(None, "x")
 
 
@@ -283,14 +285,14 @@ def test_a_vae_file_in_the_precision_asked_for(node, model_files, demo_checkpoin
     assert torch.equal(ours.decode(latent), theirs.decode(latent))
     assert node("SpeedLabVAELoader").load("demo_vae.safetensors", "bf16")[0].vae_dtype == torch.bfloat16
     (model_files / "vae" / "bad.safetensors").write_bytes(b"nothing")
-    with pytest.raises(engine("errors").ModelFileError, match=r"bad\.safetensors"):
+    with pytest.raises(engine("common.errors").ModelFileError, match=r"bad\.safetensors"):
         node("SpeedLabVAELoader").load("bad.safetensors", "auto")
 
 
 def test_the_hash_reads_a_little_of_a_large_file_and_tells_files_apart(engine, tmp_path):
     import hashlib
 
-    loading, small, large = engine("loading"), tmp_path / "small.bin", tmp_path / "large.bin"
+    loading, small, large = engine("models.loading"), tmp_path / "small.bin", tmp_path / "large.bin"
     small.write_bytes(b"weights")
     assert loading.sampled_hash(small) == hashlib.sha256((7).to_bytes(8, "little") + b"weights").hexdigest()
     (tmp_path / "empty.bin").write_bytes(b"")
@@ -320,7 +322,7 @@ def test_a_broken_tiny_vae_pair_is_named(node, engine, model_files):
     for path in pair:
         path.write_bytes(b"not weights")
     try:
-        with pytest.raises(engine("errors").ModelFileError, match="taef1_"):
+        with pytest.raises(engine("common.errors").ModelFileError, match="taef1_"):
             node("SpeedLabVAELoader").load("taef1", "auto")
     finally:
         for path in pair:
@@ -330,14 +332,14 @@ def test_a_broken_tiny_vae_pair_is_named(node, engine, model_files):
 def test_memory_that_runs_out_while_loading_is_not_blamed_on_the_file(engine, demo_checkpoint):
     """As torch tells it: the reason stands below a headline about the file's keys."""
     packed = "Error(s) in loading state_dict for AutoencoderKL:\n\tWhile copying 'a': ('CUDA out of memory.',)."
-    errors, readable = engine("errors"), engine("loading").readable
+    errors, readable = engine("common.errors"), engine("models.loading").readable
     with (
         pytest.raises(errors.SpeedLabError, match=r"Out of memory while .*not to blame") as caught,
         readable(demo_checkpoint, "checkpoint"),
     ):
         raise RuntimeError(packed)
     assert not isinstance(caught.value, errors.ModelFileError)
-    assert engine("core").is_out_of_memory(caught.value), "a benchmark's row says oom"
+    assert engine("common.core").is_out_of_memory(caught.value), "a benchmark's row says oom"
     with pytest.raises(errors.ModelFileError), readable(demo_checkpoint, "checkpoint"):
         raise RuntimeError("Error(s) in loading state_dict for AutoencoderKL: size mismatch")
 
@@ -403,7 +405,7 @@ def test_a_file_that_core_lists_from_vae_approx_is_read_as_one(node, model_files
     path = model_files / "vae_approx" / "taehv.safetensors"
     path.write_bytes(b"nothing")
     try:
-        with pytest.raises(engine("errors").ModelFileError, match=r"taehv\.safetensors"):
+        with pytest.raises(engine("common.errors").ModelFileError, match=r"taehv\.safetensors"):
             node("SpeedLabVAELoader").load("taehv.safetensors", "auto")
     finally:
         path.unlink()

@@ -155,7 +155,7 @@ def test_counted_modules_are_what_core_patched(kind, beside, parts, core, engine
     tensors = file_of(kind, *parts) | {name: torch.ones(4) for name in BESIDE[beside]}
     name = written(tensors)
     patches, not_loaded = patched_by_core(core, *parts, name, caplog)
-    module = engine("lora")
+    module = engine("models.lora")
     model, clip, (match,) = module.apply_stack(*parts, [module.LoraChoice(name, 1.0)])
     assert match.matched == match.total == len(patches) == len(LAYERS) + (FORMATS[kind][2] is not None)
     assert {**model.patches, **clip.patcher.patches}.keys() == patches.keys()
@@ -167,7 +167,7 @@ def test_counted_modules_are_what_core_patched(kind, beside, parts, core, engine
 def test_modules_of_another_model_are_counted_in_every_format(kind, parts, core, engine, written, caplog):
     name = written(file_of(kind, *parts, strange=2))
     patches, not_loaded = patched_by_core(core, *parts, name, caplog)
-    module = engine("lora")
+    module = engine("models.lora")
     match = module.apply_stack(*parts, [module.LoraChoice(name, 1.0)])[2][0]
     assert (match.matched, match.total) == (len(patches), len(patches) + 2)
     assert not_loaded
@@ -181,7 +181,7 @@ def test_a_weight_and_its_bias_are_one_module(parts, engine, written):
     name = core_name("norm1")
     width = parts[0].model.state_dict()[f"{name}.weight"].shape[0]
     file = written({f"{name}.w_norm": torch.ones(width), f"{name}.b_norm": torch.ones(width)})
-    module = engine("lora")
+    module = engine("models.lora")
     match = module.apply_stack(*parts, [module.LoraChoice(file, 1.0)])[2][0]
     assert (match.matched, match.total) == (1, 1)
 
@@ -190,7 +190,7 @@ def test_a_damaged_module_of_another_model_stops_nothing(parts, core, engine, wr
     """Core never comes to it; one of this model's stops core too, and is told in words."""
     import torch
 
-    module = engine("lora")
+    module = engine("models.lora")
     sound = file_of("kohya", *parts)
     name = written({**sound, "lora_unet_absent.lora_up.weight": torch.ones(2, 2)})
     core.LoraLoader().load_lora(*parts, name, 1.0, 1.0)
@@ -199,7 +199,7 @@ def test_a_damaged_module_of_another_model_stops_nothing(parts, core, engine, wr
     name = written({key: value for key, value in sound.items() if key != f"{kohya('attn1.to_q')}.lora_down.weight"})
     with pytest.raises(KeyError):
         core.LoraLoader().load_lora(*parts, name, 1.0, 1.0)
-    with pytest.raises(engine("errors").ModelFileError, match="lacks the tensor"):
+    with pytest.raises(engine("common.errors").ModelFileError, match="lacks the tensor"):
         module.apply_stack(*parts, [module.LoraChoice(name, 1.0)])
 
 

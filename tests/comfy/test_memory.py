@@ -13,7 +13,7 @@ import pytest
 def test_a_peak_that_is_gone_again_is_still_seen(engine):
     import mmap
 
-    memory = engine("profiling.memory")
+    memory = engine("measure.peaks")
     with memory.measure_peak("cpu") as quiet:
         pass
     # Fresh pages: an allocator may hand out memory that is resident already, and then nothing grows.
@@ -29,7 +29,7 @@ def test_a_peak_that_is_gone_again_is_still_seen(engine):
 
 
 def test_merging_keeps_the_larger_and_what_is_known(engine):
-    memory_peak = engine("profiling.memory").MemoryPeak
+    memory_peak = engine("measure.peaks").MemoryPeak
     merged = memory_peak(1, None, 5, None).merged(memory_peak(3, None, 2, 7))
     assert merged == memory_peak(3, None, 5, 7)
 
@@ -51,7 +51,7 @@ class PagedPatcher:
 def test_pages_that_pytorch_does_not_count_are_in_the_peaks(engine, comfy, monkeypatch):
     import torch
 
-    memory, record = engine("profiling.memory"), engine("profiling.record")
+    memory, record = engine("measure.peaks"), engine("measure.record")
     management = importlib.import_module("comfy.model_management")
     card, other = torch.device("cuda", 0), torch.device("cuda", 1)
     unet = PagedPatcher(card, 3_000_000_000, 500_000_000)
@@ -77,7 +77,7 @@ def test_pages_that_pytorch_does_not_count_are_in_the_peaks(engine, comfy, monke
 
 
 def test_a_patcher_of_this_comfyui_has_no_pages_that_are_not_its_own(engine, tiny):
-    assert engine("profiling.memory").paged_bytes(tiny.model) == 0
+    assert engine("measure.peaks").paged_bytes(tiny.model) == 0
 
 
 @pytest.mark.parametrize(("module", "told"), [({"aimdo_enabled": True}, True), ({"aimdo_enabled": False}, False),
@@ -90,13 +90,13 @@ def test_the_record_says_whether_weights_are_paged(engine, comfy, monkeypatch, m
         vars(made).update(module)
         monkeypatch.setattr(importlib.import_module("comfy"), "memory_management", made, raising=False)
     monkeypatch.setitem(sys.modules, "comfy.memory_management", made)
-    env = engine("profiling.environment").environment(torch.device("cpu"))
+    env = engine("measure.environment").environment(torch.device("cpu"))
     assert env["dynamic_vram"] is told and "allocator" in env
 
 
 def test_what_core_nodes_use_between_counts_for_the_overall_peak(engine, monkeypatch):
-    timeline, runner = engine("profiling.timeline"), engine("profiling.runner")
-    memory_peak = engine("profiling.memory").MemoryPeak
+    timeline, runner = engine("measure.timeline"), engine("sampling.profiled")
+    memory_peak = engine("measure.peaks").MemoryPeak
     now = timeline.Executing("a prompt of this test", "9")
     monkeypatch.setattr(timeline, "executing", lambda: now)
     timeline.note_between(memory_peak(rss=99_000_000_000))
@@ -112,8 +112,8 @@ def test_what_core_nodes_use_between_counts_for_the_overall_peak(engine, monkeyp
 
 
 def test_old_prompts_are_forgotten(engine, monkeypatch):
-    timeline = engine("profiling.timeline")
-    memory_peak = engine("profiling.memory").MemoryPeak
+    timeline = engine("measure.timeline")
+    memory_peak = engine("measure.peaks").MemoryPeak
     for number in range(100):
         monkeypatch.setattr(timeline, "executing", lambda number=number: timeline.Executing(f"old {number}", "1"))
         timeline.note(timeline.PhaseEntry("load", "1", 1.0, memory_peak()))

@@ -180,8 +180,8 @@ def test_a_compiled_vae_is_planned_for_and_not_streamed(memory, node, checkpoint
 def test_a_budget_error_names_no_plan_that_would_be_refused(memory, node, checkpoint, engine):
     (compiled,) = node("SpeedLabCompileVAE").apply(checkpoint.vae, "jit_trace", "default")
     with_vae = SimpleNamespace(model=checkpoint.model, clip=None, vae=compiled)
-    model = engine("accelerate.compile").attach_compile(
-        checkpoint.model, engine("accelerate.compile").CompileConfig("jit_trace")
+    model = engine("techniques.compile.attach").attach_compile(
+        checkpoint.model, engine("techniques.compile.attach").CompileConfig("jit_trace")
     )
     for models in (with_vae, SimpleNamespace(model=model, clip=checkpoint.clip, vae=checkpoint.vae)):
         peaks = {name: one.peak / GB for name, one in predictions(memory, models).items()}

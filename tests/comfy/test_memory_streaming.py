@@ -14,7 +14,7 @@ from . import tiny_unet
 @pytest.fixture
 def memory(engine) -> SimpleNamespace:
     return SimpleNamespace(
-        patcher=engine("memory.patcher"), streaming=engine("memory.streaming"), units=engine("memory.units")
+        patcher=engine("memory.placement"), streaming=engine("memory.streaming"), units=engine("memory.layers")
     )
 
 
@@ -230,7 +230,7 @@ def test_another_compute_dtype_chosen_by_cores_node(memory, dtype):
 
 
 def test_skipped_blocks_are_not_copied(memory, engine):
-    deepcache = engine("accelerate.deepcache")
+    deepcache = engine("techniques.deepcache.attach")
     tiny = tiny_unet.build("sd15")
     cached = deepcache.attach_deepcache(tiny.model, deepcache.DeepCacheConfig(interval=4))
     expected = tiny.sample(cached, steps=8)
@@ -243,8 +243,8 @@ def test_skipped_blocks_are_not_copied(memory, engine):
 
 
 def test_composes_with_dynamic_cfg_attention_and_precision(memory, engine):
-    guidance, attention = engine("accelerate.dynamic_cfg"), engine("accelerate.attention")
-    flags = engine("accelerate.precision_flags")
+    guidance, attention = engine("techniques.guidance.dynamic_cfg"), engine("techniques.attention.attach")
+    flags = engine("techniques.precision.attach")
     tiny = tiny_unet.build("sd15")
     stack = guidance.attach_dynamic_cfg(tiny.model, guidance.DynamicCFGConfig(stop_at=0.5))
     stack = attention.attach_attention(stack, attention.AttentionConfig("sdpa"))

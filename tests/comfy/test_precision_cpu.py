@@ -21,10 +21,15 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 
 @pytest.fixture(scope="module")
 def modules(pack: ModuleType) -> SimpleNamespace:
-    root = f"{pack.__name__}.speedlab"
-    names = ("conv_as_matmul", "host_allocator", "onednn_linear", "patching", "precision_flags")
-    found = {name: importlib.import_module(f"{root}.accelerate.{name}") for name in names}
-    return SimpleNamespace(**found, errors=importlib.import_module(f"{root}.errors"))
+    names = {
+        "conv_as_matmul": "techniques.cpu.conv_as_matmul",
+        "host_allocator": "techniques.cpu.host_allocator",
+        "onednn_linear": "techniques.cpu.onednn",
+        "patching": "patching.wrappers",
+        "precision_flags": "techniques.precision.attach",
+        "errors": "common.errors",
+    }
+    return SimpleNamespace(**{name: importlib.import_module(f"speedlab.{path}") for name, path in names.items()})
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,17 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 
 @pytest.fixture(scope="module")
 def modules(pack: ModuleType) -> SimpleNamespace:
-    root = f"{pack.__name__}.speedlab"
-    names = (
-        "attention", "deepcache", "dynamic_cfg", "patching", "precision_flags", "torch_flags", "weight_layout",
-    )  # fmt: skip
-    found = {name: importlib.import_module(f"{root}.accelerate.{name}") for name in names}
-    return SimpleNamespace(**found, errors=importlib.import_module(f"{root}.errors"))
+    names = {
+        "attention": "techniques.attention.attach",
+        "deepcache": "techniques.deepcache.attach",
+        "dynamic_cfg": "techniques.guidance.dynamic_cfg",
+        "patching": "patching.wrappers",
+        "precision_flags": "techniques.precision.attach",
+        "torch_flags": "techniques.precision.torch_flags",
+        "weight_layout": "techniques.precision.weight_layout",
+        "errors": "common.errors",
+    }
+    return SimpleNamespace(**{name: importlib.import_module(f"speedlab.{path}") for name, path in names.items()})
 
 
 @pytest.fixture(scope="module")

@@ -224,8 +224,8 @@ def test_every_surface_tells_the_sampling_time_over_the_steps(sample, node, tiny
     source = build("sd15") if plan else tiny
     model = plan(node, source.model) if plan else source.model
     record, summary = sample(model=model, positive=source.cond(1), negative=source.cond(2), **settings)[1:3]
-    rows = engine("profiling.record").csv_row(record)
-    shown = engine("profiling.browser").browser_summary(record)
+    rows = engine("measure.record").csv_row(record)
+    shown = engine("web.browser").browser_summary(record)
     sampling_s, steps = record.phases_ms["sample"] / 1000.0, len(record.steps)
     for rate, step_s, count in (
         (record.summary["it_per_s"], record.summary["step_time_ms"] / 1000.0, record.summary["steps"]),
@@ -377,7 +377,7 @@ def test_a_record_that_cannot_be_made_never_hides_why_the_run_failed(sample, eng
     """A device that failed may refuse to be asked for times: the run's own error is the one to show."""
     import torch
 
-    runner = engine("profiling.runner")
+    runner = engine("sampling.profiled")
     patched = tiny.model.clone()
 
     def fail(executor, *args, **kwargs):
@@ -395,7 +395,7 @@ def test_a_record_that_cannot_be_made_never_hides_why_the_run_failed(sample, eng
 
 def test_the_clock_settles_before_a_failed_run_is_read(sample, engine, tiny, monkeypatch):
     """Device events cannot be read before the device has come to them, in a cancelled run too."""
-    runner, clocks = engine("profiling.runner"), engine("profiling.clock")
+    runner, clocks = engine("sampling.profiled"), engine("measure.clock")
     settled = []
 
     class Waiting(clocks.HostClock):
@@ -422,7 +422,7 @@ def test_a_device_that_nothing_waits_for_is_told(sample, engine, monkeypatch):
     """DirectML's device, which PyTorch knows by name alone."""
     from types import SimpleNamespace
 
-    runner, clocks = engine("profiling.runner"), engine("profiling.clock")
+    runner, clocks = engine("sampling.profiled"), engine("measure.clock")
     assert not any("cannot wait" in text for text in sample()[1].warnings)
     monkeypatch.setattr(runner, "clock_for", lambda device: clocks.clock_for(SimpleNamespace(type="privateuseone")))
     record = sample()[1]
@@ -432,7 +432,7 @@ def test_a_device_that_nothing_waits_for_is_told(sample, engine, monkeypatch):
 
 
 def test_nvtx_ranges_have_fixed_names_and_close(sample, engine, tiny, monkeypatch):
-    nvtx = engine("profiling.nvtx")
+    nvtx = engine("measure.nvtx")
     calls, depth = [], []
 
     class Recording:
@@ -460,7 +460,7 @@ def test_nvtx_ranges_have_fixed_names_and_close(sample, engine, tiny, monkeypatc
 
 
 def test_an_unknown_detail_is_named_and_an_empty_batch_refused(sample, tiny, engine):
-    errors = engine("errors")
+    errors = engine("common.errors")
     with pytest.raises(errors.SpeedLabError, match="batch_size"):
         sample(latent=tiny.latent(0))
     with pytest.raises(errors.UnavailableError, match="timing, kernels, trace"):
@@ -468,7 +468,7 @@ def test_an_unknown_detail_is_named_and_an_empty_batch_refused(sample, tiny, eng
 
 
 def test_results_that_cannot_be_written_are_told_before_sampling(sample, engine, monkeypatch, tmp_path, tiny):
-    runner = engine("profiling.runner")
+    runner = engine("sampling.profiled")
     (tmp_path / "speedlab").write_text("in the way")
     monkeypatch.setattr(runner, "output_directory", lambda: tmp_path)
     touched = []
@@ -476,6 +476,6 @@ def test_results_that_cannot_be_written_are_told_before_sampling(sample, engine,
     patched.add_wrapper_with_key(
         "apply_model", "seen", lambda executor, *a, **k: touched.append(1) or executor(*a, **k)
     )
-    with pytest.raises(engine("errors").ResultsError, match="cannot write to"):
+    with pytest.raises(engine("common.errors").ResultsError, match="cannot write to"):
         sample(model=patched)
     assert not touched

@@ -80,12 +80,12 @@ def test_one_seed_is_for_all_and_seeds_may_exceed_32_bits(queue):
     ],
 )
 def test_what_cannot_be_used_is_named(queue, engine, prompts, seeds, says):
-    with pytest.raises(engine("errors").SpeedLabError, match=says):
+    with pytest.raises(engine("common.errors").SpeedLabError, match=says):
         queue(prompts, seeds=seeds)
 
 
 def test_no_text_encoder_is_an_error(node, engine):
-    with pytest.raises(engine("errors").SpeedLabError, match="no text encoder"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="no text encoder"):
         node("SpeedLabPromptQueue").encode(None, "a", "", "1")
 
 
@@ -144,7 +144,7 @@ def test_all_unloads_everything(node, loaded, mm):
 
 
 def test_a_kind_that_does_not_exist_is_an_error(node, engine):
-    with pytest.raises(engine("errors").SpeedLabError, match="choose one of text_encoders"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match="choose one of text_encoders"):
         node("SpeedLabFreeMemory").free([1], ["unet"])
 
 

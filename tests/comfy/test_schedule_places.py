@@ -30,7 +30,7 @@ def tiny(comfy: ModuleType) -> TinyUNet:
 def techniques(pack: ModuleType) -> Callable[..., Any]:
     """DeepCache of an interval and window, and Dynamic CFG, on a model."""
     deepcache, dynamic_cfg = (
-        importlib.import_module(f"{pack.__name__}.speedlab.accelerate.{name}") for name in ("deepcache", "dynamic_cfg")
+        importlib.import_module(f"speedlab.techniques.{name}") for name in ("deepcache.attach", "guidance.dynamic_cfg")
     )
 
     def attach(model: Any, interval: int = 1, stop_at: float = 1.0, **window: float) -> Any:
@@ -45,9 +45,7 @@ def run(tiny: TinyUNet, pack: ModuleType) -> Callable[..., Any]:
     """A run on sigmas of one's own: its forwards (rows, deep), rows of the record, and notes."""
     import comfy.samplers
 
-    trace, nvtx, clock = (
-        importlib.import_module(f"{pack.__name__}.speedlab.profiling.{name}") for name in ("trace", "nvtx", "clock")
-    )
+    trace, nvtx, clock = (importlib.import_module(f"speedlab.measure.{name}") for name in ("trace", "nvtx", "clock"))
 
     def sample(model: Any, sigmas: Any, sampler: Any = "euler", cfg: float = 5.0) -> tuple[list, Any, list[str]]:
         seen = trace.SamplingTrace(clock.clock_for(model.load_device), nvtx.emitter(False))
@@ -246,7 +244,7 @@ def test_sigmas_that_repeat_for_many_steps(tiny, techniques, run, whole) -> None
 def test_features_of_a_sampler_that_looks_ahead_are_let_go(tiny, techniques, run, whole, pack) -> None:
     import comfy.samplers
 
-    module = importlib.import_module(f"{pack.__name__}.speedlab.accelerate.deepcache_features")
+    module = importlib.import_module("speedlab.techniques.deepcache.features")
     for name, most in (("euler", 1), ("heun", 1), ("dpmpp_sde", 1), ("heunpp2", 2)):
         kept: list[int] = []
         store = module.Run.store

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from speedlab.torture.mutate import HOSTILE_TEXTS
+from speedlab_tools.stress.mutate import HOSTILE_TEXTS
 
 RAN: list[str] = []
 
@@ -58,7 +58,7 @@ READERS = ("checkpoint", "lora", "vae", "pair", "tiny")
 
 @pytest.mark.parametrize("reader", READERS)
 def test_no_pickle_is_run_whatever_node_reads_it(pickles, node, tiny, engine, reader):
-    with pytest.raises(engine("errors").ModelFileError):
+    with pytest.raises(engine("common.errors").ModelFileError):
         readers(node, tiny)[reader]()
     assert not RAN
 
@@ -76,7 +76,7 @@ def test_every_pickle_is_refused_where_torch_could_run_its_code(pickles, node, t
 
     monkeypatch.delattr(torch.serialization, "add_safe_globals")
     monkeypatch.setattr(comfy.utils, "ALWAYS_SAFE_LOAD", False)
-    with pytest.raises(engine("errors").ModelFileError, match="could run code from it"):
+    with pytest.raises(engine("common.errors").ModelFileError, match="could run code from it"):
         readers(node, tiny)[reader]()
     assert not RAN
 
@@ -86,7 +86,7 @@ LEADING_OUT = [text for text in HOSTILE_TEXTS if text.strip() not in ("", "*")]
 
 @pytest.mark.parametrize("kind", ["checkpoints", "loras", "vae", "vae_approx"])
 def test_no_name_of_a_model_leads_out(model_files, engine, kind):
-    find, error = engine("loading").find_model_file, engine("errors").ModelFileError
+    find, error = engine("models.loading").find_model_file, engine("common.errors").ModelFileError
     outside = model_files.parent / "a.safetensors"
     outside.write_bytes(b"outside")
     inside = model_files / kind / "inside.safetensors"

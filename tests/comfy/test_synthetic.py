@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from speedlab.synthetic import (
+from speedlab_tools.synthetic import (
     FAMILY_NAMES,
     CheckpointSpec,
     build_state_dict,
@@ -23,7 +23,7 @@ from speedlab.synthetic import (
     write_checkpoint,
     write_taesd,
 )
-from speedlab.synthetic.checkpoint import UNET_PREFIX
+from speedlab_tools.synthetic.checkpoint import UNET_PREFIX
 
 DETECTED = {
     "sd15": "SD15",

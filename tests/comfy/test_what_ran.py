@@ -82,12 +82,12 @@ def test_dynamic_cfg_that_steps_aside(record, dynamic_cfg, deepcache, tiny, engi
     assert told(made, "uncond stays on in this run, because the sampler (a cfg_pp one)")
     assert [name.partition("(")[0] for name in made.request["accelerators"]] == ["deepcache"]
     assert [name.partition("(")[0] for name in made.request["asked"]] == ["dynamic_cfg", "deepcache"]
-    row = engine("profiling.record").csv_row(made)
+    row = engine("measure.record").csv_row(made)
     assert "dynamic_cfg" not in row["plan"] + row["accelerators"]
     assert all(step["uncond_rows"] == step["cond_rows"] for step in made.steps)
     alone = record(dynamic_cfg(tiny.model), sampler="euler_cfg_pp", cfg=1.5)
     assert alone.request["plan"] == "stock"
-    assert "uncond stays on" in engine("profiling.report").summary_text(alone)
+    assert "uncond stays on" in engine("measure.report").summary_text(alone)
 
 
 def test_dynamic_cfg_that_steps_aside_late_still_ran(record, dynamic_cfg, tiny):
@@ -197,7 +197,7 @@ def test_a_whole_schedule_is_no_part(engine, tiny, scheduler, steps):
 
     model_sampling = tiny.model.get_model_object("model_sampling")
     whole = comfy.samplers.KSampler(tiny.model, steps, "cpu", "euler", scheduler, 1.0, {}).sigmas
-    module = engine("accelerate.whole_schedule")
+    module = engine("patching.position")
     assert module.is_whole(whole, model_sampling)
     cut = comfy.samplers.KSampler(tiny.model, steps, "cpu", "dpm_2", scheduler, 1.0, {}).sigmas
     assert module.is_whole(cut, model_sampling), "DPM2 leaves out the penultimate sigma"
@@ -213,7 +213,7 @@ def test_a_given_name_that_is_no_longer_true_is_a_label(record, deepcache, node,
         "speedlab": {
             "scenario": "s",
             "plan": "default",
-            "made_of": {"2": engine("profiling.plan_names").made_of(graph, "2")},
+            "made_of": {"2": engine("measure.plan_names").made_of(graph, "2")},
         }
     }
     here = {"extra_pnginfo": named, "unique_id": "2"}
@@ -226,7 +226,7 @@ def test_a_given_name_that_is_no_longer_true_is_a_label(record, deepcache, node,
     assert made.request["plan"] == "+".join(made.request["accelerators"])
     assert made.request["plan"].startswith("deepcache(cache_interval=3")
     assert (made.request["label"], made.request["scenario"]) == ("default", "s")
-    assert engine("profiling.record").csv_row(made)["plan"] == made.request["plan"]
+    assert engine("measure.record").csv_row(made)["plan"] == made.request["plan"]
 
 
 def test_a_name_whose_technique_did_nothing_is_a_label(record, dynamic_cfg, engine, tiny):
@@ -234,7 +234,7 @@ def test_a_name_whose_technique_did_nothing_is_a_label(record, dynamic_cfg, engi
         "1": {"class_type": "SpeedLabDynamicCFG", "inputs": {"stop_at": 0.5}},
         "2": {"class_type": "SpeedLabProfileSampler", "inputs": {"model": ["1", 0]}},
     }
-    told = engine("profiling.plan_names").made_of(graph, "2")
+    told = engine("measure.plan_names").made_of(graph, "2")
     here = {
         "prompt": graph,
         "extra_pnginfo": {"speedlab": {"plan": "CFG off", "made_of": {"2": told}}},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from speedlab.profiling import record as records
-from speedlab.profiling.memory import MemoryPeak
+from speedlab.measure import record as records
+from speedlab.measure.peaks import MemoryPeak
 
 
 def _make_record(**changes):

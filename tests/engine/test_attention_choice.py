@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.accelerate.attention_choice import ChoiceTable, Shape, bucket, candidates, measure, measured_length, pick
+from speedlab.techniques.attention.choice import ChoiceTable, Shape, bucket, candidates, measure, measured_length, pick
 
 
 class Workshop:

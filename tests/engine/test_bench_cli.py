@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.bench import __main__ as cli
-from speedlab.bench import cmd_demo, errors, files
-from speedlab.bench.events import Event
-from speedlab.bench.models import choose_models
-from speedlab.bench.overrides import Overrides, adapt
-from speedlab.bench.plans import STOCK
-from speedlab.bench.progress import ProgressLine, progress_text
-from speedlab.bench.scenarios import find
-from speedlab.bench.tables import format_table, seconds
+from speedlab.common.tables import format_table, seconds
+from speedlab_tools import __main__ as cli
+from speedlab_tools.bench.models import choose_models
+from speedlab_tools.client import errors, files
+from speedlab_tools.client.events import Event
+from speedlab_tools.client.progress import ProgressLine, progress_text
+from speedlab_tools.demo import command as cmd_demo
+from speedlab_tools.scenarios.catalog import find
+from speedlab_tools.scenarios.overrides import Overrides, adapt
+from speedlab_tools.scenarios.scenario import STOCK
 
 
 def safetensors(path, *, extra: int = 0, header: bytes | None = None):

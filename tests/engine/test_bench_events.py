@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from speedlab.bench.events import Event, EventLog, node_spans, text_to_picture_s
+from speedlab_tools.client.events import Event, EventLog, node_spans, text_to_picture_s
 
 GRAPH = {
     "1": {"class_type": "CheckpointLoaderSimple"},

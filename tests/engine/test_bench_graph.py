@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.bench import signatures
-from speedlab.bench.graph import Graph, GraphError, is_link, split_lanes, types_match, upstream
-from speedlab.bench.layout import Box, frame, place
-from speedlab.bench.scenarios import find
-from speedlab.bench.ui_format import to_ui, ui_to_api
+from speedlab_tools.client import graph as signatures
+from speedlab_tools.client.graph import Graph, GraphError, is_link, split_lanes, types_match, upstream
+from speedlab_tools.scenarios.canvas import Box, frame, place, to_ui, ui_to_api
+from speedlab_tools.scenarios.catalog import find
 
 
 def small_graph() -> Graph:

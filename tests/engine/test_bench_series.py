@@ -10,20 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from speedlab.bench import __main__ as cli
-from speedlab.bench import cmd_bench, compare_csv
-from speedlab.bench.errors import BenchError, ServerGone
-from speedlab.bench.html import html_page
-from speedlab.bench.journal import Journal, series_key
-from speedlab.bench.models import ModelChoice
-from speedlab.bench.overrides import Overrides
-from speedlab.bench.results import Outcome
-from speedlab.bench.runner import extra_data, parts_of
-from speedlab.bench.scenarios import SCENARIOS, find
-from speedlab.bench.small import axis_values, shrink
-from speedlab.bench.sweep.axes import parse_axis
-from speedlab.profiling.record import CSV_COLUMNS, RunRecord, csv_row
-from speedlab.profiling.store import RunStore, new_run_id
+from speedlab.measure.record import CSV_COLUMNS, RunRecord, csv_row
+from speedlab.measure.store import RunStore, new_run_id
+from speedlab.plans.axes import parse_axis
+from speedlab_tools import __main__ as cli
+from speedlab_tools.bench import command as cmd_bench
+from speedlab_tools.bench.html import html_page
+from speedlab_tools.bench.journal import Journal, series_key
+from speedlab_tools.bench.models import ModelChoice
+from speedlab_tools.bench.results import Outcome
+from speedlab_tools.bench.runner import extra_data, parts_of
+from speedlab_tools.client.errors import BenchError, ServerGone
+from speedlab_tools.compare import csv_tables
+from speedlab_tools.scenarios.catalog import SCENARIOS, find
+from speedlab_tools.scenarios.overrides import Overrides
+from speedlab_tools.scenarios.small import axis_values, shrink
 
 
 def row(**changes: object) -> dict[str, str]:
@@ -39,9 +40,9 @@ def table(path: Path, *rows: dict[str, str]) -> Path:
     return path
 
 
-def compared(tmp_path: Path, a: list[dict[str, str]], b: list[dict[str, str]]) -> list[compare_csv.Comparison]:
+def compared(tmp_path: Path, a: list[dict[str, str]], b: list[dict[str, str]]) -> list[csv_tables.Comparison]:
     paths = table(tmp_path / "a.csv", *a), table(tmp_path / "b.csv", *b)
-    return compare_csv.compare(*(compare_csv.runs_of(compare_csv.read_table(path), path) for path in paths))[0]
+    return csv_tables.compare(*(csv_tables.runs_of(csv_tables.read_table(path), path) for path in paths))[0]
 
 
 @pytest.mark.parametrize("changes", [{"time_s": "nan"}, {"time_s": -1}, {"time_s": "inf"}])
@@ -83,7 +84,7 @@ def test_tables_that_are_none_are_named(tmp_path, capsys):
 
 def _error(path: Path) -> str:
     with pytest.raises(BenchError) as caught:
-        compare_csv.read_table(path)
+        csv_tables.read_table(path)
     return str(caught.value)
 
 
@@ -238,7 +239,7 @@ def test_all_is_every_scenario_once():
 
 
 def test_scenarios_say_what_is_missing(tmp_path, monkeypatch, capsys):
-    from speedlab.bench import cmd_tables
+    from speedlab_tools.scenarios import commands as cmd_tables
 
     monkeypatch.setattr(cmd_tables, "model_folders", lambda: [tmp_path])
     scenario = replace(find("sd15-precision"), packages=("json", "no_such_package_anywhere"))

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 
-from speedlab.bench import __main__ as cli
-from speedlab.bench import cmd_bench, cmd_compare, compare_csv, drift
-from speedlab.bench.turns import turned
-from speedlab.profiling.record import CSV_COLUMNS
+from speedlab.measure.record import CSV_COLUMNS
+from speedlab.plans.turns import turned
+from speedlab_tools import __main__ as cli
+from speedlab_tools.bench import command as cmd_bench
+from speedlab_tools.compare import command as cmd_compare
+from speedlab_tools.compare import csv_tables, drift
 
 BEGIN = datetime(2026, 11, 21, 21, 0, 0, tzinfo=timezone.utc)
 ENV = {"env_hash": "a" * 12, "device": "AMD EPYC", "torch": "2.12.1", "comfyui": "0.3.75", "speedlab": "0.1.0"}
@@ -63,8 +65,8 @@ def command(tmp_path: Path, capsys: Any) -> Callable[..., tuple[int, str]]:
     return run
 
 
-def compared(a: Sequence[dict[str, str]], b: Sequence[dict[str, str]]) -> list[compare_csv.Comparison]:
-    return compare_csv.compare(*(compare_csv.runs_of(rows, Path("t.csv")) for rows in (a, b)))[0]
+def compared(a: Sequence[dict[str, str]], b: Sequence[dict[str, str]]) -> list[csv_tables.Comparison]:
+    return csv_tables.compare(*(csv_tables.runs_of(rows, Path("t.csv")) for rows in (a, b)))[0]
 
 
 # --- the machine's drift: by the logarithm of its speed at each of some times ---
@@ -101,7 +103,7 @@ DRIFTS = (walk, ramp, two_levels)
 
 def series_pair(
     chance: random.Random, moves: Callable[..., list[float]], b_takes: float, rounds: int
-) -> list[compare_csv.Comparison]:
+) -> list[csv_tables.Comparison]:
     """Two series of `rounds` sessions each in turn, five repeats a row that scatter by 1 to 3 %."""
     times = [0.0]
     while len(times) < 2 * rounds:
@@ -117,7 +119,7 @@ def series_pair(
     return compared(*sides)
 
 
-def called(entries: Sequence[compare_csv.Comparison]) -> int:
+def called(entries: Sequence[csv_tables.Comparison]) -> int:
     return sum(entry.is_regression or entry.is_faster for entry in entries)
 
 
@@ -257,9 +259,9 @@ def test_records_of_an_older_schema_are_named(tmp_path, command):
     ],
 )
 def test_a_verdict_says_what_its_whole_interval_bears_out(capsys, ratio, low, high, told):
-    env = compare_csv.Environment("", "", "", "", "")
-    key = ("",) * len(compare_csv.KEY)
-    entry = compare_csv.Comparison(key, (env, env), 1.0, ratio, ratio, (3, 3), 3, low, high)
+    env = csv_tables.Environment("", "", "", "", "")
+    key = ("",) * len(csv_tables.KEY)
+    entry = csv_tables.Comparison(key, (env, env), 1.0, ratio, ratio, (3, 3), 3, low, high)
     assert cmd_compare.verdict(entry) == told
     cmd_compare._conclude([entry], argparse.Namespace(strict=False, across=False))
     said = capsys.readouterr().out

@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.bench import workflows
-from speedlab.bench.scenarios import SCENARIOS
-from speedlab.profiling.context import NodeContext
-from speedlab.profiling.memory import MemoryPeak
-from speedlab.profiling.plan_names import made_of
-from speedlab.profiling.timeline import PhaseEntry
+from speedlab.measure.context import NodeContext
+from speedlab.measure.peaks import MemoryPeak
+from speedlab.measure.plan_names import made_of
+from speedlab.measure.timeline import PhaseEntry
+from speedlab_tools.scenarios import workflows
+from speedlab_tools.scenarios.catalog import SCENARIOS
 
 PROMPT = {
     "1": {"class_type": "SpeedLabCheckpointLoader", "inputs": {"ckpt_name": "a.safetensors"}},

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedlab.accelerate import conv_as_matmul, onednn_linear
-from speedlab.accelerate.conv_as_matmul import few_pixels_as_products
+from speedlab.techniques.cpu import conv_as_matmul, onednn
+from speedlab.techniques.cpu.conv_as_matmul import few_pixels_as_products
 
-pytestmark = pytest.mark.skipif(bool(onednn_linear.why_not()), reason=onednn_linear.why_not() or "oneDNN is there")
+pytestmark = pytest.mark.skipif(bool(onednn.why_not()), reason=onednn.why_not() or "oneDNN is there")
 CHANNELS = 96
 
 
@@ -240,7 +240,7 @@ def test_where_products_are_less_exact_than_convolutions() -> None:
 
 def test_torchs_counter_knows_the_operations() -> None:
     """As many as of the convolution."""
-    from speedlab.profiling.flops import _flop_counter
+    from speedlab.measure.flops import _flop_counter
 
     part, x = layer(), torch.randn(2, CHANNELS, 8, 8)
     totals = []

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.accelerate.deepcache_schedule import DeepCacheConfig, fallback, nonuniform_steps, sources
+from speedlab.techniques.deepcache.schedule import DeepCacheConfig, fallback, nonuniform_steps, sources
 
 
 def test_uniform() -> None:

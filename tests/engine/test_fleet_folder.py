@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from speedlab.errors import ResultsError
-from speedlab.fleet.errors import FleetError
-from speedlab.fleet.folder import FleetFolder
-from speedlab.fleet.keeping import Keeper, Origin
-from speedlab.fleet.ledger import HandOut
-from speedlab.fleet.messages import Done
-from speedlab.fleet.rows import Row, row_of
-from speedlab.fleet.tasks import Task
+from speedlab.common.errors import ResultsError
+from speedlab_tools.fleet.errors import FleetError
+from speedlab_tools.fleet.folder import FleetFolder
+from speedlab_tools.fleet.ledger import HandOut
+from speedlab_tools.fleet.messages import Done
+from speedlab_tools.fleet.tasks import Row, Task, row_of
+from speedlab_tools.fleet.writer import Keeper, Origin
 
 ORIGIN = Origin("here", 1.7e9, 2.0, 1)
 ASKED = {"scenario": "txt2img-default", "steps": 20, "prompts": "p.txt", "prompts_sha256": "a"}
@@ -120,7 +119,7 @@ def test_a_full_disk_is_told_with_the_path(begun, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("speedlab.fleet.folder.write_atomically", full)
+    monkeypatch.setattr("speedlab_tools.fleet.folder.write_atomically", full)
     with FleetFolder(path) as folder:
         with pytest.raises(ResultsError, match=str(path)):
             opened(folder, tasks)

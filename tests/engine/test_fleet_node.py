@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.fleet.messages import ModelFile, WorkerSpec
-from speedlab.fleet.node import find_host, show_models
-from speedlab.host import Host, HostError
+from speedlab_tools.fleet.messages import ModelFile, WorkerSpec
+from speedlab_tools.fleet.node import find_host, show_models
+from speedlab_tools.host import Host, HostError
 
 
 @pytest.fixture

@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import pytest
 
-from speedlab.bench.overrides import MAX_SEED
-from speedlab.bench.runner import parts_of
-from speedlab.bench.scenario import Prompt
-from speedlab.bench.scenarios import SCENARIOS, find
-from speedlab.bench.sweep.axes import AXES, parse_axis, written_values
-from speedlab.errors import UnavailableError
-from speedlab.fleet.cluster import Cluster, import_ray
-from speedlab.fleet.errors import FleetError
-from speedlab.fleet.options import parser
-from speedlab.fleet.prompts import read_prompts
-from speedlab.fleet.tasks import cell_work, prompt_work
+from speedlab.common.errors import UnavailableError
+from speedlab.plans.axes import AXES, parse_axis, written_values
+from speedlab_tools.bench.runner import parts_of
+from speedlab_tools.fleet.cluster import Cluster, import_ray
+from speedlab_tools.fleet.errors import FleetError
+from speedlab_tools.fleet.options import parser
+from speedlab_tools.fleet.order import read_prompts
+from speedlab_tools.fleet.tasks import cell_work, prompt_work
+from speedlab_tools.scenarios.catalog import SCENARIOS, find
+from speedlab_tools.scenarios.overrides import MAX_SEED
+from speedlab_tools.scenarios.scenario import Prompt
 
 PROMPTS = (Prompt("00001", "a tree", 7), Prompt("00002", "a cat", 8, "blurry"))
 MAKES_PICTURES = "txt2img-default"
@@ -173,7 +173,7 @@ def test_the_help_says_what_times_are_worth():
 
 
 def test_more_workers_than_the_cluster_has_are_refused():
-    from speedlab.fleet.__main__ import _worker_count
+    from speedlab_tools.fleet.__main__ import _worker_count
 
     cluster = Cluster(None, False, gpus=2, cpus=8, nodes=3)
     assert _worker_count(None, cluster, True) == 2 and _worker_count(None, cluster, False) == 3

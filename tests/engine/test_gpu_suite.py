@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
-from speedlab.bench.sweep.plan_text import parse_stack
-from speedlab.errors import ResultsError
-from speedlab.gpu import inprocess, options, plan
-from speedlab.gpu.journal import COLUMNS, Journal, open_journal
-from speedlab.gpu.report import NOT_MEASURED, TARGETS, text
-from speedlab.host import gpu, pack_root
-from speedlab.host.base import Host, HostError
-from speedlab.host.progress import Reporter
+from speedlab.common.errors import ResultsError
+from speedlab.plans.plan_text import parse_stack
+from speedlab_tools.gpu import command as gpu
+from speedlab_tools.gpu import options, plan
+from speedlab_tools.gpu.journal import COLUMNS, Journal, open_journal
+from speedlab_tools.gpu.report import NOT_MEASURED, TARGETS, text
+from speedlab_tools.host import inprocess, pack_root
+from speedlab_tools.host.base import Host, HostError
+from speedlab_tools.host.progress import Reporter
 
 ENV = {"device": "NVIDIA Test Card 80GB", "torch": "2.11.0+cu130", "comfyui": "0.3.75"}
 SETTINGS = {"repeats": 5, "small": False}

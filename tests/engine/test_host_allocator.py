@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from speedlab.accelerate.host_allocator import memory_reused, why_not_reused
+from speedlab.techniques.cpu.host_allocator import memory_reused, why_not_reused
 
 pytestmark = pytest.mark.skipif(bool(why_not_reused()), reason=why_not_reused() or "glibc is there")
 SIZE = 96 << 20
@@ -68,8 +68,8 @@ import ctypes
 
 import torch
 
-from speedlab.accelerate import host_allocator
-from speedlab.accelerate.host_allocator import memory_reused
+from speedlab.techniques.cpu import host_allocator
+from speedlab.techniques.cpu.host_allocator import memory_reused
 
 SIZE = 96 << 20
 NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
@@ -114,7 +114,7 @@ def test_runs_within_runs_and_errors() -> None:
 
 @pytest.mark.parametrize("variable, value", [("GLIBC_TUNABLES", "glibc.malloc.mmap_max=10"), ("MALLOC_MMAP_MAX_", "1")])
 def test_what_the_user_has_set_stays(variable: str, value: str) -> None:
-    code = "from speedlab.accelerate.host_allocator import why_not_reused; print(why_not_reused())"
+    code = "from speedlab.techniques.cpu.host_allocator import why_not_reused; print(why_not_reused())"
     told = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, variable: value}, cwd=ROOT, capture_output=True, text=True
     )

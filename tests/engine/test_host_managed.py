@@ -18,13 +18,12 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from speedlab.host import HostError, environment, from_environment, pack_root, packages, resolve
-from speedlab.host import resolve as resolve_function
-from speedlab.host.base import environment_python, require_writable
-from speedlab.host.managed import ManagedHost
-from speedlab.host.nexfort import NexfortEnvironment
-from speedlab.host.progress import Reporter
-from speedlab.host.spec import ManagedSpec
+from speedlab_tools.host import HostError, environment, from_environment, pack_root, packages, resolve
+from speedlab_tools.host import resolve as resolve_function
+from speedlab_tools.host.base import environment_python, require_writable
+from speedlab_tools.host.managed import ManagedHost, ManagedSpec
+from speedlab_tools.host.nexfort import NexfortEnvironment
+from speedlab_tools.host.progress import Reporter
 
 TREE = {
     "inner/_comfyui/main.py": "print('main')\n",

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.host import ComfyServer, Host, ServerError, layout, ports, probe
-from speedlab.host.server import _TAKEN
+from speedlab_tools.host import ComfyServer, Host, ServerError, layout
+from speedlab_tools.host import server as ports
+from speedlab_tools.host import server as probe
+from speedlab_tools.host.server import _TAKEN
 
 
 def failing(path: Path, code: str) -> Host:

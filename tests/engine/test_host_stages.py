@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.host import HostError, packages, wheel
-from speedlab.host.lock import SetupLock
-from speedlab.host.pip import explain_failure, pip_environment
-from speedlab.host.progress import PipDigest, Reporter, run_logged
-from speedlab.host.stages import Stage, first_reason, reason_to_run, run_stages
+from speedlab_tools.host import HostError, packages, wheel
+from speedlab_tools.host.lock import SetupLock
+from speedlab_tools.host.pip import explain_failure, pip_environment
+from speedlab_tools.host.progress import PipDigest, Reporter, run_logged
+from speedlab_tools.host.staged import Stage, first_reason, reason_to_run, run_stages
 
 
 def quiet() -> Reporter:

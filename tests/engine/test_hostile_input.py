@@ -8,17 +8,17 @@ import struct
 
 import pytest
 
-from speedlab.accelerate.deepcache_schedule import nonuniform_steps
-from speedlab.bench import compare_csv, drift
-from speedlab.bench.answers import json_object
-from speedlab.bench.errors import BenchError, describe_rejection, failure_from_status
-from speedlab.bench.files import check_model_file
-from speedlab.bench.journal import Journal
-from speedlab.bench.results import Outcome
-from speedlab.errors import ResultsError
-from speedlab.profiling.context import NodeContext
-from speedlab.profiling.record import CSV_COLUMNS, csv_row, from_json
-from speedlab.profiling.store import RunStore, new_run_id
+from speedlab.common.errors import ResultsError
+from speedlab.measure.context import NodeContext
+from speedlab.measure.record import CSV_COLUMNS, csv_row, from_json
+from speedlab.measure.store import RunStore, new_run_id
+from speedlab.techniques.deepcache.schedule import nonuniform_steps
+from speedlab_tools.bench.journal import Journal
+from speedlab_tools.bench.results import Outcome
+from speedlab_tools.client.client import json_object
+from speedlab_tools.client.errors import BenchError, describe_rejection, failure_from_status
+from speedlab_tools.client.files import check_model_file
+from speedlab_tools.compare import csv_tables, drift
 
 DEEP = "[" * 100_000
 
@@ -75,7 +75,7 @@ def test_letters_that_no_file_holds_cost_no_record(make_record, tmp_path):
     store.write(record)
     assert store.append_csv(record)
     assert store.read(record.run_id).request["plan"] == "a?\0b"
-    (row,) = compare_csv.read_table(store.csv_path)
+    (row,) = csv_tables.read_table(store.csv_path)
     assert (row["plan"], row["error"]) == ("a? b", "?") and row == csv_row(record)
 
 
@@ -87,7 +87,7 @@ def test_a_table_with_an_impossible_time_is_refused(tmp_path, text):
         writer.writeheader()
         writer.writerow({"status": "ok", "time_s": text, "run_id": "r"})
     with pytest.raises(BenchError, match="impossible time"):
-        compare_csv.runs_of(compare_csv.read_table(path), path)
+        csv_tables.runs_of(csv_tables.read_table(path), path)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from speedlab.accelerate.backends import CompileOptions, inductor
+from speedlab.techniques.compile.backends import CompileOptions, inductor
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.errors import ResultsError
-from speedlab.profiling import library as library_module
-from speedlab.profiling.library import RunLibrary, UnknownRunError
-from speedlab.profiling.store import RunStore
+from speedlab.common.errors import ResultsError
+from speedlab.measure.store import RunStore
+from speedlab.web import library as library_module
+from speedlab.web.library import RunLibrary, UnknownRunError
 
 
 def run_id(number: int) -> str:

@@ -8,10 +8,10 @@ import types
 
 import pytest
 
-from speedlab.profiling import live
-from speedlab.profiling.clock import Mark
-from speedlab.profiling.context import NodeContext
-from speedlab.profiling.trace import Evaluation
+from speedlab.measure.clock import Mark
+from speedlab.measure.context import NodeContext
+from speedlab.measure.trace import Evaluation
+from speedlab.web import live
 
 CLIENT = "a-browser"
 

@@ -6,12 +6,12 @@ import argparse
 
 import pytest
 
-from speedlab.bench import __main__ as cli
-from speedlab.bench import models
-from speedlab.bench.errors import BenchError
-from speedlab.bench.graph import split_lanes
-from speedlab.bench.overrides import Overrides, adapt
-from speedlab.bench.scenarios import SCENARIOS
+from speedlab_tools import __main__ as cli
+from speedlab_tools.bench import models
+from speedlab_tools.client.errors import BenchError
+from speedlab_tools.client.graph import split_lanes
+from speedlab_tools.scenarios.catalog import SCENARIOS
+from speedlab_tools.scenarios.overrides import Overrides, adapt
 
 S1_SEEDS = [877866765, 5567822456, 2257899453, 987867834]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.host import nsys, pack_root
-from speedlab.host.base import Host
-from speedlab.host.progress import Reporter
+from speedlab_tools.cli import nsys
+from speedlab_tools.host import pack_root
+from speedlab_tools.host.base import Host
+from speedlab_tools.host.progress import Reporter
 
 # Records its arguments, runs the command as nsys does, writes the report file, and prints summaries from it.
 STAND_IN = """#!{python}
@@ -80,7 +81,7 @@ def test_it_runs_the_benchmark_under_nsys_and_prints_both_summaries(stand_in, py
         assert option in profile
     assert register_only == "0"
     command = profile[profile.index(str(python.python)) :]
-    assert command[1:] == ["-m", "speedlab.bench", "bench", "txt2img-default", "--steps", "3", "--out", str(out)]
+    assert command[1:] == ["-m", "speedlab_tools", "bench", "txt2img-default", "--steps", "3", "--out", str(out)]
     assert stats == ["stats", "--report=nvtx_pushpop_sum", "--report=cuda_gpu_kern_sum", "--force-export=true",
                      str(report)]  # fmt: skip
     assert json.loads((tmp_path / "bench").read_text()) == [command[1:], str(pack_root()), "1"]
@@ -143,7 +144,7 @@ def test_help_needs_no_nsys(tmp_path):
 
 
 def test_the_page_names_what_the_command_uses():
-    from speedlab.profiling.nvtx import NAMES
+    from speedlab.measure.nvtx import NAMES
 
     page = (Path(pack_root()) / "docs" / "nsight.md").read_text(encoding="utf-8")
     for words in (*nsys.REPORTS, f"--nvtx-capture={nsys.CAPTURE}", "-t cuda,nvtx", *(f"`{name}`" for name in NAMES)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from speedlab.profiling import nvtx
+from speedlab.measure import nvtx
 
 
 class Recording:
@@ -44,8 +44,8 @@ def test_switched_off_it_emits_nothing():
 
 
 def test_names_do_not_grow_with_steps():
-    from speedlab.profiling.clock import HostClock
-    from speedlab.profiling.trace import SamplingTrace
+    from speedlab.measure.clock import HostClock
+    from speedlab.measure.trace import SamplingTrace
 
     def names(steps: int) -> tuple[set[str], int]:
         pushed = []

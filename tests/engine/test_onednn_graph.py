@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from speedlab.accelerate import onednn_graph, onednn_linear
+from speedlab.techniques.cpu import onednn
 
-pytestmark = pytest.mark.skipif(bool(onednn_linear.why_not()), reason=onednn_linear.why_not() or "oneDNN is there")
+pytestmark = pytest.mark.skipif(bool(onednn.why_not()), reason=onednn.why_not() or "oneDNN is there")
 
 
 class Network(torch.nn.Module):
@@ -36,14 +36,14 @@ def fresh():
 @pytest.fixture
 def faster(monkeypatch) -> Callable[[bool], None]:
     """Say whether oneDNN was measured to be faster."""
-    return lambda answer: monkeypatch.setattr(onednn_graph, "is_faster_here", lambda: answer)
+    return lambda answer: monkeypatch.setattr(onednn, "is_faster_here", lambda: answer)
 
 
 def compiled(network: Any, counts: list[int], run: Callable[..., Any] | None = None) -> Any:
     """`network` as Dynamo's graph with `use_onednn`, run as it is or by what `run` makes of it."""
 
     def backend(graph: Any, inputs: list[Any]) -> Any:
-        counts.append(onednn_graph.use_onednn(graph))
+        counts.append(onednn.use_onednn(graph))
         return run(graph, inputs) if run else graph
 
     return torch.compile(network, backend=backend)
@@ -114,10 +114,10 @@ def test_weights_that_change_are_seen(faster):
 
 
 def test_the_operator_is_plain_pytorch_where_onednn_does_not_take_it():
-    operator = onednn_graph._operator()
+    operator = onednn._operator()
     x, weight, bias = torch.randn(40, 32), torch.randn(32, 64).t(), torch.randn(64)
     assert torch.equal(operator(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     assert torch.equal(
         operator(x.double(), weight.double(), None), torch.nn.functional.linear(x.double(), weight.double())
     )
-    assert onednn_graph._operator() is operator
+    assert onednn._operator() is operator

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speedlab.accelerate import onednn_attention, onednn_linear
-from speedlab.accelerate.onednn_linear import linear_layers_on_onednn
+from speedlab.techniques.cpu import onednn
+from speedlab.techniques.cpu.onednn import linear_layers_on_onednn
 
-pytestmark = pytest.mark.skipif(bool(onednn_linear.why_not()), reason=onednn_linear.why_not() or "oneDNN is there")
+pytestmark = pytest.mark.skipif(bool(onednn.why_not()), reason=onednn.why_not() or "oneDNN is there")
 linear = torch.nn.functional.linear
 
 
@@ -155,10 +155,10 @@ def test_a_compiled_module_computes_by_itself() -> None:
 
 
 def test_the_choice_is_measured_once() -> None:
-    onednn_linear.is_faster_here.cache_clear()
-    first = onednn_linear.is_faster_here()
-    assert first is onednn_linear.is_faster_here()
-    assert onednn_linear.is_faster_here.cache_info().misses == 1
+    onednn.is_faster_here.cache_clear()
+    first = onednn.is_faster_here()
+    assert first is onednn.is_faster_here()
+    assert onednn.is_faster_here.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,7 +167,7 @@ def test_the_choice_is_measured_once() -> None:
 def test_attention_equals_sdpa(
     queries: int, keys: int, size: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onednn_attention, "_SCORES", 1 << 14)  # several blocks, the last one cut short
+    monkeypatch.setattr(onednn, "_SCORES", 1 << 14)  # several blocks, the last one cut short
     generator = torch.Generator().manual_seed(1)
     q, k, v = (
         torch.randn(2, tokens, 3, last, generator=generator).to(dtype).transpose(1, 2)
@@ -176,8 +176,8 @@ def test_attention_equals_sdpa(
     before = [tensor.clone() for tensor in (q, k, v)]
     exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
     with torch.inference_mode():
-        result = onednn_attention.onednn_attention(q, k, v)
-        scaled = onednn_attention.onednn_attention(q, k, v, scale=0.25)
+        result = onednn.onednn_attention(q, k, v)
+        scaled = onednn.onednn_attention(q, k, v, scale=0.25)
     assert result.dtype == dtype and result.shape == exact.shape
     assert float((result.double() - exact).norm() / exact.norm()) < (1e-6 if dtype == torch.float32 else 3e-3)
     wanted = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=0.25)
@@ -187,9 +187,9 @@ def test_attention_equals_sdpa(
 
 def test_attention_inside_compiled_code_is_sdpa() -> None:
     q = torch.randn(1, 2, 32, 16)
-    compiled = torch.compile(onednn_attention.onednn_attention, backend="eager", fullgraph=True)
+    compiled = torch.compile(onednn.onednn_attention, backend="eager", fullgraph=True)
     assert torch.equal(compiled(q, q, q), torch.nn.functional.scaled_dot_product_attention(q, q, q))
 
 
 def test_attention_on_a_card_is_refused() -> None:
-    assert "for processors" in (onednn_attention.missing(torch.device("cuda")) or "")
+    assert "for processors" in (onednn.missing(torch.device("cuda")) or "")

@@ -13,20 +13,18 @@ from math import floor
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from speedlab.accelerate.deepcache_schedule import DeepCacheConfig, nonuniform_steps, sources
-from speedlab.accelerate.whole_schedule import Part
-from speedlab.bench.compare_csv import compare, read_table, runs_of
-from speedlab.bench.drift import TURNS
-from speedlab.bench.graph import GROUPS, Graph, is_link, types_match, upstream
-from speedlab.bench.layout import place
-from speedlab.bench.signatures import snapshot
-from speedlab.bench.sweep.axes import NONE, parse_axis, with_batch
-from speedlab.bench.sweep.cells import baseline_of, make_cells
-from speedlab.bench.sweep.settings import CellSettings
-from speedlab.bench.ui_format import to_ui, ui_to_api
-from speedlab.profiling.record import CSV_COLUMNS, RunRecord, csv_row, from_json
-from speedlab.profiling.store import RunStore, new_run_id
-from speedlab.schedule import steps_before
+from speedlab.measure.record import CSV_COLUMNS, RunRecord, csv_row, from_json
+from speedlab.measure.store import RunStore, new_run_id
+from speedlab.patching.position import Part
+from speedlab.patching.schedule import steps_before
+from speedlab.plans.axes import NONE, parse_axis, with_batch
+from speedlab.plans.cells import baseline_of, make_cells
+from speedlab.plans.settings import CellSettings
+from speedlab.techniques.deepcache.schedule import DeepCacheConfig, nonuniform_steps, sources
+from speedlab_tools.client.graph import GROUPS, Graph, is_link, snapshot, types_match, upstream
+from speedlab_tools.compare.csv_tables import compare, read_table, runs_of
+from speedlab_tools.compare.drift import TURNS
+from speedlab_tools.scenarios.canvas import place, to_ui, ui_to_api
 
 # Fractions as a slider gives them: two digits.
 percents = st.integers(0, 100).map(lambda n: n / 100)

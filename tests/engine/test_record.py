@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.errors import ResultsError
-from speedlab.profiling import record as records
-from speedlab.profiling.statistics import percentile, spread
+from speedlab.common.errors import ResultsError
+from speedlab.measure import record as records
+from speedlab.measure.summary import percentile, spread
 
 
 def test_round_trip(make_record):

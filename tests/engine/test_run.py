@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.host import pack_root
-from speedlab.host.cli import BENCH_COMMANDS, OWN_COMMANDS, UsageError, pytest_arguments, take_apart
-from speedlab.host.commands import PYTEST, run_child
+from speedlab_tools.cli.commands import PYTEST, run_child
+from speedlab_tools.cli.main import BENCH_COMMANDS, OWN_COMMANDS, UsageError, pytest_arguments, take_apart
+from speedlab_tools.host import pack_root
 
 RUN = pack_root() / "run.py"
 
@@ -106,7 +106,7 @@ def test_a_signal_ends_the_child_too(tmp_path: Path, sign: signal.Signals, code:
     outer = (
         f"import os, sys, pathlib, signal; sys.path.insert(0, {str(pack_root())!r}); "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from speedlab.host.commands import run_child; "
+        "from speedlab_tools.cli.commands import run_child; "
         f"sys.exit(run_child([sys.executable, '-c', {inner!r}], cwd=pathlib.Path('.'), env=os.environ))"
     )
     process = subprocess.Popen(

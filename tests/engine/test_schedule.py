@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.schedule import StepTracker, order_of, step_of, steps_before
+from speedlab.patching.schedule import StepTracker, order_of, step_of, steps_before
 
 
 @st.composite

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.bench.files import save_picture
-from speedlab.errors import ResultsError
-from speedlab.profiling.library import RunLibrary
-from speedlab.profiling.store import RunStore
-from speedlab.torture.mutate import HOSTILE_TEXTS
+from speedlab.common.errors import ResultsError
+from speedlab.measure.store import RunStore
+from speedlab.web.library import RunLibrary
+from speedlab_tools.client.files import save_picture
+from speedlab_tools.stress.mutate import HOSTILE_TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
 # What runs in a process of its own, on the command line, may start programs and talk to servers.
-OUTSIDE_COMFYUI = ("bench", "host", "torture", "synthetic")
+OUTSIDE_COMFYUI = ("bench", "host", "stress", "synthetic")
 NAMED_TEST = re.compile(r"^- `(tests/[\w/]+\.py)::(\w+)`$", re.MULTILINE)
 
 
@@ -64,7 +64,7 @@ def test_no_source_file_runs_or_unpickles_what_it_reads():
               "torch.load", "pickle.Unpickler", "marshal.loads", "yaml.load", "numpy.load", "joblib.load"}  # fmt: skip
     for path, tree in sources(inside_only=False):
         # The proof that the trap for pickles springs.
-        allowed = {"pickle.loads"} if path.match("torture/model_files.py") else set()
+        allowed = {"pickle.loads"} if path.match("stress/model_files.py") else set()
         assert not (set(called(tree)) & banned) - allowed, path
         keywords = [keyword for node in ast.walk(tree) if isinstance(node, ast.Call) for keyword in node.keywords]
         assert not any(keyword.arg == "shell" for keyword in keywords), path

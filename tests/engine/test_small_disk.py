@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.torture.small_disk import NoSmallDiskError, small_disk
+from speedlab_tools.stress.small_disk import NoSmallDiskError, small_disk
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="small disks are mounted on Linux alone")
 
@@ -34,7 +34,7 @@ def test_a_system_without_mount_is_told(tmp_path, monkeypatch):
 
 
 def test_the_command_says_what_was_not_tried(tmp_path):
-    from speedlab.torture.faults import attempt
+    from speedlab_tools.stress.faults import attempt
 
     told = []
 

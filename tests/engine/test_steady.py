@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from speedlab.profiling.steady import choose_window
-from speedlab.profiling.trace import StepRow
+from speedlab.measure.profile_window import choose_window
+from speedlab.measure.trace import StepRow
 
 
 def rows(plan: str, evals: int = 1, without: int = 0):

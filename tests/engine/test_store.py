@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from speedlab.errors import ResultsError
-from speedlab.profiling import store as stores
-from speedlab.profiling.record import CSV_COLUMNS
+from speedlab.common.errors import ResultsError
+from speedlab.measure import store as stores
+from speedlab.measure.record import CSV_COLUMNS
 
 from ..held_table import held
 
@@ -195,9 +195,9 @@ def load(name, folder):
     spec = importlib.util.spec_from_file_location(name, folder + "/__init__.py", submodule_search_locations=[folder])
     module = importlib.util.module_from_spec(spec); sys.modules[name] = module; spec.loader.exec_module(module)
 load("speedlab", {str(root / "speedlab")!r})
-from speedlab.errors import ResultsError
-from speedlab.profiling.record import from_json
-from speedlab.profiling.store import RunStore, new_run_id
+from speedlab.common.errors import ResultsError
+from speedlab.measure.record import from_json
+from speedlab.measure.store import RunStore, new_run_id
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 40}, {len(before) + 40}))

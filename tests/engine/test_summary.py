@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.profiling import report
-from speedlab.profiling.library import RunLibrary
-from speedlab.profiling.record import csv_row, from_json, loosely_from_json, step_dict
-from speedlab.profiling.store import RunStore
-from speedlab.profiling.summary import NO_STEPS, rows_of, step_kinds, summarise
-from speedlab.profiling.trace import StepRow
+from speedlab.measure import report
+from speedlab.measure.record import csv_row, from_json, loosely_from_json, step_dict
+from speedlab.measure.store import RunStore
+from speedlab.measure.summary import NO_STEPS, rows_of, step_kinds, summarise
+from speedlab.measure.trace import StepRow
+from speedlab.web.library import RunLibrary
 
 
 def row(index, ms, kind="full"):
@@ -127,7 +127,7 @@ def test_a_record_of_schema_1_without_steps_says_that_its_rate_is_not_known(old)
 
 
 def test_a_record_of_a_later_schema_is_refused_with_what_to_do(old):
-    from speedlab.errors import ResultsError
+    from speedlab.common.errors import ResultsError
 
     with pytest.raises(ResultsError, match="of schema 3: update SpeedLab"):
         from_json(json.dumps({**old, "schema": 3}))

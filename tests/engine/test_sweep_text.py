@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.bench.sweep.axes import AXES, NONE, parse_axis
-from speedlab.bench.sweep.batch_search import BatchSearch, predicted_bytes, saturation_point
-from speedlab.bench.sweep.cells import baseline_of, make_cells
-from speedlab.bench.sweep.notes import largest_note, saturation_notes
-from speedlab.bench.sweep.plan_text import (
+from speedlab.plans.axes import AXES, NONE, parse_axis
+from speedlab.plans.batch_search import BatchSearch, predicted_bytes, saturation_point
+from speedlab.plans.cells import baseline_of, make_cells
+from speedlab.plans.notes import largest_note, saturation_notes
+from speedlab.plans.plan_text import (
     MAIN,
     PlanText,
     SweepTextError,
@@ -21,8 +21,8 @@ from speedlab.bench.sweep.plan_text import (
     parse_stack,
     parse_technique,
 )
-from speedlab.bench.sweep.ram import too_large
-from speedlab.bench.sweep.settings import CellSettings
+from speedlab.plans.ram import too_large
+from speedlab.plans.settings import CellSettings
 
 names = st.from_regex(r"[a-z_][a-z0-9_]{0,12}", fullmatch=True)
 values = st.from_regex(r"[A-Za-z0-9_.:/-]{1,12}", fullmatch=True)

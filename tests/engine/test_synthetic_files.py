@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from speedlab.synthetic import (
+from speedlab_tools.synthetic import (
     FAMILY_NAMES,
     CheckpointSpec,
     lora_state_dict,
@@ -22,8 +22,8 @@ from speedlab.synthetic import (
     write_lora,
     write_taesd,
 )
-from speedlab.synthetic.files import describe, write_weights
-from speedlab.synthetic.weights import Layout, Weight, draw
+from speedlab_tools.synthetic.files import describe, write_weights
+from speedlab_tools.synthetic.weights import Layout, Weight, draw
 
 ROOT = Path(__file__).resolve().parents[2]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -162,7 +162,7 @@ def test_taesd_files_differ_by_name(tmp_path: Path) -> None:
 
 def test_the_command_line_writes_and_reports(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "speedlab.synthetic", *arguments]
+        command = [sys.executable, "-m", "speedlab_tools.synthetic", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     target = tmp_path / "lora.safetensors"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from speedlab.accelerate.whole_schedule import Part, is_cut, is_whole, part_of
+from speedlab.patching.position import Part, is_cut, is_whole, part_of
 
 WHOLE = torch.tensor([14.0, 9.0, 5.0, 2.0, 1.0, 0.0])
 

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.bench import workflows
-from speedlab.bench.events import SAMPLERS
-from speedlab.bench.graph import GROUPS, is_link
-from speedlab.bench.layout import Box
-from speedlab.bench.plans import Plan, best_plan
-from speedlab.bench.scenario import FAMILIES, SOURCES
-from speedlab.bench.scenarios import SCENARIOS, UnknownScenarioError, find
-from speedlab.bench.ui_format import NOTE_TYPE, ui_to_api
+from speedlab_tools.client.events import SAMPLERS
+from speedlab_tools.client.graph import GROUPS, is_link
+from speedlab_tools.scenarios import workflows
+from speedlab_tools.scenarios.canvas import NOTE_TYPE, Box, ui_to_api
+from speedlab_tools.scenarios.catalog import SCENARIOS, UnknownScenarioError, find
+from speedlab_tools.scenarios.scenario import FAMILIES, SOURCES, Plan, best_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())

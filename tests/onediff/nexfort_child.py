@@ -73,7 +73,7 @@ class Child:
 
     def __init__(self, comfy: ModuleType, checkpoint: str, lora: str) -> None:
         self.comfy, self.lora = comfy, lora
-        self.compile = importlib.import_module("speedlab.accelerate.compile")
+        self.compile = importlib.import_module("speedlab.techniques.compile.attach")
         self.model = comfy.sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_clip=False)[0]
         self.network = self.model.model.diffusion_model
         self.messages = Messages()
@@ -132,7 +132,7 @@ class Child:
 
     def kept(self) -> int:
         """Networks in the form that is compiled which are still alive: one for each program that is kept."""
-        kind = importlib.import_module("speedlab.accelerate.compile_program").PureNetwork
+        kind = importlib.import_module("speedlab.techniques.compile.program").PureNetwork
         gc.collect()
         return sum(isinstance(thing, kind) for thing in gc.get_objects())
 
@@ -156,7 +156,7 @@ class Child:
         """The messages of what must be refused."""
         import torch
 
-        from speedlab.accelerate.backends import CompileOptions, onediff, onediff_nexfort
+        from speedlab.techniques.compile.backends import CompileOptions, onediff, onediff_nexfort
 
         class Broken(torch.nn.Module):
             def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,7 @@ def modes() -> dict[str, Any]:
     import torch
     from onediff.infer_compiler import compile as onediff_compile
 
-    from speedlab.accelerate.backends import MODES, onediff, onediff_nexfort
+    from speedlab.techniques.compile.backends import MODES, onediff, onediff_nexfort
 
     rejected = []
     for word in onediff.MODE_WORDS:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from speedlab.host import HostError, cache_root, from_environment, pack_root
-from speedlab.host.base import clean_python_environment
-from speedlab.host.nexfort import NexfortEnvironment, not_built_for
+from speedlab_tools.host import HostError, cache_root, from_environment, pack_root
+from speedlab_tools.host.base import clean_python_environment
+from speedlab_tools.host.nexfort import NexfortEnvironment, not_built_for
 
 CHILD = Path(__file__).with_name("nexfort_child.py")
 # The first run installs PyTorch 2.4.0 with CUDA's libraries: 3 GB to fetch.
@@ -47,7 +47,7 @@ def python(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module")
 def seen(python: Path, demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process saw."""
-    synthetic = importlib.import_module("speedlab.synthetic")
+    synthetic = importlib.import_module("speedlab_tools.synthetic")
     folder = tmp_path_factory.mktemp("nexfort")
     lora = folder / "lora.safetensors"
     synthetic.write_lora(lora, synthetic.CheckpointSpec(family="sd15", size="small"), text_encoder=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from speedlab.host import ComfyServer, from_environment, pack_root
+from speedlab_tools.host import ComfyServer, from_environment, pack_root
 
 DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
 

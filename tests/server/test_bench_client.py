@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.bench import errors
-from speedlab.bench.client import ComfyClient
-from speedlab.bench.demo_graphs import DemoSettings, stock_graph
-from speedlab.bench.events import nodes_of, text_to_picture_s
-from speedlab.bench.follow import Follower
-from speedlab.bench.outside import OutsideMemory, outside_record, phases, sampled
-from speedlab.bench.overrides import Overrides, adapt
-from speedlab.bench.scenarios import SCENARIOS
-from speedlab.bench.signatures import signature_from_info, snapshot
+from speedlab_tools.bench.outside import OutsideMemory, outside_record, phases, sampled
+from speedlab_tools.client import errors
+from speedlab_tools.client.client import ComfyClient, Follower
+from speedlab_tools.client.events import nodes_of, text_to_picture_s
+from speedlab_tools.client.graph import signature_from_info, snapshot
+from speedlab_tools.demo.graphs import DemoSettings, stock_graph
+from speedlab_tools.scenarios.catalog import SCENARIOS
+from speedlab_tools.scenarios.overrides import Overrides, adapt
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "speedlab_demo_sd15.safetensors"
@@ -39,9 +38,9 @@ def talk(url: str, work):
 
 
 def command(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m speedlab.bench` in a process of its own, as run.py starts it."""
+    """`python -m speedlab_tools` in a process of its own, as run.py starts it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "speedlab.bench", *arguments, "--out", str(out)]
+    line = [sys.executable, "-m", "speedlab_tools", *arguments, "--out", str(out)]
     return subprocess.run(line, env=environment, cwd=out, capture_output=True, text=True, timeout=600, check=False)
 
 

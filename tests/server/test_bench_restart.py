@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.bench.runner import parts_of
-from speedlab.bench.scenarios import find
-from speedlab.host import ComfyServer, from_environment, pack_root
-from speedlab.host.ports import free_port
+from speedlab_tools.bench.runner import parts_of
+from speedlab_tools.host import ComfyServer, from_environment, pack_root
+from speedlab_tools.host.server import free_port
+from speedlab_tools.scenarios.catalog import find
 
 pytestmark = [
     pytest.mark.server,
@@ -45,7 +45,7 @@ def restarted(demo_checkpoint, tmp_path):
 
 def bench(out: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(pack_root()), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-u", "-m", "speedlab.bench", "bench", SCENARIO, *arguments, "--out", str(out)]
+    line = [sys.executable, "-u", "-m", "speedlab_tools", "bench", SCENARIO, *arguments, "--out", str(out)]
     return subprocess.Popen(line, env=environment, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -10,11 +10,11 @@ from random import Random
 
 import pytest
 
-from speedlab.bench.client import ComfyClient
-from speedlab.profiling.library import RunLibrary
-from speedlab.profiling.store import RunStore
-from speedlab.torture import cancels, writers
-from speedlab.torture.memory_faults import run_out_of_memory
+from speedlab.measure.store import RunStore
+from speedlab.web.library import RunLibrary
+from speedlab_tools.client.client import ComfyClient
+from speedlab_tools.stress import cancels, writers
+from speedlab_tools.stress.memory_faults import run_out_of_memory
 
 pytestmark = pytest.mark.server
 CHECKPOINT = "speedlab_demo_sd15.safetensors"
@@ -42,9 +42,9 @@ NODE_CLASS_MAPPINGS = {"TestLeak": Leak}
 
 
 @pytest.fixture(scope="module")
-def tortured(start_server, tmp_path_factory):
+def stressed(start_server, tmp_path_factory):
     """A server with the probe, and with a node that leaks."""
-    base = tmp_path_factory.mktemp("tortured")
+    base = tmp_path_factory.mktemp("stressed")
     cancels.bring_probe(base)
     (base / "custom_nodes" / "leak").mkdir(parents=True)
     (base / "custom_nodes" / "leak" / "__init__.py").write_text(LEAK)
@@ -53,25 +53,25 @@ def tortured(start_server, tmp_path_factory):
     api.server.stop()
 
 
-def test_prompts_cancelled_in_every_phase_leave_nothing(tortured):
-    tally = cancels.cancel_at_random(tortured.url, tortured.output, CHECKPOINT, CANCELS, Random(1))
+def test_prompts_cancelled_in_every_phase_leave_nothing(stressed):
+    tally = cancels.cancel_at_random(stressed.url, stressed.output, CHECKPOINT, CANCELS, Random(1))
     assert not tally.broken
     assert tally.faults == tally.runs == CANCELS
     assert tally.halves >= CANCELS / 2, "most of them were cancelled before they had ended"
 
 
-def test_memory_that_runs_out_anywhere_leaves_nothing(tortured):
-    tally = run_out_of_memory(tortured.url, tortured.output, CHECKPOINT, 9, Random(4))
+def test_memory_that_runs_out_anywhere_leaves_nothing(stressed):
+    tally = run_out_of_memory(stressed.url, stressed.output, CHECKPOINT, 9, Random(4))
     assert not tally.broken
     assert tally.faults == tally.runs == 9
     assert tally.halves >= 3, "most of them ended the prompt with an error that says so"
 
 
-def test_what_a_technique_leaves_would_be_seen(tortured):
+def test_what_a_technique_leaves_would_be_seen(stressed):
     """After the tests above: what leaks here stays in the server."""
 
     async def leak():
-        async with ComfyClient(tortured.url) as client:
+        async with ComfyClient(stressed.url) as client:
             before = await cancels.look(client, CHECKPOINT)
             leak = {"class_type": "TestLeak", "inputs": {"model": ["1", 0]}}
             await client.run({"1": cancels.stock(CHECKPOINT)["1"], "9": leak}, timeout_s=120)

@@ -24,14 +24,14 @@ import pytest
 import torch
 from PIL import Image
 
-from speedlab.bench.client import ComfyClient
-from speedlab.bench.overrides import Overrides, adapt
-from speedlab.bench.results import shown_pictures
-from speedlab.bench.scenarios import find
-from speedlab.fleet.prompts import read_prompts
-from speedlab.fleet.tasks import prompt_work
-from speedlab.host import pack_root
-from speedlab.host.ports import free_port
+from speedlab_tools.bench.results import shown_pictures
+from speedlab_tools.client.client import ComfyClient
+from speedlab_tools.fleet.order import read_prompts
+from speedlab_tools.fleet.tasks import prompt_work
+from speedlab_tools.host import pack_root
+from speedlab_tools.host.server import free_port
+from speedlab_tools.scenarios.catalog import find
+from speedlab_tools.scenarios.overrides import Overrides, adapt
 
 pytestmark = [
     pytest.mark.server,
@@ -135,7 +135,7 @@ def fleet(tmp_path, demo_checkpoint):
     def start(*arguments: str, out: Path, environment: dict[str, str] | None = None) -> Call:
         log = tmp_path / f"call-{len(calls)}.log"
         line = [
-            sys.executable, "-m", "speedlab.fleet", *arguments, "--out", str(out), "--workers", "2", "--cpu",
+            sys.executable, "-m", "speedlab_tools.fleet", *arguments, "--out", str(out), "--workers", "2", "--cpu",
             "--threads", threads(), "--checkpoint", str(demo_checkpoint),
         ]  # fmt: skip
         env = {**os.environ, "SPEEDLAB_CALLED_FROM": str(tmp_path), **(environment or {})}

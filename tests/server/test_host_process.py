@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.host import ComfyServer, Host, HostError, ServerError, from_environment, pack_root
+from speedlab_tools.host import ComfyServer, Host, HostError, ServerError, from_environment, pack_root
 
 pytestmark = pytest.mark.server
 QUICK = ("--disable-api-nodes",)

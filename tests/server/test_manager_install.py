@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.host import ComfyServer, from_environment
+from speedlab_tools.host import ComfyServer, from_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.server

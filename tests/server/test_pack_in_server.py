@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from speedlab.host import from_environment
+from speedlab_tools.host import from_environment
 
 pytestmark = pytest.mark.server
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from speedlab.bench.client import ComfyClient
-from speedlab.bench.journal import Journal
-from speedlab.bench.models import ModelChoice, choose_models
-from speedlab.bench.overrides import Overrides, adapt
-from speedlab.bench.runner import run_scenario
-from speedlab.bench.scenarios import SCENARIOS
+from speedlab_tools.bench.journal import Journal
+from speedlab_tools.bench.models import ModelChoice, choose_models
+from speedlab_tools.bench.runner import run_scenario
+from speedlab_tools.client.client import ComfyClient
+from speedlab_tools.scenarios.catalog import SCENARIOS
+from speedlab_tools.scenarios.overrides import Overrides, adapt
 
 pytestmark = pytest.mark.server
 DEMOS = {"sd15": "speedlab_demo_sd15.safetensors", "sdxl": "speedlab_demo_vega.safetensors"}

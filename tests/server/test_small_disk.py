@@ -8,9 +8,9 @@ from random import Random
 
 import pytest
 
-from speedlab.torture.disk_faults import fill_real_disk, make_read_only
-from speedlab.torture.small_disk import NoSmallDiskError, small_disk
-from speedlab.torture.writers import fill_small_disk
+from speedlab_tools.stress.disk_faults import fill_real_disk, make_read_only
+from speedlab_tools.stress.small_disk import NoSmallDiskError, small_disk
+from speedlab_tools.stress.writers import fill_small_disk
 
 pytestmark = pytest.mark.server
 CHECKPOINT = "speedlab_demo_sd15.safetensors"

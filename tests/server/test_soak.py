@@ -1,4 +1,4 @@
-"""A short soak on a real server, and that it would see what it looks for. `run.py torture` soaks longer."""
+"""A short soak on a real server, and that it would see what it looks for. `run.py stress` soaks longer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import asyncio
 
 import pytest
 
-from speedlab.bench.client import ComfyClient
-from speedlab.bench.errors import ExecutionFailed, PromptRejected
-from speedlab.torture import soak
-from speedlab.torture.cancels import bring_probe, node
-from speedlab.torture.results import SOAK_COLUMNS, soak_rows, write_soak
-from speedlab.torture.soak_builder import Kit
-from speedlab.torture.soak_prompts import SoakPrompts, without_a_place
-from speedlab.torture.soak_run import demo_kit
-from speedlab.torture.soak_watch import BOUNDS, growths, read
+from speedlab_tools.client.client import ComfyClient
+from speedlab_tools.client.errors import ExecutionFailed, PromptRejected
+from speedlab_tools.stress import soak
+from speedlab_tools.stress.cancels import bring_probe, node
+from speedlab_tools.stress.results import SOAK_COLUMNS, soak_rows, write_soak
+from speedlab_tools.stress.soak_builder import Kit
+from speedlab_tools.stress.soak_prompts import SoakPrompts, without_a_place
+from speedlab_tools.stress.soak_run import demo_kit
+from speedlab_tools.stress.soak_watch import BOUNDS, growths, read
 
 pytestmark = pytest.mark.server
 PROMPTS, SEED = 30, 3
@@ -136,7 +136,7 @@ def test_an_error_without_words_would_be_seen(soaked, kit):
     assert not soak.is_readable(asyncio.run(fail({"1": node("TestLeak", error=True)})))
     loader = node("SpeedLabCheckpointLoader", ckpt_name=kit.sd15, precision="auto", memory_format="contiguous")
     attention = node("SpeedLabAttention", model=["1", 0], backend="sage")
-    sampled = {"1": loader, "2": attention, "3": node("SpeedLabTortureProbe", model=["2", 0])}
+    sampled = {"1": loader, "2": attention, "3": node("SpeedLabStressProbe", model=["2", 0])}
     assert soak.is_readable(asyncio.run(fail(sampled)))
     assert soak.is_readable(
         asyncio.run(fail({"1": {**loader, "inputs": {}}, "2": node("PreviewImage", images=["1", 0])}))

@@ -7,8 +7,8 @@ import io
 
 import pytest
 
-from speedlab.bench.client import ComfyClient
-from speedlab.bench.events import node_spans
+from speedlab_tools.client.client import ComfyClient
+from speedlab_tools.client.events import node_spans
 
 CHECKPOINT = "speedlab_demo_sd15.safetensors"
 PROMPTS, SEEDS = ("a tree", "a house by the sea", "a dog"), (5567822456, 7, 123)

@@ -1,1 +1,0 @@
-"""A sweep: many settings of one graph, measured in turn and compared. Node `SpeedLabBenchmark` is its face."""

@@ -1,0 +1,1 @@
+"""ComfyUI access, errors, dtypes, tables: what every layer stands on."""

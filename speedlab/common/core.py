@@ -1,0 +1,86 @@
+"""ComfyUI's own top-level modules, reached by name: inside this pack `nodes` would be read as ours by type checkers.
+
+Whether numbers are numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+
+def core_nodes() -> Any:
+    """ComfyUI's `nodes` module."""
+    return importlib.import_module("nodes")
+
+
+def output_directory() -> Path:
+    """ComfyUI's output folder, as the server was started with."""
+    import folder_paths
+
+    return Path(folder_paths.get_output_directory())
+
+
+def compute_device() -> Any:
+    """The torch device that ComfyUI runs models on."""
+    import comfy.model_management as mm
+
+    return mm.get_torch_device()
+
+
+def missing_input(message: str) -> Any:
+    """A value for an output that has nothing to pass on: nodes behind it stop with `message`."""
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return ExecutionBlocker(message)
+
+
+def progress_bar(total: int) -> Any:
+    """ComfyUI's progress bar of the executing node."""
+    import comfy.utils
+
+    return comfy.utils.ProgressBar(total)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: the device's own kind, Python's, or the CPU allocator's words."""
+    import comfy.model_management as mm
+
+    # Where torch has no such type, core's name for it is Exception itself, which would match anything.
+    kinds = (MemoryError,) if mm.OOM_EXCEPTION is Exception else (MemoryError, mm.OOM_EXCEPTION)
+    text = str(error).lower()
+    return isinstance(error, kinds) or "out of memory" in text or "defaultcpuallocator" in text
+
+
+def release_unused_memory() -> None:
+    """Give cached device memory back, after the tensors of a failed attempt are gone."""
+    import gc
+
+    import comfy.model_management as mm
+
+    gc.collect()
+    mm.soft_empty_cache()
+
+
+def out_of_memory_advice() -> str:
+    """What a user can do when the smallest piece of a decode does not fit."""
+    return (
+        "Put Free Memory (SpeedLab) set to 'diffusion' before decoding, use Tiny VAE Decode (SpeedLab), or close "
+        "other programs that use the device."
+    )
+
+
+# Values looked at at once: a few megabytes.
+_AT_ONCE = 1 << 20
+
+
+def is_finite(tensor: Any) -> bool:
+    """Whether a tensor has neither NaN nor Inf. On a CPU part by part, so that a large picture is not copied whole."""
+    import torch
+
+    if tensor.device.type != "cpu" or tensor.numel() <= _AT_ONCE:
+        return bool(torch.isfinite(tensor).all())
+    longest = max(range(tensor.ndim), key=lambda dim: tensor.shape[dim])
+    rows = max(tensor.shape[longest] * _AT_ONCE // tensor.numel(), 1)
+    return all(bool(torch.isfinite(part).all()) for part in tensor.split(rows, dim=longest))

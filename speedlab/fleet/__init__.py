@@ -1,1 +1,0 @@
-"""Many ComfyUI workers on a Ray cluster, one result a prompt."""

@@ -1,0 +1,1 @@
+"""Clocks, peaks, kernels, NVTX, the record, its store and charts."""

@@ -1,0 +1,237 @@
+"""The record of one run (schema 2) and its row in the CSV.
+
+Plain data: nothing here reads a clock, a file or a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..common.errors import ResultsError
+from .peaks import MemoryPeak
+from .record_shape import shape_fault
+from .summary import from_schema_1, spread
+from .trace import StepRow
+
+SCHEMA = 2
+# The phase that stands for work on the picture which is not measured; its value is UNKNOWN.
+OTHERS, UNKNOWN = "others", "unknown"
+RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
+
+CSV_COLUMNS = (
+    "plan", "max_vram_gb", "time_s", "time_mean_s", "step_time_s", "batch", "width", "height", "steps", "cfg",
+    "sampler", "scheduler", "precision", "accelerators", "repeats", "time_min_s", "time_max_s", "time_std_s",
+    "first_eval_s", "it_per_s", "images_per_min", "peak_rss_gb", "psnr", "ssim", "status", "error", "scenario",
+    "checkpoint", "seed", "device", "torch", "comfyui", "speedlab", "env_hash", "run_id", "timestamp",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run of a sampler with all that is known about it; see DESIGN's schema for the meaning of each field."""
+
+    run_id: str
+    timestamp: str
+    status: str
+    error: str | None
+    env: Mapping[str, Any]
+    env_hash: str
+    request: Mapping[str, Any]
+    phases_ms: Mapping[str, float | str | None]
+    steps: Sequence[Mapping[str, Any]]
+    summary: Mapping[str, Any]
+    memory: Mapping[str, Mapping[str, float | None]]
+    kernels: Sequence[Mapping[str, Any]] = ()
+    kernel_profile: Mapping[str, Any] | None = None
+    roofline: Mapping[str, Any] | None = None
+    quality: Mapping[str, Any] | None = None
+    artifacts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Indented JSON; numbers that JSON does not have become null."""
+        return json.dumps(_finite(dataclasses.asdict(self)), indent=1, ensure_ascii=False, allow_nan=False)
+
+    def changed(self, **changes: Any) -> RunRecord:
+        """A copy with some fields replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+def from_json(text: str) -> RunRecord:
+    """Read a record back. Raises ResultsError for anything that is not a whole record of a known schema.
+
+    Every field has the type that the rest of this pack computes with. One of schema 1 comes back with the rate computed
+    from its steps.
+    """
+    record = loosely_from_json(text)
+    fault = shape_fault(vars(record))
+    if fault is not None:
+        raise ResultsError(f"not a record: {fault}")
+    return record
+
+
+def loosely_from_json(text: str) -> RunRecord:
+    """Read a record to list, show or delete it: schema, names and run id are checked, the types of fields are not."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and nesting without end
+        raise ResultsError(f"not a whole record: {error}") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema not in (1, SCHEMA):
+        raise ResultsError(
+            f"not a record of schema 1 or {SCHEMA}"
+            + (f" but of schema {schema}: update SpeedLab to read it" if isinstance(schema, int) else "")
+        )
+    if schema != SCHEMA:
+        data = from_schema_1(data)
+    names = {f.name: f for f in dataclasses.fields(RunRecord)}
+    missing = [n for n, f in names.items() if n not in data and f.default is dataclasses.MISSING
+               and f.default_factory is dataclasses.MISSING]  # fmt: skip
+    if missing:
+        raise ResultsError(f"not a whole record: {', '.join(missing)} missing")
+    if not isinstance(data["run_id"], str) or not RUN_ID.fullmatch(data["run_id"]):
+        raise ResultsError("not a record: its run id is malformed")
+    return RunRecord(**{key: value for key, value in data.items() if key in names})
+
+
+def shown_json(text: str) -> str:
+    """A record's JSON in the present schema, the types of fields unchecked; one that has it is left as it is.
+
+    Raises ResultsError as `loosely_from_json` does.
+    """
+    try:
+        data = json.loads(text)
+        return json.dumps(from_schema_1(data)) if data.get("schema") == 1 else text
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ResultsError(f"not a whole record: {error}") from error
+
+
+def step_dict(row: StepRow) -> dict[str, Any]:
+    """A step row as the record keeps it, times to the microsecond."""
+    values = dataclasses.asdict(row)
+    for name in ("gpu_ms", "cpu_ms"):
+        values[name] = None if values[name] is None else round(values[name], 4)
+    return values
+
+
+def memory_dict(peak: MemoryPeak) -> dict[str, float | None]:
+    """A peak in GB of 10^9 bytes."""
+    return {
+        "peak_allocated_gb": _gb(peak.allocated),
+        "peak_reserved_gb": _gb(peak.reserved),
+        "peak_rss_gb": _gb(peak.rss),
+        "device_used_gb": _gb(peak.device_used),
+        "outside_torch_gb": _gb(peak.outside),
+    }
+
+
+def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | None) -> float | None:
+    """Text encoding to saved picture with every move of weights, without load; None while a part of that is unknown.
+
+    A phase that ComfyUI answered from its cache (`cached`) is a part that is unknown: nobody knows here what a repeat
+    would have paid for it. `after_sampling` is the span from sampling to the report where a core node decoded in it.
+    Work of other nodes on the same picture that nobody measured (`others`) leaves no total either.
+    """
+    if phases_ms.get(OTHERS) is not None:
+        return None
+    decode = phases_ms.get("decode")
+    after = phases_ms.get("after_sampling") if decode is None else decode
+    parts = (phases_ms.get("text_encode"), sample_ms, after)
+    if not all(isinstance(part, (int, float)) for part in parts):
+        return None
+    extras = (phases_ms.get("to_device"), phases_ms.get("prepare"), phases_ms.get("save"))
+    return sum(float(ms) for ms in (*parts, *extras) if isinstance(ms, (int, float)))
+
+
+def csv_row(record: RunRecord) -> dict[str, str]:
+    """The record's row in results.csv; an unknown value is an empty cell."""
+    request, summary, phases = record.request, record.summary, record.phases_ms
+    # A benchmark times every repeat from text to picture; a sampler repeats only the sampling.
+    runs = summary.get("totals_ms") or [total_ms(phases, ms) for ms in summary.get("runs_ms") or ()]
+    times = spread([ms / 1000.0 for ms in runs if ms is not None])
+    overall = record.memory.get("overall", {})
+    quality = record.quality or {}
+    values: dict[str, Any] = {
+        **{name: request.get(name) for name in CSV_COLUMNS if name in request},
+        # Some schedulers take other than the steps asked for; the rate is that of the steps taken.
+        "steps": summary.get("steps") or request.get("steps"),
+        "max_vram_gb": overall.get("peak_allocated_gb"),
+        "time_s": times and times.median,
+        "time_mean_s": times and times.mean,
+        "time_min_s": times and times.min,
+        "time_max_s": times and times.max,
+        "time_std_s": times and times.std,
+        "step_time_s": _seconds(summary.get("step_time_ms")),
+        "first_eval_s": _seconds(summary.get("first_eval_ms")),
+        "it_per_s": summary.get("it_per_s"),
+        "images_per_min": summary.get("images_per_min"),
+        "repeats": summary.get("repeats"),
+        "precision": precision_text(request.get("precision")),
+        "accelerators": "+".join(request.get("accelerators") or ()),
+        "checkpoint": (request.get("checkpoint") or {}).get("name"),
+        "peak_rss_gb": overall.get("peak_rss_gb"),
+        "psnr": math.inf if quality.get("identical") else quality.get("psnr"),
+        "ssim": quality.get("ssim"),
+        "status": record.status,
+        "error": record.error,
+        "device": record.env.get("device"),
+        "torch": record.env.get("torch"),
+        "comfyui": record.env.get("comfyui"),
+        "speedlab": record.env.get("speedlab"),
+        "env_hash": record.env_hash,
+        "run_id": record.run_id,
+        "timestamp": record.timestamp,
+    }
+    return {name: _cell(values.get(name)) for name in CSV_COLUMNS}
+
+
+def precision_text(precision: Any) -> str | None:
+    """`fp16`, or `fp16 computed in fp32` where weights and arithmetic differ."""
+    if not isinstance(precision, Mapping):
+        return precision
+    unet = precision.get("unet") or {}
+    weight, compute = unet.get("weight"), unet.get("compute")
+    return weight if compute in (None, weight) else f"{weight} computed in {compute}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    # Python 3.10 reads no table with a NUL in it.
+    text = _encodable(str(value)).replace("\r", " ").replace("\n", " ").replace("\0", " ")
+    # A spreadsheet would run a text that begins like a formula.
+    return f"'{text}" if isinstance(value, str) and text[:1] in ("=", "+", "-", "@", "\t") else text
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which JSON can name and no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1000.0
+
+
+def _gb(value: int | None) -> float | None:
+    return None if value is None else round(value / 1e9, 4)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and value not in (float("inf"), float("-inf")) else None
+    if isinstance(value, str):
+        return _encodable(value)
+    if isinstance(value, Mapping):
+        return {_encodable(str(key)): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

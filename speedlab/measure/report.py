@@ -1,0 +1,138 @@
+"""A run in words: what took how long and how much memory, for the node's text output and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .kernel_text import depth_lines, depth_table
+from .record import OTHERS, RunRecord, precision_text
+from .summary import KIND_NAMES, has_median
+
+_PHASE_NAMES = {
+    "load": "load checkpoint",
+    "text_encode": "text encoding",
+    "to_device": "model to device",
+    "prepare": "preparation",
+    "first_eval": "first evaluation",
+    "sample": "sampling",
+    "decode": "decoding",
+    "others": "other nodes",
+    "save": "saving",
+    "total": "text to picture",
+}
+
+
+def summary_text(record: RunRecord) -> str:
+    """A few lines: status, speed, spread, memory, and what the profiled steps were made of."""
+    request, summary = record.request, record.summary
+    if record.status != "ok":
+        return f"{record.status}: {record.error or 'no message'} (run {record.run_id})"
+    run = summary.get("run") or {}
+    if not record.steps:
+        return "\n".join(["nothing was sampled: denoise leaves no step to take", *record.warnings])
+    lines = [
+        f"{request.get('plan')}: {summary.get('steps') or request.get('steps')} steps in {_s(run.get('median'))}, "
+        f"{_rate(summary.get('it_per_s'))}, a step {_ms(summary.get('step_time_ms'))}, "
+        f"first evaluation {_ms(summary.get('first_eval_ms'))}"
+    ]
+    kinds = summary.get("step_kinds") or {}
+    if kinds:
+        told = (
+            f"{its['steps']} {KIND_NAMES[kind]}, {'median ' if has_median(its) else ''}{_ms(its['median_ms'])}"
+            for kind, its in kinds.items()
+        )
+        lines.append(f"steps by kind: {'; '.join(told)}")
+    if summary.get("repeats", 1) > 1:
+        lines.append(
+            f"{summary['repeats']} runs: median {_s(run.get('median'))}, min {_s(run.get('min'))}, "
+            f"max {_s(run.get('max'))}, standard deviation {_s(run.get('std'))}"
+        )
+    lines.append(_memory_line(record.memory.get("overall", {})))
+    return "\n".join([*lines, *depth_lines(record), *record.warnings])
+
+
+def report_text(record: RunRecord) -> str:
+    """The whole run as a table that a person can read."""
+    request = record.request
+    head = [
+        f"SpeedLab run {record.run_id} ({record.status})",
+        f"{request.get('plan')} | {(request.get('checkpoint') or {}).get('name') or 'unknown checkpoint'} | "
+        f"{request.get('width')}x{request.get('height')} batch {request.get('batch')} | {request.get('sampler')}/"
+        f"{request.get('scheduler')} {request.get('steps')} steps cfg {request.get('cfg')} seed {request.get('seed')}",
+        f"{record.env.get('device')} | torch {record.env.get('torch')} | ComfyUI {record.env.get('comfyui')} | "
+        f"{precision_text(request.get('precision')) or 'unknown precision'} | attention {record.env.get('attention')}",
+        "",
+    ]
+    body = [*_phase_table(record), "", *_step_table(record), ""]
+    deeper = depth_table(record)
+    body += [*deeper, "", summary_text(record)] if deeper else [summary_text(record)]
+    trace = record.artifacts.get("trace")
+    if trace:
+        body.append(f"trace: {trace}, for https://ui.perfetto.dev or chrome://tracing")
+    if record.quality:
+        body.append(f"quality: {_pairs(record.quality)}")
+    return "\n".join([*head, *body])
+
+
+def _phase_table(record: RunRecord) -> list[str]:
+    total = record.phases_ms.get("total")
+    rows = [f"{'phase':<18}{'ms':>12}{'share':>8}{'VRAM GB':>10}{'RSS GB':>9}"]
+    for key, name in _PHASE_NAMES.items():
+        value = record.phases_ms.get(key)
+        if key == OTHERS and value is None:
+            continue
+        memory: Mapping[str, Any] = record.memory.get("overall" if key == "total" else key, {})
+        counted = isinstance(value, (int, float)) and isinstance(total, (int, float)) and total > 0
+        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "first_eval") else ""  # type: ignore[operator]
+        rows.append(
+            f"{name:<18}{_phase_value(value):>12}{share:>8}{_gb(memory.get('peak_allocated_gb')):>10}"
+            f"{_gb(memory.get('peak_rss_gb')):>9}"
+        )
+    return rows
+
+
+def _step_table(record: RunRecord) -> list[str]:
+    rows = [f"{'step':>4}{'sigma':>10}{'ms':>11}{'evals':>7}{'cond':>6}{'uncond':>8}  note"]
+    for step in record.steps:
+        ms = step["cpu_ms"] if step["gpu_ms"] is None else step["gpu_ms"]
+        notes = [n for n, there in (("cached", step["cached"]), (step["model"], step["model"] != "base")) if there]
+        rows.append(
+            f"{step['index'] + 1:>4}{step['sigma']:>10.4f}{ms:>11.2f}{step['evals']:>7}{step['cond_rows']:>6}"
+            f"{step['uncond_rows']:>8}  {' '.join(notes)}".rstrip()
+        )
+    return rows
+
+
+def _memory_line(memory: Mapping[str, Any]) -> str:
+    vram, rss = memory.get("peak_allocated_gb"), memory.get("peak_rss_gb")
+    parts = [f"VRAM peak {vram:.2f} GB"] if vram is not None else []
+    outside = memory.get("outside_torch_gb")
+    parts += [f"of which {outside:.2f} GB outside of PyTorch's allocator"] if vram is not None and outside else []
+    parts += [f"RAM peak {rss:.2f} GB"] if rss is not None else []
+    return ", ".join(parts) or "memory: not known on this platform"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def _phase_value(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, (int, float)) else (value or "-")
+
+
+def _gb(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _rate(per_s: float | None) -> str:
+    """Of a slow run too with three digits that count."""
+    return "rate not known" if not per_s else f"{per_s:.2f} it/s" if per_s >= 1 else f"{per_s:.3g} it/s"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} ms"
+
+
+def _s(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms / 1000.0:.3f} s"

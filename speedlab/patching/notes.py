@@ -1,0 +1,49 @@
+"""How a technique tells the record of the run that is being profiled what it did, without knowing the profiler.
+
+A sentence is for the reader. What a technique did in place of what it was asked for is told as data besides, so that
+the record credits what ran.
+
+How a technique tells a profiler, without knowing it, that a model evaluation was answered from a cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+# In `transformer_options` during sampling: a callable that takes one sentence. Absent where nobody is profiling.
+REPORT_NOTE = "speedlab_report_note"
+# Likewise: a callable that takes a technique's name and the options that it ran with, None where it did nothing.
+REPORT_RAN = "speedlab_report_ran"
+
+
+def report_note(transformer_options: Mapping[str, Any], text: str) -> None:
+    """Add `text` to what the record says about this run: a choice that was made, or something that was set aside."""
+    report = transformer_options.get(REPORT_NOTE)
+    if report is not None:
+        report(text)
+
+
+def warn(transformer_options: Mapping[str, Any], text: str) -> None:
+    """Something that did not happen as the user asked for: a warning of the log and of the record."""
+    logging.warning("%s", text)
+    report_note(transformer_options, text)
+
+
+def report_ran(transformer_options: Mapping[str, Any], name: str, options: Mapping[str, Any] | None) -> None:
+    """Tell what technique `name` did in this run in place of what it declared; `options` None: nothing at all."""
+    report = transformer_options.get(REPORT_RAN)
+    if report is not None:
+        report(name, options)
+
+
+# In `transformer_options`: a callable without arguments. Absent where nobody is profiling.
+REPORT_CACHED = "speedlab_report_cached"
+
+
+def report_cached(transformer_options: Mapping[str, Any]) -> None:
+    """Note that the evaluation that is running re-uses earlier results, wholly or in part."""
+    report = transformer_options.get(REPORT_CACHED)
+    if report is not None:
+        report()

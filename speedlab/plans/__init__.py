@@ -1,0 +1,1 @@
+"""Plans as text, the table of techniques, sweeps."""

@@ -1,1 +1,0 @@
-"""Measuring: clocks, NVTX ranges, memory, the record of a run and where it is kept."""

@@ -1,0 +1,1 @@
+"""Profiled sampling, the base and refiner ensemble, staged prompts."""

@@ -1,0 +1,142 @@
+"""Which attention to use for a shape: a short measurement, remembered for as long as the process lives.
+
+Nothing here knows ComfyUI; the caller brings the functions that are measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...common.errors import first_line
+
+PREFERRED = "sdpa"
+# Another backend must beat `PREFERRED` by this factor: two that are equally fast must not change places by chance, for
+# then the same seed would give pictures that differ in the last bits.
+_MARGIN = 0.85
+_ROUNDS = (5, 10)
+_BUDGET_S = 0.1
+_HOPELESS = 2.0
+_SHORTEST = 16
+# Longer sequences would not change the choice, only the time that measuring takes: what attention without a fused
+# kernel reads and writes grows with the square of the length, so it falls behind further.
+_LONGEST = {"cpu": 1024}
+_LONGEST_ELSEWHERE = 4096
+# Fewer pairs of query and key take little time, whatever computes them: attention to a prompt, and the inner layers.
+_WORTH_MEASURING = 1024 * 1024
+
+_CANDIDATES = {
+    # Sub-quadratic attention saves memory that a CPU does not lack, and takes 1.7 times as long there.
+    "cpu": (PREFERRED, "split", "onednn"),
+    "cuda": (PREFERRED, "sdpa_flash", "sdpa_mem_efficient", "sdpa_cudnn", "xformers", "flash_attn"),
+}
+_CANDIDATES_ELSEWHERE = (PREFERRED, "split", "sub_quadratic")
+
+
+def candidates(device_type: str) -> tuple[str, ...]:
+    """The backends that `auto` compares on a device such as `cpu` or `cuda`, all of them exact: sage is not."""
+    return _CANDIDATES.get(device_type, _CANDIDATES_ELSEWHERE)
+
+
+def bucket(length: int) -> int:
+    """The power of two that stands for sequences of about `length` tokens."""
+    return max(_SHORTEST, 1 << max(0, length - 1).bit_length())
+
+
+def measured_length(tokens: int, device_type: str) -> int:
+    """How many tokens to measure with, to choose for sequences of `tokens`."""
+    return min(tokens, _LONGEST.get(device_type, _LONGEST_ELSEWHERE))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides which attention is fastest. `queries` and `keys` are buckets, in tokens."""
+
+    device: str
+    dtype: Any
+    head_dim: int
+    queries: int
+    keys: int
+    masked: bool
+
+    @property
+    def is_worth_measuring(self) -> bool:
+        """Whether the choice of a backend matters at this size."""
+        return self.queries * self.keys >= _WORTH_MEASURING
+
+    def __str__(self) -> str:
+        masked = ", masked" if self.masked else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.queries}x{self.keys} tokens, head size {self.head_dim}, {dtype}{masked}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend picked for a shape, and the seconds that each candidate took (those that ran)."""
+
+    name: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class ChoiceTable:
+    """Choices made so far, one a shape."""
+
+    _choices: dict[Shape, Choice] = field(default_factory=dict)
+
+    def choose(self, shape: Shape, runners: Callable[[], Mapping[str, Callable[[], object]]]) -> Choice:
+        """The choice for `shape`; measured now where it is the first time, and where it matters.
+
+        `runners` makes what is measured: for each candidate a function that runs it once to the end.
+        """
+        if not shape.is_worth_measuring:
+            return Choice(PREFERRED)
+        known = self._choices.get(shape)
+        if known is None:
+            known = self._choices[shape] = pick(measure(runners()))
+            times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in known.seconds.items())
+            logging.info("Attention Backend: auto picked %s for %s on %s (%s).", known.name, shape, shape.device, times)
+        return known
+
+
+def pick(seconds: Mapping[str, float]) -> Choice:
+    """The fastest, unless `PREFERRED` is about as fast; `PREFERRED` where nothing could be measured."""
+    if not seconds:
+        return Choice(PREFERRED)
+    fastest = min(seconds, key=lambda name: seconds[name])
+    preferred = seconds.get(PREFERRED)
+    if preferred is not None and seconds[fastest] > _MARGIN * preferred:
+        fastest = PREFERRED
+    return Choice(fastest, dict(seconds))
+
+
+def measure(
+    runners: Mapping[str, Callable[[], object]], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """The least seconds that each of `runners` took, in turns, so that a busy moment hits all alike.
+
+    One that fails is left out. One that takes several times as long as the best gets one turn, but for `PREFERRED`.
+    """
+    running = dict(runners)
+    for name, run in runners.items():
+        try:
+            run()  # loads kernels, allocates
+        except RuntimeError as error:
+            logging.debug("Attention Backend: %s is no candidate: %s", name, first_line(error))
+            del running[name]
+    best = dict.fromkeys(running, float("inf"))
+    least, most = _ROUNDS
+    began = clock()
+    for turn in range(most):
+        for name, run in running.items():
+            start = clock()
+            run()
+            best[name] = min(best[name], clock() - start)
+        limit = _HOPELESS * min(best.values(), default=0.0)
+        running = {name: run for name, run in running.items() if name == PREFERRED or best[name] <= limit}
+        if len(running) < 2 or (turn + 1 >= least and clock() - began > _BUDGET_S):
+            break
+    return best

@@ -1,0 +1,1 @@
+"""Compilers: graph by graph (inductor) or whole programs (OpenVINO, TensorRT)."""

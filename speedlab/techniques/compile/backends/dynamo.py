@@ -1,0 +1,203 @@
+"""What the backends on torch.compile share: functions of their own code, counted graphs, and limits for a while.
+
+Dynamo keeps what it compiled at the code object of a function, at most 8 graphs each and then runs on uncompiled. So
+each kind of block gets a copy of the code for itself: kinds neither share a limit nor try each other's guards, while
+all blocks of one kind share their graphs, for the block is an argument and its weights are inputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from ...cpu.vectors import known_to_work
+
+Compiler = Callable[[Any, list[Any]], Callable[..., Any]]
+# Graphs of one kind of block, at most: batch 1 and more, fixed and changing sizes, another prompt length,
+# another layout or type of the weights, and room.
+GRAPHS_PER_KIND = 16
+# With dynamic off each size is a graph of its own.
+GRAPHS_PER_KIND_STATIC = 64
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+TRITON_VARIABLE = "TRITON_CACHE_DIR"
+
+
+@dataclass
+class GraphCount:
+    """Graphs compiled by this pack since the process began."""
+
+    graphs: int = 0
+
+
+COUNT = GraphCount()
+_functions: dict[Hashable, Callable[..., Any]] = {}
+
+
+def shared_function(
+    call: Callable[..., Any], key: Hashable, compiler: Compiler, dynamic: bool | None
+) -> Callable[..., Any]:
+    """`call` compiled, one function for each `key`; `compiler` makes a callable of a graph and example inputs."""
+    if key not in _functions:
+        _functions[key] = torch.compile(_own_code(call, len(_functions)), backend=_counted(compiler), dynamic=dynamic)
+    return _functions[key]
+
+
+def forget(word: Hashable) -> None:
+    """Let go of the functions whose kind ends in that word, and of all that was compiled for them."""
+    for key in [key for key in _functions if isinstance(key, tuple) and any(_ends_in(part, word) for part in key)]:
+        _let_go(_functions.pop(key))
+
+
+def _let_go(function: Callable[..., Any]) -> None:
+    """Empty the cache at a function's code. Dynamo notes the code of what it made from it, so that neither would ever
+    be freed, nor the weights in it. Older PyTorch cannot; there they stay until the process ends."""
+    import torch._dynamo.eval_frame as eval_frame
+
+    original = getattr(function, "_torchdynamo_orig_callable", None)
+    if original is not None and hasattr(eval_frame, "reset_code"):
+        eval_frame.reset_code(original.__code__)
+
+
+def _ends_in(part: Hashable, word: Hashable) -> bool:
+    return isinstance(part, tuple) and bool(part) and part[-1] == word
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """The exceptions that mean: not compiled. They come before anything of the graph has run."""
+    import torch._dynamo.exc as exc
+
+    names = ("TorchDynamoException", "BackendCompilerFailed", "FailOnRecompileLimitHit", "FailOnCacheLimitHit")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
+
+
+def cause(error: BaseException) -> BaseException:
+    """The error inside of a backend's failure, or the error itself."""
+    return getattr(error, "inner_exception", None) or error.__cause__ or error
+
+
+def is_limit(error: BaseException) -> bool:
+    """Whether a function has come to its limit of graphs."""
+    return "LimitHit" in type(error).__name__
+
+
+def switched_off() -> str:
+    """Why torch.compile would do nothing in this process; "" where it works."""
+    import torch._dynamo
+
+    if getattr(torch._dynamo.config, "disable", False):
+        return "torch.compile is switched off in this process (TORCHDYNAMO_DISABLE or torch._dynamo.config.disable)"
+    return ""
+
+
+def graphs_refused(device: torch.device | None) -> str:
+    """Why this process cannot record CUDA graphs on `device`, and what to do; "" where it can."""
+    if device is None or device.type != "cuda" or torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+        return ""
+    return (
+        "CUDA graphs need PyTorch's own memory allocator, and ComfyUI has chosen cudaMallocAsync. Start ComfyUI with "
+        "--disable-cuda-malloc"
+    )
+
+
+@contextmanager
+def limits(
+    graphs: int, device: torch.device | None = None, *, freeze: bool = False, folder: Path | None = None
+) -> Iterator[None]:
+    """Let each function have `graphs` graphs, make one more an error, and keep inductor's files in `folder`."""
+    import torch._dynamo
+    import torch._inductor.config
+    from torch.fx.experimental import _config
+
+    shapes: Any = _config
+
+    wanted = {
+        _first(torch._dynamo.config, "recompile_limit", "cache_size_limit"): graphs,
+        _first(torch._dynamo.config, "accumulated_recompile_limit", "accumulated_cache_size_limit"): 1 << 20,
+        _first(torch._dynamo.config, "fail_on_recompile_limit_hit", "fail_on_cache_limit_hit"): True,
+        "suppress_errors": False,
+    }
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch({name: value for name, value in wanted.items() if name}))
+        if hasattr(shapes, "use_duck_shape"):
+            # A height that equals the width by chance is no rule: without this a square picture has graphs of its own.
+            stack.enter_context(shapes.patch(use_duck_shape=False))
+        if freeze:
+            stack.enter_context(torch._inductor.config.patch(freezing=True))
+        tested = getattr(torch._inductor.config.cpp, "vec_isa_ok", True)
+        if device is not None and device.type == "cpu" and tested is None and known_to_work():
+            stack.enter_context(torch._inductor.config.patch({"cpp.vec_isa_ok": True}))
+        if folder is not None:
+            stack.enter_context(_variable(CACHE_VARIABLE, str(folder)))
+            if device is not None and device.type == "cuda":
+                # Inductor would choose a folder for Triton's programs once, and keep it whatever becomes of its own.
+                stack.enter_context(_variable(TRITON_VARIABLE, str(folder / "triton")))
+        yield
+
+
+@contextmanager
+def without_gradients(module: torch.nn.Module) -> Iterator[None]:
+    """Switch `requires_grad` off for a while.
+
+    A weight that ComfyUI patches a LoRA into has it off and the others have it on; as graphs differ by it, each mix of
+    the two would be compiled anew.
+    """
+    changed = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            with torch.inference_mode(parameter.is_inference()):
+                parameter.requires_grad_(True)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    if before is not None and not _is_inductors_own(Path(before)):  # the user's choice
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+def _is_inductors_own(folder: Path) -> bool:
+    """Inductor sets the variables itself once it has looked at them."""
+    try:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    except ImportError:  # an older PyTorch
+        return False
+    return folder.is_relative_to(default_cache_dir())
+
+
+def _first(owner: Any, *names: str) -> str:
+    return next((name for name in names if hasattr(owner, name)), "")
+
+
+def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
+    assert isinstance(function, FunctionType)
+    name = f"{function.__name__}_{number}"
+    code = function.__code__.replace(co_name=name)
+    return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+
+
+def _counted(compiler: Compiler) -> Compiler:
+    def backend(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+        COUNT.graphs += 1
+        return compiler(graph, inputs)
+
+    return backend

@@ -1,0 +1,1 @@
+"""What makes a CPU fast: oneDNN, vector instructions, the allocator."""

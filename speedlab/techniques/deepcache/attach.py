@@ -1,0 +1,178 @@
+"""DeepCache (Ma et al., CVPR 2024): re-use deep UNet features from one step for the next ones.
+
+On full steps ComfyUI's own forward runs, and what reaches one of the outer output blocks from below is kept. On cached
+steps only the outer blocks run. A step is full or cached with all its evaluations: samplers such as Heun and DPM++ SDE
+evaluate twice a step, and an evaluation belongs to the last step whose sigma is at or above its own (at or below, where
+sigmas rise).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...models.unet import require_unet
+from ...patching.cond_identity import with_unique_uuids
+from ...patching.notes import report_cached, report_note, report_ran, warn
+from ...patching.position import Position, StepFinder
+from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
+from .features import Run, chunk_keys
+from .forward import keeping, largest_branch, partial_forward, reusing
+from .schedule import DeepCacheConfig, fallback
+
+__all__ = ["KEY", "DeepCacheConfig", "attach_deepcache"]
+
+KEY = "speedlab.deepcache"
+
+
+def attach_deepcache(model: Any, config: DeepCacheConfig) -> Any:
+    """A clone of MODEL `model` that caches as `config` says; `model` itself where `config` is off.
+
+    A branch that is too deep for the model is replaced by the largest, with a warning. Raises UnavailableError for a
+    model that is no image UNet.
+    """
+    if config.is_off:
+        return model
+    unet = require_unet(model, "DeepCache")
+    deepest = largest_branch(unet)
+    clamped = None
+    if config.branch > deepest:
+        clamped = (
+            f"DeepCache: cache_branch_id {config.branch} is too deep for this model; the largest, {deepest}, is used."
+        )
+        logging.warning("%s", clamped)
+        config = replace(config, branch=deepest)
+    clone = attach(model, KEY, _wrappers(config, clamped))
+    declare(clone, Accelerator("deepcache", _options(config)))
+    return clone
+
+
+def _options(config: DeepCacheConfig) -> Mapping[str, Any]:
+    options: dict[str, Any] = {
+        "cache_interval": config.interval,
+        "cache_branch_id": config.branch,
+        "start_percent": config.start,
+        "end_percent": config.end,
+        "schedule": config.schedule,
+    }
+    if config.schedule == "nonuniform":
+        options |= {"center": config.center, "power": config.power}
+    return options
+
+
+def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wrapper]:
+    """The closures hold the frozen `config` and a text: clones of a model share them, so state lives in the run.
+
+    `clamped` is what the record of each run has to say about a branch that was too deep.
+    """
+
+    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        run = Run(config, StepFinder.of_run(executor.class_obj, *args, **kwargs), clamped=clamped)
+        try:
+            with run_state(executor.class_obj, KEY, run):
+                return executor(*args, **kwargs)
+        finally:
+            run.clear()
+
+    return {
+        Site.OUTER_SAMPLE: outer_sample,
+        Site.SAMPLER_SAMPLE: _sampler_sample,
+        Site.PREDICT_NOISE: _predict_noise,
+        Site.CALC_COND_BATCH: _calc_cond_batch,
+        Site.APPLY_MODEL: _apply_model,
+        Site.DIFFUSION_MODEL: partial_forward(config.branch),
+    }
+
+
+def _sampler_sample(
+    executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around the sampler: its callback counts steps, and at its end the record hears of a run without a cached one."""
+    told = extra_args.get("model_options", {}).get("transformer_options", {})
+    run: Run | None = state_of(told, KEY)
+    heard = callback if run is None else run.finder.listening(callback)
+    result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
+    if run is not None and not run.reused:
+        report_note(told, "DeepCache: no step of this run was cached; all were evaluated in full.")
+        report_ran(told, "deepcache", None)
+    return result
+
+
+def _predict_noise(
+    executor: Any, x: Any, timestep: Any, model_options: dict | None = None, *args: Any, **kwargs: Any
+) -> Any:
+    model_options = {} if model_options is None else model_options
+    run: Run | None = state_of(model_options.get("transformer_options", {}), KEY)
+    if run is None or run.stepped_aside:
+        return executor(x, timestep, model_options, *args, **kwargs)
+    position = run.finder.locate(model_options, timestep)
+    told = model_options.get("transformer_options", {})
+    if position is None:
+        run.stepped_aside = True
+        run.clear()
+        rest = "the rest of this run" if run.reused else "this run"
+        warn(told, f"DeepCache: {run.finder.why_not()}; nothing is cached in {rest}.")
+        return executor(x, timestep, model_options, *args, **kwargs)
+    if not run.warned:
+        run.warned = True
+        _tell(run, position, told)
+    if position.went_back:
+        report_note(told, "DeepCache: this sampler goes back to steps that it had left, and evaluates there in full.")
+    with run.evaluating(position):
+        return executor(x, timestep, model_options, *args, **kwargs)
+
+
+def _tell(run: Run, position: Position, told: Mapping[str, Any]) -> None:
+    """Say what this run does in place of what was asked for: once, at its first evaluation."""
+    config = run.config
+    if run.clamped is not None:  # the log had it when the model was patched
+        report_note(told, run.clamped)
+    if run.finder.is_lost and (config.start > 0.0 or config.end < 1.0):
+        warn(told, run.finder.lost_text("DeepCache", "its window"))
+    uniform = fallback(config, position.steps, position.part)
+    if uniform is not None:
+        warn(told, uniform)
+        report_ran(told, "deepcache", _options(replace(config, schedule="uniform")))
+
+
+def _calc_cond_batch(executor: Any, model: Any, conds: list, *args: Any, **kwargs: Any) -> Any:
+    return executor(model, with_unique_uuids(conds), *args, **kwargs)
+
+
+def _apply_model(
+    executor: Any,
+    x: torch.Tensor,
+    timestep: Any,
+    c_concat: Any = None,
+    c_crossattn: Any = None,
+    control: Any = None,
+    transformer_options: dict | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Decides, around the model that may be compiled, what its forward does: all of it, or the outer blocks."""
+    options = {} if transformer_options is None else transformer_options
+    inputs = (x, timestep, c_concat, c_crossattn, control, options)
+    run: Run | None = state_of(options, KEY)
+    evaluation = None if run is None else run.current
+    if run is None or evaluation is None or evaluation.source is None:
+        return executor(*inputs, **kwargs)
+    keys = chunk_keys(x, options, evaluation)
+    if keys is None:
+        return executor(*inputs, **kwargs)
+    if evaluation.step != evaluation.source:
+        features = run.recall(keys, evaluation)
+        if features is not None:
+            report_cached(options)
+            run.reused = True
+            with reusing(options, features):
+                return executor(*inputs, **kwargs)
+    with keeping(options) as kept:
+        result = executor(*inputs, **kwargs)
+    # More than one forward, or one of other rows: another node evaluates in a way of its own, with parts unnamed here.
+    if len(kept) == 1 and kept[0].shape[0] == x.shape[0]:
+        run.store(keys, evaluation, kept[0])
+    return result

@@ -1,0 +1,1 @@
+"""Classifier-free guidance: leaving out uncond where it changes little."""

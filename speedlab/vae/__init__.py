@@ -1,0 +1,1 @@
+"""Decoding: precision, tiles, TAESD, compiled decoders."""

@@ -1,0 +1,191 @@
+"""Decode with a VAE in the way asked for, and where memory runs out in smaller and smaller pieces.
+
+Core's own decode does the same behind the caller's back, with tiles of one size; here every retry is told, and the
+pieces shrink until they fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..common.core import is_finite, is_out_of_memory, out_of_memory_advice, progress_bar, release_unused_memory
+from ..common.errors import SpeedLabError
+from .tiles import Grid, blend, grid
+from .variants import placement_of
+
+SMALLEST_TILE = 64
+_PIXELS_PER_LATENT = 8
+
+
+@dataclass(frozen=True)
+class Way:
+    """Pictures one at a time or as many as fit; whole, or in tiles of `tile_size` pixels."""
+
+    slicing: bool
+    tile_size: int
+    overlap: int
+
+    def __str__(self) -> str:
+        if self.tile_size:
+            return f"in tiles of {self.tile_size} pixels"
+        return "one picture at a time" if self.slicing else "whole"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures [B, H, W, 3], whether the decoder stayed finite, the way that fitted, and what did not."""
+
+    images: Any
+    finite: bool
+    way: Way
+    retries: tuple[str, ...] = ()
+
+
+def decode_fitting(vae: Any, samples: Any, way: Way, report: Callable[[str], str]) -> Result:
+    """Decode latents [B, C, h, w]; out of memory, decode again in smaller pieces. Each retry goes through `report`.
+
+    Raises SpeedLabError when the smallest tiles do not fit either.
+    """
+    retries: list[str] = []
+    while True:
+        problem = None
+        try:
+            images, finite = _decode(vae, samples, way)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # Its traceback keeps every tensor of the attempt alive, so nothing is retried before it is gone.
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if problem is None:
+            return Result(images, finite, way, tuple(retries))
+        release_unused_memory()
+        smaller = smaller_way(way, samples, pixels_per_latent(vae))
+        if smaller is None:
+            raise SpeedLabError(f"VAE Decode ran out of memory even {way} ({problem}). {out_of_memory_advice()}")
+        retries.append(report(f"Decoding {way} ran out of memory; decoding again {smaller}."))
+        way = smaller
+
+
+def smaller_way(way: Way, samples: Any, scale: int = _PIXELS_PER_LATENT) -> Way | None:
+    """The next smaller way for latents [B, C, h, w], or None when the tiles are as small as they may be."""
+    if not is_picture(samples):
+        return None
+    if samples.shape[0] > 1 and not way.slicing and not way.tile_size:
+        return replace(way, slicing=True)
+    largest = max(samples.shape[-2:]) * scale
+    present = min(way.tile_size or largest, largest)
+    tile = max(present // 2 // SMALLEST_TILE * SMALLEST_TILE, SMALLEST_TILE)
+    return replace(way, tile_size=tile) if tile < present else None
+
+
+def is_picture(samples: Any) -> bool:
+    """Whether latents are of still pictures; video and sound have decoders of their own shape."""
+    return bool(samples.ndim == 4)
+
+
+def pixels_per_latent(vae: Any) -> int:
+    """Pixels to each side that one latent pixel becomes."""
+    factor = getattr(vae, "spacial_compression_decode", None)
+    return int(factor()) if factor is not None else _PIXELS_PER_LATENT
+
+
+def _decode(vae: Any, samples: Any, way: Way) -> tuple[Any, bool]:
+    if not is_picture(samples) or getattr(vae, "latent_dim", 2) != 2 or getattr(vae, "extra_1d_channel", None):
+        return _decode_by_core(vae, samples, way)
+    if way.tile_size:
+        tiles = grid(samples.shape[-2], samples.shape[-1], way.tile_size, way.overlap, pixels_per_latent(vae))
+        if tiles.count > 1:
+            return _tiled(vae, samples, tiles)
+    return _whole(vae, samples, one_at_a_time=way.slicing or way.tile_size > 0)
+
+
+def _decode_by_core(vae: Any, samples: Any, way: Way) -> tuple[Any, bool]:
+    """Video, audio and whatever else core decodes; frames have a dimension of their own there and are a batch here."""
+    import torch
+
+    parts = samples.split(1) if way.slicing else (samples,)
+    if way.tile_size:
+        scale = pixels_per_latent(vae)
+        overlap = min(way.overlap, way.tile_size // 4)
+        size = {"tile_x": way.tile_size // scale, "tile_y": way.tile_size // scale, "overlap": overlap // scale}
+        images = torch.cat([vae.decode_tiled(part, **size) for part in parts])
+    else:
+        images = torch.cat([vae.decode(part) for part in parts])
+    images = images.reshape(-1, *images.shape[-3:]) if images.ndim == 5 else images
+    return images, is_finite(images)
+
+
+def _whole(vae: Any, samples: Any, one_at_a_time: bool) -> tuple[Any, bool]:
+    import comfy.model_management as mm
+    import torch
+
+    count = samples.shape[0]
+    first = samples[:1] if one_at_a_time else samples
+    needed = vae.memory_used_decode(first.shape, vae.vae_dtype)
+    decoder = _Decoder(vae, needed)
+    # As core does: as many pictures at once as the free memory is estimated to hold.
+    at_once = 1 if one_at_a_time else max(1, int(mm.get_free_memory(vae.device) / needed))
+    progress = progress_bar(-(-count // at_once))
+    images = None
+    for start in range(0, count, at_once):
+        part = decoder(samples[start : start + at_once])
+        if images is None:
+            images = torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=part.device)
+        images[start : start + at_once] = part
+        progress.update(1)
+    assert images is not None
+    return images.movedim(1, -1), decoder.finite
+
+
+def _tiled(vae: Any, samples: Any, tiles: Grid) -> tuple[Any, bool]:
+    import torch
+
+    decoder = _Decoder(vae, vae.memory_used_decode((1, samples.shape[1], *tiles.tile), vae.vae_dtype))
+    progress = progress_bar(samples.shape[0] * tiles.count)
+    images = None
+    for index in range(samples.shape[0]):
+        picture = blend(samples[index : index + 1], tiles, decoder, lambda: progress.update(1))
+        if samples.shape[0] == 1:
+            images = picture
+            break
+        if images is None:
+            images = torch.empty((samples.shape[0], *picture.shape[1:]), dtype=picture.dtype, device=picture.device)
+        images[index] = picture[0]
+    assert images is not None
+    return images.movedim(1, -1), decoder.finite
+
+
+class _Decoder:
+    """Latents [b, C, h, w] to pixels [b, 3, H, W] in 0..1 on the output device, as core's decode makes them.
+
+    `finite` turns False with the first NaN or Inf, looked for before clamping hides an Inf. Cancels between calls.
+    """
+
+    def __init__(self, vae: Any, memory_needed: float) -> None:
+        import comfy.model_management as mm
+        import torch
+
+        self._vae = vae
+        self._output_dtype = vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
+        self.finite = True
+        mm.load_models_gpu(
+            [vae.patcher], memory_required=memory_needed, force_full_load=getattr(vae, "disable_offload", False)
+        )
+
+    def __call__(self, samples: Any) -> Any:
+        import comfy.model_management as mm
+
+        mm.throw_exception_if_processing_interrupted()
+        vae = self._vae
+        try:
+            raw = vae.first_stage_model.decode(samples.to(vae.vae_dtype).to(vae.device))
+        finally:
+            if (placement := placement_of(vae)) is not None:
+                placement.settle()
+        # A copy: the output is scaled in place, and there are decoders that hand back what they were given.
+        pixels = raw.to(device=vae.output_device, dtype=self._output_dtype, copy=True)
+        del raw
+        self.finite = self.finite and is_finite(pixels)
+        return vae.process_output(pixels)

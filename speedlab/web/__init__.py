@@ -1,0 +1,1 @@
+"""Routes, the live feed and the run library: what a browser sees."""

@@ -1,0 +1,1 @@
+"""What a shell runs. It imports `speedlab`; nothing in there imports it."""

@@ -1,0 +1,1 @@
+"""Running scenarios on a server and keeping their rows."""

@@ -1,0 +1,154 @@
+"""Which model files a command uses: the user's own, a name on a server, or demo models written on first use."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..client.client import ComfyClient
+from ..client.errors import BenchError
+from ..client.files import (
+    check_model_file,
+    demo_checkpoint,
+    demo_controlnet,
+    demo_lora,
+    demo_tiny_vae,
+    demo_vae,
+    has_tiny_vae,
+    looks_like_path,
+)
+from ..client.session import model_folders
+from ..scenarios.scenario import Scenario
+
+NOISE = (
+    "The checkpoint is a demo with random weights: the picture is noise, the times are real. "
+    "Give your own with --checkpoint FILE."
+)
+
+
+# Options that name a model beside the checkpoint, and the folder below `models/` that holds such files.
+OTHER_MODELS = {"vae": "vae", "controlnet": "controlnet", "refiner": "checkpoints", "lora": "loras", "lora_2": "loras"}
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The names that the graph uses (checkpoints by scenario id, others by kind), and the files that a started server
+    must be shown.
+    """
+
+    checkpoints: dict[str, str]
+    others: dict[str, str]
+    files: dict[str, list[Path]]
+    notes: tuple[str, ...] = ()
+
+
+def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> ModelChoice:
+    """Check the model options, and write demo models where a server is started without a checkpoint."""
+    files: dict[str, list[Path]] = {}
+    notes: list[str] = []
+    named: dict[str, str | None] = {}
+    for option, folder in (("checkpoint", "checkpoints"), *OTHER_MODELS.items()):
+        value, flag = getattr(args, option, None), f"--{option.replace('_', '-')}"
+        if value is None or not looks_like_path(value):
+            named[option] = value
+        elif args.server:
+            raise BenchError(f"{flag} {value}: with --server it is a name that the server knows, not a file")
+        else:
+            path = check_model_file(value, flag)
+            files.setdefault(folder, []).append(path)
+            named[option] = path.name
+    checkpoints = {entry.id: named["checkpoint"] for entry in scenarios if named["checkpoint"] is not None}
+    if named["checkpoint"] is None and not args.server:
+        for entry in scenarios:
+            path = demo_checkpoint(entry.family)
+            checkpoints[entry.id] = path.name
+            if path not in files.setdefault("checkpoints", []):
+                files["checkpoints"].append(path)
+        notes.append(NOISE)
+    if not args.server:
+        files["vae_approx"], more = tiny_vae_files(scenarios)
+        notes += more
+        if named["controlnet"] is None and any(entry.file("controlnet") for entry in scenarios):
+            path = demo_controlnet()
+            files["controlnet"], named["controlnet"] = [path], path.name
+            notes.append(f"No ControlNet given with --controlnet: using random weights ({path.name}).")
+        if named["refiner"] is None and any(entry.file("refiner") for entry in scenarios):
+            path = demo_checkpoint("refiner")
+            files.setdefault("checkpoints", []).append(path)
+            named["refiner"] = path.name
+            notes.append(f"No refiner given with --refiner: using random weights ({path.name}).")
+        for entry in scenarios:
+            for kind in ("lora", "lora_2"):
+                if entry.file(kind) is not None and named[kind] is None:
+                    path = demo_lora(entry.family, kind)
+                    files.setdefault("loras", []).append(path)
+                    named[kind] = path.name
+                    notes.append(f"No LoRA given with --{kind.replace('_', '-')}: using random weights ({path.name}).")
+        if named["vae"] is None:
+            files["vae"], more = vae_files(scenarios)
+            notes += more
+    _refuse_equal_names(files)
+    known = {key: name for key, name in checkpoints.items() if name}
+    others = {kind: name for kind in OTHER_MODELS if (name := named[kind])}
+    return ModelChoice(known, others, files, tuple(notes))
+
+
+def _refuse_equal_names(files: Mapping[str, Sequence[Path]]) -> None:
+    """ComfyUI knows a file by its name, so of two with one name in a folder it would load one twice."""
+    for folder, paths in files.items():
+        seen: dict[str, Path] = {}
+        for path in paths:
+            other = seen.setdefault(path.name.lower(), path)
+            if other.resolve() != path.resolve():
+                raise BenchError(
+                    f"{other} and {path} have the same name, and ComfyUI would see one of them in models/{folder}. "
+                    "Rename one, or link it under another name."
+                )
+
+
+def tiny_vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]]:
+    """Random Tiny VAEs for the scenarios that need one where the models folders have none, and what to say of it."""
+    files: list[Path] = []
+    for family in sorted({entry.family for entry in scenarios if entry.plan.decoder == "tiny"}):
+        if not has_tiny_vae(family, model_folders()):
+            files += demo_tiny_vae(family)
+    names = ", ".join(path.name for path in files if "decoder" in path.name)
+    return files, [
+        f"No Tiny VAE in models/vae_approx: using random weights ({names}); its picture is noise."
+    ] if files else []
+
+
+def vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]]:
+    """Random VAEs for the scenarios that name one which the models folders lack, and what to say of it."""
+    wanted = {entry.default for scenario in scenarios if (entry := scenario.file("vae")) is not None}
+    missing = sorted(n for n in wanted if not any((folder / "vae" / n).is_file() for folder in model_folders()))
+    return [demo_vae(name) for name in missing], [
+        f"No {name} in models/vae: using random weights; its picture is noise. Give your own with --vae FILE."
+        for name in missing
+    ]
+
+
+async def server_checkpoint(client: ComfyClient, scenario: Scenario) -> str:
+    """The checkpoint of a running server where none was named: the scenario's own, else its demo, else an error."""
+    return await _on_server(client, scenario, "checkpoint", lambda name: not name.endswith("refiner.safetensors"))
+
+
+async def server_refiner(client: ComfyClient, scenario: Scenario) -> str:
+    """The refiner of a running server where none was named: the scenario's own, else a demo one, else an error."""
+    return await _on_server(client, scenario, "refiner", lambda name: name.endswith("refiner.safetensors"))
+
+
+async def _on_server(client: ComfyClient, scenario: Scenario, kind: str, is_demo: Callable[[str], bool]) -> str:
+    info = await client.object_info("SpeedLabCheckpointLoader")
+    if not info:
+        raise BenchError(f"the server at {client.url} has no SpeedLab nodes: install the pack there and restart it")
+    spec = info["SpeedLabCheckpointLoader"]["input"]["required"]["ckpt_name"]
+    names = spec[0] if isinstance(spec[0], list) else spec[1].get("options", [])
+    wanted = scenario.file(kind)
+    demos = [name for name in names if name.startswith("speedlab_demo_") and is_demo(name)]
+    for name in ([wanted.default] if wanted else []) + demos:
+        if name in names:
+            return str(name)
+    raise BenchError(f"name a {kind} with --{kind}; the server has: {', '.join(names) or 'none'}")

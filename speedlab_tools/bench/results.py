@@ -1,0 +1,76 @@
+"""What a finished run left: rows, pictures and file names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from speedlab.common.errors import ResultsError
+from speedlab.measure.record import csv_row, from_json
+from speedlab.measure.store import RunStore
+
+from ..client.client import ComfyClient, ImageRef, RunResult
+from ..client.errors import BenchError
+from ..client.files import save_picture
+
+REPORT = "SpeedLabProfileReport"
+SWEEP = "SpeedLabBenchmark"
+SAVE = "SaveImage"
+RUNS = "speedlab/runs"
+
+
+@dataclass
+class Outcome:
+    """What one scenario left: rows as in results.csv, pictures, record files, and what went wrong."""
+
+    name: str
+    rows: list[dict[str, str]] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)
+    records: list[Path] = field(default_factory=list)
+    table: Path | None = None
+    error: str | None = None
+    recalled: int = 0
+
+
+def report_ids(result: RunResult) -> list[str]:
+    """The run ids that the Profile Reports and Benchmarks of a run wrote, in node order."""
+    reports = [node for node in result.outputs if result.graph.get(node, {}).get("class_type") in (REPORT, SWEEP)]
+    return [str(entry["run_id"]) for node in reports for entry in result.outputs[node].get("speedlab", [])]
+
+
+async def fetch_records(client: ComfyClient, result: RunResult, out: Path, outcome: Outcome) -> None:
+    """Add the rows of a run. Records of a server that writes elsewhere are copied into `out`.
+
+    A cell of a sweep may fail: that is its row. The run itself has failed only where no row is sound.
+    """
+    store = RunStore(out)
+    failures: list[str] = []
+    run_ids = report_ids(result)
+    for run_id in run_ids:
+        try:
+            record = from_json((await client.view(ImageRef(f"{run_id}.json", RUNS, "output"))).decode())
+        except ResultsError as error:
+            raise BenchError(f"the server's record of run {run_id} is {error}") from error
+        path = store.json_path(record.run_id)
+        if not path.is_file():
+            store.keep(record)
+        outcome.rows.append(csv_row(record))
+        outcome.records.append(path)
+        outcome.table = store.csv_path
+        if record.status != "ok":
+            failures.append(record.error or record.status)
+    if not run_ids:
+        outcome.error = "the server reports no run: is that a ComfyUI with SpeedLab's nodes?"
+    elif len(failures) == len(run_ids):
+        outcome.error = failures[0]
+
+
+def shown_pictures(result: RunResult) -> list[ImageRef]:
+    """What Benchmark, Profile Report, or else Save Image, saved."""
+    sheets = [image for image in result.images(SWEEP) if image.type == "output"]
+    return sheets or result.images(REPORT) or result.images(SAVE)
+
+
+async def fetch_pictures(client: ComfyClient, result: RunResult, folder: Path, name: str) -> list[Path]:
+    """Fetch what a run saved, as `<name>.png`, `<name>-1.png` ..."""
+    return [save_picture(folder, name, await client.view(image)) for image in shown_pictures(result)]

@@ -1,0 +1,220 @@
+"""The command line of `run.py`: choose or make the host, then run the command on it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from speedlab.common.errors import SpeedLabError
+
+from ..gpu import command as gpu
+from ..host.base import CALLED_FROM, COMFYUI_VARIABLE, cache_root, child_environment, pack_locations, pack_root
+from ..host.managed import ManagedHost
+from ..host.progress import Reporter
+from ..host.resolve import choose, resolve
+from . import nsys
+from .commands import CHECKS, INTERRUPTED, PYTEST, run_checks, run_child
+from .serve import parser as serve_parser
+from .serve import serve
+
+# Commands of `speedlab_tools`, which reads their arguments.
+BENCH_COMMANDS = {
+    "demo": "stock KSampler and the best plan, side by side, with a picture and both table rows",
+    "bench": "run scenarios on a real server and measure them: bench SCENARIO... [--checkpoint FILE]",
+    "scenarios": "list the scenarios, what each needs and whether that is there",
+    "compare": "two results tables: ratio of times with a confidence interval, regressions named",
+}
+OWN_COMMANDS = {
+    "test": "run the tests; --all: those of OneDiff too (3 GB more); other arguments go to pytest",
+    "check": "ruff, ruff format and mypy; name some of them, --fix mends",
+    "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
+    "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
+    "stress": "broken input, faults and a soak, counted: stress [--inputs N] [--faults N] [--soak N]",
+    "fleet": "prompts or cells over many ComfyUI workers on a Ray cluster: fleet SCENARIO --prompts FILE --out DIR",
+    "gpu": "measure everything on an NVIDIA card with full-size random models; --pack for machines without network",
+    "setup": "only set up what the other commands need",
+}
+
+
+_ONEDIFF = "tests/onediff"
+# Two processes, each with whole files: what shares a server or a model stays together. More would not fit 24 GB.
+_WHOLE = ("-n", "2", "--dist", "loadfile", "--durations=60")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command line taken apart. `arguments` are the command's own, untouched."""
+
+    command: str
+    arguments: tuple[str, ...]
+    comfyui: str | None = None
+    install: bool = False
+    managed: bool = False
+    help: bool = False
+
+
+class UsageError(SpeedLabError):
+    """The command line makes no sense; the message says what does."""
+
+
+def take_apart(argv: Sequence[str]) -> Call:
+    """Split a command line. The common options may stand anywhere before a `--`. Raises UsageError."""
+    rest: list[str] = []
+    comfyui: str | None = None
+    given: set[str] = set()
+    waiting = list(argv)
+    while waiting:
+        argument = waiting.pop(0)
+        if argument == "--":
+            rest += [argument, *waiting]
+            break
+        if argument == "--comfyui":
+            if not waiting:
+                raise UsageError("--comfyui takes the folder of a ComfyUI.")
+            comfyui = waiting.pop(0)
+        elif argument.startswith("--comfyui="):
+            comfyui = argument.partition("=")[2]
+        elif argument in ("--install", "--managed") or (argument in ("-h", "--help") and not rest):
+            given.add(argument)
+        else:
+            rest.append(argument)
+    if comfyui is not None and "--managed" in given:
+        raise UsageError("--comfyui and --managed exclude each other.")
+    command = rest[0] if rest else ""
+    if command and command not in BENCH_COMMANDS and command not in OWN_COMMANDS:
+        known = ", ".join([*BENCH_COMMANDS, *OWN_COMMANDS])
+        raise UsageError(f"run.py has no command {command!r}. It has {known}.")
+    return Call(
+        command=command,
+        arguments=tuple(rest[1:]),
+        comfyui=comfyui,
+        install="--install" in given,
+        managed="--managed" in given,
+        help=bool(given & {"-h", "--help"}) or not command,
+    )
+
+
+def usage() -> str:
+    """The help text."""
+    lines = ["usage: python run.py [--comfyui PATH | --managed] [--install] COMMAND ...", ""]
+    for name, text in {**BENCH_COMMANDS, **OWN_COMMANDS}.items():
+        lines.append(f"  {name:<10} {text}")
+    lines += [
+        "",
+        f"  --comfyui PATH  use that ComfyUI ({COMFYUI_VARIABLE} does the same) with this Python; nothing is installed",
+        "  --install       let pip install what that Python lacks",
+        "  --managed       use this pack's own ComfyUI even where another would be found",
+        "",
+        "Without any of them: the ComfyUI whose custom_nodes holds this pack, else one that the first call sets up in",
+        f"{cache_root()} (about 6 GB; SPEEDLAB_CACHE moves it). A set-up that was interrupted goes on.",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line. Returns the exit code: the command's own, 1 for an error, 2 for misuse, 130 for Ctrl-C."""
+    reporter = Reporter()
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    try:
+        call = take_apart(sys.argv[1:] if argv is None else argv)
+        return _run(call, reporter)
+    except UsageError as error:
+        _complain(str(error))
+        return 2
+    except SpeedLabError as error:
+        _complain(str(error))
+        return 1
+    except KeyboardInterrupt:
+        _complain("Interrupted. The same command goes on where this one stopped.")
+        return INTERRUPTED
+
+
+def _run(call: Call, reporter: Reporter) -> int:
+    if call.help or _help_without_host(call):
+        reporter.line(usage())
+        return 0
+    if call.command == "serve" and set(call.arguments) & {"-h", "--help"}:
+        serve_parser().print_help()
+        return 0
+    if call.command == "gpu":
+        return gpu.run(call.arguments, call.comfyui, call.install, call.managed, reporter)
+    if call.command == "nsys":
+        if set(call.arguments) & {"-h", "--help"}:
+            nsys.parser().print_help()
+            return 0
+        nsys.find_nsys()
+        nsys.take_apart(call.arguments)
+    checks = _check_options(call.arguments) if call.command == "check" else None
+    want_dev = call.command in ("test", "check")
+    host = resolve(call.comfyui, want_dev, install=call.install, managed=call.managed, reporter=reporter)
+    if call.command == "setup":
+        reporter.line(f"Ready: ComfyUI in {host.comfyui}, Python {host.python} ({host.origin}).")
+        return 0
+    if call.command == "serve":
+        return serve(host, call.arguments, reporter)
+    env = child_environment(host)
+    root = pack_root()
+    if checks is not None:
+        codes = run_checks(checks.checks, fix=checks.fix, python=host.python, cwd=root, env=env)
+        failed = [name for name, code in codes.items() if code]
+        reporter.line(f"check: {', '.join(failed)} failed" if failed else f"check: {', '.join(codes)} passed")
+        return 1 if failed else 0
+    if call.command == "nsys":
+        return nsys.run(host, call.arguments, env, reporter)
+    if call.command == "test":
+        arguments = pytest_arguments(call.arguments)
+        if set(call.arguments) <= {"--all"}:
+            report = cache_root() / "test-results.xml"
+            reporter.line(
+                "About 2,700 tests against the real ComfyUI, by two processes: 30 to 60 minutes on two cores. "
+                f"Times and results go to {report}."
+            )
+            arguments += [*_WHOLE, f"--junitxml={report}"]
+            env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), **env}
+        return run_child([str(host.python), "-c", PYTEST, *arguments], cwd=root, env=env)
+    module = (f"speedlab_tools.{call.command}",) if call.command in OWN_COMMANDS else ("speedlab_tools", call.command)
+    command = [str(host.python), "-m", *module, *call.arguments]
+    # Python finds the pack from its root, but file names on the command line are relative to where the user stands.
+    return run_child(command, cwd=root, env={**env, CALLED_FROM: str(Path.cwd())})
+
+
+def _help_without_host(call: Call) -> bool:
+    """Whether help of a command is asked for that only a host could give, and there is none yet: never worth 6 GB."""
+    if call.command in ("serve", "nsys", "gpu") or not set(call.arguments) & {"-h", "--help"}:
+        return False
+    if not call.managed and choose(call.comfyui, os.environ, pack_locations()) is not None:
+        return False
+    return bool(ManagedHost(cache_root()).missing())
+
+
+def pytest_arguments(arguments: Sequence[str]) -> list[str]:
+    """pytest's arguments. OneDiff's tests fetch 3 GB of their own, so they run only where asked for."""
+    rest = [argument for argument in arguments if argument != "--all"]
+    asked = len(rest) < len(arguments) or any(_ONEDIFF in argument.replace(os.sep, "/") for argument in rest)
+    return rest if asked else [*rest, f"--ignore={_ONEDIFF}"]
+
+
+def _check_options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run.py check")
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"some of {', '.join(CHECKS)} (default: all)")
+    parser.add_argument("--fix", action="store_true", help="let ruff mend what it can, and format")
+    options = parser.parse_args(list(arguments))
+    unknown = [name for name in options.checks if name not in CHECKS]
+    if unknown:
+        raise UsageError(f"check has no {', '.join(unknown)}. It has {', '.join(CHECKS)}.")
+    return options
+
+
+def _raise_interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _complain(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(f"run.py: {text}\n")

@@ -1,0 +1,197 @@
+"""Files of a command: checking a checkpoint before a server starts, linking it, demo models, the output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from speedlab.common.errors import first_line
+
+from ..host.base import cache_root
+from .errors import BenchError
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
+MAX_HEADER = 100_000_000
+# Smallest layout of each family, so that a demo checkpoint is written in seconds.
+DEMO_FAMILIES = {"sd15": "sd15", "sdxl": "vega", "refiner": "sdxl_refiner"}
+
+
+def users_path(value: str | Path, option: str) -> Path:
+    """A path as a user wrote it, with `~` for a home folder. Raises BenchError where that user is not known."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise BenchError(f"{option}: {value} names no home folder: {first_line(error)}") from error
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file lies there, as far as this user may know; no name is an error."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def looks_like_path(value: str) -> bool:
+    """Whether a --checkpoint or --vae value means a file of this machine rather than a name the server knows."""
+    return value.startswith((".", "~")) or Path(value).is_absolute() or is_file(Path(value))
+
+
+def check_model_file(value: str | Path, option: str = "--checkpoint") -> Path:
+    """The absolute path of a model file that is whole, as far as its header tells; BenchError otherwise."""
+    path = users_path(value, option)
+    try:
+        if not path.exists():
+            raise BenchError(f"{option}: there is no file {path}")
+        if path.is_dir():
+            raise BenchError(f"{option}: {path} is a folder; name the model file in it")
+        if path.suffix.lower() not in MODEL_SUFFIXES:
+            raise BenchError(f"{option}: {path.name} is no model file: known endings are {', '.join(MODEL_SUFFIXES)}")
+        if path.suffix.lower() in (".safetensors", ".sft"):
+            _check_safetensors(path, option)
+        elif path.stat().st_size < 1024:
+            raise BenchError(f"{option}: {path} has only {path.stat().st_size} bytes: it is cut off or a placeholder")
+        elif _is_cut_zip(path):
+            raise BenchError(f"{option}: {path} is cut off: its archive has no end; copy or download it again")
+    except OSError as error:
+        raise BenchError(f"{option}: {path} cannot be read: {error.strerror or error}") from error
+    # Not where a link leads to: downloaders keep files under names without an ending, and link to them.
+    return path.parent.resolve() / path.name
+
+
+def _is_cut_zip(path: Path) -> bool:
+    """Whether a pickled checkpoint begins as the archive that torch writes but has lost that archive's end."""
+    with path.open("rb") as file:
+        begins = file.read(2) == b"PK"
+    return begins and not zipfile.is_zipfile(path)
+
+
+def _check_safetensors(path: Path, option: str) -> None:
+    """The sizes that a safetensors header promises against the file's own."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > min(MAX_HEADER, size - 8):
+            hint = " (it looks like a web page or a Git LFS pointer)" if start.lstrip()[:1] in (b"<", b"v") else ""
+            raise BenchError(f"{option}: {path} is cut off or no safetensors file: its header is not whole{hint}")
+        try:
+            header = json.loads(file.read(length))
+            ends = [_end_of(entry) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise BenchError(f"{option}: {path} is no safetensors file: its header is unreadable") from error
+    if not ends:
+        raise BenchError(f"{option}: {path} holds no weights")
+    whole = 8 + length + max(ends)
+    if size != whole:
+        what = f"has {size} bytes instead of {whole}"
+        raise BenchError(f"{option}: {path} is cut off or damaged: it {what}; copy or download it again")
+
+
+def _end_of(entry: Any) -> int:
+    """Where a tensor ends, counted from the end of the header. Raises TypeError, LookupError, ValueError."""
+    start, end = entry["data_offsets"]
+    if type(start) is not int or type(end) is not int or not 0 <= start <= end:
+        raise ValueError("offsets are whole numbers in order")
+    return end
+
+
+def link_model(source: Path, folder: Path) -> str:
+    """Make a model file appear in `folder` by link, hard link or copy, whichever works first; returns its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / source.name
+    if target.exists() or target.is_symlink():
+        target.unlink()
+    for make in (target.symlink_to, target.hardlink_to):
+        with contextlib.suppress(OSError, NotImplementedError):
+            make(source.resolve())
+            return target.name
+    shutil.copy2(source, target)
+    return target.name
+
+
+def _synthetic(*arguments: str) -> None:
+    # A process of its own: it needs torch, whose memory this one would keep while the server is measured.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "speedlab_tools.synthetic", *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        raise BenchError(f"writing the demo model failed (exit code {done.returncode}); the reason stands above")
+
+
+def demo_checkpoint(family: str) -> Path:
+    """The demo checkpoint of a scenario's family in the cache; written on first use."""
+    layout = DEMO_FAMILIES[family]
+    path = cache_root() / "demo-models" / "checkpoints" / f"speedlab_demo_{layout}.safetensors"
+    _synthetic("checkpoint", str(path), "--family", layout, "--size", "small")
+    return path
+
+
+def demo_tiny_vae(family: str) -> list[Path]:
+    """A Tiny VAE with random weights for a family, in the cache: encoder and decoder."""
+    name = "taesd" if family == "sd15" else "taesdxl"
+    folder = cache_root() / "demo-models" / "vae_approx"
+    _synthetic("taesd", str(folder), "--name", name)
+    return [folder / f"{name}_{part}.safetensors" for part in ("encoder", "decoder")]
+
+
+def demo_controlnet() -> Path:
+    """A ControlNet with random weights for the SD 1.5 demo checkpoint, in the cache."""
+    path = cache_root() / "demo-models" / "controlnet" / "speedlab_demo_controlnet.safetensors"
+    _synthetic("controlnet", str(path), "--family", DEMO_FAMILIES["sd15"], "--size", "small")
+    return path
+
+
+def demo_lora(family: str, kind: str) -> Path:
+    """A LoRA with random weights for the demo checkpoint of a family, in the cache; `kind` is lora or lora_2."""
+    path = cache_root() / "demo-models" / "loras" / f"speedlab_demo_{DEMO_FAMILIES[family]}_{kind}.safetensors"
+    seed = "1" if kind == "lora" else "2"
+    _synthetic("lora", str(path), "--family", DEMO_FAMILIES[family], "--size", "small", "--seed", seed)
+    return path
+
+
+def demo_vae(name: str) -> Path:
+    """A VAE with random weights that is finite in fp16, in the cache under the name that a scenario asks for."""
+    path = cache_root() / "demo-models" / "vae" / name
+    _synthetic("vae", str(path))
+    return path
+
+
+def has_tiny_vae(family: str, folders: Iterable[Path]) -> bool:
+    """Whether a Tiny VAE decoder that fits the family lies in `vae_approx` of one of the models folders."""
+    stem = "taesd_decoder" if family == "sd15" else "taesdxl_decoder"
+    return any(path.is_file() for folder in folders for path in (folder / "vae_approx").glob(f"{stem}.*"))
+
+
+def prepare_output(folder: Path) -> Path:
+    """Create the output folder and prove that it can be written; BenchError with the path otherwise."""
+    try:
+        folder = users_path(folder, "--out").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"speedlab")
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a link to itself is a RuntimeError
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise BenchError(f"--out: cannot write to {folder}: {reason}. Choose another folder with --out") from error
+    return folder
+
+
+def save_picture(folder: Path, name: str, data: bytes) -> Path:
+    """Write a fetched picture under a name that is not taken; returns its path."""
+    stem, number = Path(name).stem, 0
+    path = folder / f"{stem}.png"
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    path.write_bytes(data)
+    return path

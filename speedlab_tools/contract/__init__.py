@@ -1,0 +1,1 @@
+"""What saved workflows may rely on, and whether a release keeps it."""

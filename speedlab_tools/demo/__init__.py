@@ -1,0 +1,1 @@
+"""Stock nodes and the best plan side by side."""

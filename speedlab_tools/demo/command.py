@@ -1,0 +1,233 @@
+"""`demo`: ComfyUI's own nodes and the best plan side by side, same prompt and seed, timed from outside alike."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from speedlab.common.tables import format_table
+from speedlab.measure.record import RunRecord, csv_row
+from speedlab.measure.store import RunStore
+from speedlab.plans.turns import turned
+
+from ..bench.models import ModelChoice, choose_models, server_checkpoint
+from ..bench.outside import outside_record, sampled, server_env, watch
+from ..bench.results import fetch_pictures
+from ..client.client import ComfyClient, RunResult
+from ..client.errors import BenchError, ServerGone
+from ..client.files import prepare_output
+from ..client.graph import ApiGraph
+from ..client.progress import ProgressLine
+from ..client.session import ServerOptions, Target, open_server
+from ..scenarios.catalog import LIGHTHOUSE, find
+from ..scenarios.overrides import overrides_of
+from ..scenarios.scenario import STOCK, TINY_VAE, Plan, Scenario, best_plan
+from .graphs import DemoSettings, compare_graph, plan_graph, stock_graph
+
+BASE = "txt2img-default"
+WARM_UP_STEPS = 2
+WARM_UP_SIDE = 256  # on a CPU nothing is tuned for a shape, so a small picture warms up as well
+CPU_SIDE = 384  # all rounds together stay under three minutes on two cores
+MOST_ROUNDS = 3
+ROUNDS_SECONDS = 110.0
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """One of the two: its plan, record and picture."""
+
+    plan: Plan
+    record: RunRecord
+    pictures: tuple[Path, ...]
+
+    @property
+    def total_s(self) -> float:
+        """Seconds from text to saved picture."""
+        return float(self.record.phases_ms["total"] or 0.0) / 1000.0
+
+
+def middle(runs: Sequence[DemoRun]) -> DemoRun:
+    """The run with the median time; of an even number the faster of the two in the middle."""
+    return sorted(runs, key=lambda run: run.total_s)[(len(runs) - 1) // 2]
+
+
+def _with_picture(chosen: DemoRun, first: DemoRun) -> DemoRun:
+    artifacts = {"images": [path.name for path in first.pictures]}
+    return DemoRun(chosen.plan, chosen.record.changed(artifacts=artifacts), first.pictures)
+
+
+def demo_scenario() -> Scenario:
+    """What the demo needs, as a scenario: the plain picture, with a Tiny VAE."""
+    return dataclasses.replace(find(BASE), plan=TINY_VAE)
+
+
+def settings_of(args: argparse.Namespace, on_cpu: bool) -> DemoSettings:
+    """The demo's settings with the command line laid over them; a CPU gets a smaller picture."""
+    plain = find(BASE).settings
+    return DemoSettings(
+        text=LIGHTHOUSE.text,
+        negative=LIGHTHOUSE.negative or "",
+        seed=LIGHTHOUSE.seed if args.seed is None else args.seed,
+        width=args.width or (CPU_SIDE if on_cpu else plain.width),
+        height=args.height or (CPU_SIDE if on_cpu else plain.height),
+        steps=args.steps or plain.steps,
+        batch=args.batch or plain.batch,
+        cfg=plain.cfg,
+    )
+
+
+def warm_up_settings(settings: DemoSettings, on_cpu: bool) -> DemoSettings:
+    """Another text and seed, so that no node of the timed run comes from the server's cache; few steps."""
+    steps, seed = min(WARM_UP_STEPS, settings.steps), (settings.seed + 1) % 2**32
+    warm_up = dataclasses.replace(settings, text="warm up", negative="cold", seed=seed, steps=steps)
+    if not on_cpu:
+        return warm_up
+    width, height = min(WARM_UP_SIDE, settings.width), min(WARM_UP_SIDE, settings.height)
+    return dataclasses.replace(warm_up, width=width, height=height)
+
+
+def _graph(settings: DemoSettings, checkpoint: str, plan: Plan) -> ApiGraph:
+    graph = stock_graph(settings, checkpoint) if plan is STOCK else plan_graph(settings, checkpoint, plan)
+    return graph.to_api()
+
+
+async def _queue(client: ComfyClient, graph: ApiGraph, title: str) -> RunResult:
+    line = ProgressLine(title, graph)
+    try:
+        return await client.run(graph, listener=line)
+    finally:
+        line.done()
+
+
+def _request(settings: DemoSettings, plan: Plan, checkpoint: str) -> dict[str, Any]:
+    """What was asked, as the record's `request`."""
+    same = ("steps", "cfg", "width", "height", "batch", "seed", "sampler", "scheduler")
+    return {
+        "scenario": "demo",
+        "plan": plan.name,
+        "checkpoint": {"name": checkpoint},
+        "precision": None,
+        "accelerators": plan.accelerators(),
+        **{name: getattr(settings, name) for name in same},
+    }
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A server with what both runs share."""
+
+    client: ComfyClient
+    pid: int | None
+    env: dict[str, Any]
+    settings: DemoSettings
+    checkpoint: str
+    out: Path
+
+    async def measure(self, plan: Plan, with_picture: bool) -> DemoRun:
+        """Warm up, run once, fetch the picture: it is the same in every round."""
+        on_cpu = self.env["device_type"] == "cpu"
+        warm_up = _graph(warm_up_settings(self.settings, on_cpu), self.checkpoint, plan)
+        async with watch(self.client, self.pid, with_vram=not on_cpu) as tuning:
+            warmed = await _queue(self.client, warm_up, f"{plan.name}: warm-up")
+        async with watch(self.client, self.pid, with_vram=False) as seen:
+            result = await _queue(self.client, _graph(self.settings, self.checkpoint, plan), plan.name)
+        seen.vram = tuning.vram
+        name = "demo_stock" if plan is STOCK else "demo_best"
+        pictures = await fetch_pictures(self.client, result, self.out, name) if with_picture else []
+        record = outside_record(
+            result, request=_request(self.settings, plan, self.checkpoint), env=self.env, memory=seen
+        )
+        # What was timed here takes the sampler's figures over; its own records would stand in the library beside it.
+        try:
+            await self.client.delete_runs([str(sampled(each)["run_id"]) for each in (warmed, result)])
+        except BenchError as error:
+            print(f"The sampler's own records stay: {error}", flush=True)
+        return DemoRun(plan, record, tuple(pictures))
+
+    async def in_turn(self, plans: Sequence[Plan]) -> list[DemoRun]:
+        """Measure the plans in turn, as many rounds as there is time for, and keep the middle run of each.
+
+        Whatever else the machine does then hits all plans alike; of two runs the faster one counts.
+        """
+        rounds: list[list[DemoRun]] = []
+        started = time.monotonic()
+        while len(rounds) < MOST_ROUNDS:
+            measured = {}
+            for plan in turned(plans, len(rounds)):
+                measured[plan.name] = await self.measure(plan, with_picture=not rounds)
+                # The next one must not be measured beside this one's models.
+                await self.client.free()
+            rounds.append([measured[plan.name] for plan in plans])
+            spent_s = time.monotonic() - started
+            if spent_s * (len(rounds) + 1) / len(rounds) > ROUNDS_SECONDS:
+                break
+        print(f"{len(rounds)} round{'s' if len(rounds) > 1 else ''} in turn.", flush=True)
+        if len(rounds) == 1:
+            print("One round shows no spread: the ratio below is of a single run each.", flush=True)
+        return [_with_picture(middle(runs), runs[0]) for runs in zip(*rounds, strict=True)]
+
+    async def compare(self, runs: Sequence[DemoRun]) -> str:
+        """How far the second run's picture is from the first one's, in words."""
+        reference, picture = [await self.client.upload(run.pictures[0]) for run in runs]
+        result = await self.client.run(compare_graph(picture, reference).to_api())
+        return "\n".join(text for shown in result.outputs.values() for text in shown.get("text", []))
+
+
+async def _both(
+    target: Target, args: argparse.Namespace, choice: ModelChoice, out: Path
+) -> tuple[list[DemoRun], str | None]:
+    async with ComfyClient(target.url) as client:
+        env = server_env(await client.system_stats())
+        settings = settings_of(args, env["device_type"] == "cpu")
+        print(
+            f"Sampling {settings.width}x{settings.height}, {settings.steps} steps, both ways in turn, "
+            f"on {env['device']}.",
+            flush=True,
+        )
+        checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())
+        demo = Demo(client, target.pid, env, settings, checkpoint, out)
+        runs = await demo.in_turn((STOCK, best_plan(await client.object_info())))
+        # Two pictures of noise have nothing to compare.
+        return runs, (await demo.compare(runs) if args.checkpoint is not None else None)
+
+
+def report(runs: list[DemoRun], comparison: str | None, out: Path) -> None:
+    """Write both records, print both rows, the ratio and every file."""
+    store = RunStore(out)
+    records = []
+    for run in runs:
+        records.append(store.json_path(store.keep(run.record).run_id))
+    stock, best = runs
+    print("\n" + format_table([csv_row(run.record) for run in runs]))
+    ratio = stock.total_s / best.total_s
+    print(f"\n{best.plan.name}: {ratio:.2f} times as fast as stock, from text to saved picture, model loading apart.")
+    if comparison is not None:
+        print(f"{best.plan.name} against stock: {comparison}")
+    for run, record in zip(runs, records, strict=True):
+        for picture in run.pictures:
+            print(f"picture ({run.plan.name}): {picture}")
+        print(f"record ({run.plan.name}): {record}")
+    print(f"table: {store.csv_path}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. Raises BenchError where anything fails."""
+    overrides_of(args)
+    out = prepare_output(args.out)
+    RunStore(out).check_writable()
+    choice = choose_models(args, [demo_scenario()])
+    for note in choice.notes:
+        print(note)
+    with open_server(ServerOptions(args.server, args.port, out), choice.files) as target:
+        try:
+            runs, comparison = asyncio.run(_both(target, args, choice, out))
+        except ServerGone as error:
+            raise BenchError("\n".join(filter(None, (str(error), target.tail())))) from error
+    report(runs, comparison, out)
+    return 0

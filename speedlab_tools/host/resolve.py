@@ -1,0 +1,118 @@
+"""Which ComfyUI to use: the one asked for, the one this pack lies in, else a managed one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .base import COMFYUI_VARIABLE, Host, HostError, cache_root, is_comfyui, pack_locations, pack_root
+from .interpreter import Lack, lacking, own_interpreter
+from .managed import ManagedHost, ManagedSpec
+from .packages import requirement_lines
+from .pip import quoted
+from .progress import Reporter
+
+
+def resolve(
+    comfyui: str | None = None,
+    want_dev: bool = False,
+    *,
+    install: bool = False,
+    managed: bool = False,
+    env: Mapping[str, str] | None = None,
+    python: Path | None = None,
+    locations: Sequence[Path] | None = None,
+    spec: ManagedSpec | None = None,
+    reporter: Reporter | None = None,
+) -> Host:
+    """The host to use, ready to run.
+
+    In this order: `comfyui` (a path); COMFYUI_PATH; the ComfyUI whose custom_nodes holds this pack; a managed one,
+    which is set up here. The first three run on `python` (default: the running interpreter) and nothing is installed
+    there unless `install` is set; `managed` skips all three. `want_dev` asks for what tests and checks need as well.
+    Raises HostError: not a ComfyUI, packages missing (with the command that installs them), a set-up that failed.
+    """
+    source = os.environ if env is None else env
+    say = Reporter() if reporter is None else reporter
+    chosen = None if managed else choose(comfyui, source, pack_locations() if locations is None else locations)
+    if chosen is None:
+        return ManagedHost(cache_root(source), spec=spec, reporter=say, want_dev=want_dev).ensure()
+    path, origin = chosen
+    host = Host(path, Path(sys.executable) if python is None else python, False, origin)
+    _require_packages(host, want_dev, install, say)
+    return host
+
+
+def choose(comfyui: str | None, env: Mapping[str, str], locations: Sequence[Path]) -> tuple[Path, str] | None:
+    """The user's own ComfyUI and where it was named, None for a managed one. Raises HostError for a wrong path."""
+    for given, origin in ((comfyui, "--comfyui"), (env.get(COMFYUI_VARIABLE), COMFYUI_VARIABLE)):
+        if given is not None and (given.strip() or origin == "--comfyui"):
+            return _checked(given, origin), f"from {origin}"
+    for location in locations:
+        if location.parent.name == "custom_nodes" and is_comfyui(location.parent.parent):
+            return location.parent.parent, "the one whose custom_nodes holds this pack"
+    return None
+
+
+def _checked(given: str, origin: str) -> Path:
+    if not given.strip():
+        raise HostError(f"{origin} is empty; it takes the folder of a ComfyUI, the one with main.py.")
+    path = Path(given).expanduser().absolute()
+    if is_comfyui(path):
+        return path
+    if not path.exists():
+        raise HostError(f"{origin} names {path}, which does not exist.")
+    inner = next((path / name for name in ("ComfyUI", "comfyui") if is_comfyui(path / name)), None)
+    hint = f" Did you mean {inner}?" if inner else ""
+    raise HostError(f"{origin} names {path}, which is no ComfyUI: it has no main.py beside a comfy folder.{hint}")
+
+
+def _require_packages(host: Host, want_dev: bool, install: bool, reporter: Reporter) -> None:
+    lacks = _lacks(host, want_dev)
+    if not lacks:
+        return
+    command = [str(host.python), "-m", "pip", "install", *(lack.requirement for lack in lacks)]
+    if not install:
+        raise HostError(_explain(host, lacks, command))
+    reporter.line(f"Installing {len(lacks)} packages, as --install says: {quoted(command)}")
+    if subprocess.run(command).returncode != 0:
+        raise HostError(f"That command failed; pip says why above: {quoted(command)}")
+    left = _lacks(host, want_dev)
+    if left:
+        raise HostError(f"{host.python} still lacks {', '.join(map(str, left))}. Install them by hand.")
+
+
+def _lacks(host: Host, want_dev: bool) -> list[Lack]:
+    own = [pack_root() / "requirements.txt", *([pack_root() / "requirements-dev.txt"] if want_dev else [])]
+    theirs = host.comfyui / "requirements.txt"
+    # Versions of ComfyUI's own packages are the user's business: a newer frontend, say, is no fault.
+    lines = requirement_lines(theirs.read_text(encoding="utf-8")) if theirs.is_file() else ["torch"]
+    lacks = lacking(host.python, lines, strict=False)
+    for path in own:
+        lacks += lacking(host.python, requirement_lines(path.read_text(encoding="utf-8")), strict=True)
+    return list({lack.requirement: lack for lack in lacks}.values())
+
+
+def _explain(host: Host, lacks: Sequence[Lack], command: Sequence[str]) -> str:
+    text = [
+        f"{host.python} cannot run ComfyUI at {host.comfyui} ({host.origin}): it lacks {', '.join(map(str, lacks))}."
+    ]
+    other = own_interpreter(host.comfyui)
+    if other is not None and not _same(other, host.python):
+        text.append(f"That ComfyUI has an interpreter of its own; with it: {quoted([str(other), *_called()])}")
+    text.append(f"Install them yourself:  {quoted(command)}")
+    text.append("or let this command do it: add --install")
+    text.append("or use a ComfyUI of this pack's own, apart from yours: add --managed")
+    return "\n  ".join(text)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one interpreter. Not resolved: every environment's python links to the same base."""
+    return os.path.normcase(one.absolute()) == os.path.normcase(other.absolute())
+
+
+def _called() -> list[str]:
+    return [str(pack_root() / "run.py"), *sys.argv[1:]]

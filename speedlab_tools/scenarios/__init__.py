@@ -1,0 +1,1 @@
+"""The scenarios: what they run, as graphs and as workflow files."""

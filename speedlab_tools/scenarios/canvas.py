@@ -1,0 +1,297 @@
+"""The drag-in workflow format of ComfyUI's canvas (version 0.4): from a graph to it, and back to a `/prompt` graph.
+
+Where the nodes of a workflow lie: one column a group from left to right, one row a lane.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..client.graph import GROUPS, ApiGraph, Graph, Link, Node, NodeSignature, signature
+
+VERSION = 0.4
+NOTE_TYPE = "MarkdownNote"
+NOTE_WIDTH = 460
+NOTE_GAP = 80
+PACK = "speedlab"
+GROUP_COLOURS = {
+    "Load": "#3f789e",
+    "Prompt": "#8a8a3f",
+    "Sample": "#8a5a3f",
+    "Decode": "#6a3f8a",
+    "Measure": "#3f8a5a",
+}
+UiGraph = dict[str, Any]
+
+
+def _widget_values(node: Node) -> list[Any]:
+    """Values in the order of INPUT_TYPES; a second widget (such as 'control after generate') follows its own."""
+    values: list[Any] = []
+    for entry in node.signature.widgets:
+        value = node.inputs.get(entry.name, entry.default)
+        # A linked widget keeps a value of its own on the canvas, which the link overrides.
+        values.append(entry.default if isinstance(value, Link) else value)
+        if entry.extra is not None:
+            values.append(entry.extra)
+    return values
+
+
+def _input_slots(node: Node, link_ids: Mapping[tuple[int, str], int]) -> list[dict[str, Any]]:
+    slots: list[dict[str, Any]] = []
+    for entry in (*node.signature.sockets, *node.signature.widgets):
+        slot: dict[str, Any] = {"name": entry.name, "type": entry.type, "link": link_ids.get((node.id, entry.name))}
+        if entry.optional and not entry.widget:
+            slot["shape"] = 7  # LiteGraph's hollow circle: an optional socket
+        if entry.widget:
+            slot["widget"] = {"name": entry.name}
+        slots.append(slot)
+    return slots
+
+
+def _slot_index(known: NodeSignature, name: str) -> int:
+    return [entry.name for entry in (*known.sockets, *known.widgets)].index(name)
+
+
+def _ui_node(
+    node: Node, box: Box, order: int, link_ids: Mapping[tuple[int, str], int], links: list[list[Any]]
+) -> dict[str, Any]:
+    outputs = [
+        {
+            "name": name,
+            "type": kind,
+            "slot_index": slot,
+            "links": [link[0] for link in links if link[1] == node.id and link[2] == slot] or None,
+        }
+        for slot, (name, kind) in enumerate(node.signature.outputs)
+    ]
+    return {
+        "id": node.id,
+        "type": node.class_type,
+        "pos": [box.x, box.y],
+        "size": [box.width, box.height],
+        "flags": {},
+        "order": order,
+        "mode": 0,
+        "inputs": _input_slots(node, link_ids),
+        "outputs": outputs,
+        "title": node.title,
+        "properties": {
+            "cnr_id": PACK if node.class_type.startswith("SpeedLab") else "comfy-core",
+            "Node name for S&R": node.class_type,
+        },
+        "widgets_values": _widget_values(node),
+    }
+
+
+def _note(node_id: int, order: int, title: str, text: str, box: Box) -> dict[str, Any]:
+    return {
+        "id": node_id,
+        "type": NOTE_TYPE,
+        "pos": [box.x, box.y],
+        "size": [box.width, box.height],
+        "flags": {},
+        "order": order,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": title,
+        "properties": {},
+        "widgets_values": [text],
+        "color": "#432",
+        "bgcolor": "#653",
+    }
+
+
+def _note_box(text: str) -> Box:
+    # A line holds about 58 characters at the note's width; a line is 22 pixels high.
+    lines = sum(1 + len(line) // 58 for line in text.splitlines())
+    return Box(-NOTE_WIDTH - NOTE_GAP, 0, NOTE_WIDTH, 60 + 22 * lines)
+
+
+def to_ui(graph: Graph, *, name: str, note: str, note_title: str = "Read me", extra: Mapping[str, Any]) -> UiGraph:
+    """The graph as a drag-in workflow with a note left of it.
+
+    `name` fixes the workflow's id, `extra` is kept in the workflow's own `extra` and comes back with every run.
+    """
+    boxes = place(graph)
+    links: list[list[Any]] = []
+    link_ids: dict[tuple[int, str], int] = {}
+    for node in graph.nodes:
+        for input_name, link in node.links().items():
+            number = len(links) + 1
+            slot = _slot_index(node.signature, input_name)
+            links.append([number, link.node, link.slot, node.id, slot, link.type])
+            link_ids[(node.id, input_name)] = number
+    nodes = [_ui_node(node, boxes[node.id], order + 1, link_ids, links) for order, node in enumerate(graph.nodes)]
+    note_id = len(graph.nodes) + 1
+    nodes.append(_note(note_id, 0, note_title, note, _note_box(note)))
+    groups = [
+        {
+            "id": number,
+            "title": title,
+            "bounding": [box.x, box.y, box.width, box.height],
+            "color": GROUP_COLOURS[title],
+            "font_size": 24,
+            "flags": {},
+        }
+        for number, (title, box) in enumerate(frame(graph, boxes).items(), start=1)
+    ]
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"speedlab/workflows/{name}")),
+        "revision": 0,
+        "last_node_id": note_id,
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": groups,
+        "config": {},
+        "extra": {"ds": {"scale": 0.7, "offset": [620, 160]}, **extra},
+        "version": VERSION,
+    }
+
+
+def ui_to_api(ui: UiGraph) -> ApiGraph:
+    """What the canvas would queue for a drag-in workflow, by the committed signatures; notes are left out."""
+    origins = {link[0]: link for link in ui["links"]}
+    api: ApiGraph = {}
+    for node in sorted(ui["nodes"], key=lambda entry: entry["id"]):
+        if node["type"] == NOTE_TYPE:
+            continue
+        known = signature(node["type"])
+        values = iter(node["widgets_values"])
+        inputs: dict[str, Any] = {}
+        linked = {slot["name"]: slot["link"] for slot in node["inputs"] if slot["link"] is not None}
+        for entry in known.inputs:
+            value = next(values) if entry.widget else None
+            if entry.widget and entry.extra is not None:
+                next(values)
+            if entry.name in linked:
+                link = origins[linked[entry.name]]
+                inputs[entry.name] = [str(link[1]), link[2]]
+            elif entry.widget:
+                inputs[entry.name] = value
+        api[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": node["title"]}}
+    return api
+
+
+TITLE_HEIGHT = 30
+SLOT_HEIGHT = 20
+WIDGET_HEIGHT = 24
+TEXT_HEIGHT = 120
+GAP_X = 60
+GAP_Y = 50
+GROUP_PAD = 20
+GROUP_TITLE = 40
+WIDTH = 320
+# Nodes that show more than sockets and widgets: extra (width, height) in pixels.
+EXTRA: Mapping[str, tuple[int, int]] = {
+    "SaveImage": (20, 320),
+    "PreviewImage": (20, 260),
+    "CLIPTextEncode": (60, 0),
+    "SpeedLabTextEncode": (60, 0),
+    "SpeedLabPromptQueue": (160, 60),
+    "SpeedLabProfileReport": (220, 660),
+    "SpeedLabProfileSampler": (60, 270),
+    "SpeedLabBenchmark": (220, 420),
+}
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle on the canvas; (x, y) is its top left corner, without the title bar."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @property
+    def right(self) -> int:
+        """The x right of it."""
+        return self.x + self.width
+
+    @property
+    def bottom(self) -> int:
+        """The y below it."""
+        return self.y + self.height
+
+    def with_title(self) -> Box:
+        """The box with the title bar that is drawn above the body."""
+        return Box(self.x, self.y - TITLE_HEIGHT, self.width, self.height + TITLE_HEIGHT)
+
+    def overlaps(self, other: Box) -> bool:
+        """Whether both share a point inside."""
+        apart_x = self.right <= other.x or other.right <= self.x
+        apart_y = self.bottom <= other.y or other.bottom <= self.y
+        return not (apart_x or apart_y)
+
+
+def node_size(node: Node) -> tuple[int, int]:
+    """(width, height) in pixels of a node's body with room for what it shows."""
+    known = node.signature
+    height = 6 + SLOT_HEIGHT * max(len(known.sockets), len(known.outputs), 1)
+    for entry in known.widgets:
+        height += TEXT_HEIGHT if entry.multiline else WIDGET_HEIGHT
+        height += WIDGET_HEIGHT if entry.extra is not None else 0
+    more_width, more_height = EXTRA.get(node.class_type, (0, 0))
+    return WIDTH + more_width, height + more_height
+
+
+def _depths(graph: Graph) -> dict[int, int]:
+    """How many links inside its own group lie before each node: its sub-column."""
+    by_id = {node.id: node for node in graph.nodes}
+    depths: dict[int, int] = {}
+    for node in graph.nodes:
+        before = [link.node for link in node.links().values() if by_id[link.node].group == node.group]
+        depths[node.id] = 1 + max((depths[other] for other in before), default=-1)
+    return depths
+
+
+def place(graph: Graph, x: int = 0, y: int = 0) -> dict[int, Box]:
+    """A box for every node, by id. Every link runs from left to right and no two boxes overlap."""
+    depths = _depths(graph)
+    sizes = {node.id: node_size(node) for node in graph.nodes}
+    cells: dict[tuple[str, int, int], list[int]] = {}
+    for node in graph.nodes:
+        cells.setdefault((node.group, depths[node.id], node.lane), []).append(node.id)
+
+    lane_top: dict[int, int] = {}
+    top = y
+    for lane in graph.lanes():
+        lane_top[lane] = top
+        heights = [sum(sizes[i][1] + TITLE_HEIGHT + GAP_Y for i in ids) for key, ids in cells.items() if key[2] == lane]
+        top += max(heights)
+
+    boxes: dict[int, Box] = {}
+    left = x
+    for column in sorted({(GROUPS.index(group), depth) for group, depth, _ in cells}):
+        group, depth = GROUPS[column[0]], column[1]
+        widest = 0
+        for (cell_group, cell_depth, lane), ids in cells.items():
+            if (cell_group, cell_depth) != (group, depth):
+                continue
+            row = lane_top[lane]
+            for node_id in ids:
+                width, height = sizes[node_id]
+                boxes[node_id] = Box(left, row, width, height)
+                row += height + TITLE_HEIGHT + GAP_Y
+                widest = max(widest, width)
+        left += widest + GAP_X
+    return boxes
+
+
+def frame(graph: Graph, boxes: Mapping[int, Box]) -> dict[str, Box]:
+    """The rectangle of each group that has nodes, with room for the group's title, in the order of GROUPS."""
+    frames = {}
+    for group in GROUPS:
+        inside = [boxes[node.id].with_title() for node in graph.nodes if node.group == group]
+        if inside:
+            x = min(box.x for box in inside) - GROUP_PAD
+            y = min(box.y for box in inside) - GROUP_TITLE
+            right = max(box.right for box in inside) + GROUP_PAD
+            bottom = max(box.bottom for box in inside) + GROUP_PAD
+            frames[group] = Box(x, y, right - x, bottom - y)
+    return frames

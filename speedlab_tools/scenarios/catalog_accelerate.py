@@ -1,0 +1,164 @@
+"""Scenarios of the techniques that cut the work itself: caching, guidance, attention, precision, samplers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .graphs_variants import ALONE, Variant, in_variants, lanes_of, with_control
+from .scenario import (
+    ASTRONAUT,
+    CHECKPOINT_SD15,
+    CHECKPOINT_SDXL,
+    RTX_3090,
+    S1_SETTINGS,
+    NeededFile,
+    Plan,
+    Prompt,
+    Published,
+    Scenario,
+    Settings,
+    Technique,
+)
+
+_S2 = Settings(prompts=(ASTRONAUT,), width=512, height=512, steps=50, cfg=7.5)
+# A general guide names no settings but these: 20 to 30 steps, CFG 7.
+_S4 = Settings(prompts=(replace(ASTRONAUT, negative="blurry"),), steps=25, cfg=7.0)
+_CONTROL = Settings(
+    prompts=(Prompt("control", "a bottle of honey on a wooden table, soft light, photograph", 2023, "blurry"),),
+    steps=20,
+    cfg=7.0,
+)
+
+
+def _one(name: str, node: str, **options: object) -> Variant:
+    return Variant(Plan(name, (Technique(name, node, options),)))
+
+
+def _deepcache(branch: int) -> Variant:
+    return _one(f"DeepCache 3, branch {branch}", "SpeedLabDeepCache", cache_interval=3, cache_branch_id=branch)
+
+
+def _scenario(
+    name: str, source: str, title: str, shows: str, settings: Settings, variants: tuple[Variant, ...],
+    *published: Published,
+) -> Scenario:  # fmt: skip
+    sdxl = source == "S1"
+    return Scenario(
+        id=name, source=source, title=title, shows=shows, family="sdxl" if sdxl else "sd15",
+        files=(CHECKPOINT_SDXL if sdxl else CHECKPOINT_SD15,),
+        settings=replace(settings, prompts=lanes_of(variants, settings.prompts)),
+        published=published, plan=variants[0].plan, build=in_variants(variants, settings),
+    )  # fmt: skip
+
+
+def _precision(name: str, weights: str, **options: str) -> Variant:
+    return Variant(
+        Plan(name, (Technique("Precision", "SpeedLabPrecision", dict(options)),) if options else ()), weights
+    )
+
+
+def _sampler(name: str, sampler: str, scheduler: str, steps: int) -> Variant:
+    return Variant(Plan(name), sampler=sampler, scheduler=scheduler, steps=steps)
+
+
+CONTROLNET = NeededFile(
+    kind="controlnet",
+    folder="models/controlnet",
+    default="control_v11p_sd15_canny_fp16.safetensors",
+    where="ControlNet 1.1 canny for SD 1.5 by lllyasviel; any ControlNet that fits the checkpoint will do",
+)
+CONTROL_IMAGE = NeededFile(
+    kind="image", folder="input", default="example.png", where="ComfyUI brings it; pick a picture of yours"
+)
+
+ACCELERATE_SCENARIOS = (
+    _scenario(
+        "sdxl-deepcache", "S1", "SDXL with DeepCache",
+        "Four prompts: stock, then DeepCache with interval 3 at branch 0, which caches most, and at higher branches, "
+        "which keep more of the picture. Cached steps are marked in the report.",
+        S1_SETTINGS, (ALONE, _deepcache(0), _deepcache(2), _deepcache(4)),
+        Published("less than half the time; a higher branch looks better", RTX_3090),
+    ),
+    _scenario(
+        "sdxl-cfg-off", "S1", "SDXL without CFG at the end",
+        "Four prompts: stock, then the negative prompt left out for the last 50 % and for the last 25 % of the steps. "
+        "The report counts the rows that were saved.",
+        S1_SETTINGS,
+        (ALONE, *(_one(f"CFG off at {at:.0%}", "SpeedLabDynamicCFG", stop_at=at) for at in (0.5, 0.75))),
+        Published("last 50 %: -25 % time; last 25 %: -12.5 %", RTX_3090),
+    ),
+    _scenario(
+        "sdxl-tf32", "S1", "SDXL and TF32",
+        "Four prompts: fp16 with TF32 in cuDNN as it is and switched off, fp32 without and with TF32 in matrix "
+        "products. Only NVIDIA cards from Ampere on have TF32.",
+        S1_SETTINGS,
+        (
+            _precision("fp16", "fp16"),
+            _precision("fp16, cuDNN TF32 off", "fp16", cudnn_tf32="off"),
+            _precision("fp32, TF32 off", "fp32", tf32="off"),
+            _precision("fp32, TF32 on", "fp32", tf32="on"),
+        ),
+        Published("-7 % memory with cuDNN TF32 off", RTX_3090),
+        Published("fp32 with TF32 lies between fp32 and fp16", "A100"),
+    ),
+    _scenario(
+        "sdxl-channels-last", "S1", "SDXL in channels-last layout",
+        "Four prompts, with convolution weights laid out as usual and channels last.",
+        S1_SETTINGS, (ALONE, _precision("channels last", "auto", memory_format="channels_last")),
+        Published("no gain on SDXL", RTX_3090),
+        Published("3.61 s to 3.30 s on SD 1.5, 50 steps", "Titan RTX"),
+    ),
+    _scenario(
+        "sdxl-freeu", "S1", "SDXL with FreeU",
+        "Four prompts, without and with ComfyUI's FreeU: a change of quality, not of speed.",
+        S1_SETTINGS, (ALONE, _one("FreeU", "FreeU", b1=1.3, b2=1.4, s1=0.9, s2=0.2)),
+        Published("quality, not speed", RTX_3090),
+    ),
+    _scenario(
+        "sd15-autocast", "S2", "Half precision with and without autocast",
+        "One prompt: the model in fp16, and the model in fp32 under autocast to fp16.",
+        _S2, (_precision("fp16", "fp16"), _precision("fp32, autocast fp16", "fp32", autocast="fp16")),
+        Published("half precision without autocast is 25 % faster than with it", "A100, RTX 3090, RTX 8000"),
+    ),
+    _scenario(
+        "sd15-sliced-attention", "S2", "Sliced attention",
+        "One prompt: attention by PyTorch's SDPA, and in slices, which needs less memory.",
+        _S2,
+        (
+            _one("Attention sdpa", "SpeedLabAttention", backend="sdpa"),
+            _one("Attention split", "SpeedLabAttention", backend="split"),
+        ),
+        Published("3.2 GB, about 10 % slower", "A100, RTX 3090, RTX 8000"),
+    ),
+    Scenario(
+        id="sd15-controlnet", source="S4", title="ControlNet with DeepCache and Dynamic CFG",
+        shows="Edges of a picture steer the result. DeepCache and Dynamic CFG are on: the ControlNet's residuals reach "
+        "the blocks they belong to on cached steps too. Control, true picture and result are shown side by side.",
+        family="sd15", files=(CHECKPOINT_SD15, CONTROLNET, CONTROL_IMAGE), settings=_CONTROL,
+        published=(Published("none", "the guide gives no figure"),),
+        plan=Plan(
+            "DeepCache + Dynamic CFG",
+            (
+                Technique("DeepCache", "SpeedLabDeepCache", {"cache_interval": 3}),
+                Technique("Dynamic CFG", "SpeedLabDynamicCFG", {"stop_at": 0.75}),
+            ),
+        ),
+        build=with_control,
+    ),
+    _scenario(
+        "sd15-samplers", "S4", "Samplers and their steps",
+        "One prompt by eight samplers, each with the number of steps that suits it: time and picture.",
+        _S4,
+        (
+            _sampler("Euler", "euler", "normal", 25),
+            _sampler("Euler a", "euler_ancestral", "normal", 25),
+            _sampler("Heun", "heun", "normal", 25),
+            _sampler("LMS", "lms", "normal", 25),
+            _sampler("DPM++ 2M Karras", "dpmpp_2m", "karras", 25),
+            _sampler("UniPC", "uni_pc", "normal", 25),
+            _sampler("DPM++ SDE Karras", "dpmpp_sde", "karras", 10),
+            _sampler("DDIM", "ddim", "ddim_uniform", 12),
+        ),
+        Published("20-30 steps for most, 8-12 for DPM++ SDE Karras, 10-15 for DDIM", "the guide gives no times"),
+    ),
+)  # fmt: skip

@@ -1,0 +1,154 @@
+"""Scenarios of memory plans, of base and refiner, and of the fastest plans within a budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .graphs import text_to_image
+from .memory_graphs import Build, PlanOptions, RefinerLane, ensemble, prompts_of, refined, text_to_image_within
+from .scenario import (
+    CHECKPOINT_SDXL,
+    FOUR_PROMPTS,
+    RTX_3090,
+    S1_SETTINGS,
+    TINY_VAE_SDXL,
+    NeededFile,
+    Plan,
+    Published,
+    Scenario,
+    Settings,
+    Technique,
+)
+
+REFINER_SDXL = NeededFile(
+    kind="refiner",
+    folder="models/checkpoints",
+    default="sd_xl_refiner_1.0.safetensors",
+    where="SDXL refiner 1.0 by Stability AI, on Hugging Face as stabilityai/stable-diffusion-xl-refiner-1.0",
+)
+
+# What the fastest plans stand on. A compiled model cannot be streamed, so those within a budget go without.
+_FAST = (Technique("Dynamic CFG", "SpeedLabDynamicCFG", {"stop_at": 0.75}),)
+_COMPILE = Technique("Compile", "SpeedLabCompileModel", {"backend": "inductor", "on_failure": "eager"})
+_DEEPCACHE = Technique("DeepCache", "SpeedLabDeepCache", {"cache_interval": 3})
+_30_STEPS = replace(S1_SETTINGS, steps=30)
+
+_FASTEST = Plan("Compile + CFG off at 75 % + Tiny VAE", (_COMPILE, *_FAST), "tiny")
+_FASTEST_DEEPCACHE = Plan("Compile + DeepCache + CFG off at 75 % + Tiny VAE", (_COMPILE, _DEEPCACHE, *_FAST), "tiny")
+_WITHIN = Plan("DeepCache + CFG off at 75 % + Tiny VAE", (_DEEPCACHE, *_FAST), "tiny")
+_NO_COMPILE = " Compile Model is not part of this plan."
+# The first picture of all holds the compiling; a run before each measured one keeps it out of the times.
+_COMPILED_30_STEPS = replace(_30_STEPS, warmup=1)
+
+_STEPS = (50, 40, 30, 20)
+_HAND_OVERS = tuple(
+    RefinerLane(f"{steps} steps, {handoff:g}", steps, handoff=handoff) for handoff in (0.9, 0.8) for steps in _STEPS
+)
+# At denoise 0.3 these are the last 3 of 10 steps and the last 6 of 20.
+_DENOISE = 0.3
+_REFINED = tuple(
+    RefinerLane(f"{steps} steps, then {refine} of {whole}", steps, refine=refine)
+    for refine, whole in ((3, 10), (6, 20))
+    for steps in _STEPS
+)
+
+
+def _offload(name: str, options: PlanOptions, plan: Plan, title: str, shows: str, *published: Published) -> Scenario:
+    files = (CHECKPOINT_SDXL, TINY_VAE_SDXL) if plan.decoder == "tiny" else (CHECKPOINT_SDXL,)
+    settings = S1_SETTINGS if plan.techniques == () else _30_STEPS
+    return Scenario(
+        id=name, source="S1", title=title, shows=shows, family="sdxl", files=files, settings=settings,
+        published=published, plan=plan, build=text_to_image_within(options),
+    )  # fmt: skip
+
+
+def _within(budget: float, published: str, memory_plan: str) -> Scenario:
+    plan = replace(_WITHIN, name=f"{_WITHIN.name}, {memory_plan}")
+    return _offload(
+        f"sdxl-under-{budget:g}gb",
+        PlanOptions("auto", budget),
+        plan,
+        f"SDXL under {budget:g} GB",
+        f"Four prompts under a budget of {budget:g} GB, with the fastest plan that fits: the Memory Plan node tells "
+        f"its prediction and which way of offloading it picked. On a larger card start ComfyUI with --reserve-vram to "
+        f"leave it {budget:g} GB.{_NO_COMPILE}",
+        Published(published, RTX_3090),
+    )
+
+
+def _fastest(name: str, plan: Plan, shows: str, *published: Published) -> Scenario:
+    return Scenario(
+        id=name, source="S1", title=f"SDXL, {plan.name}", shows=shows, family="sdxl",
+        files=(CHECKPOINT_SDXL, TINY_VAE_SDXL), settings=_COMPILED_30_STEPS, published=published, plan=plan,
+        build=text_to_image,
+    )  # fmt: skip
+
+
+def _two_models(
+    name: str, title: str, shows: str, plan: str, lanes: tuple[RefinerLane, ...], build: Build, *published: Published
+) -> Scenario:
+    settings: Settings = replace(S1_SETTINGS, prompts=prompts_of(lanes, FOUR_PROMPTS[0]))
+    return Scenario(
+        id=name, source="S1", title=title, shows=shows, family="sdxl", files=(CHECKPOINT_SDXL, REFINER_SDXL),
+        settings=settings, published=published, plan=Plan(plan), build=build,
+    )  # fmt: skip
+
+
+MEMORY_SCENARIOS = (
+    _offload(
+        "sdxl-model-offload",
+        PlanOptions("model"),
+        Plan("model offload"),
+        "SDXL with model offload",
+        "Four prompts; text encoders, UNet and VAE are on the device one at a time.",
+        Published("half the memory, a little slower", RTX_3090),
+    ),
+    _offload(
+        "sdxl-sequential-offload",
+        PlanOptions("sequential"),
+        Plan("sequential offload + Tiny VAE", decoder="tiny"),
+        "SDXL with sequential offload",
+        "Four prompts; weights are streamed to the device layer by layer while the layer before computes, two layers "
+        "at most are there at once. Decoded by a Tiny VAE, for the least memory.",
+        Published("0.68 GB; with a full VAE that runs in fp16 2.56 GB; slow", RTX_3090),
+        Published("under 3 GB on SD 1.5", "Titan RTX"),
+    ),
+    _two_models(
+        "sdxl-refiner-ensemble",
+        "SDXL base and refiner as an ensemble",
+        "One prompt, handed over to the refiner after 90 % and after 80 % of 50, 40, 30 and 20 steps: one schedule of "
+        "noise for both models.",
+        "base to refiner",
+        _HAND_OVERS,
+        ensemble(_HAND_OVERS),
+        Published("best at 0.9; 17.38 GB together", RTX_3090),
+    ),
+    _two_models(
+        "sdxl-refiner-img2img",
+        "SDXL base, then refiner as image to image",
+        "One prompt, finished by the base in 50, 40, 30 and 20 steps; then the refiner takes it at denoise 0.3 through "
+        "the last 3 of 10 steps, or the last 6 of 20. Base and refiner have a report each.",
+        "base, then refiner",
+        _REFINED,
+        refined(_REFINED, _DENOISE),
+    ),
+    _fastest(
+        "sdxl-fastest",
+        _FASTEST,
+        "Four prompts with every technique that costs little quality: a compiled UNet, CFG off after 75 % of the "
+        "steps, Tiny VAE, 30 steps. Where the model cannot be compiled it runs as it is, and the record says so.",
+        Published("4.0 s and 6.91 GB, with OneDiff", RTX_3090),
+        Published("2.7 s, with OneDiff", "A100"),
+        Published("2.0 s, with OneDiff", "H100"),
+    ),
+    _fastest(
+        "sdxl-fastest-deepcache",
+        _FASTEST_DEEPCACHE,
+        "Four prompts with DeepCache and CFG off after 75 % of the steps together, which the source found impossible, "
+        "on a compiled UNet, with Tiny VAE and 30 steps.",
+        Published("none: it could not combine the two", RTX_3090),
+    ),
+    _within(8, "6.91 GB", "within 8 GB"),
+    _within(6, "5.6 GB and 12.6 s: model offload, VAE FP16 fix, Tiny VAE", "within 6 GB"),
+    _within(4, "0.68 GB, slow: sequential offload, Tiny VAE", "within 4 GB"),
+)

@@ -1,0 +1,112 @@
+"""Writes every scenario's two files, or says which committed ones differ from what the table makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from speedlab.measure.plan_names import made_of
+
+from ..client.events import SAMPLERS
+from ..client.graph import ApiGraph
+from .canvas import UiGraph, to_ui
+from .catalog import SCENARIOS
+from .scenario import SOURCES, Scenario
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "workflows"
+# Samplers that write the name of their plan into a record; a name stands there with what it was given for.
+_NAMED = frozenset({"SpeedLabProfileSampler", "SpeedLabEnsembleSampler"})
+
+
+def note_text(scenario: Scenario) -> str:
+    """The note of a drag-in workflow, in Markdown: what it shows, needed files, settings, published figures."""
+    settings = scenario.settings
+    lines = [f"# {scenario.title}", "", scenario.shows, "", "## Files it needs"]
+    lines += [f"- `{entry.default}` in `ComfyUI/{entry.folder}`: {entry.where}" for entry in scenario.files]
+    lines += ["", "Pick your own file in the loader where its name differs.", "", "## Settings"]
+    lines += [
+        f"{settings.width}x{settings.height}, batch {settings.batch}, {settings.steps} steps, CFG {settings.cfg:g}, "
+        f"{settings.sampler}, {settings.scheduler}; plan: {scenario.plan.name}"
+    ]
+    lines += ["", f"## Published by {SOURCES[scenario.source]}"]
+    lines += [f"- {entry.figure} ({entry.device})" for entry in scenario.published]
+    lines += [
+        "",
+        "A published figure is there to compare with; the report holds only what your machine measured.",
+        "",
+        f"Headless: `python run.py bench {scenario.id}`",
+    ]
+    return "\n".join(lines)
+
+
+def ui_graph(scenario: Scenario) -> UiGraph:
+    """The drag-in workflow. Its `extra.speedlab` names scenario and plan, and what nodes the name is of."""
+    graph = scenario.graph()
+    named: dict[str, object] = {"scenario": scenario.id, "plan": scenario.plan.name}
+    if graph.plans:
+        named["plans"] = {str(node): plan for node, plan in graph.plans.items()}
+    api = graph.to_api()
+    stands_for = {node: made_of(api, node) for node, entry in api.items() if entry["class_type"] in _NAMED}
+    if stands_for:
+        named["made_of"] = stands_for
+    extra = {"speedlab": named}
+    return to_ui(graph, name=scenario.id, note=note_text(scenario), note_title=scenario.title, extra=extra)
+
+
+def api_graph(scenario: Scenario) -> ApiGraph:
+    """The same graph for `/prompt`. The samplers' `_meta` names scenario and plan: a bare prompt has no workflow."""
+    graph = scenario.graph()
+    api = graph.to_api()
+    for node_id, node in api.items():
+        if node["class_type"] in SAMPLERS:
+            plan = graph.plans.get(int(node_id), scenario.plan.name)
+            named = {"scenario": scenario.id, "plan": plan}
+            if node["class_type"] in _NAMED:
+                named["made_of"] = made_of(api, node_id)
+            node["_meta"]["speedlab"] = named
+    return api
+
+
+def _text(data: object) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def files_of(scenario: Scenario) -> dict[str, str]:
+    """Both files of a scenario: relative path -> text."""
+    return {
+        f"api/{scenario.id}.json": _text(api_graph(scenario)),
+        f"{scenario.id}.json": _text(ui_graph(scenario)),
+    }
+
+
+def all_files(scenarios: Iterable[Scenario] = SCENARIOS.values()) -> dict[str, str]:
+    """Every file that the table makes: path relative to `workflows/` -> text."""
+    return {path: text for scenario in scenarios for path, text in files_of(scenario).items()}
+
+
+def differences(folder: Path = FOLDER) -> list[str]:
+    """One line for each file in `folder` that is missing, out of date, or no longer in the table."""
+    wanted = all_files()
+    found = {
+        path.relative_to(folder).as_posix() for pattern in ("*.json", "api/*.json") for path in folder.glob(pattern)
+    }
+    lines = [f"{name}: no scenario makes it" for name in sorted(found - wanted.keys())]
+    for name, text in sorted(wanted.items()):
+        if name not in found:
+            lines.append(f"{name}: missing")
+        elif (folder / name).read_text(encoding="utf-8") != text:
+            lines.append(f"{name}: out of date")
+    return lines
+
+
+def write(folder: Path = FOLDER) -> list[Path]:
+    """Write every file into `folder`; returns their paths."""
+    (folder / "api").mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, text in all_files().items():
+        path = folder / name
+        path.write_text(text, encoding="utf-8", newline="\n")
+        paths.append(path)
+    return paths

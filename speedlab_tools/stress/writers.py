@@ -1,0 +1,184 @@
+"""Faults while results are written: a process killed, a disk that is full, several writers at once."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from speedlab.common.errors import ResultsError
+from speedlab.measure.record import CSV_COLUMNS
+from speedlab.measure.store import RunStore
+from speedlab.web.library import RunLibrary
+
+from ..host.base import pack_root
+from .small_disk import SmallDisk
+
+_CHILD = Path(__file__).with_name("writer_child.py")
+_ENDS_WITHIN_S = 120.0
+
+
+@dataclass
+class FaultTally:
+    """Faults of one kind: how many were made, what was written around them, and what was lost or left."""
+
+    fault: str
+    faults: int = 0
+    runs: int = 0
+    halves: int = 0
+    broken: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        """One line of the printed table."""
+        return (
+            f"{self.fault:<22}{self.faults:>9}{self.runs:>9}{self.halves:>9}{len(self.broken):>9}{self.seconds:>9.1f}"
+        )
+
+
+FAULT_HEADER = f"{'fault':<22}{'faults':>9}{'runs':>9}{'halves':>9}{'broken':>9}{'seconds':>9}"
+
+
+def kill_while_writing(folder: Path, faults: int, rng: Random) -> FaultTally:
+    """SIGKILL a writer at a random moment, again and again in one folder: what it said is written has to be there."""
+    tally, told = FaultTally("killed while writing"), []
+    started = time.perf_counter()
+    for _ in range(faults):
+        with _child(folder, 10_000) as child:
+            _until_ready(child)
+            time.sleep(rng.uniform(0.0, 0.1))
+            child.kill()
+            told += _ids(child.communicate(timeout=_ENDS_WITHIN_S)[0])
+        tally.faults += 1
+    tally.seconds = time.perf_counter() - started
+    return check_written(tally, folder, told)
+
+
+def fill_the_disk(folder: Path, faults: int, rng: Random) -> FaultTally:
+    """Writers that may write only so large a file: each ends with a sentence that names the file."""
+    tally, told = FaultTally("disk full"), []
+    started = time.perf_counter()
+    table = RunStore(folder).csv_path
+    for _ in range(faults):
+        size = table.stat().st_size if table.is_file() else 0
+        # Now the record is cut, now the row: both are larger than what is let through.
+        limit = size + rng.randrange(1, 4000) if rng.random() < 0.7 else rng.randrange(1, 1500)
+        with _child(folder, 10_000, limit) as child:
+            text = child.communicate(timeout=_ENDS_WITHIN_S)[0]
+        told += _ids(text)
+        last = text.splitlines()[-1] if text.strip() else ""
+        if child.returncode != 3 or "cannot write to" not in last:
+            # A limit below the first probe of the folder is refused before anything is written.
+            tally.broken.append(f"limit {limit}: code {child.returncode}, {last!r}")
+        tally.faults += 1
+    tally.seconds = time.perf_counter() - started
+    return check_written(tally, folder, told)
+
+
+def fill_small_disk(disk: SmallDisk, faults: int, rng: Random) -> FaultTally:
+    """Writers on a real disk with a little room: each ends with a sentence that names the file."""
+    tally, told = FaultTally("writers, real disk full"), []
+    folder = disk.path / "written"
+    folder.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    for _ in range(faults):
+        disk.fill(rng.randrange(16_384, 65_536))
+        with _child(folder, 10_000) as child:
+            text = child.communicate(timeout=_ENDS_WITHIN_S)[0]
+        told += _ids(text)
+        last = text.splitlines()[-1] if text.strip() else ""
+        if child.returncode != 3 or "cannot write to" not in last:
+            tally.broken.append(f"code {child.returncode}, {last!r}")
+        tally.faults += 1
+    disk.empty()
+    tally.seconds = time.perf_counter() - started
+    return check_written(tally, folder, told)
+
+
+def write_at_once(folder: Path, writers: int, runs: int) -> FaultTally:
+    """Several processes write into one folder: each row stands in the table once."""
+    tally, told = FaultTally("writers at once", faults=writers), []
+    started = time.perf_counter()
+    children = [_start(folder, runs) for _ in range(writers)]
+    try:
+        for child in children:
+            told += _ids(child.communicate(timeout=_ENDS_WITHIN_S)[0])
+    finally:
+        for child in children:
+            _end(child)
+    if len(told) != writers * runs:
+        tally.broken.append(f"{writers * runs - len(told)} runs were not written")
+    tally.seconds = time.perf_counter() - started
+    return check_written(tally, folder, told)
+
+
+def check_written(tally: FaultTally, folder: Path, told: Sequence[str]) -> FaultTally:
+    """Every run that was told to be written is whole in its file and once in the table; halves are read past."""
+    store = RunStore(folder)
+    tally.runs = len(told)
+    for run_id in told:
+        try:
+            store.read(run_id)
+        except ResultsError as error:
+            tally.broken.append(f"{run_id}: {error}")
+    rows = _rows(store.csv_path) if store.csv_path.is_file() else []
+    whole = [row for row in rows if len(row) == len(CSV_COLUMNS) and row[CSV_COLUMNS.index("status")] == "ok"]
+    times = Counter(row[CSV_COLUMNS.index("run_id")] for row in whole)
+    tally.broken += [f"{run_id} is {times[run_id]} times in the table" for run_id in told if times[run_id] != 1]
+    tally.halves = len(rows) - len(whole)
+    page = RunLibrary(store).page(limit=1)
+    if page.skipped:
+        tally.broken.append(f"{page.skipped} files are no whole records")
+    left = [path.name for path in store.root.rglob("*.tmp")]
+    if len(left) > tally.faults:
+        tally.broken.append(f"{len(left)} temporary files are left by {tally.faults} faults")
+    return tally
+
+
+def _rows(table: Path) -> list[list[str]]:
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    return [row for row in rows[1:] if row]
+
+
+def _start(folder: Path, count: int, limit: int | None = None) -> subprocess.Popen[str]:
+    arguments = [str(pack_root()), str(folder), str(count), *([] if limit is None else [str(limit)])]
+    command = [sys.executable, "-B", str(_CHILD), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@contextmanager
+def _child(folder: Path, count: int, limit: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    child = _start(folder, count, limit)
+    try:
+        yield child
+    finally:
+        _end(child)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    if child.poll() is None:
+        child.kill()
+    child.wait()
+    if child.stdout is not None:
+        child.stdout.close()
+
+
+def _until_ready(child: subprocess.Popen[str]) -> None:
+    assert child.stdout is not None
+    line = child.stdout.readline()
+    if line.strip() != "ready":
+        raise ResultsError(f"the writing process did not start: {line}{child.stdout.read()}")
+
+
+def _ids(text: str) -> list[str]:
+    """The run ids of whole lines; a line that was cut by the kill says nothing."""
+    lines = text.split("\n")[:-1]
+    return [line for line in lines if line and line != "ready" and not line.startswith("refused") and line[0].isdigit()]
