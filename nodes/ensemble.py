@@ -50,7 +50,12 @@ class EnsembleSampler:
                 "latent": ("LATENT", {"tooltip": "Where to start: an empty latent of the picture's size."}),
                 **_settings(),
             },
-            "hidden": {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"},
+            "hidden": {
+                "prompt": "PROMPT",
+                "extra_pnginfo": "EXTRA_PNGINFO",
+                "unique_id": "UNIQUE_ID",
+                "dynprompt": "DYNPROMPT",
+            },
         }
 
     @classmethod
@@ -62,9 +67,9 @@ class EnsembleSampler:
         self, base_model: Any, base_positive: Any, base_negative: Any, refiner_model: Any, refiner_positive: Any,
         refiner_negative: Any, latent: dict, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
         handoff: float, detail: str = "timing", prompt: object = None, extra_pnginfo: object = None,
-        unique_id: object = None,
+        unique_id: object = None, dynprompt: object = None,
     ) -> dict[str, Any]:  # fmt: skip
-        context = NodeContext.of(prompt, extra_pnginfo, unique_id)
+        context = NodeContext.of(prompt, extra_pnginfo, unique_id, dynprompt)
         result = sample_ensemble(
             Expert(base_model, base_positive, base_negative),
             Expert(refiner_model, refiner_positive, refiner_negative),

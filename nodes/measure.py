@@ -8,7 +8,7 @@ from ..speedlab.profiling.complete import complete
 from ..speedlab.profiling.context import NodeContext
 from ..speedlab.profiling.store import RunStore
 
-_HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"}
+_HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID", "dynprompt": "DYNPROMPT"}
 
 
 class ProfileReport:
@@ -45,9 +45,9 @@ class ProfileReport:
 
     def report(
         self, profile: object, images: object = None, prompt: object = None, extra_pnginfo: object = None,
-        unique_id: object = None,
+        unique_id: object = None, dynprompt: object = None,
     ) -> dict:  # fmt: skip
-        context = NodeContext.of(prompt, extra_pnginfo, unique_id)
+        context = NodeContext.of(prompt, extra_pnginfo, unique_id, dynprompt)
         # Four pictures take a second to draw, so that happens only for somebody who looks.
         completed = complete(profile, images, context, context.is_output_used(self.RETURN_NAMES.index("chart")))
         record = completed.record

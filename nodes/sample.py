@@ -7,7 +7,7 @@ from ..speedlab.profiling.context import NodeContext
 from ..speedlab.profiling.runner import DETAILS, ProfileOptions, SamplingRequest, profile_sampling
 from . import names
 
-_HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID"}
+_HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO", "unique_id": "UNIQUE_ID", "dynprompt": "DYNPROMPT"}
 
 
 class ProfileSampler:
@@ -125,9 +125,9 @@ class ProfileSampler:
         self, model: object, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
         positive: object, negative: object, latent_image: dict, denoise: float = 1.0, detail: str = "timing",
         warmup: int = 0, repeats: int = 1, nvtx: bool = True, prompt: object = None, extra_pnginfo: object = None,
-        unique_id: object = None,
+        unique_id: object = None, dynprompt: object = None,
     ) -> dict:  # fmt: skip
-        context = NodeContext.of(prompt, extra_pnginfo, unique_id)
+        context = NodeContext.of(prompt, extra_pnginfo, unique_id, dynprompt)
         result = profile_sampling(
             model,
             SamplingRequest(seed, steps, cfg, sampler_name, scheduler, denoise),

@@ -12,10 +12,10 @@ from typing import Any
 from ..core import compute_device, output_directory
 from . import timeline
 from .charts import OF_REPORT, STEPS, chart_or_blank
-from .context import NodeContext
+from .context import NodeContext, of_item
 from .memory import MemoryPeak, measure_peak
 from .record import RunRecord, memory_dict, total_ms
-from .runner import plan_of, with_rates
+from .runner import plan_of, with_others, with_rates
 from .store import RunStore, new_run_id, write_picture
 
 _MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "device_used_gb", "outside_torch_gb")
@@ -47,8 +47,9 @@ def complete(record: RunRecord, images: Any | None, context: NodeContext, all_ch
         record = _with_images(record, images, context, store)
     record = with_rates(record.changed(phases_ms={**record.phases_ms, "total": _total(record)}))
     chart = chart_or_blank(record, OF_REPORT if all_charts else (STEPS,))
-    record = _with_chart(record, chart, store)
-    return Completed(store.keep(record), chart)
+    record = store.keep(_with_chart(record, chart, store))
+    timeline.note_report()
+    return Completed(record, chart)
 
 
 def _with_decode(record: RunRecord, has_images: bool, reached_ns: int, context: NodeContext) -> RunRecord:
@@ -71,31 +72,89 @@ def _with_decode(record: RunRecord, has_images: bool, reached_ns: int, context: 
     memory = merge_memory(record.memory, "decode", memory_dict(peak)) if decodes else dict(record.memory)
     phases = dict(record.phases_ms)
     phases["decode"] = round(sum(e.ms for e in decodes), 3) if decodes else None
-    if has_images and not decodes:
-        phases["after_sampling"] = _since_sampling_ms(source, entries, reached_ns)
     warnings = [info["warning"] for info in infos if "warning" in info]
-    return record.changed(
+    completed = record.changed(
         request=request,
         phases_ms=phases,
         memory=merge_memory(memory, None, memory_dict(since)),
         warnings=(*record.warnings, *warnings),
     )
+    return _with_rest(completed, source, context, entries, reached_ns) if has_images else completed
+
+
+def _with_rest(
+    record: RunRecord, run_id: str, context: NodeContext, entries: Sequence[timeline.PhaseEntry], reached_ns: int
+) -> RunRecord:
+    """The record with what else made the pictures: the span that a core decoder took, or that nobody measured it."""
+    if context.node_id not in context.graph:
+        return record
+    sampled = _sampling_of(run_id, entries)
+    if sampled is None or sampled.node_id is None:
+        # Samplers of this pack always run; a node that made one while the prompt ran may be answered from the cache.
+        return with_others(
+            record, context, (),
+            "This profile is of an earlier prompt: ComfyUI had it in its cache, so the time from text to picture is "
+            "not known. Change the seed to have it measured.",
+        )  # fmt: skip
+    sampler = sampled.node_id
+    upstream = context.upstream(context.node_id, ("images",))
+    if sampler not in upstream:
+        return with_others(
+            record, context, (),
+            f"The pictures do not come from the sampler of this profile, {context.names([sampler])}, so the time from "
+            "text to picture is not known.",
+        )  # fmt: skip
+    behind = upstream - context.upstream(sampler)
+    decoders = context.decoding(behind)
+    others = {*context.samplers(upstream), *context.working(upstream)} - {sampler}
+    if record.phases_ms.get("decode") is None:
+        others -= set(decoders) & behind
+    record = with_others(record, context, others)
+    if others or record.phases_ms.get("decode") is not None:
+        return record
+    between = _between(sampled, context, upstream, entries)
+    if between:
+        return with_others(
+            record, context, (),
+            f"{context.names(decoders) or 'Another node'} decoded, and {between} may have run between sampling and "
+            "this report, so the time from text to picture is not known. Decode with VAE Decode (SpeedLab) to have it.",
+        )  # fmt: skip
+    after = round((reached_ns - sampled.end_ns) / 1e6, 3)
+    return record.changed(phases_ms={**record.phases_ms, "after_sampling": after})
+
+
+def _between(
+    sampled: timeline.PhaseEntry, context: NodeContext, upstream: frozenset[str], entries: Sequence[timeline.PhaseEntry]
+) -> str:
+    """What else may have run since sampling, in words: another item of a list, or a node of another branch."""
+    others = {e.node_id for e in entries if e.phase != "between" and e.end_ns > sampled.end_ns} - {sampled.node_id}
+    if any(e.phase == "sample" and e.node_id == sampled.node_id and e is not sampled for e in entries):
+        return "other items of the list"
+    branches = set(context.graph) - upstream - {context.node_id}
+    unseen = {*context.working(branches), *context.encoding(branches), *(n for n in others - upstream if n is not None)}
+    return context.names(unseen)
 
 
 def _decodes_of(
     run_id: str, context: NodeContext, entries: Sequence[timeline.PhaseEntry], list_index: int | None
 ) -> list[timeline.PhaseEntry]:
-    """The decodes upstream that decoded this run's latent, for this item of a list."""
-    upstream = [e for e in context.concerning(entries) if e.phase == "decode"]
-    mine = [e for e in upstream if e.info.get("run_id") == run_id]
-    # A node between sampler and decoder may have dropped the mark; then every unmarked decode upstream counts.
-    return mine or [e for e in upstream if e.info.get("run_id") is None and e.list_index in (None, list_index, 0)]
+    """The decodes upstream of the pictures for this item of a list, except those of other runs' latents.
+
+    One is of this run where it decoded the run's own latent. One of a latent that no run made, or that was changed
+    since, may be of this run too.
+    """
+    upstream = context.upstream(context.node_id, ("images",))
+    ours: list[timeline.PhaseEntry] = []
+    unknown: list[timeline.PhaseEntry] = []
+    for entry in context.concerning(entries, upstream):
+        if entry.phase == "decode" and entry.info.get("run_id") in (run_id, None):
+            (ours if entry.info.get("run_id") == run_id else unknown).append(entry)
+    return [*ours, *of_item(unknown, list_index)]
 
 
-def _since_sampling_ms(run_id: str, entries: Sequence[timeline.PhaseEntry], reached_ns: int) -> float | None:
-    """From the end of sampling to the report: where a core node decodes, this is all that is known of it."""
-    ends = [e.end_ns for e in entries if e.phase == "sample" and e.info.get("run_id") == run_id]
-    return round((reached_ns - ends[-1]) / 1e6, 3) if ends else None
+def _sampling_of(run_id: str, entries: Sequence[timeline.PhaseEntry]) -> timeline.PhaseEntry | None:
+    """The sampling of a run in the executing prompt."""
+    return next((e for e in reversed(entries) if e.phase == "sample" and e.info.get("run_id") == run_id), None)
 
 
 def _precision(record: RunRecord, infos: Sequence[Mapping[str, Any]]) -> Any:

@@ -5,10 +5,13 @@ The prompt is plain JSON from the user, so everything here is optional and nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import node_kinds
+from .node_kinds import class_of, inputs_of, link_of
 from .plan_names import still_made_of
 from .timeline import PhaseEntry
 
@@ -17,38 +20,103 @@ _PHASE_NODES = {
     "text_encode": ("SpeedLabTextEncode", "SpeedLabPromptQueue"),
     "decode": ("SpeedLabVAEDecode", "SpeedLabTinyVAEDecode"),
 }
-_CORE_PHASE_NODES = {"text_encode": ("CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner")}
 _MAX_NAME = 120
 
 
 @dataclass(frozen=True)
 class NodeContext:
-    """The graph around a node: hidden inputs PROMPT, EXTRA_PNGINFO and UNIQUE_ID as ComfyUI hands them over."""
+    """The graph around a node: hidden inputs PROMPT, EXTRA_PNGINFO, UNIQUE_ID and DYNPROMPT as ComfyUI hands them over.
+
+    `graph` is the prompt with the nodes that others made while it runs (loops, node expansion), and `makers` tells by
+    whom; where ComfyUI does not hand that over, `graph` is the prompt as it was queued.
+    """
 
     prompt: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     node_id: str | None = None
+    graph: Mapping[str, Any] = field(default_factory=dict)
+    makers: Mapping[str, str] | None = None
 
     @staticmethod
-    def of(prompt: Any, extra_pnginfo: Any, unique_id: Any) -> NodeContext:
+    def of(prompt: Any, extra_pnginfo: Any, unique_id: Any, dynprompt: Any = None) -> NodeContext:
         """Build a context from hidden inputs, any of which may be missing."""
+        queued = prompt if isinstance(prompt, Mapping) else {}
+        graph, makers = _expanded(dynprompt)
         return NodeContext(
-            prompt if isinstance(prompt, Mapping) else {},
+            queued,
             extra_pnginfo if isinstance(extra_pnginfo, Mapping) else {},
             None if unique_id is None else str(unique_id),
+            queued if makers is None else graph,
+            makers,
         )
 
     def ancestors(self) -> frozenset[str]:
         """Ids of all nodes that feed this one, itself included."""
+        return self.upstream(self.node_id)
+
+    def upstream(
+        self, start: str | None, inputs: Collection[str] | None = None, stop: Collection[str] = ()
+    ) -> frozenset[str]:
+        """Ids of all nodes that feed `start` (by these of its inputs), itself included; not beyond those in `stop`.
+
+        A node that another one made gets values from outside by its maker's inputs. A link to a node that made others
+        leads to all of them, since the prompt does not keep which of them gave its results.
+        """
         found: set[str] = set()
-        waiting = [self.node_id] if self.node_id is not None else []
+        waiting = [start] if start is not None else []
         while waiting:
             current = waiting.pop()
             if current in found:
                 continue
             found.add(current)
-            waiting += _links(self.prompt.get(current))
+            if current in stop and current != start:
+                continue
+            for name, value in inputs_of(self.graph.get(current)).items():
+                if inputs is None or current != start or name in inputs:
+                    waiting += self._sources(current, value)
         return frozenset(found)
+
+    def samplers(self, among: Iterable[str]) -> list[str]:
+        """Those of these nodes that sample, without this one."""
+        return self._doing(node_kinds.samples, among)
+
+    def working(self, among: Iterable[str]) -> list[str]:
+        """Those of these nodes that run a network on latents or pictures, and are not measured by this pack."""
+        return self._doing(node_kinds.works, among)
+
+    def decoding(self, among: Iterable[str]) -> list[str]:
+        """Those of these nodes that are decoders of others than this pack."""
+        return self._doing(node_kinds.decodes, among)
+
+    def encoding(self, among: Iterable[str]) -> list[str]:
+        """Those of these nodes that encode text and are not this pack's."""
+        return self._doing(node_kinds.encodes_text, among)
+
+    def names(self, node_ids: Iterable[str]) -> str:
+        """Nodes as a user finds them: class and id."""
+        return ", ".join(f"{class_of(self.graph.get(node_id)) or 'node'} ({node_id})" for node_id in sorted(node_ids))
+
+    def _doing(self, what: Callable[[Mapping[str, Any], str], bool], among: Iterable[str]) -> list[str]:
+        # What made other nodes did its work through them.
+        made_others = set((self.makers or {}).values())
+        return [n for n in sorted(among) if n != self.node_id and n not in made_others and what(self.graph, n)]
+
+    def _sources(self, node_id: str, value: Any) -> list[str]:
+        makers = self.makers or {}
+        link = link_of(value)
+        if link is not None:
+            return [link[0], *(made for made in makers if link[0] in self._makers_of(made))]
+        came_from_outside = node_id in makers and not isinstance(value, (str, int, float, bool, type(None)))
+        return [makers[node_id]] if came_from_outside else []
+
+    def _makers_of(self, node_id: str) -> list[str]:
+        """The node that made this one, the one that made that, and so on."""
+        found: list[str] = []
+        current = (self.makers or {}).get(node_id)
+        while current is not None and current not in found:
+            found.append(current)
+            current = (self.makers or {}).get(current)
+        return found
 
     def is_output_used(self, index: int) -> bool:
         """Whether a node of the prompt takes output `index` of this one; True where the prompt is not known."""
@@ -104,9 +172,9 @@ class NodeContext:
     def checkpoint_name(self) -> str | None:
         """The file that a core loader among the ancestors names."""
         for node_id in sorted(self.ancestors()):
-            inputs = _path(self.prompt.get(node_id), "inputs")
+            inputs = inputs_of(self.graph.get(node_id))
             for key in ("ckpt_name", "unet_name"):
-                if isinstance(inputs, Mapping) and isinstance(inputs.get(key), str):
+                if isinstance(inputs.get(key), str):
                     return str(inputs[key])
         return None
 
@@ -114,32 +182,33 @@ class NodeContext:
         """Milliseconds that this pack's nodes upstream spent in a phase, for item `list_index` of a list.
 
         `cached` where such a node is upstream but was not executed for this prompt (for text encoding: one of them,
-        since the time of the others is no whole one), None where there is none, or where a core node did part of it.
+        since the time of the others is no whole one), None where there is none, or where another's node did part of
+        it. Text that is upstream of another sampler is that sampler's.
         """
         upstream = self.ancestors()
-        by_node = {node_id: str(_path(self.prompt.get(node_id), "class_type")) for node_id in upstream}
-        classes = set(by_node.values())
-        if classes & set(_CORE_PHASE_NODES.get(phase, ())):
-            return None
+        if phase == "text_encode":
+            upstream = self.upstream(self.node_id, stop=self.samplers(upstream))
+            if self.encoding(upstream):
+                return None
         mine = [e for e in entries if e.phase == phase and self._concerns(e, upstream)]
-        own = _PHASE_NODES.get(phase, ())
-        if phase == "text_encode" and {n for n, kind in by_node.items() if kind in own} - {e.node_id for e in mine}:
+        own = {n for n in upstream if class_of(self.graph.get(n)) in _PHASE_NODES.get(phase, ())}
+        if phase == "text_encode" and own - {e.node_id for e in mine}:
             return "cached"
         if mine:
-            return round(sum(e.ms for e in _of_item(mine, list_index)), 3)
-        return "cached" if classes & set(own) else None
+            return round(sum(e.ms for e in of_item(mine, list_index)), 3)
+        return "cached" if own else None
 
-    def concerning(self, entries: Iterable[PhaseEntry]) -> list[PhaseEntry]:
+    def concerning(self, entries: Iterable[PhaseEntry], upstream: frozenset[str] | None = None) -> list[PhaseEntry]:
         """The entries of nodes upstream."""
-        upstream = self.ancestors()
+        upstream = self.ancestors() if upstream is None else upstream
         return [e for e in entries if self._concerns(e, upstream)]
 
     def _concerns(self, entry: PhaseEntry, upstream: frozenset[str]) -> bool:
-        # A node made by another node while the prompt runs is not in the prompt; its time still belongs to it.
-        return entry.node_id in upstream or entry.node_id not in self.prompt
+        # Where nothing tells which nodes made others, those that are not in the prompt may belong to any node.
+        return entry.node_id in upstream or (self.makers is None and entry.node_id not in self.prompt)
 
 
-def _of_item(entries: Sequence[PhaseEntry], list_index: int | None) -> list[PhaseEntry]:
+def of_item(entries: Sequence[PhaseEntry], list_index: int | None) -> list[PhaseEntry]:
     """Of each node's entries the one for this item of a list; ComfyUI repeats the last one of a shorter list."""
     by_node: dict[str | None, list[PhaseEntry]] = {}
     for entry in entries:
@@ -149,10 +218,17 @@ def _of_item(entries: Sequence[PhaseEntry], list_index: int | None) -> list[Phas
     return [items[min(list_index, len(items) - 1)] for items in by_node.values()]
 
 
-def _links(node: Any) -> Sequence[str]:
-    inputs = _path(node, "inputs")
-    values = inputs.values() if isinstance(inputs, Mapping) else ()
-    return [str(v[0]) for v in values if isinstance(v, (list, tuple)) and len(v) == 2 and isinstance(v[0], (str, int))]
+def _expanded(dynprompt: Any) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """All nodes of the executing prompt, and for each that another one made the id of that one.
+
+    The second is None where there is no such prompt: in a ComfyUI that does not hand it over, or outside of one.
+    """
+    with suppress(AttributeError, KeyError, TypeError):
+        ids = list(dynprompt.all_node_ids())
+        makers = {str(node_id): dynprompt.get_parent_node_id(node_id) for node_id in ids}
+        graph = {str(node_id): dynprompt.get_node(node_id) for node_id in ids}
+        return graph, {made: str(maker) for made, maker in makers.items() if maker is not None}
+    return {}, None
 
 
 def _path(value: Any, *keys: str) -> Any:

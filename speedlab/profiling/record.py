@@ -21,6 +21,8 @@ from .summary import from_schema_1
 from .trace import StepRow
 
 SCHEMA = 2
+# The phase that stands for work on the picture which is not measured; its value is UNKNOWN.
+OTHERS, UNKNOWN = "others", "unknown"
 RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
 CSV_COLUMNS = (
@@ -136,7 +138,10 @@ def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | Non
 
     A phase that ComfyUI answered from its cache (`cached`) is a part that is unknown: nobody knows here what a repeat
     would have paid for it. `after_sampling` is the span from sampling to the report where a core node decoded in it.
+    Work of other nodes on the same picture that nobody measured (`others`) leaves no total either.
     """
+    if phases_ms.get(OTHERS) is not None:
+        return None
     decode = phases_ms.get("decode")
     after = phases_ms.get("after_sampling") if decode is None else decode
     parts = (phases_ms.get("text_encode"), sample_ms, after)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .depth_text import depth_lines, depth_table
-from .record import RunRecord, precision_text
+from .record import OTHERS, RunRecord, precision_text
 from .summary import KIND_NAMES, has_median
 
 _PHASE_NAMES = {
@@ -17,6 +17,7 @@ _PHASE_NAMES = {
     "first_eval": "first evaluation",
     "sample": "sampling",
     "decode": "decoding",
+    "others": "other nodes",
     "save": "saving",
     "total": "text to picture",
 }
@@ -79,6 +80,8 @@ def _phase_table(record: RunRecord) -> list[str]:
     rows = [f"{'phase':<18}{'ms':>12}{'share':>8}{'VRAM GB':>10}{'RSS GB':>9}"]
     for key, name in _PHASE_NAMES.items():
         value = record.phases_ms.get(key)
+        if key == OTHERS and value is None:
+            continue
         memory: Mapping[str, Any] = record.memory.get("overall" if key == "total" else key, {})
         counted = isinstance(value, (int, float)) and isinstance(total, (int, float)) and total > 0
         share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "first_eval") else ""  # type: ignore[operator]

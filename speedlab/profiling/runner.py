@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,7 +24,7 @@ from .context import NodeContext
 from .depth import DETAILS, TIMING, Depth, measure_depth
 from .environment import environment, environment_hash
 from .memory import MemoryPeak, PeakReading, measure_peak
-from .record import RunRecord, memory_dict, step_dict, total_ms
+from .record import OTHERS, UNKNOWN, RunRecord, memory_dict, step_dict, total_ms
 from .store import RunStore, new_run_id
 from .summary import summarise
 from .trace import (
@@ -178,6 +178,8 @@ def profile_run(
     out = marked(out, model, session.run_id)
     if options.part:
         return ProfiledLatent(out, record)
+    upstream = context.ancestors()
+    record = with_others(record, context, {*context.samplers(upstream), *context.working(upstream)})
     try:
         store.write(record)
     except ResultsError as error:
@@ -332,6 +334,18 @@ def _first_move(session: _Session, phases: Mapping[str, float | str | None]) -> 
         f"This prompt is the first that sampled with this model and its LoRAs: {moved:.0f} ms of the time from text to "
         "picture moved its weights to the device. Queue the prompt again, with other texts, for the time of a repeat."
     ]
+
+
+def with_others(record: RunRecord, context: NodeContext, nodes: Collection[str], why: str = "") -> RunRecord:
+    """The record without a total, where these nodes worked on the same picture too; `why` replaces the warning."""
+    if not nodes and not why:
+        return record
+    why = why or (
+        f"The picture is also the work of {context.names(nodes)}, which is not measured here, so the time from text to "
+        "picture is not known."
+    )
+    phases = {**record.phases_ms, OTHERS: UNKNOWN, "total": None}
+    return record.changed(phases_ms=phases, warnings=tuple(dict.fromkeys((*record.warnings, why))))
 
 
 def with_rates(record: RunRecord) -> RunRecord:

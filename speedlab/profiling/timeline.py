@@ -19,7 +19,7 @@ from .clock import synchronize
 from .memory import MemoryPeak, measure_peak
 
 # `between` carries only memory: the peak of whatever ran between two measured blocks of a prompt, such as core nodes.
-Phase = Literal["load", "text_encode", "sample", "decode", "save", "between"]
+Phase = Literal["load", "text_encode", "sample", "decode", "save", "report", "between"]
 
 _KEPT_PROMPTS = 32
 _RANGES: dict[str, str] = {"load": nvtx.LOAD, "text_encode": nvtx.TEXT_ENCODE, "decode": nvtx.DECODE}
@@ -83,6 +83,12 @@ def note(entry: PhaseEntry) -> None:
         _prompts.move_to_end(prompt_id)
         while len(_prompts) > _KEPT_PROMPTS:
             _prompts.popitem(last=False)
+
+
+def note_report() -> None:
+    """Note when a report was done: it may stand between another run's sampling and its report."""
+    now = executing()
+    note(PhaseEntry("report", now.node_id, 0.0, MemoryPeak(), {}, now.list_index, time.perf_counter_ns()))
 
 
 def _same_work(a: PhaseEntry, b: PhaseEntry) -> bool:

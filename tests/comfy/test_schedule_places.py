@@ -161,6 +161,26 @@ def test_heunpp2(tiny, techniques, run, whole, direction, interval) -> None:
     assert [row.uncond_rows for row in rows] == [*evals[:5], *[0] * 5]
 
 
+@pytest.mark.parametrize("direction", ["falls", "rises"])
+def test_every_sampler_of_comfyui_keeps_the_plan_in_both_directions(tiny, techniques, run, whole, direction) -> None:
+    """But for those that choose their own steps, all steps between the ends have the same number of evaluations."""
+    import comfy.samplers
+
+    for name in comfy.samplers.SAMPLER_NAMES:
+        if name in ("dpm_fast", "dpm_adaptive"):
+            continue
+        sigmas = whole(7) if direction == "falls" else flipped(whole(7))
+        calls, rows, notes = run(techniques(tiny.model, 2, stop_at=0.5), sigmas, name)
+        evals = [row.evals for row in rows]
+        assert sum(evals) == len(calls) and len(set(evals[2:-1])) == 1 and 0 < evals[0] <= evals[2], (name, evals)
+        assert [row.cached for row in rows] == [False, True, False, True, False, True, False], name
+        assert len(deep(calls)) == sum(evals[0::2]), name
+        # A sampler that reads uncond itself keeps it.
+        kept = evals if "_cfg_pp" in name else [*evals[:3], 0, 0, 0, 0]
+        assert [row.uncond_rows for row in rows] == kept, name
+        assert [note for note in notes if not note.startswith("Dynamic CFG: uncond stays on")] == [], name
+
+
 def restarting(again: Any) -> Any:
     """Euler's method over the schedule, in which the stretch `again` comes once more, with new noise before it."""
     import comfy.samplers
