@@ -1,0 +1,451 @@
+"""Tables and figures of the documents, made from the CSV files in benchmarks/results.
+
+    python benchmarks/docs_tables.py            writes them into README*.md, CONTRIBUTING.md and docs/*.md
+    python benchmarks/docs_tables.py --check    only compares; exit code 1 and a line for each one that differs
+
+A document marks what is made from results:
+
+    <!-- table: NAME -->        a whole table with its source, in lines of its own
+    <!-- end -->
+    <!--figure:NAME-->1.7<!--/-->    one figure inside a sentence or a cell
+
+All of one device, DEVICE; of several files of a kind the newest counts. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path("benchmarks/results")
+DEVICE = "amd-epyc"
+DEVICE_NAME = "AMD EPYC CPU"
+
+_FILE = re.compile(r"(?P<device>.+?)(?:_torch(?P<torch>[^_]+))?_(?P<date>\d{4}-\d\d-\d\d)_(?P<kind>[^_]+)\.csv")
+_TABLE = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
+_FIGURE = re.compile(r"<!--figure:(?P<name>[\w-]+)-->(?P<body>.*?)<!--/-->", re.DOTALL)
+_MARKER = re.compile(r"<!-- table:|<!-- end -->|<!--figure:|<!--/-->")
+_MARKERS_OF_A_TABLE, _MARKERS_OF_A_FIGURE = 2, 2
+
+Row = Mapping[str, str]
+
+
+class DocsError(Exception):
+    """A document or a results file is not what the tables need; the message says which and why."""
+
+
+class Results:
+    """The CSV files of a results folder, read once. Each kind is answered from its newest file."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._rows: dict[Path, list[dict[str, str]]] = {}
+
+    def newest(self, *kinds: str) -> Path:
+        """The newest file of DEVICE of these kinds. Raises DocsError where there is none."""
+        found = []
+        for path in self._folder.glob("*.csv"):
+            parts = _FILE.fullmatch(path.name)
+            if parts and parts["device"] == DEVICE and parts["kind"] in kinds:
+                found.append((parts["date"], path.name, path))
+        if not found:
+            raise DocsError(f"{self._folder} has no file of {DEVICE} that ends in _{' or _'.join(kinds)}.csv")
+        return max(found)[-1]
+
+    def rows(self, *kinds: str) -> list[dict[str, str]]:
+        """The rows of the newest file of these kinds."""
+        path = self.newest(*kinds)
+        if path not in self._rows:
+            with path.open(encoding="utf-8", newline="") as file:
+                self._rows[path] = list(csv.DictReader(file))
+        return self._rows[path]
+
+    def source(self, *kinds: str) -> str:
+        """One line under a table: the file, the device, PyTorch's version and the date."""
+        path = self.newest(*kinds)
+        parts = _FILE.fullmatch(path.name)
+        assert parts is not None
+        torch = f", PyTorch {parts['torch']}" if parts["torch"] else ""
+        return f"Source: [{path.name}](../{RESULTS.as_posix()}/{path.name}) ({DEVICE_NAME}{torch}, {parts['date']})."
+
+    def figure(self, kind: str, name: str) -> float | None:
+        """What a table of figures (`figure,measured,...`) holds under that name, or None."""
+        values = {row["figure"]: row["measured"] for row in self.rows(kind)}
+        return float(values[name]) if name in values else None
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table: first column text, the others figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def show(value: float | None, digits: int) -> str:
+    """A figure with that many decimals; a dash where nothing was measured."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def error(value: float | None) -> str:
+    """A relative error: 0.19, but 6e-06 where two decimals would show nothing."""
+    if value is None:
+        return "-"
+    return "0" if value == 0 else f"{value:.2f}" if value >= 0.005 else f"{value:.0e}"
+
+
+# benchmarks/accelerate.py: the name in the results, then what the plan is.
+IMAGE_PLANS = {
+    "interval 3": "exact + DeepCache 3 + Dynamic CFG 0.75 + Tiny VAE",
+    "interval 5": "exact + DeepCache 5 + Dynamic CFG 0.75 + Tiny VAE",
+    "interval 3, CFG kept": "exact + DeepCache 3 + Tiny VAE",
+    "interval 3, bf16": "the first one in bf16",
+    "interval 5, bf16": "the second one in bf16",
+    "diffusers + DeepCache 3": "diffusers with the DeepCache package, interval 3",
+    "stock + EasyCache": "ComfyUI's EasyCache",
+}
+
+
+def images(results: Results) -> list[str]:
+    """Text to image against stock ComfyUI."""
+
+    def cell(size: str, name: str, of: str) -> float | None:
+        return results.figure("accelerate", of.format(size=size, name=name))
+
+    faster, apart = "picture {size}: {name}, speed-up over stock", "picture {size}: latent error of {name}"
+    rows = [
+        [
+            text,
+            show(cell("256x256", name, faster), 1),
+            show(cell("512x512", name, faster), 1),
+            error(cell("512x512", name, apart)),
+        ]
+        for name, text in IMAGE_PLANS.items()
+    ]
+    head = ["plan", "times as fast, 256x256", "times as fast, 512x512", "latent error, 512x512"]
+    return [*table(head, rows), "", results.source("accelerate")]
+
+
+def sampling(results: Results) -> list[str]:
+    """Sampling alone, beside the most that the saved work allows; and one step with faster kernels."""
+    parts = {"512x512": "sampling 512x512, 5 steps: ", "256x256": "sampling 256x256, 15 steps: "}
+    limits = {row["figure"]: row["limit"] for row in results.rows("accelerate")}
+    plans = [name.removeprefix(parts["512x512"]) for name in limits if name.startswith(parts["512x512"])]
+    rows = []
+    for plan in plans:
+        row = [plan]
+        for prefix in parts.values():
+            limit = limits.get(prefix + plan)
+            row += [show(results.figure("accelerate", prefix + plan), 2), show(float(limit) if limit else None, 2)]
+        rows.append(row)
+    for name in ("Attention auto", "Attention and linear auto"):
+        value = results.figure("accelerate", f"attention 512x512: {name}, speed-up over stock")
+        what = name.replace(" and linear auto", " auto + Precision `linear`") + ", two steps"
+        rows.append([what, show(value, 2), "-", "-", "-"])
+    head = ["technique", "512x512", "by saved work", "256x256", "by saved work"]
+    return [*table(head, rows), "", results.source("accelerate")]
+
+
+def compiled(results: Results) -> list[str]:
+    """Compile Model: warm steps against eager, and what the first run takes more."""
+    cells = [f"warm {dtype} {size}" for dtype in ("fp32", "bf16") for size in ("256x256", "512x512")]
+    names = _variants(results, "warm ", ", warm speed-up over eager")
+    rows = []
+    for name in names:
+        warm = [show(results.figure("compile", f"{cell}: {name}, warm speed-up over eager"), 2) for cell in cells]
+        first = results.figure("compile", f"warm fp32 512x512: {name}, first run over a warm one, s")
+        apart = [error(results.figure("compile", f"warm {t} 512x512: {name}, latent error")) for t in ("fp32", "bf16")]
+        rows.append([name, *warm, show(first, 0), *apart])
+    head = [
+        "backend",
+        *(cell.removeprefix("warm ") for cell in cells),
+        "first run, s more",
+        "latent error, fp32",
+        "latent error, bf16",
+    ]
+    return [*table(head, rows), "", results.source("compile")]
+
+
+def compiled_first(results: Results) -> list[str]:
+    """From an empty cache in a fresh process, and how many graphs LoRAs and sizes cost."""
+    tour = {"blocks": "inductor, scope `blocks`", "model": "inductor, scope `model`"}
+    rows = []
+    for name in ("blocks", "model", "TorchCompileModel"):
+        cold = {"blocks": "inductor", "TorchCompileModel": "TorchCompileModel"}.get(name, "")
+        rows.append(
+            [
+                tour.get(name, "ComfyUI's TorchCompileModel"),
+                show(results.figure("compile", f"first 256x256: {cold}, compile time, s"), 0),
+                show(results.figure("compile", f"tour: graphs of the first picture, {name}"), 0),
+                show(results.figure("compile", f"tour: graphs that LoRAs and sizes add, {name}"), 0),
+            ]
+        )
+    head = ["", "cold compile, s", "graphs of the first image", "graphs that a LoRA and a second size add"]
+    return [*table(head, rows), "", results.source("compile")]
+
+
+def compiled_vae(results: Results) -> list[str]:
+    """Compile VAE: a warm decode against eager."""
+    rows = []
+    for name in _variants(results, "vae ", ", warm speed-up over eager"):
+        row = [name]
+        for size in ("256x256", "512x512"):
+            row.append(show(results.figure("compile", f"vae {size}: {name}, warm speed-up over eager"), 2))
+        row.append(error(results.figure("compile", f"vae 512x512: {name}, latent error")))
+        rows.append(row)
+    return [*table(["backend", "256x256", "512x512", "error, 512x512"], rows), "", results.source("compile")]
+
+
+def _variants(results: Results, start: str, end: str) -> list[str]:
+    """The names between `start ...: ` and `end`, in the order of the file."""
+    names = [row["figure"] for row in results.rows("compile")]
+    between = [n.split(": ", 1)[1].removesuffix(end) for n in names if n.startswith(start) and n.endswith(end)]
+    return list(dict.fromkeys(between))
+
+
+DECODERS = {
+    "full": "VAE Decode",
+    "core_tiny": "ComfyUI's own TAESD decode",
+    "tiny": "Tiny VAE Decode",
+    "one_by_one": "sample and decode, one by one",
+    "staged": "the same, staged by Prompt Queue and Free Memory",
+}
+
+
+def decoding(results: Results) -> list[str]:
+    """Peaks beyond what was loaded, and times, of decoding with SDXL's VAE."""
+    rows = []
+    order = list(DECODERS)
+    found = results.rows("memory-decode")
+    for row in sorted(found, key=lambda r: (order.index(r["what"]), int(r["size"]), int(r["batch"]), r["cell"])):
+        how = DECODERS[row["what"]]
+        how += ", slicing" if row["slicing"] == "True" else ""
+        how += f", tiles of {row['tile_size']}" if row["tile_size"] != "0" else ""
+        rows.append(
+            [how, f"{row['size']}x{row['size']}", row["batch"], show(float(row["over_gb"]), 2),
+             show(float(row["seconds"]), 1), row["threads"]]
+        )  # fmt: skip
+    head = ["what", "size", "batch", "peak beyond loaded, GB", "seconds", "threads"]
+    return [*table(head, rows), "", results.source("memory-decode")]
+
+
+def memory_plan(results: Results) -> list[str]:
+    """Predicted against measured peaks of Memory Plan."""
+    found = results.rows("memory-plan")
+    rows = []
+    for offload in dict.fromkeys(row["offload"] for row in found):
+        for phase in dict.fromkeys(row["phase"] for row in found):
+            errors = [float(r["error_percent"]) for r in found if (r["offload"], r["phase"]) == (offload, phase)]
+            rows.append([f"{offload}, {phase}", str(len(errors)), f"{min(errors):+.1f}", f"{max(errors):+.1f}"])
+    every = [float(row["error_percent"]) for row in found]
+    rows.append(["all", str(len(every)), f"{min(every):+.1f}", f"{max(every):+.1f}"])
+    head = ["offload, phase", "peaks", "lowest error, %", "highest error, %"]
+    return [*table(head, rows), "", results.source("memory-plan")]
+
+
+def overhead(results: Results) -> list[str]:
+    """What measuring costs."""
+
+    def line(what: str, values: Sequence[float], digits: int = 3) -> list[str]:
+        spread = [show(f(values), digits) for f in (statistics.median, min, max)]
+        return [what, *spread, str(len(values))]
+
+    pairs = results.rows("profiler-overhead")
+    detail = results.rows("profiler-detail")
+    rows = [
+        line("Profile Sampler over KSampler, time", [float(r["ratio"]) for r in pairs]),
+        line("step times added up, share of the node's time", [float(r["steps_over_wall"]) for r in pairs]),
+    ]
+    for name in ("kernels", "trace"):
+        mine = [r for r in detail if r["detail"] == name]
+        rows.append(line(f"detail `{name}` over `timing`, step time", [float(r["step_ratio"]) for r in mine]))
+        rows.append(line(f"detail `{name}`, seconds after the run", [float(r["extra_s"]) for r in mine], 1))
+    chart = [float(r["ratio"]) for r in results.rows("live-chart")]
+    rows.append(line("live chart in a browser over none, sampling time", chart))
+    for r in results.rows("library"):
+        seconds = [show(float(r[key]), 2) for key in ("median_s", "min_s", "max_s")]
+        rows.append([f"sidebar, {int(r['runs']):,} runs, {r['what']}, s", *seconds, r["calls"]])
+    sources = [results.source(kind) for kind in ("profiler-overhead", "profiler-detail", "live-chart", "library")]
+    head = ["what", "median", "lowest", "highest", "of"]
+    return [*table(head, rows), "", *(f"{source}\\" for source in sources[:-1]), sources[-1]]
+
+
+def fleet(results: Results) -> list[str]:
+    """Rate and overhead of one and two workers."""
+    rows = []
+    for row in results.rows("fleet"):
+        many = "one server without Ray" if row["arm"] != "fleet" else f"fleet, {row['workers']} worker"
+        many += "s" if row["workers"] != "1" else ""
+        median, most = row["overhead_median_ms"], row["overhead_max_ms"]
+        rows.append(
+            [many, show(float(row["prompts_per_min"]), 1), show(float(row["comfyui_median_s"]), 2),
+             show(float(median) if median else None, 0), show(float(most) if most else None, 0)]
+        )  # fmt: skip
+    head = ["", "prompts a minute", "ComfyUI, s a prompt", "overhead, ms, median", "overhead, ms, highest"]
+    return [*table(head, rows), "", results.source("fleet")]
+
+
+def stress_input(results: Results) -> list[str]:
+    """Broken and hostile inputs by reader."""
+    kinds = ("stress-fuzz", "torture-fuzz")
+    found = results.rows(*kinds)
+    columns = ("inputs", "fine", "refused", "defects")
+    rows = [[row["reader"], *(f"{int(row[column]):,}" for column in columns)] for row in found]
+    rows.append(["**all**", *(f"{sum(int(row[column]) for row in found):,}" for column in columns)])
+    head = ["reader", "inputs", "read", "refused with a message", "defects"]
+    return [*table(head, rows), "", results.source(*kinds)]
+
+
+def stress_faults(results: Results) -> list[str]:
+    """Faults by kind."""
+    kinds = ("stress-faults", "torture-faults")
+    found = results.rows(*kinds)
+    rows = [[row["fault"], row["faults"], row["broken"]] for row in found]
+    rows.append(["**all**", *(str(sum(int(row[column]) for row in found)) for column in ("faults", "broken"))])
+    return [*table(["fault", "faults", "broken or lost"], rows), "", results.source(*kinds)]
+
+
+def stress_soak(results: Results) -> list[str]:
+    """A server under random prompts: counts, then what may not grow. Rows of single nodes are left out."""
+    kinds = ("stress-soak", "torture-soak")
+    names = {"rss_mb": "RSS, MB", "device_mb": "device memory, MB"}
+    rows = []
+    for row in results.rows(*kinds):
+        if not row["what"].startswith("SpeedLab"):
+            what = names.get(row["what"], row["what"].replace("_", " "))
+            rows.append([what, *(row[key] or "-" for key in ("count", "start", "end", "bound"))])
+    head = ["what", "count", "after warm-up", "at the end", "allowed count or growth"]
+    return [*table(head, rows), "", results.source(*kinds)]
+
+
+TABLES: Mapping[str, Callable[[Results], list[str]]] = {
+    "images": images,
+    "sampling": sampling,
+    "compile": compiled,
+    "compile-first": compiled_first,
+    "compile-vae": compiled_vae,
+    "decoding": decoding,
+    "memory-plan": memory_plan,
+    "overhead": overhead,
+    "fleet": fleet,
+    "stress-input": stress_input,
+    "stress-faults": stress_faults,
+    "stress-soak": stress_soak,
+}
+
+
+def _named(kind: str, name: str, form: Callable[[float | None], str]) -> Callable[[Results], str]:
+    return lambda results: form(results.figure(kind, name))
+
+
+def _decode(cell: str, column: str = "over_gb", digits: int = 2) -> Callable[[Results], str]:
+    def value(results: Results) -> str:
+        (row,) = (row for row in results.rows("memory-decode") if row["cell"] == cell)
+        return show(float(row[column]), digits)
+
+    return value
+
+
+def _tiny_over_full(size: int) -> Callable[[Results], str]:
+    def value(results: Results) -> str:
+        seconds = {row["cell"]: float(row["seconds"]) for row in results.rows("memory-decode")}
+        return show(seconds[f"full-{size}-b1"] / seconds[f"tiny-{size}-b1"], 0)
+
+    return value
+
+
+def _sampler_ratio(results: Results) -> str:
+    return show(statistics.median(float(row["ratio"]) for row in results.rows("profiler-overhead")), 3)
+
+
+def one(value: float | None) -> str:
+    """One decimal."""
+    return show(value, 1)
+
+
+_FASTER, _APART = "picture 512x512: {}, speed-up over stock", "picture 512x512: latent error of {}"
+FIGURES: Mapping[str, Callable[[Results], str]] = {
+    "step-exact": _named("accelerate", "attention 512x512: Attention and linear auto, speed-up over stock", one),
+    "image-3": _named("accelerate", _FASTER.format("interval 3"), one),
+    "image-3-error": _named("accelerate", _APART.format("interval 3"), error),
+    "image-5": _named("accelerate", _FASTER.format("interval 5"), one),
+    "image-5-error": _named("accelerate", _APART.format("interval 5"), error),
+    "image-5-bf16": _named("accelerate", _FASTER.format("interval 5, bf16"), one),
+    "image-5-bf16-error": _named("accelerate", _APART.format("interval 5, bf16"), error),
+    "compile-onnxruntime": _named("compile", "warm fp32 512x512: onnxruntime, warm speed-up over eager", one),
+    "decode-full": _decode("full-1024-b1"),
+    "decode-tiles": _decode("full-tile512-1024-b1"),
+    "decode-tiny": _decode("tiny-1024-b1"),
+    "tiny-faster": _tiny_over_full(1024),
+    "sampler-ratio": _sampler_ratio,
+}
+
+
+def rendered(text: str, results: Results, where: str = "text") -> str:
+    """`text` with every marked table and figure made anew. Raises DocsError for unknown names and unpaired markers."""
+
+    def made(kind: str, known: Iterable[str], name: str) -> None:
+        if name not in known:
+            raise DocsError(f"{where}: there is no {kind} {name!r}; there are {', '.join(known)}")
+
+    def a_table(match: re.Match[str]) -> str:
+        made("table", TABLES, match["name"])
+        body = "\n".join(TABLES[match["name"]](results))
+        return f"<!-- table: {match['name']} -->\n{body}\n<!-- end -->"
+
+    def a_figure(match: re.Match[str]) -> str:
+        made("figure", FIGURES, match["name"])
+        return f"<!--figure:{match['name']}-->{FIGURES[match['name']](results)}<!--/-->"
+
+    tables, figures = _TABLE.findall(text), _FIGURE.findall(text)
+    if len(_MARKER.findall(text)) != _MARKERS_OF_A_TABLE * len(tables) + _MARKERS_OF_A_FIGURE * len(figures):
+        raise DocsError(f"{where}: a marker has no partner, or a name with odd characters")
+    return _FIGURE.sub(a_figure, _TABLE.sub(a_table, text))
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """Every document that may hold a marker."""
+    return [*sorted(root.glob("README*.md")), *root.glob("CONTRIBUTING.md"), *sorted((root / "docs").glob("*.md"))]
+
+
+def differences(text: str, wanted: str) -> list[str]:
+    """Names of the marked parts of `text` that are not as in `wanted`, which `rendered` made of it."""
+    names = []
+    for pattern, kind in ((_TABLE, "table"), (_FIGURE, "figure")):
+        pairs = zip(pattern.finditer(text), pattern.finditer(wanted), strict=True)
+        names += [f"{kind} {old['name']}" for old, new in pairs if old["body"] != new["body"]]
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write, or with --check compare. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare; exit code 1 where something differs")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the pack")
+    args = parser.parse_args(argv)
+    results = Results(args.root / RESULTS)
+    stale = 0
+    try:
+        for path in documents(args.root):
+            name = path.relative_to(args.root).as_posix()
+            text = path.read_text(encoding="utf-8")
+            wanted = rendered(text, results, name)
+            for part in differences(text, wanted):
+                stale += 1
+                print(f"{name}: {part} {'is not what the results say' if args.check else 'written'}")
+            if wanted != text and not args.check:
+                path.write_text(wanted, encoding="utf-8", newline="\n")
+    except DocsError as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    if args.check and stale:
+        print("`python benchmarks/docs_tables.py` writes them anew.")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
