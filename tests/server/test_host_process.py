@@ -76,7 +76,7 @@ def test_a_killed_owner_takes_its_server_along(host: Host, tmp_path: Path) -> No
 import sys, time
 sys.path.insert(0, {str(pack_root())!r})
 from pathlib import Path
-from speedlab.host import ComfyServer, Host, pack_root
+from speedlab_tools.host import ComfyServer, Host, pack_root
 host = Host(Path({str(host.comfyui)!r}), Path({str(host.python)!r}), {host.managed!r}, "test")
 server = ComfyServer(host, pack=pack_root(), base=Path({str(tmp_path / "base")!r}), cpu=True, extra_args={QUICK!r})
 print(server.start().process.pid, flush=True)
