@@ -22,10 +22,10 @@ _SURVIVED, _TOLD = "went on", "told"
 
 def run_out_of_memory(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
     """Let the memory run out so many times. `output` is the server's output folder. Raises BenchError."""
-    return asyncio.run(_all(url, output, checkpoint, faults, rng))
+    return asyncio.run(_all_on_memory(url, output, checkpoint, faults, rng))
 
 
-async def _all(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
+async def _all_on_memory(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
     tally, ended = FaultTally("out of memory"), Counter[str]()
     started = time.perf_counter()
     async with ComfyClient(url) as client:
