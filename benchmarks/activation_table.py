@@ -147,7 +147,7 @@ def _unet(engine: Any, family: str, dtype: str, side: int, rows: int, device: An
     with torch.inference_mode():
         base = chosen.get_model({}, "", device=device)
         _filled(base.diffusion_model)
-    activations = engine("memory.activations")
+    activations = engine("memory.predict")
     size = activations.PictureSize(side, side, max(1, rows // 2))
     options = {"optimized_attention_override": lambda _f, *a, **k: attention.attention_pytorch(*a, **k)}
 
@@ -170,7 +170,7 @@ def _vae(engine: Any, family: str, dtype: str, side: int, rows: int, device: Any
     weights = _vae_weights()
     vae = comfy.sd.VAE(sd=weights, dtype=_dtype(dtype))
     del weights
-    activations = engine("memory.activations")
+    activations = engine("memory.predict")
     counted = activations.decode_bytes(vae, activations.PictureSize(side, side, rows))
     return lambda pixels: vae.decode(torch.randn(rows, 4, pixels // 8, pixels // 8)), counted
 

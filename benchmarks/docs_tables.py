@@ -371,11 +371,8 @@ _FASTER, _APART = "picture 512x512: {}, speed-up over stock", "picture 512x512: 
 FIGURES: Mapping[str, Callable[[Results], str]] = {
     "step-exact": _named("accelerate", "attention 512x512: Attention and linear auto, speed-up over stock", one),
     "image-3": _named("accelerate", _FASTER.format("interval 3"), one),
-    "image-3-error": _named("accelerate", _APART.format("interval 3"), error),
     "image-5": _named("accelerate", _FASTER.format("interval 5"), one),
-    "image-5-error": _named("accelerate", _APART.format("interval 5"), error),
     "image-5-bf16": _named("accelerate", _FASTER.format("interval 5, bf16"), one),
-    "image-5-bf16-error": _named("accelerate", _APART.format("interval 5, bf16"), error),
     "compile-onnxruntime": _named("compile", "warm fp32 512x512: onnxruntime, warm speed-up over eager", one),
     "decode-full": _decode("full-1024-b1"),
     "decode-tiles": _decode("full-tile512-1024-b1"),

@@ -31,8 +31,7 @@ def main() -> None:
     options.add_argument("--size", type=int, default=256)
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = options.parse_args()
-    from speedlab_tools.client.files import demo_checkpoint
-    from speedlab_tools.client.session import ServerOptions, open_server
+    from speedlab_tools.client.files import ServerOptions, demo_checkpoint, open_server
 
     checkpoint = demo_checkpoint("sd15")
     with tempfile.TemporaryDirectory() as folder:

@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace, family: str, offload: str, side: int, batc
     peaks: dict[str, Any] = {}
     with torch.inference_mode():
         model, clip, vae, _ = nodes["SpeedLabCheckpointLoader"]().load(name, "auto", "contiguous")
-        plans, activations = engine("memory.predict"), engine("memory.activations")
+        plans, activations = engine("memory.predict"), engine("memory.predict")
         parts = plans.parts_of(model, clip, vae, activations.PictureSize(side, side, batch))
         model, clip, vae, _ = nodes["SpeedLabMemoryPlan"]().plan(model, offload, 0.0, clip, vae, latent)["result"]
         (model,) = nodes["SpeedLabAttention"]().apply(model, "sdpa")

@@ -32,10 +32,14 @@ from speedlab_tools.bench.results import Outcome, fetch_records  # noqa: E402
 from speedlab_tools.bench.runner import parts_of  # noqa: E402
 from speedlab_tools.client.client import ComfyClient  # noqa: E402
 from speedlab_tools.client.events import LOADERS, node_spans  # noqa: E402
-from speedlab_tools.client.files import prepare_output  # noqa: E402
-from speedlab_tools.client.session import ServerOptions, Target, open_server  # noqa: E402
+from speedlab_tools.client.files import (  # noqa: E402
+    ServerOptions,
+    Target,
+    open_server,
+    prepare_output,
+)
 from speedlab_tools.scenarios.catalog import LIGHTHOUSE, find  # noqa: E402
-from speedlab_tools.scenarios.graphs_sweep import sweep  # noqa: E402
+from speedlab_tools.scenarios.graphs import sweep  # noqa: E402
 from speedlab_tools.scenarios.overrides import Overrides, adapt  # noqa: E402
 from speedlab_tools.scenarios.scenario import Scenario, Settings  # noqa: E402
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 from ..speedlab.common.core import core_nodes
 from ..speedlab.measure.context import NodeContext
-from ..speedlab.plans.axes import AXES, NO_AXIS
+from ..speedlab.plans.axes import AXES, NO_AXIS, CellSettings
 from ..speedlab.plans.output import read_prompts, write_output
-from ..speedlab.plans.settings import CellSettings
 from ..speedlab.plans.sweep import Sweep, SweepRequest
 from ..speedlab.plans.techniques import Parts
 from . import names

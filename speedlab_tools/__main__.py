@@ -11,13 +11,13 @@ from pathlib import Path
 
 from speedlab.common.errors import SpeedLabError
 
+from . import contract as cmd_contract
+from . import demo as cmd_demo
 from .bench import command as cmd_bench
 from .client.files import ROOT
 from .compare import command as cmd_compare
-from .contract import command as cmd_contract
-from .demo import command as cmd_demo
 from .host.base import CALLED_FROM
-from .scenarios import commands as cmd_tables
+from .scenarios import workflows as cmd_tables
 from .scenarios.catalog import UnknownScenarioError
 
 INTERRUPTED = 130

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UnavailableError
-from .kernel_names import ATTENTION, CONVOLUTION, COPY, ELEMENTWISE, GEMM, NORMALISATION, OTHER
+from .kernels import ATTENTION, CONVOLUTION, COPY, ELEMENTWISE, GEMM, NORMALISATION, OTHER
 from .record import RunRecord
 from .summary import CACHED, CFG_OFF, FORECAST, FULL, KIND_NAMES, has_median, rows_of, step_kinds
 

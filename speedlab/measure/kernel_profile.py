@@ -16,17 +16,14 @@ from typing import Any
 from ..common.errors import first_line
 from ..patching.compiled import CompileCounts, compile_counts, counts_between, is_compiled
 from ..patching.wrappers import Site, attach
-from .extra_pass import Sampling, run_pass
-from .flops import can_count_compiled, count_flops
+from .flops import Sampling, can_count_compiled, count_flops, run_pass
 from .kernels import OPERATORS, KernelReport, analyse
 from .peaks import measure_peak
-from .profile_window import Window, choose_window
-from .recorder import Recorder
+from .profile_window import Recorder, Window, choose_window
 from .roofline import Peak, measured_peak, roofline
 from .store import RunStore
+from .torch_trace import spans_of, write_trace
 from .trace import SamplingTrace, StepRow, evaluation_steps
-from .trace_events import spans_of
-from .trace_file import write_trace
 
 log = logging.getLogger(__name__)
 

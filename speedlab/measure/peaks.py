@@ -5,6 +5,8 @@ there is added to the peaks, and told apart as `outside`. Pages stay until other
 taken from the two ends of a block.
 
 Sizes are bytes here; the record turns them into GB of 10^9 bytes. A number that the platform does not have is None.
+
+What a cell adds to the memory of the process. Its peak would tell of all cells, whose weights are there in turn.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -192,3 +194,26 @@ def _device_used(cuda: Any | None, device: Any) -> int | None:
 def _largest(a: int | None, b: int | None) -> int | None:
     known = [value for value in (a, b) if value is not None]
     return max(known) if known else None
+
+
+RSS, GROWTH = "peak_rss_gb", "rss_growth_gb"
+Memory = Mapping[str, Mapping[str, Any]]
+
+
+def growth_gb(start: int | None, peaks: Sequence[MemoryPeak], sampling: Mapping[str, Any]) -> float | None:
+    """How far the resident set rose over `start` bytes in the blocks of one run; None where no peak can be measured.
+
+    Less than the run needs where it reuses what an earlier one gave back and the process kept.
+    """
+    if start is None:
+        return None
+    known = [peak.rss / 1e9 for peak in peaks if peak.rss is not None]
+    known += [float(sampling[RSS])] if sampling.get(RSS) is not None else []
+    return round(max(max(known) - start / 1e9, 0.0), 4) if known else None
+
+
+def with_growth(memory: Memory, growths: Sequence[float | None]) -> dict[str, Mapping[str, Any]]:
+    """A cell's memory with its largest growth in place of the process's peak, which stays with each phase."""
+    known = [growth for growth in growths if growth is not None]
+    overall = {**memory.get("overall", {}), RSS: None, GROWTH: max(known, default=None)}
+    return {**memory, "overall": overall}

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..patching.compiled import is_compiled_in_place, refusal_of_streaming
-from .layers import networks
-from .streaming import ModelStream
+from .streaming import ModelStream, networks
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher as _Patcher

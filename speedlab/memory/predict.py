@@ -1,20 +1,36 @@
-"""What each way of offloading will need at its peak, phase by phase, before anything runs."""
+"""What each way of offloading will need at its peak, phase by phase, before anything runs.
+
+What UNet, text encoders and VAE take beside their weights, by counting; see `live_bytes` for what that means.
+
+How many bytes of tensors are alive at once during a forward, counted and not estimated.
+
+On the `meta` device a forward allocates nothing and computes nothing, yet makes and drops the tensors that a real one
+would: the count holds for any device whose attention keeps no matrix of scores (SDPA's fused kernels). Workspace that
+a kernel takes for itself, as cuDNN may, is not seen.
+"""
 
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..common.errors import UnavailableError
+from ..models.unet import require_unet
 from ..vae.precision import starting_dtype
-from .activations import PictureSize, decode_bytes, sampling_bytes, text_bytes
-from .layers import streamed_bytes, weight_bytes
 from .placement import Offload
+from .streaming import networks, streamed_bytes, weight_bytes
 
 OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")  # from the fastest on
 _TABLE = Path(__file__).with_name("activations.csv")
@@ -132,3 +148,183 @@ def measured_factor(device_type: str, part: str, counted: int) -> float:
         if at <= right:
             return low + (high - low) * (at - left) / max(right - left, 1e-9)
     return rows[-1][1]
+
+
+_TOKENS = 77
+_PIXELS_PER_LATENT = 8
+
+
+@dataclass(frozen=True)
+class PictureSize:
+    """Pixels of one picture, and how many are made at once."""
+
+    width: int
+    height: int
+    batch: int = 1
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """Height and width of the latent."""
+        return self.height // _PIXELS_PER_LATENT, self.width // _PIXELS_PER_LATENT
+
+
+def sampling_bytes(model: Any, size: PictureSize) -> int:
+    """Bytes of one evaluation of a MODEL with guidance: cond and uncond of all pictures in one forward.
+
+    Networks other than image UNets are not counted; for them it is ComfyUI's own estimate.
+    """
+    rows = 2 * size.batch
+    try:
+        require_unet(model, "Memory Plan")
+    except UnavailableError:
+        channels = getattr(model.model.latent_format, "latent_channels", 4)
+        return int(model.model.memory_required([rows, channels, *size.latent]))
+    return unet_bytes(model.model, size, rows)
+
+
+def unet_bytes(base: Any, size: PictureSize, rows: int) -> int:
+    """Bytes of one forward of a diffusion model (ComfyUI's BaseModel) on `rows` latents, cond and uncond counted."""
+    network = on_meta(base.diffusion_model)
+    dtype = base.manual_cast_dtype or base.get_dtype()
+    height, width = size.latent
+    config = base.model_config.unet_config
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    latent = meta(rows, config.get("in_channels", 4), height, width)
+    context = meta(rows, _TOKENS, config.get("context_dim") or 768)
+    adm = config.get("adm_in_channels")
+    label = meta(rows, adm) if adm and network.num_classes is not None else None
+    options = {"optimized_attention_override": fused_attention}
+    timestep = meta(rows, dtype=torch.float32)
+    forward = peak_bytes(
+        lambda: network(latent, timestep, context=context, y=label, control=None, transformer_options=options)
+    )
+    # The sampler holds the noisy latent, the noise, the denoised one and copies of them, in fp32, for each picture.
+    return forward + latent.nbytes + context.nbytes + 6 * size.batch * 4 * height * width * 4
+
+
+def decode_bytes(vae: Any, size: PictureSize, dtype: torch.dtype | None = None) -> int:
+    """Bytes of decoding `size.batch` pictures in one piece with a ComfyUI VAE, in `dtype` or its own.
+
+    A VAE for video or sound is not counted; for that it is ComfyUI's own estimate.
+    """
+    dtype = dtype or vae.vae_dtype
+    # A compiled VAE is counted as the network that was compiled.
+    stage = getattr(vae.first_stage_model, "speedlab_original", vae.first_stage_model)
+    if getattr(vae, "latent_dim", 2) != 2:
+        return int(vae.memory_used_decode((size.batch, vae.latent_channels, 1, *size.latent), dtype))
+    decoder: Any = on_meta(stage).to(dtype)
+    for part in decoder.modules():
+        if hasattr(part, "optimized_attention"):
+            part.optimized_attention = _attended
+    latent = torch.empty((size.batch, vae.latent_channels, *size.latent), dtype=dtype, device="meta")
+    picture = size.batch * 3 * size.width * size.height * 4
+    # The picture is scaled and clamped in fp32 after it was made: two copies beside the decoder's own output.
+    return max(peak_bytes(lambda: decoder.decode(latent)), 2 * picture)
+
+
+def text_bytes(clip: Any) -> int:
+    """Bytes of encoding one prompt of 77 tokens with the largest of a CLIP's text encoders; they compute in fp32."""
+    largest = 0
+    for transformer in networks(clip.cond_stage_model):
+        largest = max(largest, _encoder_bytes(transformer))
+    return largest
+
+
+def _encoder_bytes(transformer: Any) -> int:
+    if type(transformer).__name__ not in ("CLIPTextModel", "T5"):
+        return weight_bytes(transformer) // 10  # language models as text encoders: an allowance
+    width = transformer.get_input_embeddings().weight.shape[1]
+    embeds = torch.empty((1, _TOKENS, width), dtype=torch.float32, device="meta")
+    network = on_meta(transformer)
+    return peak_bytes(lambda: network(None, None, embeds=embeds, num_tokens=[_TOKENS], intermediate_output=-2))
+
+
+def _attended(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    """In place of a VAE's attention, which takes its function from its module."""
+    return torch.empty_like(query)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations inside make: `peak` is the most that was alive at once.
+
+    Tensors that exist before are not counted. `least` leaves out storages that are smaller.
+    """
+
+    def __init__(self, least: int = 0) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._least = least
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What is an argument was there before this operation: an operation in place or a view makes nothing new.
+        given = {self._key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and self._key(leaf) not in given:
+                self._count(leaf.untyped_storage())
+        return result
+
+    @staticmethod
+    def _key(tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage()._cdata
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or size < self._least:
+            return
+        self._known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+# What ComfyUI hangs on a layer while it pages its weights (dynamic VRAM): handles of memory that a copy would free.
+_PAGING = (
+    "_v", "_v_signature", "_v_weight", "_v_bias", "_v_block", "_pin_state", "_pins", "_prefetch",
+    "weight_lowvram_function", "bias_lowvram_function",
+)  # fmt: skip
+
+
+def on_meta(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a network's structure on the `meta` device; no weight is copied, no hook comes along."""
+    memo: dict[int, Any] = {}
+    for weight in network.parameters():
+        memo[id(weight)] = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+    for buffer in network.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for part in network.modules():
+        # Neither hooks, nor what ComfyUI does to offloaded weights in use: that holds patches with tensors of its own.
+        left_out = [part._forward_hooks, part._forward_pre_hooks]
+        left_out += [getattr(part, name) for name in ("weight_function", "bias_function") if hasattr(part, name)]
+        for thing in left_out:
+            memo[id(thing)] = type(thing)()
+        for name in _PAGING:
+            handle = part.__dict__.get(name)
+            if not isinstance(handle, (type(None), bool, int, float, str, bytes)):
+                memo[id(handle)] = None
+    result = copy.deepcopy(network, memo)
+    for part in result.modules():
+        for name in _PAGING:
+            part.__dict__.pop(name, None)
+    return result
+
+
+def peak_bytes(forward: Callable[[], Any]) -> int:
+    """Bytes alive at the worst moment of `forward`, its result included."""
+    with torch.inference_mode(), LiveBytes() as count:
+        result = forward()
+    del result
+    return count.peak
+
+
+def fused_attention(_function: Any, query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """In place of attention on `meta`: what a fused kernel returns, and nothing beside it."""
+    return torch.empty_like(query)

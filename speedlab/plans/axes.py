@@ -3,6 +3,10 @@
 Values stand one a line or between commas; `*` before a value makes its cell the baseline that quality is measured
 against. Plans stand one a line. `batch` may end in `max`: doubled until memory is full, then the largest that fits is
 searched; `max@64` goes no further than 64.
+
+What one cell of a sweep runs with: a frozen set of settings that axes and plans change.
+
+The cells of a sweep: every pair of values of its two axes, and which cell each one is compared with. Pure.
 """
 
 from __future__ import annotations
@@ -10,10 +14,19 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from .plan_text import BASELINE_MARK, SweepTextError, parse_plan, parse_technique, split_outside
-from .settings import MOST_PICTURES, CellSettings, main_option, number, shorten, whole_number
+from .plan_text import (
+    BASELINE_MARK,
+    MAIN,
+    MAIN_OPTION,
+    STOCK,
+    SweepTextError,
+    TechniqueText,
+    parse_plan,
+    parse_technique,
+    split_outside,
+)
 
 NO_AXIS = "none"
 OFF = "off"
@@ -208,3 +221,184 @@ def _value(name: str, text: str) -> AxisValue:
     # What no setting of ours can be is an error here, before anything runs.
     value.apply(CellSettings())
     return value
+
+
+MOST_PICTURES = 4096
+_LARGEST_SIDE, _MOST_STEPS, _HIGHEST_CFG = 16384, 10000, 100.0
+
+
+@dataclass(frozen=True)
+class CellSettings:
+    """Sizes in pixels. `techniques` in the order in which they are attached; `decoder` makes the pictures."""
+
+    width: int = 512
+    height: int = 512
+    batch: int = 1
+    steps: int = 20
+    cfg: float = 8.0
+    sampler: str = "euler"
+    scheduler: str = "normal"
+    plan: str = STOCK
+    techniques: tuple[TechniqueText, ...] = ()
+    decoder: TechniqueText = field(default_factory=lambda: TechniqueText("full"))
+    weights: TechniqueText | None = None
+    prompt_tokens: int | None = None
+    handoff: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if not 64 <= value <= _LARGEST_SIDE or value % 8:
+                raise SweepTextError(f"{name} {value}: sizes are multiples of 8 from 64 to {_LARGEST_SIDE}.")
+        for name, most in (("batch", MOST_PICTURES), ("steps", _MOST_STEPS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise SweepTextError(f"{name} {getattr(self, name)}: choose 1 to {most}.")
+        if not 0.0 <= self.cfg <= _HIGHEST_CFG:
+            raise SweepTextError(f"cfg {self.cfg:g}: choose 0 to {_HIGHEST_CFG:g}.")
+
+    def with_technique(self, technique: TechniqueText) -> CellSettings:
+        """The settings with one technique more: one of the model, or what `vae`, `weights` and `settings` stand for."""
+        if technique.name in ("full", "tiny"):
+            return replace(self, decoder=technique)
+        if technique.name == "weights":
+            return replace(self, weights=technique)
+        if technique.name == "settings":
+            return self._changed_by(technique)
+        others = tuple(known for known in self.techniques if known.name != technique.name)
+        return replace(self, techniques=(*others, technique))
+
+    def without(self, name: str) -> CellSettings:
+        """The settings without a technique of the model, or without `weights`."""
+        if name == "weights":
+            return replace(self, weights=None)
+        return replace(self, techniques=tuple(known for known in self.techniques if known.name != name))
+
+    def with_main(self, name: str, value: str) -> CellSettings:
+        """The settings with a technique's main option changed; the options that it has already stay."""
+        known = self.weights if name == "weights" else next((t for t in self.techniques if t.name == name), None)
+        others = {key: text for key, text in (known.options if known else {}).items() if key != MAIN_OPTION[name]}
+        return self.with_technique(TechniqueText(name, {**others, MAIN: value}))
+
+    def with_stack(self, techniques: tuple[TechniqueText, ...]) -> CellSettings:
+        """The settings with a whole stack more."""
+        result = self
+        for technique in techniques:
+            result = result.with_technique(technique)
+        return result
+
+    def _changed_by(self, technique: TechniqueText) -> CellSettings:
+        changed = self
+        for name, text in technique.options.items():
+            if name in ("width", "height", "batch", "steps"):
+                changed = replace(changed, **{name: whole_number(text, name)})  # type: ignore[arg-type]
+            elif name == "cfg":
+                changed = replace(changed, cfg=number(text, name))
+            elif name in ("sampler", "scheduler"):
+                changed = replace(changed, **{name: text})  # type: ignore[arg-type]
+            else:
+                known = "width, height, batch, steps, cfg, sampler, scheduler"
+                raise SweepTextError(f"settings({name or text}): the settings of a plan are {known}.")
+        return changed
+
+    def accelerators(self) -> tuple[str, ...]:
+        """What the cell asks for beside the sampler's own settings, for a record of a cell that never ran."""
+        named = [t for t in (self.weights, *self.techniques) if t is not None]
+        return tuple(t.words() for t in named) + (
+            () if self.decoder == TechniqueText("full") else (self.decoder.words(),)
+        )
+
+
+def shorten(text: str) -> str:
+    """A text as a message quotes it."""
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def whole_number(text: str, what: str) -> int:
+    """An integer, or SweepTextError naming `what`."""
+    try:
+        return int(text)
+    except ValueError:
+        raise SweepTextError(f"'{shorten(text)}' is no whole number for {what}.") from None
+
+
+def number(text: str, what: str) -> float:
+    """A finite number, or SweepTextError naming `what`."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise SweepTextError(f"'{shorten(text)}' is no number for {what}.")
+    return value
+
+
+def main_option(name: str, value: str) -> TechniqueText:
+    """A technique with its main option alone, as the axes make them."""
+    return TechniqueText(name, {MAIN: value})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its place in the grid, the labels of its values by axis, and its settings."""
+
+    x: int
+    y: int
+    labels: tuple[tuple[str, str], ...]
+    settings: CellSettings
+
+    @property
+    def name(self) -> str:
+        """`steps 20, cfg 7`; `stock` for a sweep without axes."""
+        return ", ".join(f"{axis} {label}" for axis, label in self.labels) or self.settings.plan
+
+
+def make_cells(base: CellSettings, axis_x: Axis, axis_y: Axis) -> tuple[Cell, ...]:
+    """Every cell, row by row. Raises SweepTextError for the same axis twice, too many cells or impossible settings."""
+    if axis_x.name == axis_y.name and axis_x.name != "none":
+        raise SweepTextError(f"Both axes are {axis_x.name}: choose two different ones, or none for the second.")
+    axes = {axis.name: axis for axis in (axis_x, axis_y)}
+    for other, mark in (("steps", "@"), ("scheduler", "/")):
+        written = [value.label for value in axes["sampler"].values if mark in value.label] if "sampler" in axes else []
+        if other in axes and written:
+            raise SweepTextError(
+                f"The sampler axis sets {other} too ('{written[0]}') where {other} is the other axis: leave out what "
+                f"stands behind {mark}, or choose another second axis."
+            )
+    if axis_x.open_end and axis_y.open_end:
+        raise SweepTextError("Only one axis may end in max.")
+    count = len(axis_x.values) * len(axis_y.values)
+    if count > MOST_CELLS:
+        raise SweepTextError(f"{count} cells are more than {MOST_CELLS}: leave some values out.")
+    return tuple(
+        make_cell(base, axis_x, axis_y, x, y) for y in range(len(axis_y.values)) for x in range(len(axis_x.values))
+    )
+
+
+def make_cell(base: CellSettings, axis_x: Axis, axis_y: Axis, x: int, y: int) -> Cell:
+    """The cell at one place. A plan is applied before other axes, so that their values hold."""
+    pairs = [(axis_x, axis_x.values[x]), (axis_y, axis_y.values[y])]
+    settings = base
+    for _, value in sorted(pairs, key=lambda pair: pair[0].name != "plan"):
+        settings = value.apply(settings)
+    labels = tuple((axis.name, value.label) for axis, value in pairs if axis.name != "none")
+    return Cell(x, y, labels, replace(settings, plan=_plan_name(settings.plan, labels)))
+
+
+def _plan_name(plan: str, labels: tuple[tuple[str, str], ...]) -> str:
+    """The plan column of a cell: what no other column of a table would tell apart is named there."""
+    told = [f"{axis}={label}" for axis, label in labels if axis not in OWN_COLUMN and axis != "plan"]
+    return ", ".join([*([] if plan == STOCK and told else [plan]), *told])
+
+
+def baseline_of(cell: Cell, axis_x: Axis, axis_y: Axis) -> tuple[int, int]:
+    """The place of the cell that `cell`'s pictures are compared with.
+
+    A mark on one axis compares along that axis, within the row or column of the cell. Marks on both axes, or on none,
+    name one cell for all: the marked or first one.
+    """
+    marked_x, marked_y = axis_x.baseline, axis_y.baseline
+    if marked_x is not None and marked_y is None:
+        return marked_x, cell.y
+    if marked_y is not None and marked_x is None:
+        return cell.x, marked_y
+    return marked_x or 0, marked_y or 0

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UnavailableError, first_line
 from ..measure.charts import blank, new_figure, to_image
+from ..measure.peaks import GROWTH
 from ..measure.record import RunRecord
 from .axes import Axis
 from .cell_record import CellRuns
-from .growth import GROWTH
 from .sweep import SweepResult
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..measure.peaks import GROWTH
 from ..measure.record import csv_row
 from ..measure.store import RunStore, write_picture
 from ..sampling.complete import to_bytes
 from .axes import Axis
 from .cell_record import CellRuns
-from .growth import GROWTH
 
 SIDE = 256
 _PAD, _LINE, _TITLE = 8, 16, 28

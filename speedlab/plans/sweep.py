@@ -1,36 +1,37 @@
-"""Runs a sweep: cells in turn, round after round, so that drift hits them all alike (A B C, B C A)."""
+"""Runs a sweep: cells in turn, round after round, so that drift hits them all alike (A B C, B C A).
+
+What a table cannot show, in sentences: what failed, the largest batch, where throughput saturates, overhead.
+
+How far a sweep is: ComfyUI's bar over all steps, and a line with the time left.
+
+The order of what is measured in turn. Pure.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common.core import output_directory
 from ..common.errors import ResultsError
+from ..measure import timeline
 from ..measure.context import NodeContext
 from ..measure.peaks import rss_bytes
 from ..measure.store import RunStore, new_run_id
 from ..sampling.profiled import failure_message, failure_status
-from .axes import Axis, parse_axis, with_batch
-from .batch_search import BatchSearch
-from .cell_record import CellRuns, SweepFacts, failed_record, measured_record
-from .cells import Cell, baseline_of, make_cell, make_cells
-from .measure import OneRun, Prepared, Prompt, check_sampler, prepare, run_once
-from .notes import largest_note, notes_of
+from .axes import MOST_PICTURES, Axis, Cell, CellSettings, baseline_of, make_cell, make_cells, parse_axis, with_batch
+from .batch_search import BatchSearch, NotTriedError, refuse_too_large, saturation_point
+from .cell import OneRun, Prepared, Prompt, Reloader, check_sampler, prepare, run_once
+from .cell_record import CellRuns, SweepFacts, failed_record, measured_record, quality_of
 from .plan_text import parse_plan
-from .progress import SweepProgress
-from .quality import quality_of
-from .ram import NotTriedError, refuse_too_large
-from .reload import Reloader
-from .settings import MOST_PICTURES, CellSettings
 from .sheet import save_picture, thumbnail
 from .techniques import NodeTable, Parts, check_techniques
-from .turns import turned
 
 log = logging.getLogger(__name__)
 
@@ -288,3 +289,131 @@ def _free_memory(everything: bool) -> None:
     if everything:
         mm.unload_all_models()
     mm.soft_empty_cache()
+
+
+_REPEATS = 2
+
+
+def notes_of(cells: Sequence[CellRuns], measured_ms: float, wall_ms: float) -> list[str]:
+    """The notes of a finished sweep. `measured_ms` of `wall_ms` were spent in phases that the records name."""
+    notes = [f"{runs.cell.name}: {runs.status}: {runs.error}" for runs in cells if runs.status != "ok"]
+    notes += warning_notes(cells)
+    notes += saturation_notes([runs for runs in cells if runs.status == "ok"])
+    if wall_ms > 0 and measured_ms > 0:
+        share = max(1.0 - measured_ms / wall_ms, 0.0)
+        notes.append(f"{share:.1%} of the {wall_ms / 1000.0:.1f} s was neither loading nor anything that a row counts.")
+    return notes
+
+
+def warning_notes(cells: Sequence[CellRuns]) -> list[str]:
+    """What the records warn of, with the cells that each sentence is about."""
+    told: dict[str, list[str]] = {}
+    for runs in cells:
+        for text in () if runs.record is None else runs.record.warnings:
+            told.setdefault(text, []).append(runs.cell.name)
+    return [f"{'; '.join(names)}: {text}" for text, names in told.items()]
+
+
+def saturation_notes(cells: Sequence[CellRuns]) -> list[str]:
+    """Where more pictures at once gain nothing more, for each value of the axis beside `batch`.
+
+    Sizes of one repeat say nothing of it: a single run swings by more than what is asked here.
+    """
+    groups: dict[str, dict[int, float]] = {}
+    for runs in cells:
+        rate = runs.record.summary.get("images_per_min") if runs.record is not None else None
+        if rate and len(runs.repeats) >= _REPEATS and any(axis == "batch" for axis, _ in runs.cell.labels):
+            other = ", ".join(f"{axis} {label}" for axis, label in runs.cell.labels if axis != "batch")
+            groups.setdefault(other, {})[runs.cell.settings.batch] = float(rate)
+    notes = []
+    for other, rates in groups.items():
+        point = saturation_point(rates)
+        if point is not None:
+            notes.append(
+                f"{_where(other)}Throughput saturates at batch {point}: {rates[point]:.1f} images a minute, best "
+                f"{max(rates.values()):.1f}, batch {max(rates)} {rates[max(rates)]:.1f}."
+            )
+    return notes
+
+
+def largest_note(search: BatchSearch, other: str) -> str:
+    """What the search for the largest batch found."""
+    if search.broken_at is not None:
+        known = f" Batch {max(search.fits)} fits." if search.fits else ""
+        return f"{_where(other)}The search for the largest batch ended in an error at batch {search.broken_at}.{known}"
+    if not search.fits:
+        return f"{_where(other)}{'No batch size fits' if 1 in search.fails else 'None of the batch sizes fits'}."
+    largest = max(search.fits)
+    if largest + 1 in search.fails - search.predicted:
+        return f"{_where(other)}The largest batch that fits is {largest}."
+    fits = f"{_where(other)}Batch {largest} fits; whether a larger one does is not known:"
+    refused = min((size for size in search.predicted if size > largest), default=None)
+    if refused is not None:
+        return f"{fits} batch {refused} was not tried, because it would run out of memory by prediction."
+    return f"{fits} {'the limit given is' if search.limited else 'none is tried above'} {search.most or largest}."
+
+
+def _where(other: str) -> str:
+    return f"{other}: " if other else ""
+
+
+class SweepProgress:
+    """Counts sampling steps over all cells. Each step is a place where a cancel takes hold."""
+
+    def __init__(self, total_steps: int) -> None:
+        import comfy.utils
+
+        self.total = max(total_steps, 1)
+        self.done = 0
+        self._bar = comfy.utils.ProgressBar(self.total)
+        self._started = time.monotonic()
+        self._node = timeline.executing().node_id
+
+    def begin(self, text: str) -> None:
+        """Say which run begins."""
+        left = self.left_s()
+        line = text if left is None else f"{text}, {_duration(left)} left"
+        log.info("SpeedLab: %s", line)
+        # The text is a convenience of newer servers; none is there in tests and in headless use.
+        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        if server is not None and self._node is not None and hasattr(server, "send_progress_text"):
+            server.send_progress_text(line, self._node)
+
+    def step(self, step: int) -> None:
+        """Step number `step` of the running sampling is done. Raises ComfyUI's interrupt where one is asked for."""
+        import comfy.model_management as mm
+
+        mm.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(min(self.done + step, self.total), self.total)
+
+    def finished(self, steps: int) -> None:
+        """A sampling of `steps` steps is done."""
+        self.done += steps
+        self._bar.update_absolute(min(self.done, self.total), self.total)
+
+    def more(self, steps: int) -> None:
+        """There is more (or, negative, less) to do than was known."""
+        self.total = max(self.total + steps, self.done, 1)
+
+    def left_s(self) -> float | None:
+        """Seconds that the rest takes at the speed so far; None before anything was done."""
+        if not self.done:
+            return None
+        return (time.monotonic() - self._started) / self.done * (self.total - self.done)
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60}:{whole % 60:02d} min"
+
+
+T = TypeVar("T")
+
+
+def turned(items: Sequence[T], number: int) -> list[T]:
+    """The items in the order of round `number`: A B C, B C A, C A B, and again.
+
+    In a fixed order whatever recurs with each round, a card that is cold at its start say, would be the first one's.
+    """
+    begin = number % len(items) if items else 0
+    return [*items[begin:], *items[:begin]]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..common.errors import SpeedLabError, UnavailableError
+from .axes import CellSettings, number, whole_number
 from .plan_text import MAIN, MAIN_OPTION, SweepTextError, TechniqueText
-from .settings import CellSettings, number, whole_number
 
 NodeTable = Mapping[str, Any]
 _TRUE, _FALSE = ("true", "on", "yes", "1"), ("false", "off", "no", "0")

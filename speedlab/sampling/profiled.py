@@ -22,6 +22,7 @@ from ..measure.peaks import MemoryPeak, PeakReading, measure_peak
 from ..measure.record import OTHERS, UNKNOWN, RunRecord, memory_dict, step_dict, total_ms
 from ..measure.store import RunStore, new_run_id
 from ..measure.summary import summarise
+from ..measure.torch_trace import require_profiler
 from ..measure.trace import (
     Observer,
     SamplingTrace,
@@ -34,7 +35,6 @@ from ..measure.trace import (
     to_device_ms,
     traced,
 )
-from ..measure.trace_file import require_profiler
 from ..models.latent_mark import marked
 from ..models.loading import HASHED, SOURCE, CheckpointSource, sampled_hash
 from ..models.lora import LORAS

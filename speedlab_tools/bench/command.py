@@ -18,15 +18,13 @@ from speedlab.measure.store import RunStore, write_atomically
 
 from ..client.client import ComfyClient
 from ..client.errors import BenchError, ServerGone
-from ..client.files import prepare_output
-from ..client.session import ServerOptions, Target, open_server
+from ..client.files import ServerOptions, Target, open_server, prepare_output
 from ..scenarios.catalog import SCENARIOS, find
 from ..scenarios.overrides import Overrides, adapt, overrides_of
 from ..scenarios.scenario import Scenario
 from .html import html_page, write_html
-from .journal import Journal, series_key
 from .models import ModelChoice, choose_models, server_checkpoint, server_refiner
-from .results import Outcome
+from .results import Journal, Outcome, series_key
 from .runner import run_scenario
 
 ALL = "all"

@@ -19,8 +19,8 @@ from speedlab.common.tables import HEADER, NOTHING, RAM_COLUMN, cells, seconds
 from speedlab.measure.record import from_json
 
 from ..client.errors import BenchError
+from ..scenarios.overrides import MARK
 from ..scenarios.scenario import SOURCES, Scenario
-from ..scenarios.small import MARK
 from .results import Outcome
 
 _LARGE = 100_000  # bytes

@@ -18,8 +18,8 @@ from ..client.files import (
     demo_vae,
     has_tiny_vae,
     looks_like_path,
+    model_folders,
 )
-from ..client.session import model_folders
 from ..scenarios.scenario import Scenario
 
 NOISE = (

@@ -17,14 +17,12 @@ from speedlab.common.errors import first_line
 
 from ..client.client import ComfyClient, RunResult
 from ..client.errors import BenchError, ServerGone
-from ..client.events import SAMPLERS, TEXT_ENCODERS, nodes_of
+from ..client.events import SAMPLERS, TEXT_ENCODERS, ProgressLine, nodes_of
 from ..client.graph import ApiGraph, split_lanes
-from ..client.progress import ProgressLine
+from ..scenarios.overrides import MARK, PROMPTS, shrink
 from ..scenarios.scenario import Scenario
-from ..scenarios.small import MARK, PROMPTS, shrink
 from ..scenarios.workflows import ui_graph
-from .journal import Journal
-from .results import REPORT, SWEEP, Outcome, fetch_pictures, fetch_records
+from .results import REPORT, SWEEP, Journal, Outcome, fetch_pictures, fetch_records
 
 
 def parts_of(scenario: Scenario, small: bool = False) -> list[tuple[str, ApiGraph]]:

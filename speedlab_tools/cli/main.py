@@ -19,7 +19,7 @@ from ..host.managed import ManagedHost
 from ..host.progress import Reporter
 from ..host.resolve import choose, resolve
 from . import nsys
-from .commands import CHECKS, INTERRUPTED, PYTEST, run_checks, run_child
+from .commands import CHECKS, INTERRUPTED, PYTEST, run_checks, run_child, size_report
 from .serve import parser as serve_parser
 from .serve import serve
 
@@ -32,7 +32,7 @@ BENCH_COMMANDS = {
 }
 OWN_COMMANDS = {
     "test": "run the tests; --all: those of OneDiff too (3 GB more); other arguments go to pytest",
-    "check": "ruff, ruff format and mypy; name some of them, --fix mends",
+    "check": "ruff, ruff format, mypy and the layers; name some of them, --fix mends",
     "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
     "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
     "stress": "broken input, faults and a soak, counted: stress [--inputs N] [--faults N] [--soak N]",
@@ -163,6 +163,7 @@ def _run(call: Call, reporter: Reporter) -> int:
     if checks is not None:
         codes = run_checks(checks.checks, fix=checks.fix, python=host.python, cwd=root, env=env)
         failed = [name for name, code in codes.items() if code]
+        reporter.line(size_report(root))
         reporter.line(f"check: {', '.join(failed)} failed" if failed else f"check: {', '.join(codes)} passed")
         return 1 if failed else 0
     if call.command == "nsys":

@@ -1,11 +1,20 @@
-"""What driver and workers say to each other: plain values, so that no exception of ours has to cross the network."""
+"""What ends a fleet before its prompts are done.
+
+What driver and workers say to each other: plain values, so that no exception of ours has to cross the network.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from speedlab.common.errors import SpeedLabError
+
 from ..client.graph import ApiGraph
+
+
+class FleetError(SpeedLabError):
+    """The fleet cannot start or go on; the message says why and what to do. What was done is kept."""
 
 
 @dataclass(frozen=True)

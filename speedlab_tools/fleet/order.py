@@ -15,11 +15,9 @@ from typing import Any
 
 from ..bench.models import ModelChoice, choose_models
 from ..scenarios.catalog import find
-from ..scenarios.overrides import MAX_SEED, Overrides, adapt, overrides_of
+from ..scenarios.overrides import MARK, MAX_SEED, Overrides, adapt, overrides_of
 from ..scenarios.scenario import Prompt, Scenario
-from ..scenarios.small import MARK
-from .errors import FleetError
-from .messages import ModelFile
+from .messages import FleetError, ModelFile
 from .tasks import Work, cell_work, prompt_work
 
 _SETTINGS = ("width", "height", "steps", "batch", "cfg", "sampler", "scheduler", "warmup", "repeats")

@@ -19,7 +19,7 @@ from ..bench.results import SWEEP
 from ..bench.runner import extra_data, parts_of
 from ..client.graph import ApiGraph
 from ..scenarios.scenario import Prompt, Scenario
-from .errors import FleetError
+from .messages import FleetError
 
 _PROBE = Prompt("probe", "speedlab fleet: the place of the prompt", 1297036692682702851)
 

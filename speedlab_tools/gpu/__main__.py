@@ -55,10 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -> int:
     # The engine as the pack holds it: one set of modules for nodes and suite.
-    names = ("bench", "journal", "report", "suite", "plan")
-    bench_module, journal_module, report, suite, plan = (
-        importlib.import_module(f"speedlab_tools.gpu.{name}") for name in names
-    )
+    names = ("bench", "report", "suite", "plan")
+    bench_module, report, suite, plan = (importlib.import_module(f"speedlab_tools.gpu.{name}") for name in names)
     environment = importlib.import_module("speedlab.measure.environment").environment
     import torch
 
@@ -71,7 +69,7 @@ def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -
     settings = {"repeats": options.repeats, "small": options.small}
     is_part = bool(options.only or options.plans)
     try:
-        journal = journal_module.open_journal(
+        journal = report.open_journal(
             out, [RESULTS, *map(_folder, options.resume)], environment(device), settings,
             small=options.small, again=options.again and not is_part,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from pathlib import Path
 from speedlab.plans.plan_text import SweepTextError
 
 from ..cli.commands import INTERRUPTED, run_child
-from ..host import wheel
+from ..host import managed as wheel
 from ..host.base import (
     CALLED_FROM,
     Host,
@@ -27,7 +27,7 @@ from ..host.base import (
     pack_root,
 )
 from ..host.managed import ManagedHost
-from ..host.pip import Pip
+from ..host.packages import Pip
 from ..host.progress import Reporter
 from ..host.resolve import choose, resolve
 from .options import ALLOCATOR_VARIABLE, LOST_DEVICE, NATIVE, OTHER_ALLOCATOR, PACK_FOLDER, WHEELS_VARIABLE, parser

@@ -9,7 +9,8 @@ from speedlab.common.errors import ResultsError, first_line
 from speedlab.sampling.profiled import failure_message, failure_status
 from speedlab.techniques.compile.backends.dynamo import graphs_refused
 
-from . import measure_compile, measure_device, measure_images, measure_more
+from . import measure_device, measure_models
+from . import measure_device as measure_more
 from .bench import Bench, LostDeviceError, OtherAllocatorError, OutOfTimeError, is_lost
 from .plan import Block
 
@@ -21,12 +22,12 @@ Runner = Callable[[Bench, Block], None]
 RUNNERS: dict[str, Runner] = {
     "peak": measure_device.peak,
     "work": measure_device.work,
-    "pictures": measure_images.run,
+    "pictures": measure_models.run,
     "kernels": measure_device.kernels,
     "overhead": measure_device.overhead,
-    "compile": measure_compile.cold,
-    "tour_lora": measure_compile.lora_tour,
-    "tour_size": measure_compile.size_tour,
+    "compile": measure_models.cold,
+    "tour_lora": measure_models.lora_tour,
+    "tour_size": measure_models.size_tour,
     "batches": measure_more.batches,
     "ensemble": measure_more.ensemble,
 }

@@ -1,19 +1,92 @@
-"""Which ComfyUI to use: the one asked for, the one this pack lies in, else a managed one."""
+"""Which requirements an interpreter lacks. Asked in a process of its own, so that any Python can answer.
+
+Which ComfyUI to use: the one asked for, the one this pack lies in, else a managed one.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .base import COMFYUI_VARIABLE, Host, HostError, cache_root, is_comfyui, pack_locations, pack_root
-from .interpreter import Lack, lacking, own_interpreter
 from .managed import ManagedHost, ManagedSpec
-from .packages import requirement_lines
-from .pip import quoted
+from .packages import quoted, requirement_lines, requirement_name
 from .progress import Reporter
+
+# Runs in the other interpreter. `packaging`, or the one inside pip, reads versions and markers; without both, a
+# requirement with a marker is taken as met and one with a version is looked up by name.
+_SCRIPT = """
+import importlib.metadata, json, sys
+try:
+    from packaging.requirements import Requirement
+except ImportError:
+    try:
+        from pip._vendor.packaging.requirements import Requirement
+    except ImportError:
+        Requirement = None
+answers = []
+for line, name, strict in json.load(sys.stdin):
+    try:
+        have = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        have = None
+    wanted = Requirement(line) if Requirement else None
+    if (wanted.marker and not wanted.marker.evaluate()) if wanted else ";" in line:
+        answers.append("")
+    elif not have:
+        answers.append("missing")
+    elif strict and wanted and not wanted.specifier.contains(have, prereleases=True):
+        answers.append("has " + have)
+    else:
+        answers.append("")
+json.dump(answers, sys.stdout)
+"""
+
+
+@dataclass(frozen=True)
+class Lack:
+    """A requirement that an interpreter does not meet, and in what way ("missing" or "has 1.2")."""
+
+    requirement: str
+    state: str
+
+    def __str__(self) -> str:
+        return f"{self.requirement} ({self.state})"
+
+
+def lacking(python: Path, requirements: Sequence[str], *, strict: bool) -> list[Lack]:
+    """The requirements that `python` does not meet; `strict` compares versions too, not only names.
+
+    Raises HostError where the interpreter does not answer.
+    """
+    asked = [(line, requirement_name(line), strict) for line in requirements]
+    try:
+        answer = subprocess.run(
+            [str(python), "-c", _SCRIPT], input=json.dumps(asked), capture_output=True, text=True, timeout=120
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HostError(f"{python} does not run ({error}).") from error
+    if answer.returncode != 0:
+        last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
+        raise HostError(f"{python} could not say which packages it has: {last}")
+    return [Lack(line, state) for (line, _, _), state in zip(asked, json.loads(answer.stdout), strict=True) if state]
+
+
+def own_interpreter(comfyui: Path) -> Path | None:
+    """The interpreter that a ComfyUI brings along: a venv in its folder, or the portable Windows build's."""
+    candidates = (
+        comfyui / "venv" / "bin" / "python",
+        comfyui / ".venv" / "bin" / "python",
+        comfyui / "venv" / "Scripts" / "python.exe",
+        comfyui / ".venv" / "Scripts" / "python.exe",
+        comfyui.parent / "python_embeded" / "python.exe",  # their spelling
+    )
+    return next((path for path in candidates if path.exists()), None)
 
 
 def resolve(

@@ -1,14 +1,20 @@
 """A virtual environment in the cache folder, made and mended stage by stage.
 
 A set-up as stages, each done once: a stamp with the hash of its inputs is written only after it ended well.
+
+The virtual environment of a managed host: made with the running Python, checked by running its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
+import platform
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from . import packages
-from .base import CACHE_VARIABLE, HostError, environment_python, require_writable
-from .environment import environment_fault, identity, make_environment
+from .base import CACHE_VARIABLE, HostError, clean_python_environment, environment_python, require_writable
 from .lock import SetupLock
-from .pip import Pip
-from .progress import Reporter
+from .packages import Pip
+from .progress import Reporter, run_logged
 
 
 class StagedEnvironment:
@@ -216,3 +221,63 @@ def write_whole(path: Path, text: str) -> None:
 
 def _stamp(stage: Stage, stamps: Path) -> Path:
     return stamps / f"{stage.name}.json"
+
+
+def identity() -> Mapping[str, str]:
+    """What an environment made here is bound to."""
+    return {
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "system": platform.system(),
+        "machine": platform.machine(),
+    }
+
+
+def make_environment(folder: Path, log: Path, reporter: Reporter, label: str, inherit: Sequence[int] = ()) -> None:
+    """Make a virtual environment with pip, in place of what is there. Raises HostError with what to do."""
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+        raise HostError(no_venv())
+    if folder.exists():
+        shutil.rmtree(folder)
+    base = getattr(sys, "_base_executable", "") or sys.executable  # never the environment that is being replaced
+    outcome = run_logged(
+        [base, "-m", "venv", str(folder)],
+        log=log,
+        reporter=reporter,
+        label=label,
+        env=clean_python_environment(os.environ),
+        pass_fds=inherit,
+    )
+    if "ensurepip" in outcome.text:
+        raise HostError(no_venv())
+    fault = environment_fault(folder)
+    if outcome.code or fault:
+        raise HostError(
+            f"Could not make a virtual environment in {folder} with {base}: {outcome.text.strip() or fault}"
+        )
+
+
+def environment_fault(folder: Path) -> str:
+    """What is wrong with an environment, "" where its Python runs, has pip and is of the version that runs here."""
+    python = environment_python(folder)
+    if not python.exists():
+        return f"{python} is missing"
+    command = [str(python), "-c", "import sys, pip; print('%d.%d' % sys.version_info[:2])"]
+    env = clean_python_environment(os.environ)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"its Python does not run ({error})"
+    if answer.returncode != 0:
+        return f"its Python does not run ({(answer.stderr.strip().splitlines() or ['no message'])[-1]})"
+    wanted, found = identity()["python"], answer.stdout.strip()
+    return "" if found == wanted else f"it has Python {found} instead of {wanted}"
+
+
+def no_venv() -> str:
+    """What to do where Python cannot make virtual environments."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return (
+        f"{sys.executable} cannot make virtual environments: its ensurepip is missing. On Debian and Ubuntu run "
+        f"`sudo apt install python{version}-venv`; elsewhere use a complete Python 3.10 or newer. Or pass your own "
+        "ComfyUI with --comfyui."
+    )

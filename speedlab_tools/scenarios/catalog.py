@@ -1,6 +1,6 @@
 """The table of benchmark scenarios. A row makes `workflows/<id>.json`, `workflows/api/<id>.json` and `bench <id>`.
 
-To add one: a row here (a new graph shape goes to `recipes.py`), then `python -m speedlab_tools workflows`.
+To add one: a row here (a new graph shape goes to `graphs.py`), then `python -m speedlab_tools workflows`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from types import MappingProxyType
 
 from .catalog_accelerate import ACCELERATE_SCENARIOS
 from .catalog_bench import BENCH_SCENARIOS
-from .catalog_compile import compile_scenarios
-from .catalog_decode import decode_scenarios
+from .catalog_compile import compile_scenarios, decode_scenarios
 from .catalog_memory import MEMORY_SCENARIOS
 from .graphs import text_to_image
 from .scenario import (

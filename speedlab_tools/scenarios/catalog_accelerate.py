@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .graphs_variants import ALONE, Variant, in_variants, lanes_of, with_control
+from .graphs import ALONE, Variant, in_variants, lanes_of, with_control
 from .scenario import (
     ASTRONAUT,
     CHECKPOINT_SD15,

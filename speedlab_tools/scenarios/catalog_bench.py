@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .graphs_sweep import sweep, text_to_image_in
-from .scenario import (  # fmt: skip
+from .graphs import sweep, text_to_image_in
+from .scenario import (
     A100,
     ASTRONAUT,
     CHECKPOINT_ANY,

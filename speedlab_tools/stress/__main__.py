@@ -16,12 +16,10 @@ from ..host.base import CALLED_FROM, pack_root
 from .faults import run_faults
 from .fuzz import HEADER, SEED, Tally, fuzz, shares
 from .host import enter_comfyui
-from .model_files import model_targets, trap_springs
 from .outcome import Target
-from .readers import pure_targets
+from .readers import model_targets, pure_targets, trap_springs
 from .results import SOAK_COLUMNS, soak_rows, write_faults, write_fuzz, write_soak
-from .soak import LEAST_PROMPTS, SoakTally
-from .soak_run import run_soak
+from .soak import LEAST_PROMPTS, SoakTally, run_soak
 from .web_routes import route_targets
 from .writers import FAULT_HEADER, FaultTally
 

@@ -1,17 +1,165 @@
-"""Many inputs through many readers, counted. Input `index` of a target is always the same for a seed."""
+"""Valid samples made invalid, and inputs from nothing: bytes, texts, JSON values. Seeded, so any input comes again.
+
+Many inputs through many readers, counted. Input `index` of a target is always the same for a seed.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
+import struct
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 from .outcome import Target, judge
+
+Maker = Callable[[Random], Any]
+_NOTHING, _UNTOUCHED = 0.08, 0.03
+
+# What has broken readers before: names that lead out, letters that are none, numbers past every limit, code for other
+# readers of the same text.
+HOSTILE_TEXTS = (
+    "", " ", "\0", "a\0b", "..", "../../etc/passwd", "/etc/passwd", "C:\\Windows\\win.ini", "C:x", "\\\\host\\share",
+    "//host/share", "a/../../b", "..\\..\\b", "\u2025/\u2025/b", "\uff0e\uff0e/b", "\u202egnp.exe", "\ud800", "\ufeff",
+    "e\u0301", "CON", "nul.json", "a" * 5000, "9" * 5000, "-1", "1e309", "NaN", "Infinity", "0x10", "\u0663", "true",
+    "null", "=1+1", "<script>alert(1)</script>", "' OR 1=1", "%s%n", "{{7*7}}", "${x}", "[" * 3000, "(" * 3000,
+    '{"a":' * 3000, "\r\n", "*", "max", "max@0", "a=b(c=d)+e(f)", ",,,", "=", "+", "@", "none",
+)  # fmt: skip
+HOSTILE_NUMBERS = (0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.0, -0.0, 1e308, 1e-320, float("nan"),
+                   float("inf"), float("-inf"))  # fmt: skip
+HOSTILE_VALUES: tuple[Any, ...] = (None, True, False, [], {}, [[]], {"": None}, *HOSTILE_NUMBERS)
+_TOKENS = "(){}[]=+,*@/\\\"'.:;|<>&%\n\r\t \0\u2028\u00d7\u0661\ud800\U0001f600"
+
+
+def of_bytes(samples: Sequence[bytes]) -> Maker:
+    """Samples with bytes changed; now and then a whole sample, or one made of nothing."""
+    return _maker(samples, mutate_bytes, random_bytes)
+
+
+def of_text(samples: Sequence[str]) -> Maker:
+    """Samples with letters changed; now and then a whole sample, or one made of nothing."""
+    return _maker(samples, mutate_text, random_text)
+
+
+def of_json(samples: Sequence[Any]) -> Maker:
+    """JSON values with parts replaced, removed and added; now and then a whole sample, or one made of nothing."""
+    return _maker(samples, mutate_json, random_json)
+
+
+def _maker(
+    samples: Sequence[Any], mutate: Callable[[Random, Any], Any], from_nothing: Callable[[Random], Any]
+) -> Maker:
+    def make(rng: Random) -> Any:
+        which = rng.random()
+        if which < _NOTHING:
+            return from_nothing(rng)
+        sample = rng.choice(samples)
+        return copy.deepcopy(sample) if which < _NOTHING + _UNTOUCHED else mutate(rng, sample)
+
+    return make
+
+
+def of_json_text(samples: Sequence[Any]) -> Maker:
+    """The text of such a value, now and then with its letters changed too."""
+    values = of_json(samples)
+
+    def make(rng: Random) -> str:
+        text = json.dumps(values(rng))
+        return mutate_text(rng, text) if rng.random() < 0.3 else text
+
+    return make
+
+
+def mutate_bytes(rng: Random, data: bytes) -> bytes:
+    """One to four changes: a bit, a cut, a piece twice, foreign bytes, a length of eight bytes."""
+    work = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(work) + 1)
+        what = rng.randrange(6)
+        if what == 0 and work:
+            work[at % len(work)] ^= 1 << rng.randrange(8)
+        elif what == 1:
+            del work[at:]
+        elif what == 2:
+            work[at:at] = work[at : at + rng.randint(1, 64)]
+        elif what == 3:
+            work[at:at] = random_bytes(rng, 16)
+        elif what == 4:
+            place = rng.choice((0, at))
+            work[place : place + 8] = struct.pack("<Q", rng.choice((0, 1, 8, 2**31, 2**63, 2**64 - 1, len(work))))
+        else:
+            del work[at : at + rng.randint(1, 32)]
+    return bytes(work)
+
+
+def mutate_text(rng: Random, text: str) -> str:
+    """One to four changes: a token, a hostile text, a cut, a piece twice or away."""
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(text) + 1)
+        what = rng.randrange(5)
+        if what == 0:
+            text = text[:at] + rng.choice(_TOKENS) + text[at:]
+        elif what == 1:
+            text = text[:at] + rng.choice(HOSTILE_TEXTS) + text[at + rng.randrange(8) :]
+        elif what == 2:
+            text = text[:at]
+        elif what == 3:
+            text = text[:at] + text[at : at + 32] + text[at:]
+        else:
+            text = text[:at] + text[at + rng.randint(1, 16) :]
+    return text
+
+
+def mutate_json(rng: Random, value: Any) -> Any:
+    """One to three places of a copy replaced by a hostile value, removed, or given a neighbour."""
+    holder = [copy.deepcopy(value)]
+    for _ in range(rng.randint(1, 3)):
+        parent: Any = holder
+        key: Any = 0
+        while isinstance(parent[key], (dict, list)) and parent[key] and rng.random() < 0.8:
+            parent = parent[key]
+            key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
+        what = rng.random()
+        if what < 0.15 and parent is not holder:
+            del parent[key]
+        elif what < 0.3 and isinstance(parent, dict):
+            parent[rng.choice(HOSTILE_TEXTS)] = random_json(rng)
+        elif what < 0.4 and isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[key]))
+        else:
+            parent[key] = random_json(rng)
+    return holder[0]
+
+
+def random_bytes(rng: Random, most: int = 256) -> bytes:
+    """Up to `most` bytes."""
+    return rng.randbytes(rng.randrange(most + 1))
+
+
+def random_text(rng: Random) -> str:
+    """A hostile text, or some letters of all kinds."""
+    if rng.random() < 0.4:
+        return rng.choice(HOSTILE_TEXTS)
+    letters = (_TOKENS, "abcxyz0189", "".join(chr(rng.randrange(0x10FFFF)) for _ in range(4)))
+    return "".join(rng.choice(rng.choice(letters)) for _ in range(rng.randrange(40)))
+
+
+def random_json(rng: Random, depth: int = 0) -> Any:
+    """A hostile value, a text, or a small list or object of such."""
+    what = rng.random()
+    if depth < 3 and what < 0.12:
+        return [random_json(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if depth < 3 and what < 0.24:
+        return {random_text(rng): random_json(rng, depth + 1) for _ in range(rng.randrange(4))}
+    return random_text(rng) if what < 0.55 else copy.deepcopy(rng.choice(HOSTILE_VALUES))
+
 
 SEED = 20260101
 _KEPT_DEFECTS = 20

@@ -1,13 +1,23 @@
-"""ComfyUI in this process, on the processor, with a base folder of its own."""
+"""ComfyUI in this process, on the processor, with a base folder of its own.
+
+A server to be stressed: on the processor, with the probe and nothing but the models that are given.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from speedlab.common.errors import SpeedLabError
+
+from ..client.files import link_model
+from ..host.base import from_environment, pack_root
+from ..host.server import ComfyServer
+from .cancels import bring_probe
 
 _FOLDERS = ("checkpoints", "loras", "vae", "vae_approx", "controlnet", "embeddings")
 
@@ -29,3 +39,16 @@ def enter_comfyui(base: Path) -> Path:
     for name in ("comfy.sd", "comfy.utils", "folder_paths", "nodes"):
         importlib.import_module(name)
     return base / "models"
+
+
+@contextmanager
+def stressed_server(
+    base: Path, models: Mapping[str, Sequence[Path]], output: Path | None = None
+) -> Iterator[ComfyServer]:
+    """`models`: folder below `models/` -> files. Raises ServerError."""
+    for kind, files in models.items():
+        for file in files:
+            link_model(file, base / "models" / kind)
+    bring_probe(base)
+    with ComfyServer(from_environment(), pack=pack_root(), base=base, output=output, cpu=True) as server:
+        yield server

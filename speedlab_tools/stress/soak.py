@@ -1,4 +1,8 @@
-"""A soak: many random prompts on one server, which may not grow by it, each with a result or a message to read.
+"""What a server's process holds while it is soaked, and how much of it may grow.
+
+The whole soak: demo models, a server for all prompts, and a fresh one for the prompts that are run again.
+
+A soak: many random prompts on one server, which may not grow by it, each with a result or a message to read.
 
 Some of them are run again in a fresh process afterwards and have to give the same bits.
 """
@@ -7,19 +11,131 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
+from statistics import median
+
+from speedlab.techniques.compile.backends import NAMES
 
 from ..client.client import ComfyClient
 from ..client.errors import BenchError, ExecutionFailed, PromptRejected, ServerGone
+from ..client.files import demo_checkpoint, demo_lora, demo_tiny_vae, demo_vae
 from ..client.graph import ApiGraph
-from .cancels import TIMEOUT_S
-from .soak_builder import Kit
-from .soak_prompts import SoakPrompt, SoakPrompts
-from .soak_watch import Growth, Measures, growths, read
+from .cancels import TIMEOUT_S, node
+from .host import stressed_server
+from .soak_graph import Kit, SoakPrompt, SoakPrompts
+
+Measures = Mapping[str, float]
+# How many readings are put together at either end.
+_TOGETHER = 3
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What may grow: so much at once, and so much more with each prompt."""
+
+    once: float
+    each: float = 0.0
+
+    def after(self, prompts: int) -> float:
+        """The most that may be added by so many prompts."""
+        return self.once + self.each * prompts
+
+
+BOUNDS: Mapping[str, Bound] = {
+    "rss_mb": Bound(150.0, 0.05),  # oneDNN keeps its last 1,024 kernels, one for each size that it met
+    "open_files": Bound(2),
+    "threads": Bound(4),
+    "python_threads": Bound(0),
+    "device_mb": Bound(16.0),
+    "dynamo_graphs": Bound(64),
+    "compiled_networks": Bound(2),
+    "modules": Bound(0),
+    "tensors": Bound(64),
+    "objects": Bound(20_000, 2.0),
+}
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One thing that was counted: after the warm-up, at the end, and what may lie between."""
+
+    what: str
+    start: float
+    end: float
+    bound: float
+
+    @property
+    def broken(self) -> bool:
+        return self.end - self.start > self.bound
+
+    def __str__(self) -> str:
+        return f"{self.what} grew from {self.start:.0f} to {self.end:.0f}, by more than {self.bound:.0f}"
+
+
+async def read(client: ComfyClient) -> Measures:
+    """What the process holds once the server has let go of models, results and history."""
+    await client.forget()
+    await client.free()
+    # A prompt that is queued before the server sees the request runs first: one that does nothing.
+    await client.run({"1": node("SpeedLabStressDigest")}, timeout_s=TIMEOUT_S)
+    result = await client.run({"1": node("SpeedLabStressMeasures")}, timeout_s=TIMEOUT_S)
+    measures: dict[str, float] = json.loads(result.outputs["1"]["text"][0])
+    return measures
+
+
+def growths(readings: Sequence[Measures], prompts: int) -> list[Growth]:
+    """What grew between the first readings and the last ones, in `prompts` prompts."""
+    together = min(_TOGETHER, len(readings) // 2)
+    return [
+        Growth(
+            what,
+            median(reading[what] for reading in readings[:together]),
+            median(reading[what] for reading in readings[-together:]),
+            bound.after(prompts),
+        )
+        for what, bound in BOUNDS.items()
+    ]
+
+
+# The SDXL family's demo models take 4 GB on the disk and 8 GB of memory, and every backend of Compile Model up to a
+# minute for its first program: a short soak is not worth that.
+LARGE_FROM = 200
+
+
+def run_soak(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> SoakTally:
+    """Soak a server with `count` prompts, told as they run. Raises SpeedLabError where there is no server."""
+    kit, models = demo_kit(large=count >= LARGE_FROM)
+    with stressed_server(folder / "soaked", models) as server:
+        tally = soak(server.url, kit, count, seed, say)
+    with stressed_server(folder / "fresh", models) as server:
+        repeat(server.url, kit, sample(tally, seed), seed, tally)
+    return tally
+
+
+def demo_kit(large: bool) -> tuple[Kit, Mapping[str, Sequence[Path]]]:
+    """What the prompts may use, and its files by the folder that they belong to; made where they are not there yet."""
+    sd15 = demo_checkpoint("sd15")
+    sdxl = [demo_checkpoint("sdxl"), demo_checkpoint("refiner")] if large else []
+    loras = [demo_lora("sd15", "lora"), demo_lora("sd15", "lora_2")]
+    vae = demo_vae("speedlab_demo_vae.safetensors")
+    tiny = [*demo_tiny_vae("sd15"), *(demo_tiny_vae("sdxl") if large else ())]
+    names = Kit(
+        sd15.name,
+        loras=[path.name for path in loras],
+        vaes=[vae.name, "taesd"],
+        tiny=["taesd", *(["taesdxl"] if large else [])],
+        sdxl=sdxl[0].name if large else "",
+        refiner=sdxl[1].name if large else "",
+        **({"backends": NAMES} if large else {}),
+    )
+    return names, {"checkpoints": [sd15, *sdxl], "loras": loras, "vae": [vae], "vae_approx": tiny}
+
 
 LEAST_PROMPTS = 20
 WARM_UP_SHARE, LEAST_WARM_UP = 0.2, 8

@@ -1,12 +1,267 @@
-"""The graph of one random prompt: which nodes of this pack stand in it, in what order, with what settings."""
+"""Random values for the widgets of a node, from the server's own description of it.
+
+Graphs of random prompts while they are made: nodes with random settings, and the small graphs beside them.
+
+Random prompts over all nodes of this pack: which nodes, their settings, sizes, samplers, LoRAs, batches.
+
+A prompt follows from the seed and its number alone, so that each can be made again by itself.
+
+The graph of one random prompt: which nodes of this pack stand in it, in what order, with what settings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
 from typing import Any
 
-from .soak_builder import GraphBuilder, Link, chained
-from .soak_values import choices
+from ..client.graph import ApiGraph
+
+_WIDGETS = frozenset({"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"})
+_DEFAULT_SHARE = 0.4
+# Far from a default there is only more of the same, and it takes longer.
+_MOST_OVER_DEFAULT = 6
+
+
+def choices(node: Mapping[str, Any], name: str) -> list[Any]:
+    """The choices of a node's combo, as `/object_info` tells them in old and in new words; empty where it is none."""
+    spec = {**node["input"].get("required", {}), **node["input"].get("optional", {})}.get(name, [None])
+    return list(spec[0] if isinstance(spec[0], list) else _options(spec).get("options", []))
+
+
+def sockets(node: Mapping[str, Any], part: str = "required") -> dict[str, str]:
+    """The inputs of a node that take links: name -> type."""
+    return {name: spec[0] for name, spec in node["input"].get(part, {}).items() if not _is_widget(spec)}
+
+
+def widget_values(node: Mapping[str, Any], rng: Random) -> dict[str, Any]:
+    """A value for every widget, in range: the default, or a random one."""
+    specs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    return {name: _value(spec, rng) for name, spec in specs.items() if _is_widget(spec)}
+
+
+def _is_widget(spec: Sequence[Any]) -> bool:
+    return isinstance(spec[0], list) or (spec[0] in _WIDGETS and not _options(spec).get("forceInput"))
+
+
+def _options(spec: Sequence[Any]) -> Mapping[str, Any]:
+    return spec[1] if len(spec) > 1 else {}
+
+
+def _value(spec: Sequence[Any], rng: Random) -> Any:
+    kind, options = spec[0], _options(spec)
+    if "default" in options and rng.random() < _DEFAULT_SHARE:
+        return options["default"]
+    if isinstance(kind, list) or kind == "COMBO":
+        return rng.choice(kind if isinstance(kind, list) else options["options"])
+    if kind == "BOOLEAN":
+        return rng.random() < 0.5
+    if kind == "STRING":
+        return options.get("default", "")
+    low, high = options.get("min", 0), options.get("max", 1)
+    high = min(high, _MOST_OVER_DEFAULT * max(abs(options.get("default", 0)), 1))
+    if kind == "INT":
+        return low + options.get("step", 1) * rng.randint(0, int((high - low) // options.get("step", 1)))
+    return round(rng.uniform(low, high), 3)
+
+
+# Nodes with a share of their own, for what they cost.
+_APART = ("SpeedLabStress", "SpeedLabCompile", "SpeedLabMemoryPlan")
+_AXES = (
+    ("steps", "1, 2"),
+    ("batch", "1, 2"),
+    ("cfg", "1, 5"),
+    ("sampler", "euler, heun"),
+    ("attention", "sdpa, split"),
+    ("deepcache_interval", "off, 2"),
+    ("plan", "stock\nfast=attention(sdpa)+deepcache(cache_interval=2)"),
+)
+_PLAIN = {"seed": 1, "steps": 2, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+
+Link = list[Any]
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What the prompts may use: model files by their names on the server (`refiner` belongs to `sdxl`; "" where there
+    is none), tiny decoders, and backends of Compile Model, of which many take a minute for their first program."""
+
+    sd15: str
+    loras: Sequence[str] = ()
+    vaes: Sequence[str] = ()
+    sdxl: str = ""
+    refiner: str = ""
+    backends: Sequence[str] = ("jit_trace",)
+    tiny: Sequence[str] = ()
+
+
+def chained(info: Mapping[str, Any]) -> list[str]:
+    """The nodes of this pack that take a model, settings and nothing else, and give a model, but for those apart."""
+    return [
+        name
+        for name, node in sorted(info.items())
+        if name.startswith("SpeedLab")
+        and not name.startswith(_APART)
+        and list(sockets(node).values()) == ["MODEL"]
+        and node["output"][:1] == ["MODEL"]
+    ]
+
+
+@dataclass
+class GraphBuilder:
+    """A graph of `nodes` by id, for a server that describes its nodes as `info`; `loader` is Load Checkpoint's."""
+
+    info: Mapping[str, Any]
+    kit: Kit
+    rng: Random
+    loader: Mapping[str, Any]
+    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, class_type: str, **inputs: Any) -> str:
+        """A node; its id."""
+        self.nodes[str(len(self.nodes) + 1)] = {"class_type": class_type, "inputs": inputs}
+        return str(len(self.nodes))
+
+    def chance(self, share: float) -> bool:
+        return self.rng.random() < share
+
+    def random(self, class_type: str, **inputs: Any) -> str:
+        """A node with random settings but for `inputs`."""
+        return self.add(class_type, **{**widget_values(self.info[class_type], self.rng), **inputs})
+
+    def some(self, **inputs: Any) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if self.chance(0.6)}
+
+    def freed(self, value: Link, wait_for: Link | None = None) -> Link:
+        waits = {} if wait_for is None else {"wait_for": wait_for}
+        return [self.random("SpeedLabFreeMemory", value=value, **waits), 0]
+
+    def benchmark(self, model: Link, clip: Link, vae: Link) -> None:
+        axis, values = self.rng.choice(_AXES)
+        self.add("SpeedLabBenchmark", model=model, clip=clip, vae=vae, positive="a tree", negative="",
+                 axis_x=axis, values_x=values, axis_y="none", values_y="", width=64, height=64, batch=1, steps=2,
+                 cfg=5.0, sampler_name="euler", scheduler="normal", seed="1", warmup=0, repeats=1, plan="")  # fmt: skip
+
+    def build_first(self, backend: str, measured: bool) -> None:
+        """The model compiled by that backend; `measured`: traced, drawn and benchmarked too, and what a process loads
+        once and keeps."""
+        loaded = self.add("SpeedLabCheckpointLoader", **self.loader)
+        compiled = self.add("SpeedLabCompileModel", model=[loaded, 0], backend=backend, scope="auto", mode="default",
+                            dynamic="auto", on_failure="error", freeze_weights=False)  # fmt: skip
+        latent, texts = self.small(loaded)
+        sampled = self.add("SpeedLabProfileSampler", model=[compiled, 0], **_PLAIN, **texts, latent_image=[latent, 0],
+                           detail="trace" if measured else "timing", warmup=0, repeats=1, nvtx=True)  # fmt: skip
+        self.add("SpeedLabStressDigest", samples=[sampled, 0])
+        if not measured:
+            return
+        report = self.add("SpeedLabProfileReport", profile=[sampled, 1])
+        self.add("PreviewImage", images=[report, 2])
+        self.benchmark([loaded, 0], [loaded, 1], [loaded, 2])
+        for decoder in self.kit.tiny:
+            images = self.add("SpeedLabTinyVAEDecode", samples=[latent, 0], decoder=decoder, slice_size=0, tile_size=0)
+            self.add("SpeedLabStressDigest", samples=[latent, 0], images=[images, 0])
+        # It takes gradients, for which PyTorch starts threads.
+        deis = self.add("KSampler", model=[loaded, 0], **{**_PLAIN, "sampler_name": "deis"}, **texts,
+                        latent_image=[latent, 0])  # fmt: skip
+        self.add("SpeedLabStressDigest", samples=[deis, 0])
+
+    def build_stock(self, settings: Mapping[str, Any]) -> None:
+        """Core's sampler alone."""
+        loaded = self.add("SpeedLabCheckpointLoader", **self.loader)
+        latent, texts = self.small(loaded)
+        inputs = {**_PLAIN, **settings, **texts, "latent_image": [latent, 0]}
+        self.add("SpeedLabStressDigest", samples=[self.add("KSampler", model=[loaded, 0], **inputs), 0])
+
+    def small(self, loaded: str) -> tuple[str, dict[str, Link]]:
+        """A latent, and the positive and negative text."""
+        text = self.add("SpeedLabTextEncode", clip=[loaded, 1], text="a tree")
+        latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=1)
+        return latent, {"positive": [text, 0], "negative": [text, 0]}
+
+
+# Prompts in a row that share a checkpoint and its precision: loading one anew takes longer than all that follows.
+BLOCK = 20
+# What picks by measuring may pick another way in another process, and inductor makes other code for sizes seen before.
+_MEASURED = {
+    ("SpeedLabAttention", "backend", "auto"),
+    ("SpeedLabPrecision", "linear", "auto"),
+    ("SpeedLabCompileModel", "backend", "inductor"),
+}
+
+
+@dataclass(frozen=True)
+class SoakPrompt:
+    """A prompt. `repeatable`: every choice in it is fixed, so that it gives the same bits in any process."""
+
+    number: int
+    graph: ApiGraph
+    repeatable: bool
+
+    @property
+    def classes(self) -> set[str]:
+        """The node classes in it."""
+        return {str(node["class_type"]) for node in self.graph.values()}
+
+    @property
+    def loads(self) -> tuple[Any, ...]:
+        """What it loads: prompts that agree follow each other without loading anew."""
+        return tuple(
+            sorted(str(n["inputs"]) for n in self.graph.values() if n["class_type"] == "SpeedLabCheckpointLoader")
+        )
+
+
+class SoakPrompts:
+    """The prompts of a seed, for a server that describes its nodes as `info` (`/object_info`)."""
+
+    def __init__(self, info: Mapping[str, Any], kit: Kit, seed: int) -> None:
+        self.info, self.kit, self.seed = info, kit, seed
+
+    def prompt(self, number: int) -> SoakPrompt:
+        """Prompt `number`, from 0 on."""
+        block = Random(f"{self.seed}/block/{number // BLOCK}")
+        sdxl = bool(self.kit.sdxl) and block.random() < 0.1
+        loader = widget_values(self.info["SpeedLabCheckpointLoader"], block)
+        loader["ckpt_name"] = self.kit.sdxl if sdxl else self.kit.sd15
+        graph = SoakGraph(self.info, self.kit, Random(f"{self.seed}/{number}"), loader)
+        graph.build(number)
+        measured = any(
+            (node["class_type"], name, value) in _MEASURED
+            for node in graph.nodes.values()
+            for name, value in node["inputs"].items()
+            if isinstance(value, str)
+        )
+        return SoakPrompt(number, graph.nodes, not measured)
+
+    def first(self) -> list[ApiGraph]:
+        """Prompts with what loads a library or fills a cache once, to be run before anything is counted."""
+        return [
+            self._plain(partial(GraphBuilder.build_first, backend=backend, measured=number == 0))
+            for number, backend in enumerate(self.kit.backends)
+        ]
+
+    def stock_twin(self, prompt: SoakPrompt) -> ApiGraph | None:
+        """Core's sampler with the settings of a prompt's first one, on the plain model; None where it has none."""
+        for node in prompt.graph.values():
+            if node["class_type"] in ("SpeedLabProfileSampler", "KSampler"):
+                kept = ("steps", "cfg", "sampler_name", "scheduler", "denoise")
+                settings = {name: node["inputs"][name] for name in kept}
+                return self._plain(partial(GraphBuilder.build_stock, settings=settings))
+        return None
+
+    def _plain(self, build: Callable[[GraphBuilder], None]) -> ApiGraph:
+        loader = {"ckpt_name": self.kit.sd15, "precision": "auto", "memory_format": "contiguous"}
+        graph = GraphBuilder(self.info, self.kit, Random(self.seed), loader)
+        build(graph)
+        return graph.nodes
+
+
+def without_a_place(info: Mapping[str, Any], prompts: Iterable[SoakPrompt]) -> set[str]:
+    """The nodes of this pack that none of `prompts` has."""
+    ours = {name for name in info if name.startswith("SpeedLab") and not name.startswith("SpeedLabStress")}
+    return ours - {name for prompt in prompts for name in prompt.classes}
+
 
 # Of that many prompts one runs compiled: by jit_trace, or by another backend once in _COMPILED_OTHERWISE of these.
 COMPILED = 33

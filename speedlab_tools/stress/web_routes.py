@@ -15,7 +15,7 @@ from urllib.parse import quote
 from speedlab.common.errors import SpeedLabError
 
 from . import samples as valid
-from .mutate import HOSTILE_TEXTS, of_json_text, random_text
+from .fuzz import HOSTILE_TEXTS, of_json_text, random_text
 from .outcome import Broken, Target
 
 _PATHS = ("/speedlab/runs", "/speedlab/runs/{0}", "/speedlab/runs/{0}/file/{1}/{2}", "/speedlab/results.csv",

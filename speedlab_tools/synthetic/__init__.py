@@ -5,9 +5,8 @@ Times and memory measured on them are those of a real model of that layout; the 
 
 from __future__ import annotations
 
+from .adapters import controlnet_layout, lora_state_dict, write_controlnet, write_lora
 from .checkpoint import build_state_dict, shapes, write_checkpoint, write_vae
-from .controlnet import controlnet_layout, write_controlnet
-from .lora import lora_state_dict, write_lora
 from .spec import FAMILY_NAMES, CheckpointSpec
 from .taesd import taesd_state_dicts, write_taesd
 

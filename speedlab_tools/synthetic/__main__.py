@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import get_args
 
 from . import FAMILY_NAMES, CheckpointSpec, write_checkpoint, write_controlnet, write_lora, write_taesd, write_vae
+from .adapters import Keys
 from .files import Progress
-from .lora import Keys
 from .spec import DTYPES, Size
 from .taesd import TaesdName
 

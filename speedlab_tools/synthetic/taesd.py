@@ -8,8 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from .files import describe, write_weights
-from .weights import AFTER_RELU, RESIDUAL, Layout, Weight, draw
+from .files import AFTER_RELU, RESIDUAL, Layout, Weight, describe, draw, write_weights
 
 TaesdName = Literal["taesd", "taesdxl"]
 

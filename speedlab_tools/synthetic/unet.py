@@ -18,8 +18,8 @@ from functools import partial
 
 import torch
 
+from .files import AFTER_GELU, AFTER_SILU, RESIDUAL, SHARP, Adjust, Layout
 from .spec import UNetConfig
-from .weights import AFTER_GELU, AFTER_SILU, RESIDUAL, SHARP, Adjust, Layout
 
 IN_CHANNELS = OUT_CHANNELS = 4
 # Rms of the timestep's sines and cosines is 0.7; of pooled text beside the size embeddings about 0.85.

@@ -249,7 +249,7 @@ def test_weights_of_past_cells_are_let_go(bench, engine, monkeypatch):
 
 
 def test_on_a_cpu_the_search_stops_by_prediction(bench, engine, monkeypatch):
-    ram = engine("plans.ram")
+    ram = engine("plans.batch_search")
     monkeypatch.setattr(ram, "free_ram_bytes", lambda: 10_000_000_000)
     monkeypatch.setattr(ram, "predicted_bytes", lambda peaks, start, batch: 3_000_000_000 * batch)
     (table, *_), rows, _ = bench(axis_x="batch", values_x="1, max", steps=1)
@@ -337,7 +337,7 @@ def test_handoff_without_a_refiner_is_an_error_row(bench, loaded):
 
 
 def test_prompt_tokens_are_exact(bench, loaded, engine):
-    tokens = engine("plans.measure")
+    tokens = engine("plans.cell")
     for wanted in (2, 8, 77, 154, 231):
         text = tokens.prompt_of_length(loaded[1], "a lighthouse on a rocky coast at dawn", wanted)
         assert tokens.count_tokens(loaded[1], text) + 2 * -(-wanted // 77) == wanted

@@ -78,7 +78,7 @@ def test_no_seam_can_be_seen(decoding, engine, photograph):
     taesd, encoded = photograph
     whole = decoding.decode(taesd, encoded, decoding.DecodeConfig()).images
     tiled = decoding.decode(taesd, encoded, decoding.DecodeConfig(tile_size=128, overlap=32)).images
-    rows = engine("vae.tiles").spans(32, 16, 4)
+    rows = engine("vae.attempts").spans(32, 16, 4)
     edges = sorted({8 * edge for span in rows for edge in span} - {0, 256})
     assert len(rows) == 3
 
@@ -110,7 +110,7 @@ def test_tiles_of_the_full_vae_have_smooth_borders(decoding, engine, vae):
     tiled = decoding.decode(vae, smooth, decoding.DecodeConfig(tile_size=64, overlap=64)).images
     extra = (tiled - whole)[0].mean(-1)
     steps = extra.diff(dim=0).abs().mean(1)
-    edges = sorted({8 * edge for span in engine("vae.tiles").spans(16, 8, 2) for edge in span} - {0, 128})
+    edges = sorted({8 * edge for span in engine("vae.attempts").spans(16, 8, 2) for edge in span} - {0, 128})
     at_seams = torch.stack([steps[edge - 1] for edge in edges]).mean()
     assert at_seams < 1.5 * steps.mean(), "what tiling changes does not change faster at the seams"
 
@@ -285,7 +285,7 @@ def test_a_batch_of_mixed_sizes_is_refused(decoding, engine, vae, node, taesd_fi
 def test_bands_of_any_height_give_the_whole_decoder(engine, taesd, rows):
     import torch
 
-    stream = engine("vae.taesd_stream")
+    stream = engine("vae.taesd")
     decoder = taesd.first_stage_model.taesd_decoder
     latents = latent(2, 40, 5, seed=6)["samples"]
     parts = list(stream.decode_rows(decoder, latents, rows, lambda: None))
@@ -295,7 +295,7 @@ def test_bands_of_any_height_give_the_whole_decoder(engine, taesd, rows):
 
 def test_bands_hold_a_bands_memory_whatever_the_height(engine, taesd):
     """Largest tensor that any layer gives, counted: a band's, also when the last one brings what was held back."""
-    stream = engine("vae.taesd_stream")
+    stream = engine("vae.taesd")
     decoder = taesd.first_stage_model.taesd_decoder
 
     def largest(height):
@@ -342,7 +342,7 @@ def test_a_tiny_decoder_out_of_memory_takes_smaller_bands(engine, node, taesd_fi
 def test_a_tiny_decoder_of_another_build_decodes_whole_and_says_so(engine, taesd):
     import torch
 
-    stream = engine("vae.taesd_stream")
+    stream = engine("vae.taesd")
     changed = torch.nn.Sequential(*taesd.first_stage_model.taesd_decoder, torch.nn.GroupNorm(1, 3))
     assert not stream.can_stream(changed)
     with pytest.raises(stream.UnknownLayerError, match="GroupNorm"):

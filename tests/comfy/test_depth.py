@@ -273,9 +273,9 @@ def test_a_share_of_a_peak_is_never_above_it(sample, engine, monkeypatch):
     result = sample()
     assert result.record.roofline["tflops"] > 1e-9 and result.record.roofline["peak_share"] is None
     assert any("so no share of it is given" in text for text in result.record.warnings)
-    assert "%" not in engine("measure.kernel_text")._operations(result.record.roofline)
+    assert "%" not in engine("measure.report")._operations(result.record.roofline)
     old = {**result.record.roofline, "peak_share": 250.0}
-    assert "%" not in engine("measure.kernel_text")._operations(old)
+    assert "%" not in engine("measure.report")._operations(old)
     assert module.share_of_peak(1.0, 2.0) == 50.0 and module.share_of_peak(1.0, 0.0) is None
 
 
@@ -424,7 +424,7 @@ def test_a_cancel_in_an_extra_pass_keeps_the_timed_run(sample, reference, tiny, 
 
 
 def test_a_profiler_that_cannot_stop_never_hides_a_cancel(sample, engine, tiny, comfy, monkeypatch, caplog):
-    recorder = engine("measure.recorder")
+    recorder = engine("measure.profile_window")
     real = recorder.new_profiler
 
     def stubborn(device):
@@ -464,7 +464,7 @@ def test_comfyuis_cancel_button_is_heeded_in_the_extra_pass(sample, engine, tiny
 def test_a_failing_profiler_is_told_and_costs_no_picture(sample, reference, engine, monkeypatch, caplog):
     import torch
 
-    recorder = engine("measure.recorder")
+    recorder = engine("measure.profile_window")
 
     def refuse(device):
         raise RuntimeError("CUPTI said no")
@@ -499,7 +499,7 @@ def test_a_model_that_fails_in_the_extra_pass_is_told(sample, tiny):
 
 
 def test_a_trace_that_cannot_be_written_is_told(sample, engine, monkeypatch):
-    trace_file = engine("measure.trace_file")
+    trace_file = engine("measure.torch_trace")
 
     def full(path, data):
         raise OSError(28, "No space left on device")

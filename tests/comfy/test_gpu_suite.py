@@ -39,9 +39,9 @@ CANNOT = (
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sdxl_refiner"])
 def test_activations_of_the_full_depth_stay_near_one(comfy: ModuleType, family: Any) -> None:
     """Each block of the full-depth network, one level as wide as the next; widths change the fan-in alone."""
+    from speedlab_tools.synthetic.files import draw
     from speedlab_tools.synthetic.spec import CheckpointSpec, architecture
     from speedlab_tools.synthetic.unet import unet_layout
-    from speedlab_tools.synthetic.weights import draw
 
     full = architecture(CheckpointSpec(family, "full")).unet
     config = replace(full, channel_mult=(1,) * len(full.channel_mult))
@@ -131,7 +131,7 @@ def test_a_plan_of_the_command_line_is_measured_beside_stock(comfy: ModuleType, 
 @pytest.fixture
 def bench(engine: Any, pack: ModuleType, tiny: SimpleNamespace, tmp_path: Path) -> Any:
     """The tools of a call, with a journal of its own."""
-    journal = gpu("journal").open_journal(
+    journal = gpu("report").open_journal(
         tmp_path, [], {"device": "a card", "torch": "2.11.0"}, {}, small=True, again=False
     )
     tools = gpu("bench")
@@ -249,7 +249,7 @@ def test_a_block_that_is_never_done_in_time_is_given_up(engine: Any, bench: Any,
 def test_what_ends_between_rounds_keeps_what_is_enough(
     engine: Any, bench: Any, monkeypatch: Any, rounds: int, kept: bool, end: str
 ) -> None:
-    plan, pictures, tools = gpu("plan"), gpu("measure_images"), gpu("bench")
+    plan, pictures, tools = gpu("plan"), gpu("measure_models"), gpu("bench")
     monkeypatch.setattr(bench, "settings", replace(bench.settings, repeats=5))
     left = iter([None] * (2 + 2 * rounds))
 
@@ -284,7 +284,7 @@ def test_a_lost_device_ends_the_process_with_its_row_written(engine: Any, bench:
 def test_a_capped_card_is_given_back(engine: Any, bench: Any) -> None:
     import comfy.model_management as mm
 
-    pictures = gpu("measure_images")
+    pictures = gpu("measure_models")
     before = mm.EXTRA_RESERVED_VRAM
     with pytest.raises(KeyError), pictures._card_of(4.0, bench.device):
         raise KeyError
@@ -295,7 +295,7 @@ def test_a_capped_card_is_given_back(engine: Any, bench: Any) -> None:
 def test_a_share_is_never_above_the_peak(
     engine: Any, bench: Any, monkeypatch: Any, caplog: Any, peak: float, share: float | None
 ) -> None:
-    plan, pictures, shots = gpu("plan"), gpu("measure_images"), gpu("run")
+    plan, pictures, shots = gpu("plan"), gpu("measure_models"), gpu("bench")
     block = plan.Block("some", "pictures", "", (plan.Arm("stock"),), dtype="fp32")
     shot = shots.Shot(0.1, 1.0, 0.2, 1.3, engine("measure.peaks").MemoryPeak(), torch.zeros(1), True)
     known = {"flop_per_step": 2e12 / bench.scene(block).steps, "tflops": peak}
@@ -306,8 +306,8 @@ def test_a_share_is_never_above_the_peak(
 
 
 def test_nan_is_an_error_and_no_time(engine: Any, bench: Any) -> None:
-    shots, memory = gpu("run"), engine("measure.peaks")
-    pictures = gpu("measure_images")
+    shots, memory = gpu("bench"), engine("measure.peaks")
+    pictures = gpu("measure_models")
     good = shots.Shot(0.1, 1.0, 0.2, 1.3, memory.MemoryPeak(), torch.zeros(1), True)
     lane = pictures.Lane(gpu("plan").Arm("a"), None, good, [good, replace(good, finite=False)])
     fields = pictures.timed(lane)

@@ -215,7 +215,7 @@ def test_handles_of_paged_weights_are_not_copied(memory, engine, checkpoint):
     layer = network.middle_block[0].out_layers[3]
     layer._v, layer._v_signature, layer._pin_state = (Handle(), 4096, 1), 3, Handle()
     layer.weight_lowvram_function = Handle()
-    copied = engine("memory.live_bytes").on_meta(network)
+    copied = engine("memory.predict").on_meta(network)
     twin = copied.middle_block[0].out_layers[3]
     assert not {"_v", "_v_signature", "_pin_state", "weight_lowvram_function"} & set(twin.__dict__)
     assert isinstance(layer._v[0], Handle)
@@ -367,7 +367,7 @@ def test_the_record_names_the_plan(node, checkpoint):
 @pytest.mark.parametrize(("side", "batch"), [(128, 1), (256, 1), (128, 3)])
 def test_the_count_without_memory_is_that_of_a_real_forward(memory, engine, layout, side, batch):
     """Bytes of live tensors, counted during a real forward on the CPU, against the forward on `meta`."""
-    live = engine("memory.live_bytes")
+    live = engine("memory.predict")
     attention = importlib.import_module("comfy.ldm.modules.attention")
     tiny = build(layout)
     size, rows = memory.activations.PictureSize(side, side, batch), 2 * batch
@@ -386,7 +386,7 @@ def test_the_count_without_memory_is_that_of_a_real_forward(memory, engine, layo
 
 @pytest.mark.parametrize(("side", "batch"), [(64, 1), (128, 2)])
 def test_the_count_of_a_decode_is_that_of_a_real_one(memory, engine, checkpoint, side, batch):
-    live = engine("memory.live_bytes")
+    live = engine("memory.predict")
     stage = checkpoint.vae.first_stage_model
     latent = torch.randn(batch, 4, side // 8, side // 8, dtype=checkpoint.vae.vae_dtype)
     measured = live.peak_bytes(lambda: stage.decode(latent))
@@ -395,7 +395,7 @@ def test_the_count_of_a_decode_is_that_of_a_real_one(memory, engine, checkpoint,
 
 
 def test_live_bytes_are_counted_and_forgotten(engine):
-    live = engine("memory.live_bytes")
+    live = engine("memory.predict")
     with live.LiveBytes() as count:
         one = torch.ones(1000)
         two = one + 1

@@ -14,7 +14,7 @@ from . import tiny_unet
 @pytest.fixture
 def memory(engine) -> SimpleNamespace:
     return SimpleNamespace(
-        patcher=engine("memory.placement"), streaming=engine("memory.streaming"), units=engine("memory.layers")
+        patcher=engine("memory.placement"), streaming=engine("memory.streaming"), units=engine("memory.streaming")
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from speedlab_tools.contract.contract import RENEW, breaches, contract_from_info, info_of, read_contract
+from speedlab_tools.contract import RENEW, breaches, contract_from_info, info_of, read_contract
 
 
 def test_everything_of_the_last_release_is_still_there(pack, model_files):

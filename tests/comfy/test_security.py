@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from speedlab_tools.stress.mutate import HOSTILE_TEXTS
+from speedlab_tools.stress.fuzz import HOSTILE_TEXTS
 
 RAN: list[str] = []
 

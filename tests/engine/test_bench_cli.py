@@ -11,11 +11,10 @@ import pytest
 
 from speedlab.common.tables import format_table, seconds
 from speedlab_tools import __main__ as cli
+from speedlab_tools import demo as cmd_demo
 from speedlab_tools.bench.models import choose_models
 from speedlab_tools.client import errors, files
-from speedlab_tools.client.events import Event
-from speedlab_tools.client.progress import ProgressLine, progress_text
-from speedlab_tools.demo import command as cmd_demo
+from speedlab_tools.client.events import Event, ProgressLine, progress_text
 from speedlab_tools.scenarios.catalog import find
 from speedlab_tools.scenarios.overrides import Overrides, adapt
 from speedlab_tools.scenarios.scenario import STOCK

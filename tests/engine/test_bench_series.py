@@ -16,15 +16,13 @@ from speedlab.plans.axes import parse_axis
 from speedlab_tools import __main__ as cli
 from speedlab_tools.bench import command as cmd_bench
 from speedlab_tools.bench.html import html_page
-from speedlab_tools.bench.journal import Journal, series_key
 from speedlab_tools.bench.models import ModelChoice
-from speedlab_tools.bench.results import Outcome
+from speedlab_tools.bench.results import Journal, Outcome, series_key
 from speedlab_tools.bench.runner import extra_data, parts_of
 from speedlab_tools.client.errors import BenchError, ServerGone
 from speedlab_tools.compare import csv_tables
 from speedlab_tools.scenarios.catalog import SCENARIOS, find
-from speedlab_tools.scenarios.overrides import Overrides
-from speedlab_tools.scenarios.small import axis_values, shrink
+from speedlab_tools.scenarios.overrides import Overrides, axis_values, shrink
 
 
 def row(**changes: object) -> dict[str, str]:
@@ -239,7 +237,7 @@ def test_all_is_every_scenario_once():
 
 
 def test_scenarios_say_what_is_missing(tmp_path, monkeypatch, capsys):
-    from speedlab_tools.scenarios import commands as cmd_tables
+    from speedlab_tools.scenarios import workflows as cmd_tables
 
     monkeypatch.setattr(cmd_tables, "model_folders", lambda: [tmp_path])
     scenario = replace(find("sd15-precision"), packages=("json", "no_such_package_anywhere"))

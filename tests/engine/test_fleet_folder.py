@@ -9,12 +9,10 @@ from dataclasses import replace
 import pytest
 
 from speedlab.common.errors import ResultsError
-from speedlab_tools.fleet.errors import FleetError
-from speedlab_tools.fleet.folder import FleetFolder
-from speedlab_tools.fleet.ledger import HandOut
-from speedlab_tools.fleet.messages import Done
+from speedlab_tools.fleet.folder import FleetFolder, Keeper, Origin
+from speedlab_tools.fleet.messages import Done, FleetError
+from speedlab_tools.fleet.pool import HandOut
 from speedlab_tools.fleet.tasks import Row, Task, row_of
-from speedlab_tools.fleet.writer import Keeper, Origin
 
 ORIGIN = Origin("here", 1.7e9, 2.0, 1)
 ASKED = {"scenario": "txt2img-default", "steps": 20, "prompts": "p.txt", "prompts_sha256": "a"}

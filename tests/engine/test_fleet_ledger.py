@@ -12,15 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speedlab.common.errors import ResultsError
-from speedlab_tools.fleet.driver import HOPELESS, Fleet, Limits
-from speedlab_tools.fleet.errors import FleetError
-from speedlab_tools.fleet.folder import FleetFolder
-from speedlab_tools.fleet.ledger import Ledger
-from speedlab_tools.fleet.messages import Done, Event, Failed, Gone, Ready
-from speedlab_tools.fleet.pool import MOST_FAILURES
-from speedlab_tools.fleet.progress import FleetProgress
+from speedlab_tools.fleet.driver import HOPELESS, Fleet, FleetProgress, Limits
+from speedlab_tools.fleet.folder import FleetFolder, Keeper
+from speedlab_tools.fleet.messages import Done, Event, Failed, FleetError, Gone, Ready
+from speedlab_tools.fleet.pool import MOST_FAILURES, Ledger
 from speedlab_tools.fleet.tasks import Payload, Task, Work
-from speedlab_tools.fleet.writer import Keeper
 
 
 def test_tasks_are_given_in_order_and_end_once():
@@ -319,7 +315,7 @@ def test_a_disk_that_is_full_ends_the_fleet(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("speedlab_tools.fleet.writer.write_atomically", full)
+    monkeypatch.setattr("speedlab_tools.fleet.folder.write_atomically", full)
     with pytest.raises(ResultsError, match="No space left"):
         run(tmp_path, ScriptedCrew(lambda w, h, job: [picture_of(job)]))
 

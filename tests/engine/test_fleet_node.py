@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from speedlab_tools.fleet.messages import ModelFile, WorkerSpec
-from speedlab_tools.fleet.node import find_host, show_models
+from speedlab_tools.fleet.worker import find_host, show_models
 from speedlab_tools.host import Host, HostError
 
 

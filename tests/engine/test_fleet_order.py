@@ -11,9 +11,9 @@ import pytest
 from speedlab.common.errors import UnavailableError
 from speedlab.plans.axes import AXES, parse_axis, written_values
 from speedlab_tools.bench.runner import parts_of
+from speedlab_tools.fleet.__main__ import parser
 from speedlab_tools.fleet.cluster import Cluster, import_ray
-from speedlab_tools.fleet.errors import FleetError
-from speedlab_tools.fleet.options import parser
+from speedlab_tools.fleet.messages import FleetError
 from speedlab_tools.fleet.order import read_prompts
 from speedlab_tools.fleet.tasks import cell_work, prompt_work
 from speedlab_tools.scenarios.catalog import SCENARIOS, find

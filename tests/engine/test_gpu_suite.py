@@ -17,8 +17,7 @@ from speedlab.common.errors import ResultsError
 from speedlab.plans.plan_text import parse_stack
 from speedlab_tools.gpu import command as gpu
 from speedlab_tools.gpu import options, plan
-from speedlab_tools.gpu.journal import COLUMNS, Journal, open_journal
-from speedlab_tools.gpu.report import NOT_MEASURED, TARGETS, text
+from speedlab_tools.gpu.report import COLUMNS, NOT_MEASURED, TARGETS, Journal, open_journal, text
 from speedlab_tools.host import inprocess, pack_root
 from speedlab_tools.host.base import Host, HostError
 from speedlab_tools.host.progress import Reporter

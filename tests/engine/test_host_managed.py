@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from speedlab_tools.host import HostError, environment, from_environment, pack_root, packages, resolve
+from speedlab_tools.host import HostError, from_environment, pack_root, packages, resolve, staged
 from speedlab_tools.host import resolve as resolve_function
 from speedlab_tools.host.base import environment_python, require_writable
 from speedlab_tools.host.managed import ManagedHost, ManagedSpec
@@ -376,9 +376,9 @@ def test_a_cache_that_cannot_be_written(site: Site, tmp_path: Path) -> None:
 
 
 def test_python_without_ensurepip(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = environment.importlib.util.find_spec
+    real = staged.importlib.util.find_spec
     monkeypatch.setattr(
-        environment.importlib.util, "find_spec", lambda name, *rest: None if name == "ensurepip" else real(name, *rest)
+        staged.importlib.util, "find_spec", lambda name, *rest: None if name == "ensurepip" else real(name, *rest)
     )
     site.root = tmp_path / "other"
     with pytest.raises(HostError, match=f"python{sys.version_info.major}.{sys.version_info.minor}-venv"):

@@ -11,9 +11,8 @@ import pytest
 
 from speedlab_tools.host import Host, HostError, cache_root, child_environment, from_environment, pack_root, resolve
 from speedlab_tools.host.base import environment_python, is_comfyui
-from speedlab_tools.host.interpreter import lacking, own_interpreter
 from speedlab_tools.host.progress import Reporter
-from speedlab_tools.host.resolve import choose
+from speedlab_tools.host.resolve import choose, lacking, own_interpreter
 
 
 def tree(path: Path, requirements: str = "pytest\n") -> Path:

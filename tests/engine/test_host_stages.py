@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from speedlab_tools.host import HostError, packages, wheel
+from speedlab_tools.host import HostError, managed, packages
 from speedlab_tools.host.lock import SetupLock
-from speedlab_tools.host.pip import explain_failure, pip_environment
+from speedlab_tools.host.packages import explain_failure, pip_environment
 from speedlab_tools.host.progress import PipDigest, Reporter, run_logged
 from speedlab_tools.host.staged import Stage, first_reason, reason_to_run, run_stages
 
@@ -275,7 +275,7 @@ def test_a_file_outside_of_its_folder_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(archive, "w") as sink:
         sink.writestr("pkg/../../escaped.py", "x")
     with pytest.raises(HostError, match="outside"):
-        wheel.unpack(archive, "pkg", tmp_path / "target")
+        managed.unpack(archive, "pkg", tmp_path / "target")
     assert not (tmp_path.parent / "escaped.py").exists()
 
 
@@ -289,9 +289,9 @@ def test_unpack_keeps_an_old_tree_with_the_users_files(tmp_path: Path) -> None:
     (target / "main.py").write_text("old")
     (target / "models" / "mine.safetensors").write_text("mine")
     kept: list[Path] = []
-    sizes = wheel.unpack(archive, "pkg", target, ("drop.yaml",), on_kept=kept.append)
+    sizes = managed.unpack(archive, "pkg", target, ("drop.yaml",), on_kept=kept.append)
     assert sizes == {"main.py": 3} and (target / "main.py").read_text() == "new"
     assert (kept[0] / "models" / "mine.safetensors").read_text() == "mine"
-    assert wheel.tree_fault(target, sizes) == ""
-    wheel.unpack(archive, "pkg", target, ("drop.yaml",), on_kept=kept.append)
+    assert managed.tree_fault(target, sizes) == ""
+    managed.unpack(archive, "pkg", target, ("drop.yaml",), on_kept=kept.append)
     assert len(kept) == 1 and len(list(tmp_path.glob("tree*"))) == 2

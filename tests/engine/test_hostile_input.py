@@ -13,8 +13,7 @@ from speedlab.measure.context import NodeContext
 from speedlab.measure.record import CSV_COLUMNS, csv_row, from_json
 from speedlab.measure.store import RunStore, new_run_id
 from speedlab.techniques.deepcache.schedule import nonuniform_steps
-from speedlab_tools.bench.journal import Journal
-from speedlab_tools.bench.results import Outcome
+from speedlab_tools.bench.results import Journal, Outcome
 from speedlab_tools.client.client import json_object
 from speedlab_tools.client.errors import BenchError, describe_rejection, failure_from_status
 from speedlab_tools.client.files import check_model_file

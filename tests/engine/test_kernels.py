@@ -7,8 +7,8 @@ import math
 import pytest
 
 from speedlab.measure import kernels
-from speedlab.measure.kernel_names import FAMILIES, family_of, reading
-from speedlab.measure.trace_events import Span, intersection, length, merged, self_times, spans_of
+from speedlab.measure.kernels import FAMILIES, family_of, reading
+from speedlab.measure.torch_trace import Span, intersection, length, merged, self_times, spans_of
 
 FAMILY_OF = {
     "ampere_fp16_s16816gemm_fp16_128x128_ldg8_f2f_stages_32x5_tn": "GEMM",

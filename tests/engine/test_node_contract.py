@@ -8,7 +8,7 @@ import json
 import pytest
 
 from speedlab import __version__
-from speedlab_tools.contract.contract import CONTRACT, breaches, contract_from_info, contract_text, read_contract
+from speedlab_tools.contract import CONTRACT, breaches, contract_from_info, contract_text, read_contract
 
 INFO = {
     "input": {

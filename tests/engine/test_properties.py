@@ -17,9 +17,7 @@ from speedlab.measure.record import CSV_COLUMNS, RunRecord, csv_row, from_json
 from speedlab.measure.store import RunStore, new_run_id
 from speedlab.patching.position import Part
 from speedlab.patching.schedule import steps_before
-from speedlab.plans.axes import NONE, parse_axis, with_batch
-from speedlab.plans.cells import baseline_of, make_cells
-from speedlab.plans.settings import CellSettings
+from speedlab.plans.axes import NONE, CellSettings, baseline_of, make_cells, parse_axis, with_batch
 from speedlab.techniques.deepcache.schedule import DeepCacheConfig, nonuniform_steps, sources
 from speedlab_tools.client.graph import GROUPS, Graph, is_link, snapshot, types_match, upstream
 from speedlab_tools.compare.csv_tables import compare, read_table, runs_of

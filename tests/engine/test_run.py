@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from speedlab_tools.cli.commands import PYTEST, run_child
-from speedlab_tools.cli.main import BENCH_COMMANDS, OWN_COMMANDS, UsageError, pytest_arguments, take_apart
+from speedlab_tools.cli.main import (
+    BENCH_COMMANDS,
+    OWN_COMMANDS,
+    PYTEST,
+    UsageError,
+    pytest_arguments,
+    run_child,
+    take_apart,
+)
 from speedlab_tools.host import pack_root
 
 RUN = pack_root() / "run.py"

@@ -13,7 +13,7 @@ from speedlab.common.errors import ResultsError
 from speedlab.measure.store import RunStore
 from speedlab.web.library import RunLibrary
 from speedlab_tools.client.files import save_picture
-from speedlab_tools.stress.mutate import HOSTILE_TEXTS
+from speedlab_tools.stress.fuzz import HOSTILE_TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
 # What runs in a process of its own, on the command line, may start programs and talk to servers.

@@ -9,8 +9,7 @@ import pytest
 
 from speedlab.common.errors import ResultsError, SpeedLabError
 from speedlab_tools.stress import outcome
-from speedlab_tools.stress.fuzz import Tally, draw, fuzz
-from speedlab_tools.stress.mutate import of_bytes, of_json, of_text
+from speedlab_tools.stress.fuzz import Tally, draw, fuzz, of_bytes, of_json, of_text
 from speedlab_tools.stress.outcome import Target, judge
 from speedlab_tools.stress.readers import pure_targets
 from speedlab_tools.stress.results import write_faults, write_fuzz

@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speedlab.plans.axes import AXES, NONE, parse_axis
-from speedlab.plans.batch_search import BatchSearch, predicted_bytes, saturation_point
-from speedlab.plans.cells import baseline_of, make_cells
-from speedlab.plans.notes import largest_note, saturation_notes
+from speedlab.plans.axes import AXES, NONE, CellSettings, baseline_of, make_cells, parse_axis
+from speedlab.plans.batch_search import BatchSearch, predicted_bytes, saturation_point, too_large
 from speedlab.plans.plan_text import (
     MAIN,
     PlanText,
@@ -21,8 +19,7 @@ from speedlab.plans.plan_text import (
     parse_stack,
     parse_technique,
 )
-from speedlab.plans.ram import too_large
-from speedlab.plans.settings import CellSettings
+from speedlab.plans.sweep import largest_note, saturation_notes
 
 names = st.from_regex(r"[a-z_][a-z0-9_]{0,12}", fullmatch=True)
 values = st.from_regex(r"[A-Za-z0-9_.:/-]{1,12}", fullmatch=True)

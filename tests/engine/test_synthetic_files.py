@@ -22,8 +22,7 @@ from speedlab_tools.synthetic import (
     write_lora,
     write_taesd,
 )
-from speedlab_tools.synthetic.files import describe, write_weights
-from speedlab_tools.synthetic.weights import Layout, Weight, draw
+from speedlab_tools.synthetic.files import Layout, Weight, describe, draw, write_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
+from speedlab.vae.attempts import blend, feather, grid, spans
 from speedlab.vae.precision import Abilities, first_sound, safer
-from speedlab.vae.tiles import blend, feather, grid, spans
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 40, 64, 511, 512])

@@ -17,7 +17,7 @@ from speedlab_tools.client import errors
 from speedlab_tools.client.client import ComfyClient, Follower
 from speedlab_tools.client.events import nodes_of, text_to_picture_s
 from speedlab_tools.client.graph import signature_from_info, snapshot
-from speedlab_tools.demo.graphs import DemoSettings, stock_graph
+from speedlab_tools.demo import DemoSettings, stock_graph
 from speedlab_tools.scenarios.catalog import SCENARIOS
 from speedlab_tools.scenarios.overrides import Overrides, adapt
 

@@ -14,7 +14,7 @@ from speedlab.measure.store import RunStore
 from speedlab.web.library import RunLibrary
 from speedlab_tools.client.client import ComfyClient
 from speedlab_tools.stress import cancels, writers
-from speedlab_tools.stress.memory_faults import run_out_of_memory
+from speedlab_tools.stress.faults import run_out_of_memory
 
 pytestmark = pytest.mark.server
 CHECKPOINT = "speedlab_demo_sd15.safetensors"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from speedlab_tools.bench.journal import Journal
 from speedlab_tools.bench.models import ModelChoice, choose_models
+from speedlab_tools.bench.results import Journal
 from speedlab_tools.bench.runner import run_scenario
 from speedlab_tools.client.client import ComfyClient
 from speedlab_tools.scenarios.catalog import SCENARIOS

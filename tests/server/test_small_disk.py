@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from speedlab_tools.stress.disk_faults import fill_real_disk, make_read_only
+from speedlab_tools.stress.faults import fill_real_disk, make_read_only
 from speedlab_tools.stress.small_disk import NoSmallDiskError, small_disk
 from speedlab_tools.stress.writers import fill_small_disk
 

@@ -11,10 +11,8 @@ from speedlab_tools.client.errors import ExecutionFailed, PromptRejected
 from speedlab_tools.stress import soak
 from speedlab_tools.stress.cancels import bring_probe, node
 from speedlab_tools.stress.results import SOAK_COLUMNS, soak_rows, write_soak
-from speedlab_tools.stress.soak_builder import Kit
-from speedlab_tools.stress.soak_prompts import SoakPrompts, without_a_place
-from speedlab_tools.stress.soak_run import demo_kit
-from speedlab_tools.stress.soak_watch import BOUNDS, growths, read
+from speedlab_tools.stress.soak import BOUNDS, demo_kit, growths, read
+from speedlab_tools.stress.soak_graph import Kit, SoakPrompts, without_a_place
 
 pytestmark = pytest.mark.server
 PROMPTS, SEED = 30, 3

@@ -1,1 +1,0 @@
-"""What saved workflows may rely on, and whether a release keeps it."""

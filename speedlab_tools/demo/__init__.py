@@ -1,1 +1,0 @@
-"""Stock nodes and the best plan side by side."""

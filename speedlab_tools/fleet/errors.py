@@ -1,9 +1,0 @@
-"""What ends a fleet before its prompts are done."""
-
-from __future__ import annotations
-
-from speedlab.common.errors import SpeedLabError
-
-
-class FleetError(SpeedLabError):
-    """The fleet cannot start or go on; the message says why and what to do. What was done is kept."""
