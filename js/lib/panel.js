@@ -7,6 +7,7 @@ import { memoryLine, phaseBar, statusBadge } from "./parts.js";
 
 const WIDGET = "speedlab_profile";
 const MIN_HEIGHT = 256;
+const MARGIN = 10; // that ComfyUI leaves around such a widget where the widget does not tell
 const panels = new WeakMap();
 
 /** The node's panel, added to it at first use. */
@@ -15,23 +16,37 @@ export function panelOf(node) {
   if (!panel) {
     panel = new Panel();
     panels.set(node, panel);
-    const widget = node.addDOMWidget(WIDGET, WIDGET, panel.element, {
+    const shown = panel;
+    let widget = null; // ComfyUI may ask for its height while it adds it
+    widget = node.addDOMWidget(WIDGET, WIDGET, panel.element, {
       serialize: false, // not part of the prompt
       hideOnZoom: false,
-      getMinHeight: () => MIN_HEIGHT,
+      getMinHeight: () => Math.max(MIN_HEIGHT, shown.height + 2 * (widget?.margin ?? MARGIN)),
       getValue: () => "",
       setValue: () => {},
     });
     widget.serialize = false; // nor of the saved workflow
-    const wanted = node.computeSize();
-    node.setSize([Math.max(node.size[0], wanted[0]), Math.max(node.size[1], wanted[1])]);
+    grow(node);
+    // What a run has to say, warnings first of all, may need more lines than the last one's, or wrap at another width.
+    const watch = new ResizeObserver(() => shown.measure() && grow(node));
+    watch.observe(panel.below);
   }
   return panel;
+}
+
+/** Make the node as tall and wide as its widgets need; a node that is larger stays so. */
+function grow(node) {
+  const wanted = node.computeSize();
+  const size = [Math.max(node.size[0], wanted[0]), Math.max(node.size[1], wanted[1])];
+  if (size[0] === node.size[0] && size[1] === node.size[1]) return;
+  node.setSize(size);
+  node.setDirtyCanvas?.(true, true);
 }
 
 class Panel {
   constructor() {
     this.runId = null;
+    this.height = 0; // that all of it needs
     this.title = el("span", { class: "sl-title" });
     this.figure = el("b", { class: "sl-figure" });
     this.progress = el("i");
@@ -45,6 +60,18 @@ class Panel {
       this.chart.element,
       this.below,
     );
+  }
+
+  /** Find the height that all of the panel needs with the chart at its smallest; whether that is another one. */
+  measure() {
+    const { element, below, chart } = this;
+    if (!element.offsetHeight) return false; // off the screen, or folded away
+    const smallest = parseFloat(getComputedStyle(chart.element).minHeight);
+    const end = below.offsetTop + below.offsetHeight + parseFloat(getComputedStyle(element).paddingBottom);
+    const height = Math.ceil(end - (chart.element.offsetHeight - smallest)) + 1; // offsets are rounded
+    const isOther = height !== this.height;
+    this.height = height;
+    return isOther;
   }
 
   /** A live state: {run_id, run, runs, warmup, total, steps, summary, state}. */

@@ -223,3 +223,39 @@ def test_in_chinese_with_the_live_chart_off_and_one_run_kept(open_canvas, small)
     canvas.page.wait_for_function(
         "async () => (await (await app.api.fetchApi('/speedlab/runs')).json()).runs.length === 1", timeout=20_000
     )
+
+
+def test_a_warning_under_the_chart_is_read_whole_on_the_smallest_node(open_canvas, small):
+    """In the classic renderer, where a node has the height that it is given; made as small as dragging makes it."""
+    canvas = open_canvas()
+    canvas.drop(small(steps=2, seed=41), "small")
+    canvas.queue()
+    shrink = """() => {
+      const node = app.graph.nodes.find((n) => n.type === "SpeedLabProfileSampler");
+      node.setSize(node.computeSize());
+      node.setDirtyCanvas(true, true);
+    }"""
+    canvas.evaluate(shrink)
+    # The same texts again: their encoding comes from the cache, and a warning says what that means for the time.
+    canvas.evaluate("() => { app.graph.nodes.find((n) => n.type === 'SpeedLabProfileSampler').widgets[0].value = 42; }")
+    canvas.queue()
+    fit(canvas)
+    assert "in its cache" in canvas.page.locator(".sl-panel .sl-notes").text_content()
+    for again in (False, True):
+        if again:
+            canvas.evaluate(shrink)
+            canvas.page.wait_for_timeout(600)
+        notes = canvas.page.locator(".sl-panel .sl-notes").bounding_box()
+        panel = canvas.page.locator(".sl-panel").bounding_box()
+        assert notes["height"] > 20, "the warning takes more than a line"
+        assert notes["y"] + notes["height"] <= panel["y"] + panel["height"], "the warning ends below the panel"
+        assert canvas.evaluate(f"() => {PANEL}.scrollHeight <= {PANEL}.clientHeight"), "nothing is left to scroll to"
+        top, height, whole = canvas.evaluate(
+            """() => {
+              const node = app.graph.nodes.find((n) => n.type === "SpeedLabProfileSampler");
+              const widget = node.widgets.find((w) => w.name === "speedlab_profile");
+              return [widget.y, widget.element.offsetHeight, node.size[1]];
+            }"""
+        )
+        assert top + height <= whole, "the panel reaches out of its node"
+        assert canvas.page.locator(".sl-panel .sl-plot").bounding_box()["height"] >= 60
