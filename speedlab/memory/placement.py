@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..patching.compiled import is_compiled_in_place, refusal_of_streaming
+from ..patching.wrappers import SharedState
 from .streaming import ModelStream, networks
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _weights(loaded: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Placement:
+class Placement(SharedState):
     """What a plan says about one model: how it is offloaded, and with which others it takes turns."""
 
     offload: Offload
@@ -80,9 +81,6 @@ class Placement:
     def settle(self) -> None:
         """Bring home what a forward of the group that was cut off left on the device."""
         self.group.settle()
-
-    def __deepcopy__(self, memo: dict) -> Placement:
-        return self
 
 
 class _Planned(_Patcher):

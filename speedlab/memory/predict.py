@@ -1,6 +1,6 @@
 """What each way of offloading will need at its peak, phase by phase, before anything runs.
 
-What UNet, text encoders and VAE take beside their weights, by counting; see `live_bytes` for what that means.
+What UNet, text encoders and VAE take beside their weights, by counting.
 
 How many bytes of tensors are alive at once during a forward, counted and not estimated.
 

@@ -5,18 +5,13 @@ Only the layer objects at hand are touched, in their own `__dict__`; their class
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
-
-# Another way must take at most this share of the time: two that are equally fast must not change places by chance, for
-# then the same seed would give pictures that differ in the last bits.
-MARGIN = 0.85
 
 
 @dataclass
@@ -110,16 +105,3 @@ def is_fp32_on_cpu(x: Any, weight: Any, bias: Any = None) -> bool:
         and (bias is None or (bias.dtype == torch.float32 and bias.device.type == "cpu" and bias.is_contiguous()))
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
-
-
-def least_seconds(ways: Mapping[str, Callable[..., Any]], *args: Any, rounds: int = 5) -> dict[str, float]:
-    """The best time of each way. In turns, so that a busy moment hits all alike; the first turn loads kernels and does
-    not count."""
-    best = dict.fromkeys(ways, float("inf"))
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way(*args)
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best

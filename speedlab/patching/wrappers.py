@@ -31,6 +31,14 @@ class Site(str, Enum):
 Wrapper = Callable[..., Any]
 
 
+class SharedState:
+    """State that stays one where options are copied: some nodes deep-copy the options of a running model, and the run
+    is still the same run."""
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self
+
+
 @dataclass(frozen=True)
 class Accelerator:
     """What a technique did to a model, for the record: its name and the options that the user chose."""

@@ -1,7 +1,7 @@
 """Tiny VAE (TAESD, madebyollin) decode: about one per cent of the full decoder's work, a small loss of detail.
 
 Core lends a tiny VAE the full VAE's memory estimate and then evicts the UNet to make room for a network of a million
-parameters; here it has an estimate of its own. The decoder runs in bands of rows (see `tiny_stream`), so that its
+parameters; here it has an estimate of its own. The decoder runs in bands of rows (see below), so that its
 memory does not grow with the picture and there are no seams to hide.
 
 TAESD's decoder in bands of rows: the whole picture's result, bit for bit the same mathematics, in a band's memory.

@@ -1,4 +1,4 @@
-"""What a scenario is made of: the types behind the table in `scenarios.py`.
+"""What a scenario is made of: the types behind the table in `catalog.py`.
 
 Plans: named stacks of techniques that a text-to-image graph can carry.
 

@@ -278,7 +278,7 @@ def test_products_as_far_as_they_are_clearly_faster(
     left = iter(shares)
     results: list[torch.Tensor] = []
 
-    def clock(ways: dict[str, Any], rounds: int) -> dict[str, float]:
+    def clock(ways: dict[str, Any], rounds: tuple[int, int]) -> dict[str, float]:
         results.extend(way() for way in ways.values())
         return {"convolution": 1.0, "product": next(left)}
 

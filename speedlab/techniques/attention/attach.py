@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from comfy.ldm.modules.attention import CrossAttention
 
+from ...common.core import is_finite
 from ...patching.layer_forwards import is_traced
 from ...patching.notes import report_note
-from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
+from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
 from .backends import BACKENDS, COMMON_HEAD_DIM, require, unavailable, why_not
 from .choice import ChoiceTable, Shape, bucket, candidates, measured_length
 
@@ -51,7 +52,7 @@ class AttentionConfig:
 
 
 @dataclass
-class Run:
+class Run(SharedState):
     """State of one run. Attention calls may be compiled, so those only write here; logging is done outside."""
 
     backend: str
@@ -62,10 +63,6 @@ class Run:
     used: bool = False
     chosen: dict[Shape, str] = field(default_factory=dict)
     set_aside: dict[str, bool] = field(default_factory=dict)
-
-    def __deepcopy__(self, memo: dict) -> Run:
-        # Some nodes deep-copy the options of a running model; the run is still the same run.
-        return self
 
 
 def attach_attention(model: Any, config: AttentionConfig) -> Any:
@@ -227,11 +224,11 @@ def _predict_noise(
     if run is None:
         return result
     _tell_set_aside(run, transformer_options)
-    if run.safe or run.cleared or not run.suspicious or _is_finite(result):
+    if run.safe or run.cleared or not run.suspicious or is_finite(result):
         return result
     run.safe = True
     again = executor(x, timestep, options, *args, **kwargs)
-    if _is_finite(again):
+    if is_finite(again):
         _tell(transformer_options, f"{run.backend} gave NaN or Inf, so the evaluation was repeated with {SAFE}, "
               "which the rest of this run uses")  # fmt: skip
         return again
@@ -239,10 +236,6 @@ def _predict_noise(
     _tell(transformer_options, f"the model gives NaN or Inf with {run.backend} and with {SAFE}: the cause lies "
           "elsewhere. Check the checkpoint, its precision, and the conditioning")  # fmt: skip
     return again
-
-
-def _is_finite(result: torch.Tensor) -> bool:
-    return bool(torch.isfinite(result).all())
 
 
 def _sampler_sample(

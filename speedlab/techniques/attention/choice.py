@@ -11,15 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...common.errors import first_line
+from ...common.timing import MARGIN, least_seconds
 
 PREFERRED = "sdpa"
-# Another backend must beat `PREFERRED` by this factor: two that are equally fast must not change places by chance, for
-# then the same seed would give pictures that differ in the last bits.
-_MARGIN = 0.85
 _ROUNDS = (5, 10)
 _BUDGET_S = 0.1
-_HOPELESS = 2.0
 _SHORTEST = 16
 # Longer sequences would not change the choice, only the time that measuring takes: what attention without a fused
 # kernel reads and writes grows with the square of the length, so it falls behind further.
@@ -108,7 +104,7 @@ def pick(seconds: Mapping[str, float]) -> Choice:
         return Choice(PREFERRED)
     fastest = min(seconds, key=lambda name: seconds[name])
     preferred = seconds.get(PREFERRED)
-    if preferred is not None and seconds[fastest] > _MARGIN * preferred:
+    if preferred is not None and seconds[fastest] > MARGIN * preferred:
         fastest = PREFERRED
     return Choice(fastest, dict(seconds))
 
@@ -116,27 +112,8 @@ def pick(seconds: Mapping[str, float]) -> Choice:
 def measure(
     runners: Mapping[str, Callable[[], object]], clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """The least seconds that each of `runners` took, in turns, so that a busy moment hits all alike.
-
-    One that fails is left out. One that takes several times as long as the best gets one turn, but for `PREFERRED`.
-    """
-    running = dict(runners)
-    for name, run in runners.items():
-        try:
-            run()  # loads kernels, allocates
-        except RuntimeError as error:
-            logging.debug("Attention Backend: %s is no candidate: %s", name, first_line(error))
-            del running[name]
-    best = dict.fromkeys(running, float("inf"))
-    least, most = _ROUNDS
-    began = clock()
-    for turn in range(most):
-        for name, run in running.items():
-            start = clock()
-            run()
-            best[name] = min(best[name], clock() - start)
-        limit = _HOPELESS * min(best.values(), default=0.0)
-        running = {name: run for name, run in running.items() if name == PREFERRED or best[name] <= limit}
-        if len(running) < 2 or (turn + 1 >= least and clock() - began > _BUDGET_S):
-            break
-    return best
+    """The least seconds that each of `runners` took; see `least_seconds`. Any may fail; `PREFERRED` keeps its turns."""
+    others = [name for name in runners if name != PREFERRED]
+    return least_seconds(
+        runners, rounds=_ROUNDS, budget_s=_BUDGET_S, may_fail=list(runners), may_be_dropped=others, clock=clock
+    )

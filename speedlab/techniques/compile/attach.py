@@ -18,7 +18,17 @@ import torch
 
 from ...common.errors import UnavailableError
 from ...models.unet import require_unet
-from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, has_wrapper, run_state, state_of
+from ...patching.wrappers import (
+    Accelerator,
+    SharedState,
+    Site,
+    Wrapper,
+    attach,
+    declare,
+    has_wrapper,
+    run_state,
+    state_of,
+)
 from ..deepcache import attach as deepcache
 from . import backends
 from .backends import MODES, NAMES, CompileOptions
@@ -129,15 +139,12 @@ def _wrappers(config: CompileConfig, backend: ModuleType, unavailable: str) -> M
     return {Site.OUTER_SAMPLE: outer_sample, Site.SAMPLER_SAMPLE: _sampler_sample, Site.APPLY_MODEL: _apply_model}
 
 
-class _State:
+class _State(SharedState):
     """A run, and what is compiled in it, made at the first evaluation, when the weights are in place."""
 
     def __init__(self, config: CompileConfig, run: Run) -> None:
         self.config, self.run = config, run
         self.engine: Any = None
-
-    def __deepcopy__(self, memo: dict) -> _State:
-        return self
 
     def start(self, patcher: Any) -> None:
         if self.config.backend in backends.GRAPH_BY_GRAPH:

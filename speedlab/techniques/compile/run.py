@@ -17,6 +17,7 @@ import torch
 
 from ...common.errors import SpeedLabError, first_line
 from ...patching.notes import report_note, report_ran
+from ...patching.wrappers import SharedState
 from .backends import CompileOptions
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ class CompileError(SpeedLabError):
 
 
 @dataclass
-class Run:
+class Run(SharedState):
     """State of one run. `eager` is why compiled code is not used, "" where it is."""
 
     backend: ModuleType
@@ -39,10 +40,6 @@ class Run:
     parts: int = 0
     compiled: int = 0
     _bar: Any = None
-
-    def __deepcopy__(self, memo: dict) -> Run:
-        # Some nodes deep-copy the options of a running model; the run is still the same run.
-        return self
 
     def note(self, text: str, level: int = logging.WARNING) -> None:
         """A sentence for the log and the record, once a run."""

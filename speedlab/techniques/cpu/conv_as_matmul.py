@@ -12,19 +12,18 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 
+from ...common.timing import MARGIN, least_seconds
 from ...patching.layer_forwards import (
-    MARGIN,
     Replaced,
     casts,
     computes_as,
     forwards_replaced,
     is_fp32_on_cpu,
-    least_seconds,
 )
 from .onednn import linear, why_not
 
@@ -55,9 +54,8 @@ def most_pixels_here() -> int:
             parameter.fill_(1.0)
         for rows, side in _SIZES:
             x = torch.ones(rows, _CHANNELS, side, side)
-            seconds = least_seconds(
-                {"convolution": lambda x=x: layer(x), "product": lambda x=x: convolve(layer, x)}, rounds=_ROUNDS
-            )
+            ways = {"convolution": partial(layer, x), "product": partial(convolve, layer, x)}
+            seconds = least_seconds(ways, rounds=(_ROUNDS, _ROUNDS))
             pixels = rows * side * side
             told.append(f"{pixels} pixels {1e3 * seconds['convolution']:.1f} and {1e3 * seconds['product']:.1f} ms")
             if seconds["product"] > MARGIN * seconds["convolution"]:

@@ -6,13 +6,13 @@ convolutions already go to oneDNN, which does not. The sums are the same, in ano
 Attention on a CPU out of oneDNN's matrix products, a block of scores at a time.
 
 SDPA's kernel for CPUs hands small products to MKL, which leaves the wide vector units of other makers' processors
-unused (see `onednn_linear`). Here the scores of as many queries as stay in the cache are made, weighted and used before
+unused. Here the scores of as many queries as stay in the cache are made, weighted and used before
 the next ones (the tiling of Rabe and Staats, 2021, along the queries alone), all of it in fp32 whatever the model's
 dtype: equal to SDPA to rounding.
 
 Linear layers of a compiled graph on a CPU, by oneDNN where that is faster there.
 
-PyTorch's compiler leaves fp32 matrix products to MKL, as eager PyTorch does (see `onednn_linear`), also with frozen
+PyTorch's compiler leaves fp32 matrix products to MKL, as eager PyTorch does, also with frozen
 weights. An operator of our own takes their place in the graph before it is compiled.
 """
 
@@ -21,21 +21,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ...common.timing import MARGIN, least_seconds
 from ...patching.layer_forwards import (
-    MARGIN,
     Replaced,
     casts,
     computes_as,
     forwards_replaced,
     is_fp32_on_cpu,
     is_traced,
-    least_seconds,
 )
 
 log = logging.getLogger(__name__)
@@ -66,9 +65,8 @@ def is_faster_here() -> bool:
     with torch.inference_mode():
         for rows, inputs, outputs in _SHAPES:
             x, weight, bias = torch.ones(rows, inputs), torch.ones(outputs, inputs), torch.ones(outputs)
-            for name, best in least_seconds(
-                {"PyTorch": torch.nn.functional.linear, "oneDNN": linear}, x, weight, bias
-            ).items():
+            ways = {"PyTorch": partial(F.linear, x, weight, bias), "oneDNN": partial(linear, x, weight, bias)}
+            for name, best in least_seconds(ways).items():
                 seconds[name] += best
     faster = seconds["oneDNN"] <= MARGIN * seconds["PyTorch"]
     told = ", ".join(f"{name} {1e3 * total:.2f} ms" for name, total in seconds.items())

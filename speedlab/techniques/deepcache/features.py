@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...patching.position import Position, StepFinder
+from ...patching.wrappers import SharedState
 from .schedule import DeepCacheConfig, sources
 
 
@@ -34,7 +35,7 @@ class _Entry:
 
 
 @dataclass
-class Run:
+class Run(SharedState):
     """State of one run, reachable through `patching.state_of` until the run ends."""
 
     config: DeepCacheConfig
@@ -47,10 +48,6 @@ class Run:
     stepped_aside: bool = False
     _plan: tuple[int | None, ...] = ()
     _entries: dict[Hashable, tuple[_Entry, ...]] = field(default_factory=dict)
-
-    def __deepcopy__(self, memo: dict) -> Run:
-        # Some nodes deep-copy the options of a running model; the run is still the same run.
-        return self
 
     @contextmanager
     def evaluating(self, position: Position) -> Iterator[None]:

@@ -24,7 +24,7 @@ from ...patching.compiled import is_compiled
 from ...patching.notes import report_note, report_ran, warn
 from ...patching.position import StepFinder
 from ...patching.schedule import steps_before
-from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
+from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
 from ..cpu.conv_as_matmul import few_pixels_as_products, may_gain
 from .rows import UncondReadError, evaluate_without_uncond, is_guided, obstacle, with_observer
 
@@ -60,7 +60,7 @@ class DynamicCFGConfig:
 
 
 @dataclass
-class Run:
+class Run(SharedState):
     """State of one run, reachable through `patching.state_of` until the run ends."""
 
     config: DynamicCFGConfig
@@ -74,10 +74,6 @@ class Run:
     # Whether evaluations without uncond may compute convolutions as products; None before the first.
     may_gain: bool | None = None
     told_of_products: bool = False
-
-    def __deepcopy__(self, memo: dict) -> Run:
-        # Some nodes deep-copy the options of a running model; the run is still the same run.
-        return self
 
     def step_aside(self, reason: str, model_options: Mapping[str, Any]) -> None:
         """Keep uncond for the rest of the run, and say why, once."""
