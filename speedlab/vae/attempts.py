@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common.core import is_finite, is_out_of_memory, out_of_memory_advice, progress_bar, release_unused_memory
-from ..common.errors import SpeedLabError
+from ..common.errors import SpeedLabError, first_line
 from .variants import placement_of
 
 SMALLEST_TILE = 64
@@ -45,29 +45,55 @@ class Result:
     retries: tuple[str, ...] = ()
 
 
-def decode_fitting(vae: Any, samples: Any, way: Way, report: Callable[[str], str]) -> Result:
-    """Decode latents [B, C, h, w]; out of memory, decode again in smaller pieces. Each retry goes through `report`.
+W = TypeVar("W")
+T = TypeVar("T")
 
-    Raises SpeedLabError when the smallest tiles do not fit either.
+
+def until_it_fits(
+    attempt: Callable[[W], T], way: W, smaller: Callable[[W], W | None], say: Callable[[W, W | None, str], str]
+) -> tuple[T, W, list[str]]:
+    """What `attempt` gives, in the first of ever `smaller` ways that fits; that way; a sentence for each that did not.
+
+    `say(way, next, problem)` makes and reports the sentence; where nothing is smaller (`next` is None) its text is the
+    message of the SpeedLabError that ends this.
     """
     retries: list[str] = []
     while True:
         problem = None
         try:
-            images, finite = _decode(vae, samples, way)
+            result = attempt(way)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             # Its traceback keeps every tensor of the attempt alive, so nothing is retried before it is gone.
-            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            problem = first_line(error)
         if problem is None:
-            return Result(images, finite, way, tuple(retries))
+            return result, way, retries
         release_unused_memory()
-        smaller = smaller_way(way, samples, pixels_per_latent(vae))
+        following = smaller(way)
+        text = say(way, following, problem)
+        if following is None:
+            raise SpeedLabError(text)
+        retries.append(text)
+        way = following
+
+
+def decode_fitting(vae: Any, samples: Any, way: Way, report: Callable[[str], str]) -> Result:
+    """Decode latents [B, C, h, w]; out of memory, decode again in smaller pieces. Each retry goes through `report`.
+
+    Raises SpeedLabError when the smallest tiles do not fit either.
+    """
+
+    def say(tried: Way, smaller: Way | None, problem: str) -> str:
         if smaller is None:
-            raise SpeedLabError(f"VAE Decode ran out of memory even {way} ({problem}). {out_of_memory_advice()}")
-        retries.append(report(f"Decoding {way} ran out of memory; decoding again {smaller}."))
-        way = smaller
+            return f"VAE Decode ran out of memory even {tried} ({problem}). {out_of_memory_advice()}"
+        return report(f"Decoding {tried} ran out of memory; decoding again {smaller}.")
+
+    scale = pixels_per_latent(vae)
+    (images, finite), fitted, retries = until_it_fits(
+        lambda tried: _decode(vae, samples, tried), way, lambda tried: smaller_way(tried, samples, scale), say
+    )
+    return Result(images, finite, fitted, tuple(retries))
 
 
 def smaller_way(way: Way, samples: Any, scale: int = _PIXELS_PER_LATENT) -> Way | None:

@@ -23,10 +23,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..common.core import is_finite, is_out_of_memory, out_of_memory_advice, progress_bar, release_unused_memory
-from ..common.errors import ModelFileError, SpeedLabError, first_line
+from ..common.core import is_finite, out_of_memory_advice, progress_bar
+from ..common.errors import ModelFileError, SpeedLabError
 from ..models.latent_mark import mark_of
 from ..models.loading import readable, refuse_unsafe
+from .attempts import until_it_fits
 from .decode import FAMILIES, Decoded, check_latent, picture_latents, report, report_bad_latents
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,10 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
             "Tiny VAE Decode takes latents of still pictures, and these are of a video. Use VAE Decode."
         )
     decode_slices = _decode_slices if can_stream(vae.first_stage_model.taesd_decoder) else _decode_whole_slices
-    images, fitted, warnings = _decode_fitting(decode_slices, vae, samples, config)
+    images, fitted, warnings = until_it_fits(
+        lambda tried: decode_slices(vae, samples, tried), config, lambda tried: _smaller(tried, samples, vae.device),
+        _say_retry,
+    )  # fmt: skip
     if decode_slices is _decode_whole_slices:
         warnings.append(report(f"The tiny decoder '{stem}' cannot run in bands; it decoded whole pictures."))
     foreign = _foreign(stem, latent_format)
@@ -208,32 +212,13 @@ def _latent_format(latent: Mapping[str, Any], model: Any | None) -> Any | None:
     return known() if isinstance(known, type) else None
 
 
-def _decode_fitting(
-    decode_slices: Callable[[Any, Any, TinyDecodeConfig], Any], vae: Any, samples: Any, config: TinyDecodeConfig
-) -> tuple[Any, TinyDecodeConfig, list[str]]:
-    """Pictures, the sizes that fitted, and a warning for each time that memory ran out before."""
-    warnings: list[str] = []
-    while True:
-        problem = None
-        try:
-            images = decode_slices(vae, samples, config)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            problem = first_line(error)
-        if problem is None:
-            return images, config, warnings
-        release_unused_memory()
-        smaller = _smaller(config, samples, vae.device)
-        if smaller is None:
-            raise SpeedLabError(f"Tiny VAE Decode ran out of memory ({problem}). {out_of_memory_advice()}")
-        warnings.append(
-            report(
-                f"Tiny VAE Decode ran out of memory; decoding again {smaller.slice_size} picture(s) at a time in "
-                f"bands of {smaller.tile_size}x{smaller.tile_size} pixels."
-            )
-        )
-        config = smaller
+def _say_retry(tried: TinyDecodeConfig, smaller: TinyDecodeConfig | None, problem: str) -> str:
+    if smaller is None:
+        return f"Tiny VAE Decode ran out of memory ({problem}). {out_of_memory_advice()}"
+    return report(
+        f"Tiny VAE Decode ran out of memory; decoding again {smaller.slice_size} picture(s) at a time in bands of "
+        f"{smaller.tile_size}x{smaller.tile_size} pixels."
+    )
 
 
 def _smaller(config: TinyDecodeConfig, samples: Any, device: Any) -> TinyDecodeConfig | None:
