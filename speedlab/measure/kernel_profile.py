@@ -33,7 +33,7 @@ DETAILS = (TIMING, KERNELS, TRACE)
 
 
 @dataclass(frozen=True)
-class Depth:
+class KernelProfile:
     """Fields of the record that a detail fills. `profile` is its `kernel_profile`."""
 
     kernels: tuple[dict[str, Any], ...] = ()
@@ -43,7 +43,7 @@ class Depth:
     notes: tuple[str, ...] = ()
 
 
-def measure_depth(
+def measure_kernel_profile(
     detail: str,
     sample: Sampling,
     model: Any,
@@ -52,22 +52,22 @@ def measure_depth(
     compiled_before: CompileCounts,
     store: RunStore,
     run_id: str,
-) -> Depth:
+) -> KernelProfile:
     """Profile and count the steps of the run `timed`, whose rows are `rows`. The clock must have settled.
 
     `sample(model)` repeats that run. Raises what a cancel raises; any other failure becomes a note.
     """
     if detail == TIMING:
-        return Depth()
+        return KernelProfile()
     compiled = compile_counts()
     owners = evaluation_steps(timed) if rows else []
     window = choose_window(rows, owners)
     if window is None:
-        return Depth(notes=("Nothing was evaluated, so there is nothing to profile.",))
+        return KernelProfile(notes=("Nothing was evaluated, so there is nothing to profile.",))
     with _unseen_by_memory_peaks(model.load_device):
-        depth = _profiled(detail, sample, model, window, owners, rows, store, run_id)
-        depth = _with_compile_counts(depth, model, compiled_before, compiled)
-        return _with_roofline(depth, sample, model, window, timed, rows)
+        kernel_profile = _profiled(detail, sample, model, window, owners, rows, store, run_id)
+        kernel_profile = _with_compile_counts(kernel_profile, model, compiled_before, compiled)
+        return _with_roofline(kernel_profile, sample, model, window, timed, rows)
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def _profiled(
     rows: Sequence[StepRow],
     store: RunStore,
     run_id: str,
-) -> Depth:
+) -> KernelProfile:
     notes = list(window.notes)
     report: KernelReport | None = None
     artifacts: dict[str, str] = {}
@@ -103,13 +103,13 @@ def _profiled(
             if detail == TRACE:
                 artifacts["trace"] = write_trace(trace, run_id, window.steps, store)
     if report is None:
-        return Depth(notes=tuple(notes))
+        return KernelProfile(notes=tuple(notes))
     if report.unit == OPERATORS and model.load_device.type == "cuda":
         notes.append(
             "The driver let the profiler see no kernel, so the table shows operators of the host. Another profiler, or "
             "a container without performance counters, does that."
         )
-    return Depth(report.rows, _profile(report, window, rows), None, artifacts, tuple(notes))
+    return KernelProfile(report.rows, _profile(report, window, rows), None, artifacts, tuple(notes))
 
 
 def _profile(report: KernelReport, window: Window, rows: Sequence[StepRow]) -> dict[str, Any]:
@@ -123,21 +123,28 @@ def _profile(report: KernelReport, window: Window, rows: Sequence[StepRow]) -> d
     }
 
 
-def _with_compile_counts(depth: Depth, model: Any, before: CompileCounts, after: CompileCounts) -> Depth:
-    if depth.profile is None:
-        return depth
+def _with_compile_counts(
+    kernel_profile: KernelProfile, model: Any, before: CompileCounts, after: CompileCounts
+) -> KernelProfile:
+    if kernel_profile.profile is None:
+        return kernel_profile
     counts = counts_between(before, after)
     told = counts if any(counts.values()) or is_compiled(model) else None
-    return dataclasses.replace(depth, profile={**depth.profile, "compile": told})
+    return dataclasses.replace(kernel_profile, profile={**kernel_profile.profile, "compile": told})
 
 
 def _with_roofline(
-    depth: Depth, sample: Sampling, model: Any, window: Window, timed: SamplingTrace, rows: Sequence[StepRow]
-) -> Depth:
-    notes = list(depth.notes)
+    kernel_profile: KernelProfile,
+    sample: Sampling,
+    model: Any,
+    window: Window,
+    timed: SamplingTrace,
+    rows: Sequence[StepRow],
+) -> KernelProfile:
+    notes = list(kernel_profile.notes)
     if is_compiled(model) and not can_count_compiled():
         notes.append("This torch cannot run a compiled model eagerly, so its operations were not counted.")
-        return dataclasses.replace(depth, notes=tuple(notes))
+        return dataclasses.replace(kernel_profile, notes=tuple(notes))
     found: dict[str, Any] | None = None
     evaluations = [timed.evaluations[n] for n in window.evaluations]
     timed_ms = sum(row.ms for row in rows if row.index in window.steps)
@@ -157,7 +164,7 @@ def _with_roofline(
                 f"({peaks[0].name}), so no share of it is given: other work slowed its measurement, or the model "
                 "computes in a faster way than this product. Profile again on a quiet machine."
             )
-    return dataclasses.replace(depth, roofline=found, notes=tuple(notes))
+    return dataclasses.replace(kernel_profile, roofline=found, notes=tuple(notes))
 
 
 def _compute_dtype(model: Any, timed: SamplingTrace) -> Any:

@@ -67,7 +67,7 @@ def report_text(record: RunRecord) -> str:
         "",
     ]
     body = [*_phase_table(record), "", *_step_table(record), ""]
-    deeper = depth_table(record)
+    deeper = kernel_table(record)
     body += [*deeper, "", summary_text(record)] if deeper else [summary_text(record)]
     trace = record.artifacts.get("trace")
     if trace:
@@ -157,7 +157,7 @@ def depth_lines(record: RunRecord) -> list[str]:
     return lines
 
 
-def depth_table(record: RunRecord) -> list[str]:
+def kernel_table(record: RunRecord) -> list[str]:
     """Everything that the profiled steps told; empty without a profile."""
     profile = record.kernel_profile
     if not profile or not record.kernels:

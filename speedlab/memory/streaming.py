@@ -1,12 +1,13 @@
 """Weights that are on the device only while they work: two slots, and a copy that runs ahead of the computation.
 
-While unit i computes out of one slot, the unit that will follow is copied into the other one on a second stream; unit
-i - 1 has left by then. So at most two units are on the device, whatever runs ahead. Which unit follows is learnt from
+While layer i computes out of one slot, the layer that will follow is copied into the other one on a second stream;
+layer i - 1 has left by then. So at most two layers are on the device, whatever runs ahead. Which layer follows is learnt from
 the forward before, so blocks that a technique skips are not copied. Between two forwards every weight is at home.
 
 Works on any device: without streams of its own (a CPU) the copies are made in place of being queued.
 
-What is streamed: the networks of a model, cut into units of one layer each, in the order of registration.
+What is streamed: the networks of a model, cut into layers, in the order of registration. The small modules
+between two layers count as one together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Restored = list[tuple[torch.nn.Module, str, torch.nn.Parameter]]
 class Residency:
     """What was on the device at once, at most, and how much was copied; for tests and for `plan`'s reader."""
 
-    units: int = 0
+    layers: int = 0
     nbytes: int = 0
     copies: int = 0
     copied_bytes: int = 0
@@ -62,10 +63,10 @@ class _Queue:
 
 @dataclass
 class _Slot:
-    """A buffer on the device, the unit whose weights are in it, and the events that say when it may be touched."""
+    """A buffer on the device, the layer whose weights are in it, and the events that say when it may be touched."""
 
     buffer: torch.Tensor
-    unit: int | None = None
+    layer: int | None = None
     views: list[torch.nn.Parameter] = field(default_factory=list)
     filled: Any = None
     released: Any = None
@@ -79,11 +80,11 @@ class NetworkStream:
 
     def __init__(self, network: torch.nn.Module, device: torch.device, keep_cast: bool = False) -> None:
         self.network, self.device, self._keep_cast = network, device, keep_cast
-        self.units = units_of(network)
+        self.layers = layers_of(network)
         self.residency = Residency()
         self._first = 0
-        self._follows = {index: index + 1 for index in range(len(self.units) - 1)}
-        self._size = max((unit.nbytes for unit in self.units), default=0)
+        self._follows = {index: index + 1 for index in range(len(self.layers) - 1)}
+        self._size = max((layer.nbytes for layer in self.layers), default=0)
         self._queue: _Queue | None = None
         self._slots: tuple[_Slot, _Slot] | None = None
         self._working: _Slot | None = None
@@ -93,15 +94,15 @@ class NetworkStream:
         self._handles: list[Any] = []
 
     def install(self) -> None:
-        """Hook the network: its call opens and closes the slots, each unit's call brings its weights in."""
-        if self._handles or not self.units:
+        """Hook the network: its call opens and closes the slots, each layer's call brings its weights in."""
+        if self._handles or not self.layers:
             return
         self._handles = [
             self.network.register_forward_pre_hook(lambda *_: self._begin()),
             self.network.register_forward_hook(lambda *_: self._end(), always_call=True),
         ]
-        for index, unit in enumerate(self.units):
-            for module in unit.modules:
+        for index, layer in enumerate(self.layers):
+            for module in layer.modules:
                 self._handles.append(module.register_forward_pre_hook(lambda *_, index=index: self._enter(index)))
 
     def remove(self) -> None:
@@ -146,18 +147,18 @@ class NetworkStream:
         self._slots = None
 
     def _enter(self, index: int) -> None:
-        """Before unit `index` computes: its weights in, those of the one before out, and the next one on its way."""
+        """Before layer `index` computes: its weights in, those of the one before out, and the next one on its way."""
         if self._slots is None or self._queue is None:  # called on its own, outside of the network
             return
-        if self._working is not None and self._working.unit == index:
+        if self._working is not None and self._working.layer == index:
             return
-        before = self._working.unit if self._working is not None else None
+        before = self._working.layer if self._working is not None else None
         self._leave()
-        slot = next((slot for slot in self._slots if slot.unit == index), None)
+        slot = next((slot for slot in self._slots if slot.layer == index), None)
         if slot is None:
-            slot = next((slot for slot in self._slots if slot.unit is None), self._slots[0])
+            slot = next((slot for slot in self._slots if slot.layer is None), self._slots[0])
             for wrong in self._slots:
-                if wrong.unit is not None:
+                if wrong.layer is not None:
                     self._drop(wrong)
                     self.residency.missed += 1
             self._fetch(slot, index)
@@ -172,23 +173,23 @@ class NetworkStream:
             self._fetch(self._slots[1] if slot is self._slots[0] else self._slots[0], following)
 
     def _fetch(self, slot: _Slot, index: int) -> None:
-        """Queue the copy of a unit's weights into a free slot."""
+        """Queue the copy of a layer's weights into a free slot."""
         assert self._queue is not None and self._slots is not None
         self._queue.copies_wait_for(slot.released)
-        slot.unit = index
+        slot.layer = index
         with torch.inference_mode(False), torch.no_grad(), self._queue.copying():
-            slot.views = _copied(self.units[index], slot.buffer)
+            slot.views = _copied(self.layers[index], slot.buffer)
         slot.filled = self._queue.mark(copied=True)
-        resident = [self.units[one.unit] for one in self._slots if one.unit is not None]
+        resident = [self.layers[one.layer] for one in self._slots if one.layer is not None]
         seen = self.residency
-        seen.units = max(seen.units, len(resident))
-        seen.nbytes = max(seen.nbytes, sum(unit.nbytes for unit in resident))
+        seen.layers = max(seen.layers, len(resident))
+        seen.nbytes = max(seen.nbytes, sum(layer.nbytes for layer in resident))
         seen.copies += 1
-        seen.copied_bytes += self.units[index].nbytes
+        seen.copied_bytes += self.layers[index].nbytes
 
     def _swap_in(self, slot: _Slot) -> None:
-        assert slot.unit is not None
-        weights = list(movable(self.units[slot.unit]))
+        assert slot.layer is not None
+        weights = list(movable(self.layers[slot.layer]))
         self._working = slot
         for (module, name, home), view in zip(weights, slot.views, strict=True):
             self._home.append((module, name, home))
@@ -200,7 +201,7 @@ class NetworkStream:
                 self._uncast.append(module)
 
     def _leave(self) -> None:
-        """Bring the working unit's weights home and free its slot."""
+        """Bring the working layer's weights home and free its slot."""
         for module, name, home in self._home:
             module._parameters[name] = home
         self._home.clear()
@@ -212,7 +213,7 @@ class NetworkStream:
             self._working = None
 
     def _drop(self, slot: _Slot) -> None:
-        slot.unit, slot.views = None, []
+        slot.layer, slot.views = None, []
         if self._queue is not None:
             slot.released = self._queue.mark(copied=False)
 
@@ -224,10 +225,10 @@ def _is_whole(module: torch.nn.Module) -> bool:
     )
 
 
-def _copied(unit: Unit, buffer: torch.Tensor) -> list[torch.nn.Parameter]:
-    """The unit's weights in `buffer`, with the strides that they have at home, so that results are the same bits."""
+def _copied(layer: Layer, buffer: torch.Tensor) -> list[torch.nn.Parameter]:
+    """The layer's weights in `buffer`, with the strides that they have at home, so that results are the same bits."""
     views, offset = [], 0
-    for _module, _name, home in movable(unit):
+    for _module, _name, home in movable(layer):
         flat = buffer[offset : offset + home.nbytes].view(home.dtype)
         offset += aligned(home.nbytes)
         strides = home.stride() if home.is_contiguous() else torch.empty_like(home, device="meta").stride()
@@ -262,7 +263,7 @@ class ModelStream:
         total = Residency()
         for stream in self.streams:
             seen = stream.residency
-            total.units, total.nbytes = max(total.units, seen.units), max(total.nbytes, seen.nbytes)
+            total.layers, total.nbytes = max(total.layers, seen.layers), max(total.nbytes, seen.nbytes)
             total.copies += seen.copies
             total.copied_bytes += seen.copied_bytes
             total.missed += seen.missed
@@ -279,7 +280,7 @@ _LARGEST_GROUP = 48_000_000
 
 
 @dataclass(frozen=True)
-class Unit:
+class Layer:
     """Modules whose weights come and go together; `nbytes` with alignment."""
 
     name: str
@@ -303,26 +304,26 @@ def networks(model: torch.nn.Module) -> tuple[torch.nn.Module, ...]:
     return tuple(part for name, part in model.named_modules() if name.rsplit(".", 1)[-1] == "transformer")
 
 
-def units_of(network: torch.nn.Module) -> tuple[Unit, ...]:
-    """Cut a network into units: each layer is one, and the small modules between two layers together are one."""
-    units: list[Unit] = []
+def layers_of(network: torch.nn.Module) -> tuple[Layer, ...]:
+    """Cut a network into layers; the small modules between two of them count as one together."""
+    layers: list[Layer] = []
     between: list[torch.nn.Module] = []
 
     def close() -> None:
         if between:
-            units.append(_unit(f"between {len(units)}", between))
+            layers.append(_layer(f"between {len(layers)}", between))
             between.clear()
 
     for name, module, is_layer in _pieces(network, ""):
         if is_layer:
             close()
-            units.append(_unit(name, [module]))
+            layers.append(_layer(name, [module]))
         else:
             between.append(module)
             if sum(weight.nbytes for *_, weight in _weights(between)) >= _LARGEST_GROUP:
                 close()
     close()
-    return tuple(unit for unit in units if unit.nbytes)
+    return tuple(layer for layer in layers if layer.nbytes)
 
 
 def _pieces(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.Module, bool]]:
@@ -336,16 +337,16 @@ def _pieces(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.nn.
         yield from _pieces(child, f"{name}.{child_name}" if name else child_name)
 
 
-def _unit(name: str, modules: Sequence[torch.nn.Module]) -> Unit:
-    return Unit(name, tuple(modules), sum(aligned(weight.nbytes) for *_, weight in _weights(modules)))
+def _layer(name: str, modules: Sequence[torch.nn.Module]) -> Layer:
+    return Layer(name, tuple(modules), sum(aligned(weight.nbytes) for *_, weight in _weights(modules)))
 
 
-def movable(unit: Unit) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
-    """Module, name and weight of everything in a unit that can be copied byte by byte.
+def movable(layer: Layer) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
+    """Module, name and weight of everything in a layer that can be copied byte by byte.
 
     Quantised weights are tensors of a class of their own: those stay where they are and ComfyUI casts them in use.
     """
-    yield from _weights(unit.modules)
+    yield from _weights(layer.modules)
 
 
 def _weights(modules: Sequence[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
@@ -377,14 +378,14 @@ def weight_bytes(module: Any) -> int:
 
 
 def streamed_bytes(model: torch.nn.Module) -> int:
-    """The most that streaming keeps of a model's weights on the device: two slots of the largest unit.
+    """The most that streaming keeps of a model's weights on the device: two slots of the largest layer.
 
     What lies outside of the networks is cast for each use by ComfyUI; the largest such weight counts too.
     """
     inside: set[int] = set()
     largest = 0
-    for unit in (unit for network in networks(model) for unit in units_of(network)):
-        largest = max(largest, unit.nbytes)
-        inside.update(id(weight) for *_, weight in movable(unit))
+    for layer in (layer for network in networks(model) for layer in layers_of(network)):
+        largest = max(largest, layer.nbytes)
+        inside.update(id(weight) for *_, weight in movable(layer))
     outside = [weight.nbytes for weight in model.parameters() if id(weight) not in inside]
     return max([2 * largest, *outside])

@@ -17,7 +17,7 @@ from ..measure import nvtx, timeline
 from ..measure.clock import clock_for
 from ..measure.context import NodeContext
 from ..measure.environment import environment, environment_hash
-from ..measure.kernel_profile import DETAILS, TIMING, Depth, measure_depth
+from ..measure.kernel_profile import DETAILS, TIMING, KernelProfile, measure_kernel_profile
 from ..measure.peaks import MemoryPeak, PeakReading, measure_peak
 from ..measure.record import OTHERS, UNKNOWN, RunRecord, memory_dict, step_dict, total_ms
 from ..measure.store import RunStore, new_run_id
@@ -128,7 +128,7 @@ class _Session:
     traces: list[SamplingTrace] = field(default_factory=list)
     measured: list[SamplingTrace] = field(default_factory=list)
     peak: MemoryPeak = field(default_factory=MemoryPeak)
-    depth: Depth = field(default_factory=Depth)
+    kernel_profile: KernelProfile = field(default_factory=KernelProfile)
     status: str = "ok"
     error: str | None = None
     feed: Feed | None = None
@@ -192,7 +192,7 @@ def profile_run(
             compiled = compile_counts()
             out = _run_all(model, options, session, sample)
         if observe is not None and options.detail != TIMING:
-            session.depth = _look_closer(model, observe, options, session, store, compiled)
+            session.kernel_profile = _look_closer(model, observe, options, session, store, compiled)
     except BaseException as error:
         session.status, session.error = failure_status(error), failure_message(error)
         session.peak = reading.peak
@@ -269,10 +269,12 @@ def _look_closer(
     session: _Session,
     store: RunStore,
     compiled: CompileCounts,
-) -> Depth:
+) -> KernelProfile:
     """Kernels and operations of some steps; `compiled` was read before the measured runs."""
     timed = session.measured[0]
-    return measure_depth(options.detail, observe, model, timed, part_rows(timed), compiled, store, session.run_id)
+    return measure_kernel_profile(
+        options.detail, observe, model, timed, part_rows(timed), compiled, store, session.run_id
+    )
 
 
 def _check(options: ProfileOptions, latent: Mapping[str, Any]) -> None:
@@ -325,17 +327,17 @@ def _record(
             summary=summary,
             warnings=_warnings(model, session, phases),
             memory=_memory(entries, context.concerning(entries), session.peak),
-            kernels=session.depth.kernels,
-            kernel_profile=session.depth.profile,
-            roofline=session.depth.roofline,
-            artifacts=dict(session.depth.artifacts),
+            kernels=session.kernel_profile.kernels,
+            kernel_profile=session.kernel_profile.profile,
+            roofline=session.kernel_profile.roofline,
+            artifacts=dict(session.kernel_profile.artifacts),
         )
     )
 
 
 def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | None]) -> tuple[str, ...]:
     notes = [note for trace in session.traces for part in trace.parts() for note in part.notes]
-    notes += session.depth.notes
+    notes += session.kernel_profile.notes
     if any(not trace.clock.is_synchronised for trace in session.traces):
         notes.append(
             f"PyTorch cannot wait for the device {model.load_device.type} here (its backend has no synchronize): the "

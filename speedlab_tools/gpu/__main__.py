@@ -74,9 +74,9 @@ def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -
             small=options.small, again=options.again and not is_part,
         )  # fmt: skip
         if is_part and options.again:
-            journal.drop(block.row(arm) for block in chosen for arm in block.arms)
+            journal.drop(block.row(variant) for block in chosen for variant in block.variants)
         elif options.plans:
-            journal.drop_others({block.row(arm): arm.stack for block in chosen for arm in block.arms})
+            journal.drop_others({block.row(variant): variant.stack for block in chosen for variant in block.variants})
         _write_tiny_decoders(base)
         native = os.environ.get(ALLOCATOR_VARIABLE) == NATIVE
         measured = bench_module.Settings(out, options.minutes, options.repeats, options.small, native)

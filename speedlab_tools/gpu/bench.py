@@ -28,22 +28,22 @@ from speedlab.vae import decode as decoding
 from speedlab.vae import taesd
 
 from .models import Models, release
-from .plan import STOCK, Arm, Block, Scene, scene_of
+from .plan import STOCK, Block, Variant, Workload, workload_of
 from .report import Journal
 
 
 @dataclass(frozen=True)
 class Ready:
-    """An arm with its techniques attached. `decoder` is core's own where it is None."""
+    """An variant with its techniques attached. `decoder` is core's own where it is None."""
 
-    arm: Arm
+    variant: Variant
     parts: Parts
     settings: CellSettings
     decoder: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
-class Shot:
+class ImageRun:
     """Seconds of each phase of a picture; `total_s` from text to pixels in the host's memory, without a file."""
 
     encode_s: float
@@ -56,9 +56,9 @@ class Shot:
     note: str = ""
 
 
-def ready(arm: Arm, parts: Parts, nodes: NodeTable) -> Ready:
-    """Attach the arm's techniques. Raises SpeedLabError for one that cannot run here."""
-    settings = CellSettings().with_stack(parse_stack(arm.stack))
+def ready(variant: Variant, parts: Parts, nodes: NodeTable) -> Ready:
+    """Attach the variant's techniques. Raises SpeedLabError for one that cannot run here."""
+    settings = CellSettings().with_stack(parse_stack(variant.stack))
     check_techniques(settings, nodes)
     is_tiny = settings.decoder.name == "tiny"
     made = parts
@@ -67,24 +67,24 @@ def ready(arm: Arm, parts: Parts, nodes: NodeTable) -> Ready:
         alone = technique.name == "memory_plan" and is_tiny
         made = attach(replace(made, vae=None) if alone else made, technique, nodes)
         made = replace(made, vae=parts.vae) if alone else made
-    decoder = None if arm.stack == STOCK else options_of(settings.decoder, DECODERS[settings.decoder.name], nodes)
-    return Ready(arm, made, settings, decoder)
+    decoder = None if variant.stack == STOCK else options_of(settings.decoder, DECODERS[settings.decoder.name], nodes)
+    return Ready(variant, made, settings, decoder)
 
 
-def shoot(one: Ready, scene: Scene) -> Shot:
+def run_image(one: Ready, workload: Workload) -> ImageRun:
     """Make one picture."""
     import torch
 
     nodes, parts = core_nodes(), one.parts
     device = parts.model.load_device
-    with _prefetching(one.arm.prefetch), measure_peak(device) as memory:
+    with _prefetching(one.variant.prefetch), measure_peak(device) as memory:
         synchronize(device)
         began = time.perf_counter()
-        positive, negative = (conditioning.encode(parts.clip, text) for text in (scene.prompt, scene.negative))
+        positive, negative = (conditioning.encode(parts.clip, text) for text in (workload.prompt, workload.negative))
         synchronize(device)
         encoded = time.perf_counter()
-        latent = nodes.EmptyLatentImage().generate(scene.width, scene.height, scene.batch)[0]
-        sampled = sample(parts.model, scene, positive, negative, latent)
+        latent = nodes.EmptyLatentImage().generate(workload.width, workload.height, workload.batch)[0]
+        sampled = sample(parts.model, workload, positive, negative, latent)
         synchronize(device)
         done = time.perf_counter()
         pictures, note = _decoded(one, sampled)
@@ -92,13 +92,21 @@ def shoot(one: Ready, scene: Scene) -> Shot:
         end = time.perf_counter()
     kept = sampled["samples"].detach().float().cpu()
     finite = bool(torch.isfinite(kept).all()) and bool(torch.isfinite(pictures).all())
-    return Shot(encoded - began, done - encoded, end - done, end - began, memory.peak, kept, finite, note)
+    return ImageRun(encoded - began, done - encoded, end - done, end - began, memory.peak, kept, finite, note)
 
 
-def sample(model: Any, scene: Scene, positive: Any, negative: Any, latent: dict[str, Any]) -> dict[str, Any]:
-    """Core's KSampler on a scene."""
+def sample(model: Any, workload: Workload, positive: Any, negative: Any, latent: dict[str, Any]) -> dict[str, Any]:
+    """Core's KSampler on a workload."""
     result = core_nodes().common_ksampler(
-        model, scene.seed, scene.steps, scene.cfg, scene.sampler, scene.scheduler, positive, negative, latent
+        model,
+        workload.seed,
+        workload.steps,
+        workload.cfg,
+        workload.sampler,
+        workload.scheduler,
+        positive,
+        negative,
+        latent,
     )
     return dict(result[0])
 
@@ -145,8 +153,8 @@ class LostDeviceError(SpeedLabError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a call measures. `minutes` is its time; `repeats` are runs of each arm that count; `native`: this process is
-    for what needs PyTorch's own memory allocator, and for nothing else."""
+    """How a call measures. `minutes` is its time; `repeats` are runs of each variant that count; `native`: this
+    process is for what needs PyTorch's own memory allocator, and for nothing else."""
 
     out: Path
     minutes: float = 8.0
@@ -166,9 +174,9 @@ class Bench:
         self._open: set[str] = set()
         self._deadline = began + 60.0 * settings.minutes
 
-    def pending(self, block: Block) -> list[Arm]:
+    def pending(self, block: Block) -> list[Variant]:
         """Arms that have no row yet."""
-        return [arm for arm in block.arms if block.row(arm) not in self.journal.rows]
+        return [variant for variant in block.variants if block.row(variant) not in self.journal.rows]
 
     def has_allocator_for(self, block: Block) -> bool:
         """Whether this process's memory allocator is the block's: the one that ComfyUI chose, or PyTorch's own."""
@@ -176,9 +184,9 @@ class Bench:
             return True
         return not graphs_refused(self.device) if block.own_allocator else not self.settings.native
 
-    def scene(self, block: Block) -> Scene:
+    def workload(self, block: Block) -> Workload:
         """What a block makes."""
-        return scene_of(block.model, self.settings.small)
+        return workload_of(block.model, self.settings.small)
 
     def time_left(self) -> float:
         """Seconds that this call still has."""
@@ -189,30 +197,30 @@ class Bench:
         if self.time_left() <= 0:
             raise OutOfTimeError("the time of this call is over")
 
-    def ready(self, block: Block, arm: Arm) -> Ready:
-        """An arm on the block's model."""
-        return ready(arm, self.models.parts(block.model, block.dtype), self.nodes)
+    def ready(self, block: Block, variant: Variant) -> Ready:
+        """An variant on the block's model."""
+        return ready(variant, self.models.parts(block.model, block.dtype), self.nodes)
 
-    def facts(self, block: Block, arm: Arm) -> dict[str, Any]:
-        """What a row says of the arm, whatever becomes of it."""
-        scene = self.scene(block)
+    def facts(self, block: Block, variant: Variant) -> dict[str, Any]:
+        """What a row says of the variant, whatever becomes of it."""
+        workload = self.workload(block)
         return {
-            "shows": block.shows, "model": block.model, "dtype": block.dtype, "plan": arm.stack,
-            "width": scene.width, "height": scene.height, "batch": scene.batch, "steps": scene.steps,
+            "shows": block.shows, "model": block.model, "dtype": block.dtype, "plan": variant.stack,
+            "width": workload.width, "height": workload.height, "batch": workload.batch, "steps": workload.steps,
         }  # fmt: skip
 
-    def write(self, block: Block, arm: Arm, **fields: Any) -> None:
-        """An arm's row."""
-        self.journal.write(block.row(arm), {**self.facts(block, arm), **fields})
-        log.info("%s done, %.0f s left", block.row(arm), self.time_left())
+    def write(self, block: Block, variant: Variant, **fields: Any) -> None:
+        """An variant's row."""
+        self.journal.write(block.row(variant), {**self.facts(block, variant), **fields})
+        log.info("%s done, %.0f s left", block.row(variant), self.time_left())
 
     @contextmanager
-    def into_row(self, block: Block, arm: Arm) -> Iterator[None]:
-        """What goes wrong inside is the arm's row. Raises what ends the call: its time, a cancel, a lost device."""
+    def into_row(self, block: Block, variant: Variant) -> Iterator[None]:
+        """What goes wrong inside is the variant's row. Raises what ends the call: its time, a cancel, a lost device."""
         import comfy.model_management as mm
 
         failure: dict[str, Any] | None = None
-        lost, row = "", block.row(arm)
+        lost, row = "", block.row(variant)
         outermost = row not in self._open
         if outermost:
             self._open.add(row)
@@ -234,7 +242,7 @@ class Bench:
         if failure is not None:
             # Not inside the handler: there the error's frames still hold what did not fit.
             if self.journal.rows.get(row, {}).get("status") != "ok":
-                self.write(block, arm, **failure)
+                self.write(block, variant, **failure)
             if lost:
                 raise LostDeviceError(lost)
             release_unused_memory()

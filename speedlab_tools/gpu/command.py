@@ -50,7 +50,7 @@ def run(arguments: Sequence[str], comfyui: str | None, install: bool, managed: b
         raise HostError(str(error)) from error
     if options.list:
         for block in blocks:
-            reporter.line(f"{block.id:<36} {block.shows} ({', '.join(arm.name for arm in block.arms)})")
+            reporter.line(f"{block.id:<36} {block.shows} ({', '.join(variant.name for variant in block.variants)})")
         return 0
     if options.pack is not None:
         make_pack((Path(os.environ.get(CALLED_FROM) or Path.cwd()) / options.pack).absolute(), reporter)

@@ -1,4 +1,4 @@
-"""Pictures of several arms, in turns with stock, so that drift of the card hits them alike.
+"""Pictures of several variants, in turns with stock, so that drift of the card hits them alike.
 
 What compiling costs and what it keeps: cold, found again on disk, warm, and graphs over LoRAs and sizes.
 """
@@ -19,9 +19,9 @@ from speedlab.patching.compiled import compile_counts, counts_between
 from speedlab.plans.techniques import Parts
 
 from .. import synthetic
-from .bench import Bench, Ready, Shot, ready, shoot
+from .bench import Bench, ImageRun, Ready, ready, run_image
 from .models import release
-from .plan import STOCK, Arm, Block, Scene
+from .plan import STOCK, Block, Variant, Workload
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,12 @@ _ENOUGH = 3
 
 @dataclass
 class Lane:
-    """One arm of a block and the pictures made of it."""
+    """One variant of a block and the pictures made of it."""
 
-    arm: Arm
+    variant: Variant
     ready: Ready | None = None
-    first: Shot | None = None
-    shots: list[Shot] = field(default_factory=list)
+    first: ImageRun | None = None
+    image_runs: list[ImageRun] = field(default_factory=list)
 
     @property
     def runs(self) -> bool:
@@ -45,14 +45,14 @@ class Lane:
 
     def median(self, phase: str) -> float:
         """Median seconds of a phase."""
-        return statistics.median(getattr(shot, phase) for shot in self.shots)
+        return statistics.median(getattr(image_run, phase) for image_run in self.image_runs)
 
 
 def run(bench: Bench, block: Block) -> None:
-    """A row for each arm that has none: first picture, median of the others, memory, ratio to stock of these rounds."""
+    """A row for each variant that has none: first image, median of the others, memory, ratio to stock here."""
     pending = bench.pending(block)
-    stock = [arm for arm in block.arms if arm.stack == STOCK and arm not in pending]
-    lanes = [Lane(arm) for arm in (*stock, *pending)]
+    stock = [variant for variant in block.variants if variant.stack == STOCK and variant not in pending]
+    lanes = [Lane(variant) for variant in (*stock, *pending)]
     bench.models.parts(block.model, block.dtype)  # before the card is made smaller
     with _card_of(block.cap_gb, bench.device):
         if block.apart:
@@ -66,7 +66,7 @@ def run(bench: Bench, block: Block) -> None:
             take_turns(bench, block, lanes)
         except BaseException:
             # Time is over, the device lost, or somebody stopped it: what has enough pictures counts.
-            lanes = [lane for lane in lanes if len(lane.shots) >= _ENOUGH]
+            lanes = [lane for lane in lanes if len(lane.image_runs) >= _ENOUGH]
             raise
         finally:
             for lane in lanes:
@@ -75,12 +75,12 @@ def run(bench: Bench, block: Block) -> None:
 
 def take_turns(bench: Bench, block: Block, lanes: Sequence[Lane]) -> None:
     """The first picture of each lane, then rounds over those that run, forth and back."""
-    scene = bench.scene(block)
+    workload = bench.workload(block)
     for lane in lanes:
         bench.check_time()
-        with bench.into_row(block, lane.arm):
-            lane.ready = bench.ready(block, lane.arm)
-            lane.first = shoot(lane.ready, scene)
+        with bench.into_row(block, lane.variant):
+            lane.ready = bench.ready(block, lane.variant)
+            lane.first = run_image(lane.ready, workload)
     # A failure takes weights off the device; the picture after it brings them back and must not count.
     failed = not all(lane.runs for lane in lanes)
     for number in range(bench.settings.repeats):
@@ -88,29 +88,29 @@ def take_turns(bench: Bench, block: Block, lanes: Sequence[Lane]) -> None:
             bench.check_time()
             if lane.ready is None or not lane.runs:
                 continue
-            shot = None
-            with bench.into_row(block, lane.arm):
+            image_run = None
+            with bench.into_row(block, lane.variant):
                 if failed:
-                    shoot(lane.ready, scene)
-                shot = shoot(lane.ready, scene)
-            failed = shot is None
-            if shot is None:
+                    run_image(lane.ready, workload)
+                image_run = run_image(lane.ready, workload)
+            failed = image_run is None
+            if image_run is None:
                 lane.first = None
             else:
-                lane.shots.append(shot)
+                lane.image_runs.append(image_run)
 
 
 def timed(lane: Lane, batch: int = 1) -> dict[str, Any]:
     """The fields of a row that its pictures give."""
     assert lane.first is not None
-    totals = [shot.total_s for shot in lane.shots]
+    totals = [image_run.total_s for image_run in lane.image_runs]
     picture = statistics.median(totals)
-    peak = lane.shots[0].peak
-    for shot in lane.shots[1:]:
-        peak = peak.merged(shot.peak)
-    bad = not all(shot.finite for shot in (lane.first, *lane.shots))
+    peak = lane.image_runs[0].peak
+    for image_run in lane.image_runs[1:]:
+        peak = peak.merged(image_run.peak)
+    bad = not all(image_run.finite for image_run in (lane.first, *lane.image_runs))
     return {
-        "n": len(lane.shots),
+        "n": len(lane.image_runs),
         "first_s": _round(lane.first.total_s),
         "picture_s": _round(picture),
         "picture_min_s": _round(min(totals)),
@@ -122,8 +122,10 @@ def timed(lane: Lane, batch: int = 1) -> dict[str, Any]:
         "peak_allocated_gb": _gb(peak.allocated),
         "peak_reserved_gb": _gb(peak.reserved),
         "peak_rss_gb": _gb(peak.rss),
-        "samples": [{name: round(getattr(shot, f"{name}_s"), 5) for name in _PHASES} for shot in lane.shots],
-        "note": " ".join(dict.fromkeys(shot.note for shot in lane.shots if shot.note)),
+        "samples": [
+            {name: round(getattr(image_run, f"{name}_s"), 5) for name in _PHASES} for image_run in lane.image_runs
+        ],
+        "note": " ".join(dict.fromkeys(image_run.note for image_run in lane.image_runs if image_run.note)),
         **({"status": "error", "error": "NaN or Inf in latents or pictures: the times mean nothing"} if bad else {}),
     }
 
@@ -132,32 +134,32 @@ _PHASES = ("encode", "sampling", "decode", "total")
 
 
 def _stock_of(lanes: Sequence[Lane]) -> Lane | None:
-    return next((lane for lane in lanes if lane.arm.stack == STOCK and lane.runs and lane.shots), None)
+    return next((lane for lane in lanes if lane.variant.stack == STOCK and lane.runs and lane.image_runs), None)
 
 
 def _write(bench: Bench, block: Block, lane: Lane, stock: Lane | None) -> None:
-    if not lane.runs or not lane.shots or block.row(lane.arm) in bench.journal.rows:
+    if not lane.runs or not lane.image_runs or block.row(lane.variant) in bench.journal.rows:
         return
-    fields = {**timed(lane, bench.scene(block).batch), **_rates(bench, block, lane)}
+    fields = {**timed(lane, bench.workload(block).batch), **_rates(bench, block, lane)}
     if stock is not None:
         fields |= {
             "ratio": _round(stock.median("total_s") / lane.median("total_s")),
             "sampling_ratio": _round(stock.median("sampling_s") / lane.median("sampling_s")),
-            "relative_error": _relative_error(lane.shots[0].latent, stock.shots[0].latent),
+            "relative_error": _relative_error(lane.image_runs[0].latent, stock.image_runs[0].latent),
         }
-    bench.write(block, lane.arm, **fields)
+    bench.write(block, lane.variant, **fields)
 
 
 def _rates(bench: Bench, block: Block, lane: Lane) -> dict[str, Any]:
     """Operations a second and their share of the measured peak, where each step is a whole forward."""
     flop = bench.journal.value(f"work-{block.model}/step", "flop_per_step")
-    if flop is None or not lane.arm.whole:
+    if flop is None or not lane.variant.whole:
         return {}
-    rate = flop * bench.scene(block).steps / lane.median("sampling_s") / 1e12
+    rate = flop * bench.workload(block).steps / lane.median("sampling_s") / 1e12
     peak = bench.journal.value(f"peak/{block.dtype}", "tflops")
     share = share_of_peak(rate, peak) if peak else None
     if peak and share is None:
-        log.warning("SpeedLab: %s ran above the measured peak, so no share of it is written.", block.row(lane.arm))
+        log.warning("SpeedLab: %s ran above the measured peak, so no share of it is written.", block.row(lane.variant))
     return {"tflops": _round(rate, 3), "peak_share": None if share is None else _round(share, 2)}
 
 
@@ -208,40 +210,40 @@ _SIZES = ((1.0, 1.0), (0.875, 1.125), (1.125, 0.875), (0.75, 0.75), (1.0, 1.0))
 
 def cold(bench: Bench, block: Block) -> None:
     """The first picture with empty caches, the first one of a process that finds them full, then rounds with stock."""
-    for arm in bench.pending(block):
+    for variant in bench.pending(block):
         bench.check_time()
-        with _forgetting(), bench.into_row(block, arm), _fresh_folder():
-            scene = bench.scene(block)
-            one = bench.ready(block, arm)
+        with _forgetting(), bench.into_row(block, variant), _fresh_folder():
+            workload = bench.workload(block)
+            one = bench.ready(block, variant)
             _forget()
             before = compile_counts()
-            first = shoot(one, scene)
+            first = run_image(one, workload)
             counts = counts_between(before, compile_counts())
             _forget()
-            again = shoot(bench.ready(block, arm), scene)
-            lanes = [Lane(Arm(STOCK)), Lane(arm)]
+            again = run_image(bench.ready(block, variant), workload)
+            lanes = [Lane(Variant(STOCK)), Lane(variant)]
             take_turns(bench, block, lanes)
             if not lanes[1].runs:
                 continue
-            fields = {**timed(lanes[1], scene.batch), "first_s": round(first.total_s, 3), **_counted(counts)}
+            fields = {**timed(lanes[1], workload.batch), "first_s": round(first.total_s, 3), **_counted(counts)}
             if lanes[0].runs:
                 stock, mine = lanes[0].median("total_s"), lanes[1].median("total_s")
                 fields["ratio"] = round(stock / mine, 4)
             fields["note"] = f"{again.total_s:.1f} s where compiled code was found on disk. {fields['note']}".strip()
-            bench.write(block, arm, **fields)
+            bench.write(block, variant, **fields)
 
 
 def lora_tour(bench: Bench, block: Block) -> None:
     """One compiled model under two LoRAs at several strengths: graphs and first picture of each stage."""
     spec = bench.models.spec(block.model, block.dtype)
 
-    def stages(parts: Parts) -> Iterator[tuple[str, Parts, Scene]]:
+    def stages(parts: Parts) -> Iterator[tuple[str, Parts, Workload]]:
         loras = [synthetic.lora_state_dict(spec, _LORA_RANK, seed, device=bench.device) for seed in (1, 2)]
         for strengths in _LORA_STAGES:
             changed = parts
             for weights, strength in zip(loras, strengths, strict=True):
                 changed = _with_lora(changed, weights, strength)
-            yield "+".join(f"{s:g}" for s in strengths), changed, bench.scene(block)
+            yield "+".join(f"{s:g}" for s in strengths), changed, bench.workload(block)
 
     _tour(bench, block, stages)
 
@@ -249,37 +251,37 @@ def lora_tour(bench: Bench, block: Block) -> None:
 def size_tour(bench: Bench, block: Block) -> None:
     """One compiled model at several sizes: graphs and first picture of each."""
 
-    def stages(parts: Parts) -> Iterator[tuple[str, Parts, Scene]]:
-        scene = bench.scene(block)
+    def stages(parts: Parts) -> Iterator[tuple[str, Parts, Workload]]:
+        workload = bench.workload(block)
         for wide, high in _SIZES:
             # Whole steps of 64 pixels, so that every level of the network has even sides.
             width, height = (max(64, round(side * share / 64) * 64) for side, share in
-                             ((scene.width, wide), (scene.height, high)))  # fmt: skip
-            yield f"{width}x{height}", parts, replace(scene, width=width, height=height)
+                             ((workload.width, wide), (workload.height, high)))  # fmt: skip
+            yield f"{width}x{height}", parts, replace(workload, width=width, height=height)
 
     _tour(bench, block, stages)
 
 
-def _tour(bench: Bench, block: Block, stages: Callable[[Parts], Iterable[tuple[str, Parts, Scene]]]) -> None:
-    for arm in bench.pending(block):
-        with _forgetting(), bench.into_row(block, arm), _fresh_folder():
+def _tour(bench: Bench, block: Block, stages: Callable[[Parts], Iterable[tuple[str, Parts, Workload]]]) -> None:
+    for variant in bench.pending(block):
+        with _forgetting(), bench.into_row(block, variant), _fresh_folder():
             _forget()
             seen: list[dict[str, Any]] = []
             start = compile_counts()
-            for name, parts, scene in stages(bench.models.parts(block.model, block.dtype)):
+            for name, parts, workload in stages(bench.models.parts(block.model, block.dtype)):
                 bench.check_time()
                 before = compile_counts()
-                one = ready(arm, parts, bench.nodes)
-                first = shoot(one, scene)
+                one = ready(variant, parts, bench.nodes)
+                first = run_image(one, workload)
                 counts = counts_between(before, compile_counts())
-                warm = shoot(one, scene)
+                warm = run_image(one, workload)
                 seen.append({"stage": name, "first_s": round(first.total_s, 3), "warm_s": round(warm.total_s, 3),
                              "finite": first.finite and warm.finite, **counts})  # fmt: skip
             total = counts_between(start, compile_counts())
             note = "; ".join(f"{s['stage']}: {s['graphs']} graphs, {s['first_s']:g} s, {s['warm_s']:g} s" for s in seen)
             bad = not all(stage["finite"] for stage in seen)
             bench.write(
-                block, arm, first_s=seen[0]["first_s"], n=len(seen), note=note, stages=seen, **_counted(total),
+                block, variant, first_s=seen[0]["first_s"], n=len(seen), note=note, stages=seen, **_counted(total),
                 **({"status": "error", "error": "NaN or Inf in latents or pictures"} if bad else {}),
             )  # fmt: skip
 

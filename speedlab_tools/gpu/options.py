@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         "each technique in turns. A call that was cut off, or ran out of time, is gone on with by the next one.",
     )
     result.add_argument("--minutes", type=_positive, default=8.0, help="time of this call (default: 8)")
-    result.add_argument("--repeats", type=_count, default=5, help="pictures of each arm that count (default: 5)")
+    result.add_argument("--repeats", type=_count, default=5, help="pictures of each variant that count (default: 5)")
     result.add_argument("--only", nargs="+", default=[], metavar="BLOCK", help="blocks whose id begins so")
     result.add_argument(
         "--try", nargs="+", default=[], dest="plans", metavar="NAME=STACK",

@@ -1,4 +1,4 @@
-"""What the suite measures, in order of worth: blocks of arms, as data."""
+"""What the suite measures, in order of worth: blocks of variants, as data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WITHIN = "deepcache(3)+dynamic_cfg(0.75)+memory_plan(auto,budget_gb={budget:g})+
 
 
 @dataclass(frozen=True)
-class Scene:
+class Workload:
     """One picture to make. Sizes in pixels; both prompts are encoded for it."""
 
     width: int
@@ -36,7 +36,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One thing to measure: a stack of techniques as Benchmark writes them; `stock` is ComfyUI's own nodes alone.
 
     `whole`: each step computes cond and uncond in full, so operations a second can be told. `prefetch`: whether
@@ -52,7 +52,7 @@ class Arm:
 @dataclass(frozen=True)
 class Block:
     """Arms that are measured together. `runner` names the kind of measurement, `needs_s` what a fast card takes
-    about: a block that no longer fits is left to the next call. `apart`: arms run one after the other, each from an
+    about: a block that no longer fits is left to the next call. `apart`: variants run one after the other, each from an
     empty device, in place of in turns. `cap_gb`: the card is made to look this large. `own_allocator`: it records CUDA
     graphs, which need PyTorch's memory allocator in place of the one that ComfyUI chooses.
     """
@@ -60,7 +60,7 @@ class Block:
     id: str
     runner: str
     shows: str
-    arms: tuple[Arm, ...]
+    variants: tuple[Variant, ...]
     model: str = "sdxl"
     dtype: str = "fp16"
     needs_s: float = 20.0
@@ -68,47 +68,47 @@ class Block:
     cap_gb: float | None = None
     own_allocator: bool = False
 
-    def row(self, arm: Arm) -> str:
-        """The id of an arm's row."""
-        return f"{self.id}/{arm.name}"
+    def row(self, variant: Variant) -> str:
+        """The id of an variant's row."""
+        return f"{self.id}/{variant.name}"
 
 
-SCENES = {
-    "sdxl": Scene(1024, 1024, 30, S1_SETTINGS.cfg),
-    "sd15": Scene(512, 512, 30, S0_SETTINGS.cfg),
-    "refiner": Scene(1024, 1024, 30, S1_SETTINGS.cfg),
+WORKLOADS = {
+    "sdxl": Workload(1024, 1024, 30, S1_SETTINGS.cfg),
+    "sd15": Workload(512, 512, 30, S0_SETTINGS.cfg),
+    "refiner": Workload(1024, 1024, 30, S1_SETTINGS.cfg),
 }
-_SMALL_SCENE = Scene(64, 64, 2, S0_SETTINGS.cfg)
+_SMALL_SCENE = Workload(64, 64, 2, S0_SETTINGS.cfg)
 
-_STOCK = Arm(STOCK)
-_EXACT = Arm("exact", EXACT)
+_STOCK = Variant(STOCK)
+_EXACT = Variant("exact", EXACT)
 _PLANS = (
     _STOCK,
     _EXACT,
-    Arm("sdxl-fastest", FASTEST, whole=False),
-    Arm("sdxl-fastest-deepcache", FASTEST_DEEPCACHE, whole=False),
+    Variant("sdxl-fastest", FASTEST, whole=False),
+    Variant("sdxl-fastest-deepcache", FASTEST_DEEPCACHE, whole=False),
 )
-_COMPILED = Arm("compile", "compile(inductor)")
+_COMPILED = Variant("compile", "compile(inductor)")
 
 
-def _attention(*names: str) -> tuple[Arm, ...]:
-    return tuple(Arm(f"attention-{name}", f"attention({name})") for name in names)
+def _attention(*names: str) -> tuple[Variant, ...]:
+    return tuple(Variant(f"attention-{name}", f"attention({name})") for name in names)
 
 
-def _alone(id: str, shows: str, *arms: Arm, needs_s: float = 50.0, model: str = "sdxl") -> Block:
-    return Block(id, "pictures", shows, (_STOCK, *arms), model=model, needs_s=needs_s)
+def _alone(id: str, shows: str, *variants: Variant, needs_s: float = 50.0, model: str = "sdxl") -> Block:
+    return Block(id, "pictures", shows, (_STOCK, *variants), model=model, needs_s=needs_s)
 
 
 def _cap(gb: float) -> Block:
-    arms = (_STOCK, Arm("plan", WITHIN.format(budget=gb), whole=False))
+    variants = (_STOCK, Variant("plan", WITHIN.format(budget=gb), whole=False))
     shows = f"a card of {gb:g} GB: stock, and the plan that fits"
-    return Block(f"cap-{gb:g}gb", "pictures", shows, arms, apart=True, cap_gb=gb, needs_s=40.0)
+    return Block(f"cap-{gb:g}gb", "pictures", shows, variants, apart=True, cap_gb=gb, needs_s=40.0)
 
 
 def _cold(name: str, options: str, needs_s: float) -> Block:
-    arm = Arm(name, f"compile({options})")
-    shows, graphs = f"compile({options}): cold, found again, warm", _records_graphs(arm.stack)
-    return Block(f"compile-{name}", "compile", shows, (arm,), needs_s=needs_s, own_allocator=graphs)
+    variant = Variant(name, f"compile({options})")
+    shows, graphs = f"compile({options}): cold, found again, warm", _records_graphs(variant.stack)
+    return Block(f"compile-{name}", "compile", shows, (variant,), needs_s=needs_s, own_allocator=graphs)
 
 
 def _records_graphs(stack: str) -> bool:
@@ -117,20 +117,23 @@ def _records_graphs(stack: str) -> bool:
 
 
 BLOCKS: tuple[Block, ...] = (
-    Block("peak", "peak", "matrix product and memory copy", (Arm("fp16"), Arm("bf16"), Arm("copy")), needs_s=5.0),
-    Block("work-sdxl", "work", "operations of a step", (Arm("step"),), needs_s=25.0),
+    Block(
+        "peak", "peak", "matrix product and memory copy", (Variant("fp16"), Variant("bf16"), Variant("copy")),
+        needs_s=5.0,
+    ),
+    Block("work-sdxl", "work", "operations of a step", (Variant("step"),), needs_s=25.0),
     Block("sdxl-fp16", "pictures", "SDXL 1024x1024, 30 steps, fp16", _PLANS, needs_s=180.0),
     Block("kernels", "kernels", "where a step's time goes", (_STOCK, _PLANS[2], _EXACT), needs_s=30.0),
     Block("sdxl-bf16", "pictures", "SDXL 1024x1024, 30 steps, bf16", _PLANS, dtype="bf16", needs_s=180.0),
-    Block("profiler", "overhead", "Profile Sampler against KSampler", (Arm("timing"),), needs_s=45.0),
+    Block("profiler", "overhead", "Profile Sampler against KSampler", (Variant("timing"),), needs_s=45.0),
     *(_cap(gb) for gb in (8.0, 6.0, 4.0)),
     Block(
         "offload", "pictures", "weights on the host, streamed or in turns",
         (
-            Arm("sequential-tiny", "memory_plan(sequential)+tiny"),
-            Arm("sequential-tiny-no-prefetch", "memory_plan(sequential)+tiny", prefetch=False),
-            Arm("sequential", "memory_plan(sequential)"),
-            Arm("model", "memory_plan(model)"),
+            Variant("sequential-tiny", "memory_plan(sequential)+tiny"),
+            Variant("sequential-tiny-no-prefetch", "memory_plan(sequential)+tiny", prefetch=False),
+            Variant("sequential", "memory_plan(sequential)"),
+            Variant("model", "memory_plan(model)"),
         ),
         apart=True, needs_s=90.0,
     ),
@@ -142,27 +145,27 @@ BLOCKS: tuple[Block, ...] = (
     _alone(
         "alone-exact", "techniques that keep the picture",
         _COMPILED,
-        Arm("channels-last", "precision(memory_format=channels_last)"),
-        Arm("cudnn-benchmark", "precision(cudnn_benchmark=on)"),
-        Arm("fp16-accumulation", "precision(fp16_accumulation=on)"),
-        Arm("compile-vae", "compile_vae(inductor)"),
+        Variant("channels-last", "precision(memory_format=channels_last)"),
+        Variant("cudnn-benchmark", "precision(cudnn_benchmark=on)"),
+        Variant("fp16-accumulation", "precision(fp16_accumulation=on)"),
+        Variant("compile-vae", "compile_vae(inductor)"),
         needs_s=70.0,
     ),
     _alone(
         "alone-lossy", "techniques that change the picture",
-        Arm("dynamic-cfg", "dynamic_cfg(0.75)", whole=False),
-        Arm("deepcache-2", "deepcache(2)", whole=False),
-        Arm("deepcache-3", "deepcache(3)", whole=False),
-        Arm("deepcache-5", "deepcache(5)", whole=False),
-        Arm("tiny-vae", "tiny"),
+        Variant("dynamic-cfg", "dynamic_cfg(0.75)", whole=False),
+        Variant("deepcache-2", "deepcache(2)", whole=False),
+        Variant("deepcache-3", "deepcache(3)", whole=False),
+        Variant("deepcache-5", "deepcache(5)", whole=False),
+        Variant("tiny-vae", "tiny"),
         needs_s=50.0,
     ),
-    Block("work-sd15", "work", "operations of a step", (Arm("step"),), "sd15", needs_s=15.0),
+    Block("work-sd15", "work", "operations of a step", (Variant("step"),), "sd15", needs_s=15.0),
     _alone(
         "sd15-fp16", "SD 1.5 512x512, 30 steps, fp16",
         _EXACT,
-        Arm("fastest", FASTEST, whole=False),
-        Arm("fastest-deepcache", FASTEST_DEEPCACHE, whole=False),
+        Variant("fastest", FASTEST, whole=False),
+        Variant("fastest-deepcache", FASTEST_DEEPCACHE, whole=False),
         needs_s=70.0, model="sd15",
     ),
     Block("sd15-bf16", "pictures", "SD 1.5 512x512, 30 steps, bf16", (_STOCK, _EXACT), "sd15", "bf16", 50.0),
@@ -175,7 +178,7 @@ BLOCKS: tuple[Block, ...] = (
     Block("tour-size", "tour_size", "sizes of a compiled model", (_COMPILED,), needs_s=80.0),
     Block("batch-sdxl", "batches", "images a minute by batch", (_STOCK, _EXACT), needs_s=80.0),
     Block("batch-sd15", "batches", "images a minute by batch", (_STOCK, _EXACT), "sd15", needs_s=80.0),
-    Block("refiner", "ensemble", "base and refiner together", (Arm("ensemble"),), needs_s=40.0),
+    Block("refiner", "ensemble", "base and refiner together", (Variant("ensemble"),), needs_s=40.0),
     _alone(
         "alone-attention-slow", "attention without a fused kernel, and from packages",
         *_attention("sdpa_math", "sub_quadratic", "split", "xformers", "flash_attn", "sage"),
@@ -191,31 +194,34 @@ def small(blocks: Iterable[Block]) -> tuple[Block, ...]:
     """The same blocks for tiny models on a processor: no fp16, which it only stores, and tracing in place of a
     compiler that takes a minute a graph."""
 
-    def traced(arm: Arm) -> Arm:
+    def traced(variant: Variant) -> Variant:
         # A trace takes no attention of another node.
-        stack = arm.stack.replace("inductor", "jit_trace")
-        return replace(arm, stack=stack.removeprefix("attention(auto)+") if "jit_trace" in stack else stack)
+        stack = variant.stack.replace("inductor", "jit_trace")
+        return replace(variant, stack=stack.removeprefix("attention(auto)+") if "jit_trace" in stack else stack)
 
     return tuple(
         replace(
-            block, dtype=block.dtype.replace("fp16", "fp32"), arms=tuple(map(traced, block.arms)), own_allocator=False
+            block,
+            dtype=block.dtype.replace("fp16", "fp32"),
+            variants=tuple(map(traced, block.variants)),
+            own_allocator=False,
         )
         for block in blocks
     )
 
 
-def scene_of(model: str, is_small: bool) -> Scene:
+def workload_of(model: str, is_small: bool) -> Workload:
     """What is made with a model."""
-    return _SMALL_SCENE if is_small else SCENES[model]
+    return _SMALL_SCENE if is_small else WORKLOADS[model]
 
 
 def tried(plans: Iterable[str], model: str, dtype: str) -> Block:
     """A block of plans as somebody wrote them, `name=stack`, in turns with stock. Raises SweepTextError."""
     read = [parse_plan(text) for text in plans]
-    arms = tuple(Arm(one.name, "+".join(t.words() for t in one.techniques), whole=False) for one in read)
-    graphs = any(_records_graphs(arm.stack) for arm in arms)
+    variants = tuple(Variant(one.name, "+".join(t.words() for t in one.techniques), whole=False) for one in read)
+    graphs = any(_records_graphs(variant.stack) for variant in variants)
     shows = "plans of the command line"
-    return Block(f"try-{model}-{dtype}", "pictures", shows, (_STOCK, *arms), model, dtype, own_allocator=graphs)
+    return Block(f"try-{model}-{dtype}", "pictures", shows, (_STOCK, *variants), model, dtype, own_allocator=graphs)
 
 
 def blocks_of(options: Namespace) -> tuple[Block, ...]:

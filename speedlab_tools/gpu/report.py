@@ -230,7 +230,9 @@ def text(journal: Journal, blocks: Sequence[Block]) -> str:
     failed = [row for row in journal.rows.values() if row["status"] not in ("ok",)]
     if failed:
         lines += ["", "What did not run:", *(f"  {row['id']}: {row['status']}: {_short(row)}" for row in failed)]
-    left = [block.row(arm) for block in blocks for arm in block.arms if block.row(arm) not in journal.rows]
+    left = [
+        block.row(variant) for block in blocks for variant in block.variants if block.row(variant) not in journal.rows
+    ]
     if not left:
         lines += ["", "Nothing is left. --again measures anew, with --only some blocks of it."]
     else:
@@ -239,10 +241,10 @@ def text(journal: Journal, blocks: Sequence[Block]) -> str:
 
 
 def _in_order(journal: Journal, blocks: Iterable[Block]) -> list[dict[str, Any]]:
-    arms = (block.row(arm) for block in blocks for arm in block.arms)
-    place = {row: number for number, row in enumerate(arms)}
+    variants = (block.row(variant) for block in blocks for variant in block.variants)
+    place = {row: number for number, row in enumerate(variants)}
     rows = [row for row in journal.rows.values() if not str(row["id"]).startswith("peak/")]
-    # A row that is no arm's (a stock beside one, a batch) stands behind its block's.
+    # A row that is no variant's (a stock beside one, a batch) stands behind its block's.
     ends = {name.partition("/")[0]: number + 0.5 for name, number in place.items()}
     return sorted(rows, key=lambda row: place.get(row["id"], ends.get(row["id"].partition("/")[0], len(place))))
 

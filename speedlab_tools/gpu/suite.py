@@ -74,23 +74,25 @@ def run(bench: Bench, blocks: Sequence[Block], said: Callable[[str], None]) -> b
 def _write_refused(bench: Bench, blocks: Iterable[Block]) -> None:
     """Somebody's own settings rule PyTorch's allocator out even in the process that is meant for it."""
     for block in blocks:
-        for arm in bench.pending(block):
-            bench.write(block, arm, status="unavailable", error=graphs_refused(bench.device))
+        for variant in bench.pending(block):
+            bench.write(block, variant, status="unavailable", error=graphs_refused(bench.device))
 
 
 def _write_overrun(bench: Bench, block: Block) -> None:
     """A block that comes to no row in the time it should take, twice, would keep those after it from being measured."""
-    for arm in bench.pending(block):
-        bench.write(block, arm, status="error", error="it came to no result in its time, twice; --minutes gives more")
+    for variant in bench.pending(block):
+        bench.write(
+            block, variant, status="error", error="it came to no result in its time, twice; --minutes gives more"
+        )
 
 
 def _give_up(bench: Bench, block: Block, error: Exception) -> None:
-    """What failed outside of any arm takes its block with it, never the suite."""
+    """What failed outside of any variant takes its block with it, never the suite."""
     log.error("%s: %s", block.id, first_line(error), exc_info=True)
     status = failure_status(error)
     lost = status != "oom" and is_lost(error)
-    # With a lost device the first arm's row is written all the same: the next process must not begin here for ever.
-    for arm in bench.pending(block)[: 1 if lost else None]:
-        bench.write(block, arm, status=status, error=failure_message(error))
+    # With a lost device the first variant's row is written all the same: the next process must not begin here for ever.
+    for variant in bench.pending(block)[: 1 if lost else None]:
+        bench.write(block, variant, status=status, error=failure_message(error))
     if lost:
         raise LostDeviceError(first_line(error)) from error

@@ -82,7 +82,7 @@ def test_the_whole_suite_runs_from_end_to_end(comfy: ModuleType, tmp_path: Path)
     from speedlab_tools.gpu import plan
 
     assert document["complete"] and document["started"] == {}
-    expected = {block.row(arm) for block in plan.BLOCKS for arm in block.arms}
+    expected = {block.row(variant) for block in plan.BLOCKS for variant in block.variants}
     assert expected <= rows.keys()
     assert {name: row.get("error") for name, row in rows.items() if row["status"] != "ok"}.keys() == set(CANNOT)
     assert all(rows[name]["status"] == "unavailable" for name in CANNOT)
@@ -149,18 +149,18 @@ def test_a_failing_measurement_is_a_row_and_the_next_block_runs(engine: Any, ben
     ran: list[str] = []
 
     def breaks(tools: Any, block: Any) -> None:
-        with tools.into_row(block, block.arms[0]):
+        with tools.into_row(block, block.variants[0]):
             raise MemoryError("no room")
-        raise ValueError("outside of any arm")
+        raise ValueError("outside of any variant")
 
     monkeypatch.setitem(runner.RUNNERS, "breaks", breaks)
     monkeypatch.setitem(runner.RUNNERS, "works", lambda tools, block: ran.append(block.id))
-    arms = (plan.Arm("first"), plan.Arm("second"))
-    blocks = [plan.Block("one", "breaks", "", arms), plan.Block("two", "works", "", arms)]
+    variants = (plan.Variant("first"), plan.Variant("second"))
+    blocks = [plan.Block("one", "breaks", "", variants), plan.Block("two", "works", "", variants)]
     assert not runner.run(bench, blocks, lambda _text: None)
     rows = bench.journal.rows
     assert (rows["one/first"]["status"], rows["one/second"]["status"]) == ("oom", "error")
-    assert rows["one/second"]["error"] == "ValueError: outside of any arm" and bench.journal.started == {}
+    assert rows["one/second"]["error"] == "ValueError: outside of any variant" and bench.journal.started == {}
     assert ran == ["two"]
 
 
@@ -175,20 +175,20 @@ def test_a_device_lost_outside_of_any_arm_does_not_come_again_for_ever(
         )
 
     monkeypatch.setitem(runner.RUNNERS, "breaks", breaks)
-    arms = (plan.Arm("first"), plan.Arm("second"))
-    assert runner.run(bench, [plan.Block("full", "breaks", "", arms)], lambda _text: None)
+    variants = (plan.Variant("first"), plan.Variant("second"))
+    assert runner.run(bench, [plan.Block("full", "breaks", "", variants)], lambda _text: None)
     assert {row["status"] for row in bench.journal.rows.values()} == {"oom"}
-    lost = plan.Block("lost", "breaks", "", arms)
+    lost = plan.Block("lost", "breaks", "", variants)
     with pytest.raises(gpu("bench").LostDeviceError):
         runner.run(bench, [lost], lambda _text: None)
-    assert [arm.name for arm in bench.pending(lost)] == ["second"]
+    assert [variant.name for variant in bench.pending(lost)] == ["second"]
 
 
 def test_a_row_inside_its_own_row_counts_as_one_start(engine: Any, bench: Any) -> None:
     plan = gpu("plan")
-    block = plan.Block("one", "pictures", "", (plan.Arm("first"),))
-    with bench.into_row(block, block.arms[0]):
-        with bench.into_row(block, block.arms[0]):
+    block = plan.Block("one", "pictures", "", (plan.Variant("first"),))
+    with bench.into_row(block, block.variants[0]):
+        with bench.into_row(block, block.variants[0]):
             assert bench.journal.started == {"one/first": 1}
         assert bench.journal.started == {"one/first": 1}
     assert bench.journal.started == {}
@@ -200,12 +200,12 @@ def test_what_needs_another_allocator_is_left_to_another_process(engine: Any, be
 
     def works(bench: Any, block: Any) -> None:
         ran.append(block.id)
-        bench.write(block, block.arms[0])
+        bench.write(block, block.variants[0])
 
     monkeypatch.setitem(runner.RUNNERS, "works", works)
-    arms = (plan.Arm("arm"),)
+    variants = (plan.Variant("variant"),)
     blocks = [
-        plan.Block("graphs", "works", "", arms, own_allocator=True), plan.Block("plain", "works", "", arms),
+        plan.Block("graphs", "works", "", variants, own_allocator=True), plan.Block("plain", "works", "", variants),
     ]  # fmt: skip
     chosen = ["cudaMallocAsync"]
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: chosen[0])
@@ -213,18 +213,18 @@ def test_what_needs_another_allocator_is_left_to_another_process(engine: Any, be
     with pytest.raises(tools.OtherAllocatorError):
         runner.run(bench, blocks, lambda _text: None)
     assert ran == ["plain"]
-    bench.journal.drop(["plain/arm"])
+    bench.journal.drop(["plain/variant"])
     chosen[0] = "native"
     monkeypatch.setattr(bench, "settings", replace(bench.settings, native=True))
     assert not runner.run(bench, blocks, lambda _text: None), "the other block belongs to a process as users have it"
     assert ran == ["plain", "graphs"]
     monkeypatch.setattr(bench, "settings", replace(bench.settings, native=False))
     assert runner.run(bench, blocks, lambda _text: None) and ran == ["plain", "graphs", "plain"]
-    bench.journal.drop(["graphs/arm"])
+    bench.journal.drop(["graphs/variant"])
     chosen[0] = "cudaMallocAsync"  # by the user's own settings, also where the suite asks for the other
     monkeypatch.setattr(bench, "settings", replace(bench.settings, native=True))
     assert runner.run(bench, blocks, lambda _text: None) and ran == ["plain", "graphs", "plain"]
-    row = bench.journal.rows["graphs/arm"]
+    row = bench.journal.rows["graphs/variant"]
     assert row["status"] == "unavailable" and "--disable-cuda-malloc" in row["error"]
 
 
@@ -235,13 +235,13 @@ def test_a_block_that_is_never_done_in_time_is_given_up(engine: Any, bench: Any,
         raise tools.OutOfTimeError("the time of this call is over")
 
     monkeypatch.setitem(runner.RUNNERS, "slow", slow)
-    block = plan.Block("slow", "slow", "", (plan.Arm("arm"),))
+    block = plan.Block("slow", "slow", "", (plan.Variant("variant"),))
     late = replace(block, id="late", needs_s=1e6)
     for _ in range(3):
         assert not runner.run(bench, [late], lambda _text: None) and bench.journal.started == {}, "it had no time"
     assert not runner.run(bench, [block], lambda _text: None) and bench.pending(block)
     assert runner.run(bench, [block], lambda _text: None)
-    assert "no result in its time, twice" in bench.journal.rows["slow/arm"]["error"] and bench.journal.started == {}
+    assert "no result in its time, twice" in bench.journal.rows["slow/variant"]["error"] and bench.journal.started == {}
 
 
 @pytest.mark.parametrize("end", ["OutOfTimeError", "LostDeviceError"])
@@ -258,7 +258,9 @@ def test_what_ends_between_rounds_keeps_what_is_enough(
             raise getattr(tools, end)("over")
 
     monkeypatch.setattr(bench, "check_time", check_time)
-    block = plan.Block("some", "pictures", "", (plan.Arm("stock"), plan.Arm("cached", "deepcache(2)")), dtype="fp32")
+    block = plan.Block(
+        "some", "pictures", "", (plan.Variant("stock"), plan.Variant("cached", "deepcache(2)")), dtype="fp32"
+    )
     with pytest.raises(getattr(tools, end)):
         pictures.run(bench, block)
     rows = bench.journal.rows
@@ -271,11 +273,11 @@ def test_a_lost_device_ends_the_process_with_its_row_written(engine: Any, bench:
     plan, runner = gpu("plan"), gpu("suite")
 
     def breaks(tools: Any, block: Any) -> None:
-        with tools.into_row(block, block.arms[0]):
+        with tools.into_row(block, block.variants[0]):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setitem(runner.RUNNERS, "breaks", breaks)
-    block = plan.Block("one", "breaks", "", (plan.Arm("first"), plan.Arm("second")))
+    block = plan.Block("one", "breaks", "", (plan.Variant("first"), plan.Variant("second")))
     with pytest.raises(gpu("bench").LostDeviceError):
         runner.run(bench, [block], lambda _text: None)
     assert bench.journal.rows["one/first"]["status"] == "error" and "one/second" not in bench.journal.rows
@@ -295,21 +297,21 @@ def test_a_capped_card_is_given_back(engine: Any, bench: Any) -> None:
 def test_a_share_is_never_above_the_peak(
     engine: Any, bench: Any, monkeypatch: Any, caplog: Any, peak: float, share: float | None
 ) -> None:
-    plan, pictures, shots = gpu("plan"), gpu("measure_models"), gpu("bench")
-    block = plan.Block("some", "pictures", "", (plan.Arm("stock"),), dtype="fp32")
-    shot = shots.Shot(0.1, 1.0, 0.2, 1.3, engine("measure.peaks").MemoryPeak(), torch.zeros(1), True)
-    known = {"flop_per_step": 2e12 / bench.scene(block).steps, "tflops": peak}
+    plan, pictures, image_runs = gpu("plan"), gpu("measure_models"), gpu("bench")
+    block = plan.Block("some", "pictures", "", (plan.Variant("stock"),), dtype="fp32")
+    image_run = image_runs.ImageRun(0.1, 1.0, 0.2, 1.3, engine("measure.peaks").MemoryPeak(), torch.zeros(1), True)
+    known = {"flop_per_step": 2e12 / bench.workload(block).steps, "tflops": peak}
     monkeypatch.setattr(bench.journal, "value", lambda row, name: known[name])
-    told = pictures._rates(bench, block, pictures.Lane(plan.Arm("stock"), None, shot, [shot]))
+    told = pictures._rates(bench, block, pictures.Lane(plan.Variant("stock"), None, image_run, [image_run]))
     assert told == {"tflops": 2.0, "peak_share": share}
     assert ("above the measured peak" in caplog.text) == (share is None)
 
 
 def test_nan_is_an_error_and_no_time(engine: Any, bench: Any) -> None:
-    shots, memory = gpu("bench"), engine("measure.peaks")
+    image_runs, memory = gpu("bench"), engine("measure.peaks")
     pictures = gpu("measure_models")
-    good = shots.Shot(0.1, 1.0, 0.2, 1.3, memory.MemoryPeak(), torch.zeros(1), True)
-    lane = pictures.Lane(gpu("plan").Arm("a"), None, good, [good, replace(good, finite=False)])
+    good = image_runs.ImageRun(0.1, 1.0, 0.2, 1.3, memory.MemoryPeak(), torch.zeros(1), True)
+    lane = pictures.Lane(gpu("plan").Variant("a"), None, good, [good, replace(good, finite=False)])
     fields = pictures.timed(lane)
     assert fields["status"] == "error" and "NaN" in fields["error"]
-    assert pictures.timed(replace(lane, shots=[good]))["picture_s"] == 1.3
+    assert pictures.timed(replace(lane, image_runs=[good]))["picture_s"] == 1.3

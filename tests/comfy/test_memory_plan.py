@@ -17,7 +17,7 @@ GB = 1e9
 @pytest.fixture
 def memory(engine) -> SimpleNamespace:
     return SimpleNamespace(
-        **{name: engine(f"memory.{name}") for name in ("plan", "predict", "patcher", "units", "explain", "activations")}
+        **{name: engine(f"memory.{name}") for name in ("plan", "predict", "placement", "streaming", "out_of_memory")}
     )
 
 
@@ -41,7 +41,7 @@ def plan(memory, models, offload: str = "auto", budget: float = 0.0, size: int =
 
 
 def predictions(memory, models, size: int = 64) -> dict[str, Any]:
-    parts = memory.predict.parts_of(models.model, models.clip, models.vae, memory.activations.PictureSize(size, size))
+    parts = memory.predict.parts_of(models.model, models.clip, models.vae, memory.predict.PictureSize(size, size))
     return {offload: memory.predict.predict(parts, offload) for offload in memory.predict.OFFLOADS}
 
 
@@ -106,7 +106,7 @@ def test_the_prediction_is_of_counted_bytes(memory, checkpoint):
     assert list(phases) == ["text encoding", "sampling", "decoding"]
     assert phases["sampling"].weights == pytest.approx(unet, rel=0.001)
     assert {phase.weights for phase in found["none"].phases} == {sum(p.weights for p in phases.values())}
-    largest = max(u.nbytes for u in memory.units.units_of(checkpoint.model.model.diffusion_model))
+    largest = max(u.nbytes for u in memory.streaming.layers_of(checkpoint.model.model.diffusion_model))
     assert found["sequential"].phases[1].weights == 2 * largest
     bigger = predictions(memory, checkpoint, 128)["model"].phases
     assert bigger[1].activations == pytest.approx(4 * phases["sampling"].activations, rel=0.15)
@@ -126,14 +126,14 @@ def test_text_encoder_and_vae_are_streamed_and_give_the_same_bits(memory, node, 
     assert torch.equal(again[0][0], cond[0][0])
     assert torch.equal(again[0][1]["pooled_output"], cond[0][1]["pooled_output"])
     seen = planned.clip.patcher.stream.residency
-    assert seen.units == 2
-    assert seen.nbytes <= memory.units.streamed_bytes(checkpoint.clip.cond_stage_model)
+    assert seen.layers == 2
+    assert seen.nbytes <= memory.streaming.streamed_bytes(checkpoint.clip.cond_stage_model)
     assert torch.equal(planned.vae.decode(samples), pictures)
     seen = planned.vae.patcher.stream.residency
-    assert seen.units == 2
-    assert seen.nbytes <= memory.units.streamed_bytes(checkpoint.vae.first_stage_model)
+    assert seen.layers == 2
+    assert seen.nbytes <= memory.streaming.streamed_bytes(checkpoint.vae.first_stage_model)
     assert planned.vae.patcher is not checkpoint.vae.patcher
-    assert not memory.patcher.is_planned(checkpoint.vae.patcher)
+    assert not memory.placement.is_planned(checkpoint.vae.patcher)
     assert torch.equal(checkpoint.vae.decode(samples), pictures)
     assert torch.equal(encoded(node, checkpoint.clip)[0][0], cond[0][0])
 
@@ -268,8 +268,8 @@ def test_a_second_plan_replaces_the_first(memory, checkpoint):
     assert second.vae.patcher.placement.offload == "model"
     assert type(second.vae).__mro__.count(type(checkpoint.vae)) == 1
     off = plan(memory, models, "none")
-    assert not memory.patcher.is_planned(off.model)
-    assert not memory.patcher.is_planned(off.clip.patcher)
+    assert not memory.placement.is_planned(off.model)
+    assert not memory.placement.is_planned(off.clip.patcher)
     assert first.model.placement.offload == "sequential"
 
 
@@ -287,7 +287,7 @@ def test_out_of_memory_is_freed_and_explained_with_the_next_plan(memory, offload
     model = memory.plan.plan_memory(tiny.model, None, None, config).model
     handle = tiny.unet.middle_block[0].register_forward_pre_hook(out_of_memory)
     try:
-        with pytest.raises(memory.explain.OutOfMemoryError, match=words) as caught:
+        with pytest.raises(memory.out_of_memory.OutOfMemoryError, match=words) as caught:
             tiny.sample(model)
     finally:
         handle.remove()
@@ -302,13 +302,13 @@ def test_out_of_memory_in_the_text_encoder_and_the_vae(memory, node, checkpoint)
     handle = layer.register_forward_pre_hook(out_of_memory)
     try:
         for clip in (planned.clip, planned.clip.clone()):  # as a LoRA or Set Last Layer behind the plan makes
-            with pytest.raises(memory.explain.OutOfMemoryError, match="while text encoding with offload model"):
+            with pytest.raises(memory.out_of_memory.OutOfMemoryError, match="while text encoding with offload model"):
                 encoded(node, clip)
     finally:
         handle.remove()
     broken = checkpoint.vae.first_stage_model.decoder.register_forward_pre_hook(out_of_memory)
     try:
-        with pytest.raises(memory.explain.OutOfMemoryError, match=r"while decoding .*tile_size"):
+        with pytest.raises(memory.out_of_memory.OutOfMemoryError, match=r"while decoding .*tile_size"):
             planned.vae.decode(torch.zeros(1, 4, 8, 8))
     finally:
         broken.remove()
@@ -370,7 +370,7 @@ def test_the_count_without_memory_is_that_of_a_real_forward(memory, engine, layo
     live = engine("memory.predict")
     attention = importlib.import_module("comfy.ldm.modules.attention")
     tiny = build(layout)
-    size, rows = memory.activations.PictureSize(side, side, batch), 2 * batch
+    size, rows = memory.predict.PictureSize(side, side, batch), 2 * batch
     height, width = size.latent
     options = {"optimized_attention_override": lambda _function, *a, **k: attention.attention_pytorch(*a, **k)}
     adm = tiny.model.model.model_config.unet_config["adm_in_channels"]
@@ -379,7 +379,7 @@ def test_the_count_without_memory_is_that_of_a_real_forward(memory, engine, layo
     measured = live.peak_bytes(
         lambda: tiny.unet(latent, torch.ones(rows), context=context, y=label, control=None, transformer_options=options)
     )
-    predicted = memory.activations.unet_bytes(tiny.model.model, size, rows)
+    predicted = memory.predict.unet_bytes(tiny.model.model, size, rows)
     held = latent.nbytes + context.nbytes + 6 * batch * 4 * height * width * 4
     assert predicted - held == pytest.approx(measured, rel=0.1)
 
@@ -390,7 +390,7 @@ def test_the_count_of_a_decode_is_that_of_a_real_one(memory, engine, checkpoint,
     stage = checkpoint.vae.first_stage_model
     latent = torch.randn(batch, 4, side // 8, side // 8, dtype=checkpoint.vae.vae_dtype)
     measured = live.peak_bytes(lambda: stage.decode(latent))
-    predicted = memory.activations.decode_bytes(checkpoint.vae, memory.activations.PictureSize(side, side, batch))
+    predicted = memory.predict.decode_bytes(checkpoint.vae, memory.predict.PictureSize(side, side, batch))
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
@@ -410,13 +410,13 @@ def test_live_bytes_are_counted_and_forgotten(engine):
 
 def test_counting_a_model_that_streams_or_is_patched_in_use_changes_nothing(memory, engine):
     tiny = build("sd15")
-    before = memory.activations.sampling_bytes(tiny.model, memory.activations.PictureSize(64, 64))
+    before = memory.predict.sampling_bytes(tiny.model, memory.predict.PictureSize(64, 64))
     streamed = memory.plan.plan_memory(tiny.model, None, None, memory.plan.MemoryPlanConfig("sequential")).model
     expected = tiny.sample(streamed)
     in_use = tiny.unet.middle_block[0].in_layers[2]
     in_use.weight_function = [lambda weight: weight.cpu()]
     try:
-        assert memory.activations.sampling_bytes(tiny.model, memory.activations.PictureSize(64, 64)) == before
+        assert memory.predict.sampling_bytes(tiny.model, memory.predict.PictureSize(64, 64)) == before
     finally:
         in_use.weight_function = []
     assert torch.equal(tiny.sample(streamed), expected)
@@ -430,6 +430,6 @@ def test_other_networks_are_predicted_by_comfyuis_own_estimate(memory):
 
     model = tiny.model.clone()
     model.add_object_patch("diffusion_model", Other())
-    size = memory.activations.PictureSize(64, 64, 2)
+    size = memory.predict.PictureSize(64, 64, 2)
     expected = tiny.model.model.memory_required([4, 4, 8, 8])
-    assert memory.activations.sampling_bytes(model, size) == int(expected)
+    assert memory.predict.sampling_bytes(model, size) == int(expected)

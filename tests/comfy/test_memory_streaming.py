@@ -13,15 +13,13 @@ from . import tiny_unet
 
 @pytest.fixture
 def memory(engine) -> SimpleNamespace:
-    return SimpleNamespace(
-        patcher=engine("memory.placement"), streaming=engine("memory.streaming"), units=engine("memory.streaming")
-    )
+    return SimpleNamespace(placement=engine("memory.placement"), streaming=engine("memory.streaming"))
 
 
 def sequential(memory, patcher):
-    group = memory.patcher.Group()
+    group = memory.placement.Group()
     group.add(patcher.model)
-    return memory.patcher.planned(patcher, memory.patcher.Placement("sequential", group))
+    return memory.placement.planned(patcher, memory.placement.Placement("sequential", group))
 
 
 def as_users_have_it(engine, patcher):
@@ -45,18 +43,18 @@ def test_streamed_latents_are_the_loaded_ones_and_two_units_are_resident_at_most
     streamed = tiny.sample(model)
     assert torch.equal(streamed, loaded)
     seen = model.stream.residency
-    units = model.stream.streams[0].units
-    two_largest = sum(sorted(unit.nbytes for unit in units)[-2:])
-    assert seen.units == 2
+    layers = model.stream.streams[0].layers
+    two_largest = sum(sorted(layer.nbytes for layer in layers)[-2:])
+    assert seen.layers == 2
     assert 0 < seen.nbytes <= two_largest
-    assert seen.nbytes < memory.units.weight_bytes(tiny.unet)
-    assert len(units) > 20
+    assert seen.nbytes < memory.streaming.weight_bytes(tiny.unet)
+    assert len(layers) > 20
     assert homes(tiny) == before
 
 
 def test_units_hold_every_weight_once(memory):
     tiny = tiny_unet.build("sdxl")
-    held = [id(w) for unit in memory.units.units_of(tiny.unet) for *_, w in memory.units.movable(unit)]
+    held = [id(w) for layer in memory.streaming.layers_of(tiny.unet) for *_, w in memory.streaming.movable(layer)]
     assert sorted(held) == sorted(id(weight) for weight in tiny.unet.parameters())
 
 
@@ -77,8 +75,8 @@ def test_residency_is_counted_from_live_buffers(memory):
     finally:
         for handle in handles:
             handle.remove()
-    largest = max(unit.nbytes for unit in model.stream.streams[0].units)
-    assert 0 < max(away) <= largest, "at any time one unit's weights are swapped in"
+    largest = max(layer.nbytes for layer in model.stream.streams[0].layers)
+    assert 0 < max(away) <= largest, "at any time one layer's weights are swapped in"
     assert model.stream.streams[0]._slots is None, "the slots live as long as a forward"
 
 
@@ -135,7 +133,7 @@ def test_storage_in_another_type_than_the_computation(memory, dtype):
     loaded = tiny.sample(steps=3)
     model = sequential(memory, tiny.model)
     assert torch.equal(tiny.sample(model, steps=3), loaded)
-    assert model.stream.residency.units == 2
+    assert model.stream.residency.layers == 2
 
 
 def test_a_cancel_in_the_middle_leaves_every_weight_where_it_was(engine):
@@ -239,7 +237,7 @@ def test_skipped_blocks_are_not_copied(memory, engine):
     copied_in_full = whole.stream.residency.copied_bytes
     assert torch.equal(tiny.sample(saving, steps=8), expected)
     assert saving.stream.residency.copied_bytes < 0.5 * copied_in_full
-    assert saving.stream.residency.units == 2
+    assert saving.stream.residency.layers == 2
 
 
 def test_composes_with_dynamic_cfg_attention_and_precision(memory, engine):
@@ -271,10 +269,10 @@ def test_a_clone_keeps_the_plan_and_the_original_never_gets_one(memory):
     tiny = tiny_unet.build("sd15")
     model = sequential(memory, tiny.model)
     clone = model.clone()
-    assert memory.patcher.is_planned(clone)
+    assert memory.placement.is_planned(clone)
     assert clone.placement is model.placement
-    assert not memory.patcher.is_planned(tiny.model)
-    assert not memory.patcher.is_planned(memory.patcher.unplanned(model))
+    assert not memory.placement.is_planned(tiny.model)
+    assert not memory.placement.is_planned(memory.placement.unplanned(model))
     expected = tiny.sample()
     assert torch.equal(tiny.sample(clone), expected)
     assert clone.stream is not None

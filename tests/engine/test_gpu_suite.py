@@ -27,16 +27,16 @@ SETTINGS = {"repeats": 5, "small": False}
 
 
 def rows_of_the_plan() -> list[str]:
-    return [block.row(arm) for block in plan.BLOCKS for arm in block.arms]
+    return [block.row(variant) for block in plan.BLOCKS for variant in block.variants]
 
 
 def test_rows_have_names_of_their_own_and_every_stack_can_be_read() -> None:
     rows = rows_of_the_plan()
     assert len(set(rows)) == len(rows)
     for block in (*plan.BLOCKS, *plan.small(plan.BLOCKS)):
-        assert block.model in plan.SCENES
-        for arm in block.arms:
-            parse_stack(arm.stack)
+        assert block.model in plan.WORKLOADS
+        for variant in block.variants:
+            parse_stack(variant.stack)
 
 
 def test_every_target_is_of_a_row_that_the_plan_measures() -> None:
@@ -48,21 +48,26 @@ def test_every_target_is_of_a_row_that_the_plan_measures() -> None:
 def test_the_plan_holds_what_is_to_be_measured() -> None:
     by_id = {block.id: block for block in plan.BLOCKS}
     for name in ("sdxl-fp16", "sdxl-bf16"):
-        assert [arm.name for arm in by_id[name].arms] == ["stock", "exact", "sdxl-fastest", "sdxl-fastest-deepcache"]
-        assert plan.SCENES[by_id[name].model] == plan.Scene(1024, 1024, 30, 5.0)
-    assert plan.SCENES["sd15"].width == plan.SCENES["sd15"].height == 512
+        assert [variant.name for variant in by_id[name].variants] == [
+            "stock",
+            "exact",
+            "sdxl-fastest",
+            "sdxl-fastest-deepcache",
+        ]
+        assert plan.WORKLOADS[by_id[name].model] == plan.Workload(1024, 1024, 30, 5.0)
+    assert plan.WORKLOADS["sd15"].width == plan.WORKLOADS["sd15"].height == 512
     assert [by_id[f"cap-{gb}gb"].cap_gb for gb in (8, 6, 4)] == [8.0, 6.0, 4.0]
-    assert {arm.prefetch for arm in by_id["offload"].arms} == {True, False}
+    assert {variant.prefetch for variant in by_id["offload"].variants} == {True, False}
     # Stock stands in every block of pictures that runs in turns, or there would be no ratio of the same minutes.
     for block in plan.BLOCKS:
         if block.runner == "pictures" and not block.apart:
-            assert plan.STOCK in [arm.stack for arm in block.arms], block.id
+            assert plan.STOCK in [variant.stack for variant in block.variants], block.id
 
 
 def test_small_stacks_trace_and_keep_the_rest() -> None:
-    exact = next(b for b in plan.small(plan.BLOCKS) if b.id == "sdxl-fp16").arms[1]
+    exact = next(b for b in plan.small(plan.BLOCKS) if b.id == "sdxl-fp16").variants[1]
     assert exact.stack == "precision(memory_format=channels_last,cudnn_benchmark=on)+compile(jit_trace)"
-    assert not any("inductor" in arm.stack for block in plan.small(plan.BLOCKS) for arm in block.arms)
+    assert not any("inductor" in variant.stack for block in plan.small(plan.BLOCKS) for variant in block.variants)
 
 
 def test_blocks_are_chosen_by_their_beginning() -> None:
@@ -128,7 +133,7 @@ def test_a_block_that_no_call_is_long_enough_for_ends_with_the_second(tmp_path: 
     again.overran("compile-slow")
     again.progressed("compile-slow")
     again.overran("compile-slow")
-    again.drop(["compile-slow/arm"])
+    again.drop(["compile-slow/variant"])
     assert again.started == {}
 
 
@@ -152,7 +157,7 @@ def test_rows_are_measured_anew_where_asked_or_where_the_plan_is_another(tmp_pat
 
 def test_plans_of_the_command_line_stand_beside_stock() -> None:
     block = plan.tried(["mine=compile(inductor)+tiny", "deepcache(3)"], "sdxl", "bf16")
-    assert [(arm.name, arm.stack) for arm in block.arms] == [
+    assert [(variant.name, variant.stack) for variant in block.variants] == [
         ("stock", "stock"), ("mine", "compile(inductor)+tiny"), ("deepcache(3)", "deepcache(3)"),
     ]  # fmt: skip
     answer = gpu_command("--try", "mine=tiny(")
