@@ -1,13 +1,14 @@
 """Weights that are on the device only while they work: two slots, and a copy that runs ahead of the computation.
 
 While layer i computes out of one slot, the layer that will follow is copied into the other one on a second stream;
-layer i - 1 has left by then. So at most two layers are on the device, whatever runs ahead. Which layer follows is learnt from
-the forward before, so blocks that a technique skips are not copied. Between two forwards every weight is at home.
+layer i - 1 has left by then. So at most two layers are on the device, whatever runs ahead. Which layer follows is
+learnt from the forward before, so blocks that a technique skips are not copied. Between two forwards every weight is
+at home.
 
 Works on any device: without streams of its own (a CPU) the copies are made in place of being queued.
 
-What is streamed: the networks of a model, cut into layers, in the order of registration. The small modules
-between two layers count as one together.
+What is streamed: the networks of a model, cut into layers, in the order of registration. The small modules between two
+layers count as one together.
 """
 
 from __future__ import annotations
