@@ -1,4 +1,4 @@
-"""The table of benchmark scenarios. A row makes `workflows/<id>.json`, `workflows/api/<id>.json` and `bench <id>`.
+"""The table of benchmark scenarios. A row makes a workflow, `workflows/api/<id>.json` and `bench <id>`.
 
 To add one: a row here (a new graph shape goes to `graphs.py`), then `python -m speedlab_tools workflows`.
 """
@@ -78,6 +78,12 @@ _TABLE = (
     *compile_scenarios(CHECKPOINT_SDXL, S1_SETTINGS),
 )
 
+# What ComfyUI's template browser shows, each with an image: `workflows/<id>.json`. All others are in its `scenarios/`.
+TEMPLATES = (
+    "txt2img-default", "profile-nvtx", "sd15-cpu-onnxruntime", "sdxl-torch-compile", "sdxl-deepcache",
+    "sdxl-fastest-deepcache", "sdxl-under-8gb", "sdxl-vae-tiling", "sdxl-staged-batch", "sdxl-refiner-ensemble",
+    "sweep-steps", "xy-grid",
+)  # fmt: skip
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({entry.id: entry for entry in _TABLE})
 
 

@@ -20,7 +20,7 @@ from ..client.events import SAMPLERS
 from ..client.files import model_folders
 from ..client.graph import SNAPSHOT, ApiGraph, signature_from_info, snapshot, snapshot_text
 from .canvas import UiGraph, to_ui
-from .catalog import SCENARIOS
+from .catalog import SCENARIOS, TEMPLATES
 from .scenario import SOURCES, NeededFile, Scenario
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,8 +86,13 @@ def files_of(scenario: Scenario) -> dict[str, str]:
     """Both files of a scenario: relative path -> text."""
     return {
         f"api/{scenario.id}.json": _text(api_graph(scenario)),
-        f"{scenario.id}.json": _text(ui_graph(scenario)),
+        ui_path(scenario.id): _text(ui_graph(scenario)),
     }
+
+
+def ui_path(scenario_id: str) -> str:
+    """Where the drag-in workflow of a scenario is, below `workflows/`."""
+    return f"{scenario_id}.json" if scenario_id in TEMPLATES else f"scenarios/{scenario_id}.json"
 
 
 def all_files(scenarios: Iterable[Scenario] = SCENARIOS.values()) -> dict[str, str]:
@@ -99,7 +104,9 @@ def differences(folder: Path = FOLDER) -> list[str]:
     """One line for each file in `folder` that is missing, out of date, or no longer in the table."""
     wanted = all_files()
     found = {
-        path.relative_to(folder).as_posix() for pattern in ("*.json", "api/*.json") for path in folder.glob(pattern)
+        path.relative_to(folder).as_posix()
+        for pattern in ("*.json", "scenarios/*.json", "api/*.json")
+        for path in folder.glob(pattern)
     }
     lines = [f"{name}: no scenario makes it" for name in sorted(found - wanted.keys())]
     for name, text in sorted(wanted.items()):
@@ -112,7 +119,8 @@ def differences(folder: Path = FOLDER) -> list[str]:
 
 def write(folder: Path = FOLDER) -> list[Path]:
     """Write every file into `folder`; returns their paths."""
-    (folder / "api").mkdir(parents=True, exist_ok=True)
+    for name in ("api", "scenarios"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     paths = []
     for name, text in all_files().items():
         path = folder / name

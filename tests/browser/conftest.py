@@ -107,6 +107,44 @@ class Canvas:
         if pictures_wanted():
             save_png(picture, pack_root() / folder / f"{name}.png")
 
+    def template_image(self, name: str) -> None:
+        """The whole graph as `workflows/<name>.jpg` where images were asked for; else a check that it can be made."""
+        import base64
+        import io
+
+        from PIL import Image
+
+        taken = base64.b64decode(self.evaluate(_WHOLE_GRAPH).partition(",")[2])
+        image = Image.open(io.BytesIO(taken)).convert("RGB")
+        assert image.getextrema() != ((0, 0), (0, 0), (0, 0))
+        if pictures_wanted():
+            image.thumbnail((900, 600))
+            image.save(pack_root() / "workflows" / f"{name}.jpg", quality=80, optimize=True)
+
+
+# All nodes and groups as the canvas draws them, without what lies over it.
+_WHOLE_GRAPH = """() => {
+  const graph = app.rootGraph ?? app.graph, boxes = [...graph.nodes, ...(graph.groups ?? graph._groups)];
+  for (const node of graph.nodes) node.has_errors = false;
+  const left = Math.min(...boxes.map((b) => b.pos[0])), top = Math.min(...boxes.map((b) => b.pos[1])) - 40;
+  const right = Math.max(...boxes.map((b) => b.pos[0] + b.size[0]));
+  const bottom = Math.max(...boxes.map((b) => b.pos[1] + b.size[1]));
+  const view = app.canvas, canvas = view.canvas, before = [canvas.width, canvas.height];
+  view.low_quality_zoom_threshold = 0;
+  view.min_font_size_for_lod = 0;
+  view.resize(1800, Math.max(700, Math.min(1200, 1760 * (bottom - top) / (right - left) + 40)));
+  const scale = Math.min((canvas.width - 40) / (right - left), (canvas.height - 40) / (bottom - top));
+  const shift = [canvas.width / scale - (right - left), canvas.height / scale - (bottom - top)];
+  view.ds.scale = scale;
+  view.ds.offset = [shift[0] / 2 - left, shift[1] / 2 - top];
+  view.deselectAll?.();
+  view.draw(true, true);
+  const data = canvas.toDataURL("image/png");
+  view.resize(...before);
+  view.setDirty(true, true);
+  return data;
+}"""
+
 
 def pictures_wanted() -> bool:
     return bool(os.environ.get("SPEEDLAB_PICTURES"))
@@ -226,7 +264,7 @@ def workflows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     folder = pack_root() / "workflows"
     return {
         path.stem: (json.loads(path.read_text("utf-8")), json.loads((folder / "api" / path.name).read_text("utf-8")))
-        for path in sorted(folder.glob("*.json"))
+        for path in sorted([*folder.glob("*.json"), *folder.glob("scenarios/*.json")])
     }
 
 

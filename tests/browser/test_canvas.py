@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from speedlab_tools.scenarios.catalog import TEMPLATES
+
 pytestmark = pytest.mark.browser
 
 PANEL = "document.querySelector('.sl-panel')"
@@ -47,6 +49,8 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
             ".filter((type) => !LiteGraph.registered_node_types[type])"
         )
         assert unknown == [], name
+        if name in TEMPLATES:
+            canvas.template_image(name)
         made = canvas.evaluate("async () => (await app.graphToPrompt()).output")
         for node in (*made.values(), *api.values()):
             node["_meta"].pop("speedlab", None)

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from speedlab_tools.client.events import SAMPLERS
 from speedlab_tools.client.graph import GROUPS, is_link
 from speedlab_tools.scenarios import workflows
 from speedlab_tools.scenarios.canvas import NOTE_TYPE, Box, ui_to_api
-from speedlab_tools.scenarios.catalog import SCENARIOS, UnknownScenarioError, find
+from speedlab_tools.scenarios.catalog import SCENARIOS, TEMPLATES, UnknownScenarioError, find
 from speedlab_tools.scenarios.scenario import FAMILIES, SOURCES, Plan, best_plan
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
@@ -20,7 +21,7 @@ every_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCE
 
 def committed(scenario) -> tuple[dict, dict]:
     """Both committed files of a scenario."""
-    ui = json.loads((FOLDER / f"{scenario.id}.json").read_text(encoding="utf-8"))
+    ui = json.loads((FOLDER / workflows.ui_path(scenario.id)).read_text(encoding="utf-8"))
     return ui, json.loads((FOLDER / "api" / f"{scenario.id}.json").read_text(encoding="utf-8"))
 
 
@@ -39,6 +40,15 @@ def test_differences_name_missing_stale_and_foreign_files(tmp_path):
         "api/sdxl-tiny-vae.json: out of date",
         "profile-nvtx.json: missing",
     ]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_has_its_image(name):
+    """ComfyUI's template browser shows `<name>.jpg` beside `<name>.json`."""
+    with Image.open(FOLDER / f"{name}.jpg") as image:
+        assert image.format == "JPEG" and min(image.size) >= 300
+    assert (FOLDER / f"{name}.jpg").stat().st_size < 120_000
+    assert not (FOLDER / "scenarios" / f"{name}.json").exists()
 
 
 @every_scenario
