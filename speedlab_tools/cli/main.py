@@ -31,7 +31,7 @@ BENCH_COMMANDS = {
     "compare": "two results tables: ratio of times with a confidence interval, regressions named",
 }
 OWN_COMMANDS = {
-    "test": "run the tests; --all: those of OneDiff too (3 GB more); other arguments go to pytest",
+    "test": "run the tests of every day; --all: all, those of OneDiff too (3 GB more); other arguments go to pytest",
     "check": "ruff, ruff format, mypy and the layers; name some of them, --fix mends",
     "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
     "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
@@ -44,6 +44,7 @@ OWN_COMMANDS = {
 
 _ONEDIFF = "tests/onediff"
 # Two processes, each with whole files: what shares a server or a model stays together. More would not fit 24 GB.
+_EVERYDAY = ("-m", "not full")
 _WHOLE = ("-n", "2", "--dist", "loadfile", "--durations=60")
 
 
@@ -172,11 +173,14 @@ def _run(call: Call, reporter: Reporter) -> int:
         arguments = pytest_arguments(call.arguments)
         if set(call.arguments) <= {"--all"}:
             report = cache_root() / "test-results.xml"
+            everything = "--all" in call.arguments
+            told = "All of about 2,850 tests" if everything else "About 2,700 tests, those of every day,"
+            takes = "40 to 60 minutes" if everything else "15 to 25 minutes; --all runs the slow ones too"
             reporter.line(
-                "About 2,700 tests against the real ComfyUI, by two processes: 30 to 60 minutes on two cores. "
-                f"Times and results go to {report}."
+                f"{told} against the real ComfyUI, by two processes: on two cores {takes}. Times and results go to "
+                f"{report}."
             )
-            arguments += [*_WHOLE, f"--junitxml={report}"]
+            arguments += [*_WHOLE, f"--junitxml={report}", *(() if everything else _EVERYDAY)]
             env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), **env}
         return run_child([str(host.python), "-c", PYTEST, *arguments], cwd=root, env=env)
     module = (f"speedlab_tools.{call.command}",) if call.command in OWN_COMMANDS else ("speedlab_tools", call.command)

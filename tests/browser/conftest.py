@@ -194,7 +194,7 @@ def _frontends() -> Any:
     return module
 
 
-@pytest.fixture(scope="session", params=["pinned", "newest"])
+@pytest.fixture(scope="session", params=["pinned", pytest.param("newest", marks=pytest.mark.full)])
 def server(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

@@ -39,7 +39,9 @@ def lora(model: Any, strength: float) -> Any:
     return clone
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.full if name == "onnxruntime" else ()) for name in ON_CPU]
+)
 def test_equals_eager_at_any_size_and_under_a_lora(unet: Any, compiled: Any, backend: str) -> None:
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(backend))
     for settings in ({"size": SIZE}, {"size": (24, 16)}, {"size": SIZE, "cfg": 1.0}, {"size": SIZE, "batch": 2}):
@@ -106,6 +108,7 @@ def test_autocast_is_refused_where_it_cannot_act(
     assert 0.5 * cast_error < relative(unet.sample(traced, steps=2, size=SIZE), plain) < 2 * cast_error
 
 
+@pytest.mark.full
 def test_a_damaged_graph_is_exported_anew(unet: Any, compiled: Any, engine: Any, base_dir: Path, caplog: Any) -> None:
     config = compiled.CompileConfig("onnxruntime")
     wanted = unet.sample(compiled.attach_compile(unet.model, config), steps=1, size=SIZE)

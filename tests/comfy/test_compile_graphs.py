@@ -137,7 +137,14 @@ def test_another_layout_makes_no_code_for_any_layout(
     assert seen[0] == seen[1] > 0
 
 
-@pytest.mark.parametrize("scope, dynamic, budget", [("blocks", "auto", 5), ("blocks", "true", 2), ("model", "true", 2)])
+_TOURS = [
+    pytest.param("blocks", "auto", 5, marks=pytest.mark.full),
+    ("blocks", "true", 2),
+    pytest.param("model", "true", 2, marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("scope, dynamic, budget", _TOURS)
 def test_a_tour_of_sizes_stays_in_its_budget(
     unet: Any, compiled: Any, graphs: Any, scope: str, dynamic: str, budget: int
 ) -> None:
@@ -199,6 +206,7 @@ def test_the_limit_of_graphs_is_never_silent(
     assert not torch._dynamo.config.fail_on_recompile_limit_hit
 
 
+@pytest.mark.full
 def test_values_that_change_each_step_are_no_guards(unet: Any, compiled: Any, graphs: Any) -> None:
     """A counter of another node in the options would compile anew at each call in core's whole-model compile."""
 
@@ -240,7 +248,7 @@ def test_a_replaced_attention_stays_and_other_blocks_are_compiled(unet: Any, com
     assert graphs() >= KINDS - 1
 
 
-@pytest.mark.parametrize("node_first", [True, False])
+@pytest.mark.parametrize("node_first", [True, pytest.param(False, marks=pytest.mark.full)])
 @pytest.mark.parametrize("technique", ["deepcache", "dynamic_cfg", "attention", "precision"])
 def test_with_each_technique_in_either_order(
     unet: Any, compiled: Any, engine: Any, technique: str, node_first: bool
@@ -269,6 +277,7 @@ def test_with_each_technique_in_either_order(
     assert relative(unet.sample(model, steps=4, size=SIZE), eager) < 1e-4
 
 
+@pytest.mark.full
 def test_attention_with_compile_needs_no_graph_a_run(unet: Any, compiled: Any, engine: Any, graphs: Any) -> None:
     attention = engine("techniques.attention.attach")
     for scope, backends in (("blocks", ("auto", "sdpa", "split")), ("model", ("sdpa",))):
@@ -408,6 +417,7 @@ def test_settings_that_make_no_sense_are_refused(unet: Any, compiled: Any, engin
         compiled.attach_compile(unet.model, compiled.CompileConfig("cudagraphs"))
 
 
+@pytest.mark.full
 def test_frozen_code_of_other_weights_is_let_go(unet: Any, compiled: Any, engine: Any) -> None:
     """Each holds its weights once more, and a function has room for sixteen."""
     functions = engine("techniques.compile.backends.dynamo")._functions
@@ -439,6 +449,7 @@ def test_frozen_weights_and_hooks_that_change_them_are_refused(unet: Any, compil
         unet.sample(model, steps=1, size=(8, 8))
 
 
+@pytest.mark.full
 def test_fewer_graphs_than_cores_compile_over_a_tour(
     unet: Any, compiled: Any, graphs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,10 @@ def tiny_vae(comfy: Any) -> Any:
         return comfy.sd.VAE(sd=state, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("which, backend", [("vae", "jit_trace"), ("vae", "onnxruntime"), ("tiny_vae", "onnxruntime"),
+_VAE_ONNX = pytest.param("vae", "onnxruntime", marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("which, backend", [("vae", "jit_trace"), _VAE_ONNX, ("tiny_vae", "onnxruntime"),
                                             ("tiny_vae", "jit_trace"), ("tiny_vae", "inductor")])  # fmt: skip
 def test_a_compiled_vae_decodes_alike(
     node: Any, engine: Any, fresh: Any, request: pytest.FixtureRequest, which: str, backend: str

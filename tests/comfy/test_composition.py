@@ -266,7 +266,13 @@ def known(tiny: TinyUNet, techniques: dict[str, Technique]) -> Known:
     return Known(tiny, techniques)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations(ALL, 2))
+def _tier(pair: tuple[str, str]) -> Any:
+    """Generated code takes long: every day one pair with a compiler, with `--all` the others."""
+    full = "TorchCompileModel" in pair and pair != ("DeepCache", "TorchCompileModel")
+    return pytest.param(*pair, marks=pytest.mark.full if full else ())
+
+
+@pytest.mark.parametrize(("first", "second"), map(_tier, itertools.permutations(ALL, 2)))
 def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], known: Known, first: str, second: str) -> None:
     a, b = techniques[first], techniques[second]
     model = b.node(a.node(tiny.model))
@@ -288,7 +294,7 @@ def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], known: Known, fi
 @pytest.mark.parametrize(
     ("products", "other"),
     [
-        pair
+        _tier(pair)
         for pair in itertools.product(("Dynamic CFG", "Precision"), ALL)
         if len({*pair}) == 2 and "EasyCache" not in pair and pair != ("Dynamic CFG", "Precision")
     ],
@@ -322,6 +328,7 @@ def test_convolutions_as_products(
     assert relative(picture, known.reference(other, products)) < SAME
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("order", ["compiled last", "compiled first"])
 def test_graphs_of_a_compiled_model(tiny: TinyUNet, techniques: dict[str, Technique], order: str) -> None:
     """A whole-model graph for full steps and one for cached steps; Dynamic CFG adds one of each with half the rows."""
@@ -355,6 +362,7 @@ def _sdpa(model: Any) -> Any:
     return clone
 
 
+@pytest.mark.full
 def test_with_the_node_itself(tiny: TinyUNet, techniques: dict[str, Technique]) -> None:
     """TorchCompileModel as a user has it: generated code."""
     deepcache = techniques["DeepCache"].node

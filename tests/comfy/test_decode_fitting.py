@@ -190,6 +190,7 @@ def test_cancel_between_pictures_leaves_nothing(decoding, vae, comfy):
     assert decoding.decode(vae, latent(), decoding.DecodeConfig()).images.shape == (1, 64, 64, 3)
 
 
+@pytest.mark.full
 def test_fp16_that_overflows_ends_in_a_safer_precision_and_is_remembered(decoding, engine, vae):
     """Weights as SDXL's own VAE has them: activations beyond fp16's range, fine in bf16 and fp32."""
     import comfy.sd

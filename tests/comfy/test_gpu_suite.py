@@ -72,6 +72,7 @@ def suite(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
 
 
+@pytest.mark.full
 @pytest.mark.timeout(2400)
 def test_the_whole_suite_runs_from_end_to_end(comfy: ModuleType, tmp_path: Path) -> None:
     done = suite(tmp_path, "--minutes", "35")

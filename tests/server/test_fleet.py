@@ -184,6 +184,7 @@ def one_machine(url: str, prompts: Path, checkpoint: str) -> list[bytes]:
     return asyncio.run(run())
 
 
+@pytest.mark.full
 def test_a_fleet_that_is_interrupted_and_whose_workers_are_killed_loses_nothing(
     server, fleet, prompts, tmp_path, demo_checkpoint
 ):

@@ -37,7 +37,19 @@ def models(server, vega_checkpoint, taesd_files) -> ModelChoice:
     return choice
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+# Of every day: each node and technique once.
+EVERYDAY = {
+    "txt2img-default", "profile-nvtx", "sd15-cpu-onnxruntime", "sd15-controlnet", "sd15-lora-stack", "xy-grid",
+    "sdxl-fastest-deepcache", "sdxl-under-8gb", "sdxl-vae-tiling", "sdxl-staged-batch", "sdxl-refiner-ensemble",
+    "sdxl-tensorrt",
+}  # fmt: skip
+
+
+def _tiered(scenario):
+    return pytest.param(scenario, id=scenario.id, marks=() if scenario.id in EVERYDAY else pytest.mark.full)
+
+
+@pytest.mark.parametrize("scenario", map(_tiered, SCENARIOS.values()))
 def test_every_scenario_runs_small(server, models, scenario, tmp_path):
     """A scenario whose package is not there says which one, and how to get it."""
 

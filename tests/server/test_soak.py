@@ -79,6 +79,7 @@ def info(soaked):
     return soaked.get("/object_info")
 
 
+@pytest.mark.full
 def test_random_prompts_leave_nothing_and_give_the_same_bits_in_a_fresh_process(soaked, start, kit, tmp_path):
     told = []
     tally = soak.soak(soaked.url, kit, PROMPTS, SEED, told.append)
