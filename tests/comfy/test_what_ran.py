@@ -41,7 +41,7 @@ def guided(engine: Any, tiny: Any) -> Callable[..., Any]:
     import comfy.samplers
     import torch
 
-    trace, nvtx, clock = (engine(f"profiling.{name}") for name in ("trace", "nvtx", "clock"))
+    trace, nvtx, clock = (engine(f"measure.{name}") for name in ("trace", "nvtx", "clock"))
 
     def run(model: Any, sigmas: Any, sampler: Any = None) -> Any:
         seen = trace.SamplingTrace(clock.clock_for(model.load_device), nvtx.emitter(False))
