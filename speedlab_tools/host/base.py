@@ -39,12 +39,9 @@ class Host:
     @property
     def remedy(self) -> str:
         """What to do where a package of this host is damaged."""
-        if not self.managed:
-            return f"Repair the packages of {self.python}, or add --managed to use a ComfyUI of this pack's own."
-        return (
-            f"If a package is damaged, delete {self.python.parents[1]} and run `python run.py setup`: it installs all "
-            "packages anew."
-        )
+        if self.managed:
+            return f"If a package is damaged, delete {self.python.parents[1]} and run `python run.py setup`."
+        return f"If a package is damaged, repair it with {self.python} -m pip, or use --managed."
 
 
 def pack_root() -> Path:

@@ -60,8 +60,7 @@ class StagedEnvironment:
 
     def missing(self) -> str:
         """Why the set-up is not complete, "" where it is. Changes nothing."""
-        reasons = ((stage, self._reason(stage)) for stage in self.stages())
-        return next((f"{stage.title}: {reason}" for stage, reason in reasons if reason), "")
+        return next((f"{stage.title}: {reason}" for stage in self.stages() if (reason := self._reason(stage))), "")
 
     def prepare(self) -> None:
         """Set up what is missing. Raises HostError with what to do; a later call continues where this one ended."""
@@ -91,8 +90,8 @@ class StagedEnvironment:
         def run(label: str) -> None:
             for info in (*self.environment.glob("lib/python*/site-packages/*.dist-info"),
                          *self.environment.glob("Lib/site-packages/*.dist-info")):  # fmt: skip
-                # pip writes RECORD last. A package without one was interrupted, but pip would take it for installed.
-                if not (info / "RECORD").is_file():
+                # pip writes INSTALLER last. A package without it was interrupted, but pip takes it for installed.
+                if not (info / "INSTALLER").is_file():
                     shutil.rmtree(info)
             self.pip(["install", *options, "--require-hashes", "-r", str(lock)], name, label, title)
 
@@ -190,7 +189,8 @@ def setup_lock(
     try:
         begun, say_at = time.monotonic(), 0.0
         while not _try_lock(descriptor):
-            owner, waited = _owner(path), time.monotonic() - begun
+            owner = f"process {path.read_text(encoding='ascii', errors='replace').strip() or 'unknown'}"
+            waited = time.monotonic() - begun
             if waited >= say_at:
                 say(f"Another set-up ({owner}) is at work in {path.parent}; waiting, {waited:.0f} s")
                 say_at = waited + 15.0
@@ -206,11 +206,6 @@ def setup_lock(
         yield () if sys.platform == "win32" else (descriptor,)
     finally:
         os.close(descriptor)  # which releases the lock, unless a child holds it too
-
-
-def _owner(path: Path) -> str:
-    text = path.read_text(encoding="ascii", errors="replace").strip()
-    return f"process {text}" if text.isdigit() else "another process"
 
 
 if sys.platform == "win32":

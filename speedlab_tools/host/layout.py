@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from .base import ServerError
@@ -26,7 +26,6 @@ def make_base(comfyui: Path, base: Path) -> None:
 
     Raises ServerError that names what cannot be made.
     """
-    target = base
     try:
         for name in (*(f"models/{kind}" for kind in KINDS), "input", "output", "temp", "user", "custom_nodes"):
             target = base / name
@@ -62,7 +61,8 @@ def link_pack(pack: Path, base: Path) -> Path:
     try:
         target.symlink_to(source, target_is_directory=True)
     except OSError:
-        if not _junction(target, source):
+        junction = ("cmd", "/c", "mklink", "/J", str(target), str(source))
+        if sys.platform != "win32" or subprocess.run(junction, capture_output=True).returncode != 0:
             _copy(source, target)
     return target
 
@@ -89,13 +89,6 @@ def _is_link(path: Path) -> bool:
         return bool(path.readlink())  # reads junctions too
     except OSError:
         return False
-
-
-def _junction(target: Path, source: Path) -> bool:
-    if sys.platform != "win32":
-        return False
-    command: Sequence[str] = ("cmd", "/c", "mklink", "/J", str(target), str(source))
-    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _copy(source: Path, target: Path) -> None:

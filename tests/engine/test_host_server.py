@@ -167,4 +167,4 @@ def test_torch_that_does_not_import_is_reported_with_a_remedy(tmp_path: Path, ma
     with pytest.raises(ServerError, match=r"libcudart\.so\.13") as caught:
         server.start()
     assert ("run `python run.py setup`" in str(caught.value)) is managed
-    assert ("add --managed" in str(caught.value)) is not managed
+    assert ("use --managed" in str(caught.value)) is not managed
