@@ -113,7 +113,8 @@ def usage() -> str:
         "  --managed       use this pack's own ComfyUI even where another would be found",
         "",
         "Without any of them: the ComfyUI whose custom_nodes holds this pack, else one that the first call sets up in",
-        f"{cache_root()} (about 6 GB; SPEEDLAB_CACHE moves it). A set-up that was interrupted goes on.",
+        f"{cache_root()} (about 6 GB; SPEEDLAB_CACHE moves it). A set-up that was interrupted goes on;",
+        "where a package is damaged, delete the folder venv there and run `python run.py setup`.",
     ]
     return "\n".join(lines)
 

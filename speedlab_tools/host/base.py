@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +26,22 @@ class ServerError(HostError):
 
 @dataclass(frozen=True)
 class Host:
-    """A ComfyUI and the interpreter that runs it.
+    """A ComfyUI (the folder with main.py) and the Python that runs it.
 
-    `comfyui` is the folder with main.py. `managed` says that this pack made both, in its cache folder. `origin`
-    says in words where they come from.
+    `managed` says that this pack made both, in its cache folder; `origin` says in words where they come from.
     """
 
     comfyui: Path
     python: Path
     managed: bool
     origin: str
+
+    @property
+    def remedy(self) -> str:
+        """What to do where a package of this host is damaged."""
+        if self.managed:
+            return f"If a package is damaged, delete {self.python.parents[1]} and run `python run.py setup`."
+        return f"If a package is damaged, repair it with {self.python} -m pip, or use --managed."
 
 
 def pack_root() -> Path:
@@ -54,19 +59,6 @@ def cache_root(env: Mapping[str, str] | None = None) -> Path:
     """The folder of everything this pack keeps outside its clone: SPEEDLAB_CACHE, else ~/.cache/speedlab."""
     chosen = (os.environ if env is None else env).get(CACHE_VARIABLE, "").strip()
     return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "speedlab"
-
-
-def require_writable(root: Path) -> None:
-    """Make `root` and write a byte there. Raises HostError that names the folder and SPEEDLAB_CACHE."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        raise HostError(
-            f"The cache folder {root} cannot be written ({error.strerror or error}). "
-            f"Set {CACHE_VARIABLE} to a folder that can."
-        ) from error
 
 
 def environment_python(folder: Path, windows: bool | None = None) -> Path:

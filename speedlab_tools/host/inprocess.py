@@ -62,13 +62,12 @@ def start(comfyui: Path, base: Path, wheels: Path | None = None, native_allocato
     that ComfyUI can choose its allocator as its `main.py` does, unless `native_allocator` asks for PyTorch's own.
     Raises SpeedLabError for packages that are missing.
     """
-    root = _ROOT
     for kind in ("checkpoints", "loras", "vae", "vae_approx"):
         (base / "models" / kind).mkdir(parents=True, exist_ok=True)
     for name in ("input", "output", "temp", "user"):
         (base / name).mkdir(exist_ok=True)
     # This pack's `nodes/` must not stand for ComfyUI's module of that name.
-    kept = [part for part in sys.path if Path(part or ".").resolve() != root]
+    kept = [part for part in sys.path if Path(part or ".").resolve() != _ROOT]
     sys.path[:] = [str(comfyui), *kept, *([str(wheels)] if wheels is not None else [])]
     _require_packages()
     sys.meta_path.append(_AbsentFinder(tuple(n for n in _UNUSED if importlib.util.find_spec(n) is None)))  # type: ignore[arg-type]

@@ -6,49 +6,36 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from .base import ServerError
 
 PACK_FOLDER = "ComfyUI-SpeedLab"
 KINDS = (
-    "checkpoints",
-    "configs",
-    "loras",
-    "vae",
-    "vae_approx",
-    "text_encoders",
-    "diffusion_models",
-    "clip_vision",
-    "controlnet",
-    "embeddings",
-    "upscale_models",
-)
+    "checkpoints", "configs", "loras", "vae", "vae_approx", "text_encoders", "diffusion_models", "clip_vision",
+    "controlnet", "embeddings", "upscale_models",
+)  # fmt: skip
 # Folder names of older trees, and the kind they hold today.
 _OLD_KINDS = {"clip": "text_encoders", "unet": "diffusion_models", "t2i_adapter": "controlnet"}
 _COPY_MARK = ".copied-by-speedlab"
 
 
-def make_base(base: Path) -> None:
-    """Make the folders ComfyUI expects in a base directory. Raises ServerError that names the one that fails."""
-    for name in (*(f"models/{kind}" for kind in KINDS), "input", "output", "temp", "user", "custom_nodes"):
-        folder = base / name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ServerError(f"The folder {folder} cannot be made ({error.strerror}).") from error
+def make_base(comfyui: Path, base: Path) -> None:
+    """Make a base directory: the folders ComfyUI expects, and the images it ships for Load Image.
 
-
-def bring_pictures(comfyui: Path, base: Path) -> None:
-    """Copy the pictures that ComfyUI ships for Load Image into the base directory's input, where they are missing."""
-    for picture in (comfyui / "input").glob("*.png"):
-        target = base / "input" / picture.name
-        if not target.exists():
-            try:
-                shutil.copyfile(picture, target)
-            except OSError as error:
-                raise ServerError(f"The file {target} cannot be written ({error.strerror}).") from error
+    Raises ServerError that names what cannot be made.
+    """
+    try:
+        for name in (*(f"models/{kind}" for kind in KINDS), "input", "output", "temp", "user", "custom_nodes"):
+            target = base / name
+            target.mkdir(parents=True, exist_ok=True)
+        for image in (comfyui / "input").glob("*.png"):
+            target = base / "input" / image.name
+            if not target.exists():
+                shutil.copyfile(image, target)
+    except OSError as error:
+        raise ServerError(f"{target} cannot be made ({error.strerror}).") from error
 
 
 def link_pack(pack: Path, base: Path) -> Path:
@@ -62,8 +49,9 @@ def link_pack(pack: Path, base: Path) -> Path:
         if entry.resolve() == source:
             return entry
     target = nodes / PACK_FOLDER
-    if target.is_symlink() or _is_junction(target):
-        _unlink(target)
+    if _is_link(target):
+        # On Windows a link to a folder goes like a folder; what it points to stays.
+        target.rmdir() if sys.platform == "win32" else target.unlink()
     elif (target / _COPY_MARK).is_file():
         shutil.rmtree(target)
     elif target.exists():
@@ -73,7 +61,8 @@ def link_pack(pack: Path, base: Path) -> Path:
     try:
         target.symlink_to(source, target_is_directory=True)
     except OSError:
-        if not _junction(target, source):
+        junction = ("cmd", "/c", "mklink", "/J", str(target), str(source))
+        if sys.platform != "win32" or subprocess.run(junction, capture_output=True).returncode != 0:
             _copy(source, target)
     return target
 
@@ -95,27 +84,11 @@ def _kinds_of(tree: Path) -> dict[str, str]:
     return {kind: "\n".join(paths) for kind, paths in folders.items()}
 
 
-def _is_junction(path: Path) -> bool:
-    if sys.platform != "win32":
-        return False
+def _is_link(path: Path) -> bool:
     try:
-        return bool(path.readlink())
+        return bool(path.readlink())  # reads junctions too
     except OSError:
         return False
-
-
-def _unlink(path: Path) -> None:
-    if sys.platform == "win32":
-        path.rmdir()  # takes a junction or a link to a folder away and leaves what it points to
-    else:
-        path.unlink()
-
-
-def _junction(target: Path, source: Path) -> bool:
-    if sys.platform != "win32":
-        return False
-    command: Sequence[str] = ("cmd", "/c", "mklink", "/J", str(target), str(source))
-    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import queue
+import contextlib
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TextIO
+from typing import TextIO
 
-UNITS = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+_SIZED = re.compile(r"^\s*(?:Downloading|Using cached) \S+ \(([\d.]+) (B|kB|MB|GB)\)", re.MULTILINE)
+_UNITS = {"B": 1e-9, "kB": 1e-6, "MB": 1e-3, "GB": 1.0}
+_AT_HAND = re.compile(r"^(?:Collecting|Installing collected packages:|\s*Building wheel for) .+", re.MULTILINE)
 
 
 class Reporter:
@@ -48,48 +47,16 @@ class Reporter:
         self.stream.flush()
 
 
-class PipDigest:
-    """Boils pip's lines down to one: how much was fetched, and what is at hand."""
-
-    _SIZED = re.compile(r"^\s*(?:Downloading|Using cached) (\S+?)(?:\.metadata)? \(([\d.]+) (B|kB|KB|MB|GB)\)")
-    _INSTALLING = re.compile(r"^Installing collected packages: (.+)")
-    _BUILDING = re.compile(r"^\s*Building wheel for (\S+)")
-
-    def __init__(self) -> None:
-        self.fetched_bytes = 0.0
-        self.now = "starting"
-        self._unpacking = False
-
-    def feed(self, line: str) -> None:
-        sized = self._SIZED.match(line)
-        if sized:
-            self.fetched_bytes += float(sized[2]) * UNITS[sized[3]]
-            self.now = "fetching " + sized[1].rsplit("/", 1)[-1].split("-")[0]
-        elif line.startswith("Collecting "):
-            self.now = "fetching " + re.split(r"[<>=!~;\[ ]", line[11:], maxsplit=1)[0]
-        elif found := self._INSTALLING.match(line):
-            self.now = f"unpacking {found[1].count(',') + 1} packages"
-            self._unpacking = True
-        elif found := self._BUILDING.match(line):
-            self.now = f"building {found[1]}"
-
-    def __str__(self) -> str:
-        if self.fetched_bytes < 1e6:
-            return self.now
-        amount = f"{self.fetched_bytes / 1e9:.2f} GB"
-        return f"{self.now} ({amount} packed)" if self._unpacking else f"{self.now}, {amount} so far"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended: its exit code and its last lines."""
-
-    code: int
-    lines: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
+def pip_status(output: str) -> str:
+    """What pip is at, in a few words: the last package it began, and how much it has fetched."""
+    found = _AT_HAND.findall(output)
+    last = found[-1].strip() if found else "starting"
+    if last.startswith("Collecting "):
+        last = "fetching " + re.split(r"[<>=!~;\[ ]", last.removeprefix("Collecting "), maxsplit=1)[0]
+    elif last.startswith("Installing "):
+        last = f"unpacking {last.count(',') + 1} packages"
+    fetched_gb = sum(float(amount) * _UNITS[unit] for amount, unit in _SIZED.findall(output))
+    return f"{last}, {fetched_gb:.2f} GB so far" if fetched_gb >= 0.01 else last
 
 
 def run_logged(
@@ -100,83 +67,38 @@ def run_logged(
     label: str,
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
-    digest: PipDigest | None = None,
-) -> Outcome:
-    """Run a command to its end, all output to `log`, a sign of life to the reporter. An interrupt ends the command."""
-    status = PipDigest() if digest is None else digest
+) -> tuple[int, str]:
+    """Run a command to its end, its output to `log`, with signs of life. Returns its exit code and output.
+
+    An interrupt ends the command too.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    begun = shown = time.monotonic()
-    free_before = shutil.disk_usage(log.parent).free
-    last: deque[str] = deque(maxlen=60)
-    with log.open("w", encoding="utf-8", errors="replace") as sink:
-        sink.write("$ " + " ".join(command) + "\n")
+    begun, free_before = time.monotonic(), shutil.disk_usage(log.parent).free
+    with log.open("wb") as sink:
         process = subprocess.Popen(
             list(command),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=sink,
             stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
             env=None if env is None else dict(env),
-            pass_fds=tuple(pass_fds) if sys.platform != "win32" else (),
+            pass_fds=tuple(pass_fds),
         )
-        try:
-            for line in _lines(process, tick_s=min(reporter.interval_s, 0.5)):
-                if line is not None:
-                    sink.write(line)
-                    last.append(line.rstrip())
-                    status.feed(line)
-                now = time.monotonic()
-                if now - shown >= reporter.interval_s:
-                    written = free_before - shutil.disk_usage(log.parent).free
-                    disk = f", {written / 1e9:.2f} GB written" if written > 1e7 else ""
-                    reporter.alive(f"{label}: {status}{disk}, {now - begun:.0f} s")
-                    shown = now
-            return Outcome(process.wait(), tuple(last))
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+    try:
+        while True:
+            try:
+                return process.wait(reporter.interval_s), _text(log)
+            except subprocess.TimeoutExpired:
+                written = (free_before - shutil.disk_usage(log.parent).free) / 1e9
+                disk = f", {written:.2f} GB written" if written > 0.01 else ""
+                reporter.alive(f"{label}: {pip_status(_text(log))}{disk}, {time.monotonic() - begun:.0f} s")
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+            process.wait()
 
 
-def _lines(process: subprocess.Popen[str], tick_s: float) -> _LineSource:
-    assert process.stdout is not None
-    return _LineSource(process.stdout, tick_s)
-
-
-class _LineSource:
-    """The lines of a stream, and None whenever none came for `tick_s`: reading blocks, a sign of life must not."""
-
-    def __init__(self, stream: IO[str], tick_s: float) -> None:
-        self._queue: queue.Queue[str | None] = queue.Queue()
-        self._tick_s = tick_s
-        self._ended = False
-        threading.Thread(target=self._read, args=(stream, self._queue.put), daemon=True).start()
-
-    @staticmethod
-    def _read(stream: IO[str], put: Callable[[str | None], None]) -> None:
-        try:
-            for line in stream:
-                put(line)
-        finally:
-            put(None)
-
-    def __iter__(self) -> _LineSource:
-        return self
-
-    def __next__(self) -> str | None:
-        if self._ended:
-            raise StopIteration
-        try:
-            line = self._queue.get(timeout=self._tick_s)
-        except queue.Empty:
-            return None
-        if line is None:
-            self._ended = True
-            raise StopIteration
-        return line
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")

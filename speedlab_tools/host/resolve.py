@@ -1,7 +1,4 @@
-"""Which requirements an interpreter lacks. Asked in a process of its own, so that any Python can answer.
-
-Which ComfyUI to use: the one asked for, the one this pack lies in, else a managed one.
-"""
+"""Which ComfyUI to use: the one asked for, the one this pack lies in, else a managed one."""
 
 from __future__ import annotations
 
@@ -10,16 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from .base import COMFYUI_VARIABLE, Host, HostError, cache_root, is_comfyui, pack_locations, pack_root
 from .managed import ManagedHost, ManagedSpec
-from .packages import quoted, requirement_lines, requirement_name
+from .packages import quoted, requirement_lines
 from .progress import Reporter
 
-# Runs in the other interpreter. `packaging`, or the one inside pip, reads versions and markers; without both, a
-# requirement with a marker is taken as met and one with a version is looked up by name.
+# Runs in the other interpreter, which reads versions and markers with `packaging` or the copy of it inside pip.
 _SCRIPT = """
 import importlib.metadata, json, sys
 try:
@@ -28,64 +23,46 @@ except ImportError:
     try:
         from pip._vendor.packaging.requirements import Requirement
     except ImportError:
-        Requirement = None
-answers = []
-for line, name, strict in json.load(sys.stdin):
+        sys.exit("it has neither pip nor packaging, install one of them")
+lines, strict = json.load(sys.stdin)
+lacks = {}
+for line in lines:
+    wanted = Requirement(line)
+    if wanted.marker and not wanted.marker.evaluate():
+        continue
     try:
-        have = importlib.metadata.version(name)
+        have = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
         have = None
-    wanted = Requirement(line) if Requirement else None
-    if (wanted.marker and not wanted.marker.evaluate()) if wanted else ";" in line:
-        answers.append("")
-    elif not have:
-        answers.append("missing")
-    elif strict and wanted and not wanted.specifier.contains(have, prereleases=True):
-        answers.append("has " + have)
-    else:
-        answers.append("")
-json.dump(answers, sys.stdout)
+    if not have:
+        lacks[line] = "missing"
+    elif strict and not wanted.specifier.contains(have, prereleases=True):
+        lacks[line] = "has " + have
+json.dump(lacks, sys.stdout)
 """
 
 
-@dataclass(frozen=True)
-class Lack:
-    """A requirement that an interpreter does not meet, and in what way ("missing" or "has 1.2")."""
+def lacking(python: Path, requirements: Sequence[str], *, strict: bool) -> dict[str, str]:
+    """The requirements that `python` does not meet, each with "missing" or "has VERSION".
 
-    requirement: str
-    state: str
-
-    def __str__(self) -> str:
-        return f"{self.requirement} ({self.state})"
-
-
-def lacking(python: Path, requirements: Sequence[str], *, strict: bool) -> list[Lack]:
-    """The requirements that `python` does not meet; `strict` compares versions too, not only names.
-
-    Raises HostError where the interpreter does not answer.
+    `strict` compares versions too, not only names. Raises HostError where the interpreter does not answer.
     """
-    asked = [(line, requirement_name(line), strict) for line in requirements]
+    asked = json.dumps([list(requirements), strict])
     try:
-        answer = subprocess.run(
-            [str(python), "-c", _SCRIPT], input=json.dumps(asked), capture_output=True, text=True, timeout=120
-        )
+        answer = subprocess.run([str(python), "-c", _SCRIPT], input=asked, capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HostError(f"{python} does not run ({error}).") from error
     if answer.returncode != 0:
         last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
         raise HostError(f"{python} could not say which packages it has: {last}")
-    return [Lack(line, state) for (line, _, _), state in zip(asked, json.loads(answer.stdout), strict=True) if state]
+    lacks: dict[str, str] = json.loads(answer.stdout)
+    return lacks
 
 
 def own_interpreter(comfyui: Path) -> Path | None:
     """The interpreter that a ComfyUI brings along: a venv in its folder, or the portable Windows build's."""
-    candidates = (
-        comfyui / "venv" / "bin" / "python",
-        comfyui / ".venv" / "bin" / "python",
-        comfyui / "venv" / "Scripts" / "python.exe",
-        comfyui / ".venv" / "Scripts" / "python.exe",
-        comfyui.parent / "python_embeded" / "python.exe",  # their spelling
-    )
+    scripts = ("venv/bin/python", ".venv/bin/python", "venv/Scripts/python.exe", ".venv/Scripts/python.exe")
+    candidates = [*(comfyui / script for script in scripts), comfyui.parent / "python_embeded" / "python.exe"]
     return next((path for path in candidates if path.exists()), None)
 
 
@@ -147,7 +124,7 @@ def _require_packages(host: Host, want_dev: bool, install: bool, reporter: Repor
     lacks = _lacks(host, want_dev)
     if not lacks:
         return
-    command = [str(host.python), "-m", "pip", "install", *(lack.requirement for lack in lacks)]
+    command = [str(host.python), "-m", "pip", "install", *lacks]
     if not install:
         raise HostError(_explain(host, lacks, command))
     reporter.line(f"Installing {len(lacks)} packages, as --install says: {quoted(command)}")
@@ -155,37 +132,32 @@ def _require_packages(host: Host, want_dev: bool, install: bool, reporter: Repor
         raise HostError(f"That command failed; pip says why above: {quoted(command)}")
     left = _lacks(host, want_dev)
     if left:
-        raise HostError(f"{host.python} still lacks {', '.join(map(str, left))}. Install them by hand.")
+        raise HostError(f"{host.python} still lacks {_in_words(left)}. Install them by hand.")
 
 
-def _lacks(host: Host, want_dev: bool) -> list[Lack]:
+def _lacks(host: Host, want_dev: bool) -> dict[str, str]:
     own = [pack_root() / "requirements.txt", *([pack_root() / "requirements-dev.txt"] if want_dev else [])]
     theirs = host.comfyui / "requirements.txt"
     # Versions of ComfyUI's own packages are the user's business: a newer frontend, say, is no fault.
     lines = requirement_lines(theirs.read_text(encoding="utf-8")) if theirs.is_file() else ["torch"]
     lacks = lacking(host.python, lines, strict=False)
     for path in own:
-        lacks += lacking(host.python, requirement_lines(path.read_text(encoding="utf-8")), strict=True)
-    return list({lack.requirement: lack for lack in lacks}.values())
+        lacks |= lacking(host.python, requirement_lines(path.read_text(encoding="utf-8")), strict=True)
+    return lacks
 
 
-def _explain(host: Host, lacks: Sequence[Lack], command: Sequence[str]) -> str:
-    text = [
-        f"{host.python} cannot run ComfyUI at {host.comfyui} ({host.origin}): it lacks {', '.join(map(str, lacks))}."
-    ]
+def _in_words(lacks: Mapping[str, str]) -> str:
+    return ", ".join(f"{requirement} ({state})" for requirement, state in lacks.items())
+
+
+def _explain(host: Host, lacks: Mapping[str, str], command: Sequence[str]) -> str:
+    text = [f"{host.python} cannot run ComfyUI at {host.comfyui} ({host.origin}): it lacks {_in_words(lacks)}."]
     other = own_interpreter(host.comfyui)
-    if other is not None and not _same(other, host.python):
-        text.append(f"That ComfyUI has an interpreter of its own; with it: {quoted([str(other), *_called()])}")
+    # Not resolved: the python of every environment links to the same base.
+    if other is not None and os.path.normcase(other.absolute()) != os.path.normcase(host.python.absolute()):
+        command_there = quoted([str(other), str(pack_root() / "run.py"), *sys.argv[1:]])
+        text.append(f"That ComfyUI has an interpreter of its own; with it: {command_there}")
     text.append(f"Install them yourself:  {quoted(command)}")
     text.append("or let this command do it: add --install")
     text.append("or use a ComfyUI of this pack's own, apart from yours: add --managed")
     return "\n  ".join(text)
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two paths are one interpreter. Not resolved: every environment's python links to the same base."""
-    return os.path.normcase(one.absolute()) == os.path.normcase(other.absolute())
-
-
-def _called() -> list[str]:
-    return [str(pack_root() / "run.py"), *sys.argv[1:]]

@@ -1,35 +1,28 @@
-"""A real ComfyUI server process with this pack loaded, on 127.0.0.1, that never outlives its owner.
-
-What a ComfyUI and its Python can do, found by looking: command line flags, and whether torch sees a device.
-
-Ports on this machine's own address.
-"""
+"""A real ComfyUI server process with this pack loaded, on 127.0.0.1, that never outlives its owner."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from . import layout, watchdog
 from .base import Host, ServerError, child_environment
 
+ADDRESS = "127.0.0.1"
 _TAKEN = ("address already in use", "only one usage of each socket address")
-_DEVICE_FLAGS = ("--cpu", "--directml")
 
 
 class ComfyServer:
@@ -80,9 +73,7 @@ class ComfyServer:
     def __enter__(self) -> ComfyServer:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.stop()
 
     def start(self) -> ComfyServer:
@@ -91,8 +82,7 @@ class ComfyServer:
             raise ServerError(f"This server already runs at {self.url}.")
         if self._port_given:
             require_free(self.port)
-        layout.make_base(self.base)
-        layout.bring_pictures(self.host.comfyui, self.base)
+        layout.make_base(self.host.comfyui, self.base)
         layout.link_pack(self.pack, self.base)
         arguments = self._arguments()
         for attempt in range(3):
@@ -120,7 +110,9 @@ class ComfyServer:
             if process.poll() is None:
                 _ask_to_end(process)
         finally:
-            _kill_tree(process)
+            if sys.platform != "win32" or process.poll() is None:
+                watchdog.kill_tree(process.pid)
+            process.wait()
             self._dismiss_watchdog()
 
     def system_stats(self, timeout_s: float = 5.0) -> dict[str, Any]:
@@ -167,9 +159,9 @@ class ComfyServer:
         return trees
 
     def _wants_cpu(self) -> bool:
-        if any(argument in _DEVICE_FLAGS for argument in self.extra_args):
+        if any(argument in ("--cpu", "--directml") for argument in self.extra_args):
             return False
-        return not has_device(self.host.python, self.env) if self.cpu is None else self.cpu
+        return not _has_device(self.host, tuple(sorted(self.env.items()))) if self.cpu is None else self.cpu
 
     def _launch(self, arguments: Sequence[str]) -> None:
         command = [str(self.host.python), str(self.host.comfyui / "main.py"), *arguments]
@@ -213,11 +205,10 @@ class ComfyServer:
 
     def _report(self, what: str) -> str:
         lines = "\n".join("  " + line for line in self.tail(30)) or "  (nothing)"
-        return f"{what}. Its log {self.log_path} ends with\n{lines}"
+        return f"{what}. Its log {self.log_path} ends with\n{lines}\n{self.host.remedy}"
 
     def _port_was_taken(self) -> bool:
-        text = "\n".join(self.tail(40)).lower()
-        return any(sign in text for sign in _TAKEN)
+        return any(sign in line.lower() for line in self.tail(40) for sign in _TAKEN)
 
     def _dismiss_watchdog(self) -> None:
         guard, self._watchdog = self._watchdog, None
@@ -250,17 +241,6 @@ def _ask_to_end(process: subprocess.Popen[bytes]) -> None:
             return
 
 
-def _kill_tree(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of the process and of its children."""
-    if sys.platform == "win32":
-        if process.poll() is None:
-            subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True)
-    else:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 _DEVICE_SCRIPT = """
 import importlib.util, torch
 for extension in ("torch_npu", "torch_mlu"):
@@ -285,42 +265,24 @@ def flags(comfyui: Path) -> frozenset[str]:
     return frozenset(re.findall(r"""["'](--[a-z0-9][a-z0-9_-]*)["']""", text))
 
 
-def has_device(python: Path, env: Mapping[str, str]) -> bool:
-    """Whether torch in that Python sees a device besides the CPU. Raises ServerError where torch does not import.
-
-    Asked in a process of its own, which takes a second or two, and then remembered.
-    """
-    visible = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR")
-    key = (python, *(env.get(name) for name in visible))
-    if key not in _KNOWN:
-        _KNOWN[key] = _run_device_script(python, env)
-    return _KNOWN[key]
-
-
-_KNOWN: dict[tuple[Path | str | None, ...], bool] = {}
-
-
-def _run_device_script(python: Path, env: Mapping[str, str]) -> bool:
+@functools.cache
+def _has_device(host: Host, env: tuple[tuple[str, str], ...]) -> bool:
+    """Whether torch sees a device besides the CPU, asked in a process of its own. Raises ServerError without torch."""
+    command = [str(host.python), "-c", _DEVICE_SCRIPT]
     try:
-        answer = subprocess.run(
-            [str(python), "-c", _DEVICE_SCRIPT], capture_output=True, text=True, timeout=180, env=dict(env)
-        )
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=180, env=dict(env))
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ServerError(f"{python} does not run ({error}).") from error
+        raise ServerError(f"{host.python} does not run ({error}). {host.remedy}") from error
     line = next((line for line in answer.stdout.splitlines() if line.startswith("devices:")), None)
     if answer.returncode != 0 or line is None:
-        last = "\n".join("  " + text for text in answer.stderr.strip().splitlines()[-5:])
-        raise ServerError(f"torch does not import in {python}:\n{last or '  no message'}")
+        last = "\n".join("  " + text for text in answer.stderr.strip().splitlines()[-5:]) or "  no message"
+        raise ServerError(f"torch does not import in {host.python}:\n{last}\n{host.remedy}")
     return line != "devices:"
-
-
-ADDRESS = "127.0.0.1"
 
 
 def free_port() -> int:
     """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
+    with socket.create_server((ADDRESS, 0)) as probe:
         return int(probe.getsockname()[1])
 
 
@@ -332,15 +294,9 @@ def require_free(port: int) -> None:
         probe.settimeout(1.0)
         if probe.connect_ex((ADDRESS, port)) == 0:
             raise ServerError(f"Port {port} is in use by another program. Close that one or choose another port.")
-    with socket.socket() as probe:
-        # A server that has just ended must not count; on Windows the same option would allow to steal a port.
-        if sys.platform == "win32":
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((ADDRESS, port))
-        except OSError as error:
-            raise ServerError(
-                f"Port {port} cannot be used ({error.strerror}). Close the program that has it or choose another port."
-            ) from error
+    try:
+        socket.create_server((ADDRESS, port)).close()
+    except OSError as error:
+        raise ServerError(
+            f"Port {port} cannot be used ({error.strerror}). Close the program that has it or choose another port."
+        ) from error

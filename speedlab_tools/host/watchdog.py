@@ -15,22 +15,22 @@ import sys
 import time
 
 
-def end_tree(pid: int) -> None:
-    """End a process and its children: asked first, then killed. On POSIX `pid` leads a process group."""
+def kill_tree(pid: int, patience_s: float = 0.0) -> None:
+    """Kill a process and its children, on POSIX a process group; with patience they are asked to end first."""
     if sys.platform == "win32":
         subprocess.run(["taskkill", "/T", "/F", "/PID", str(pid)], capture_output=True)
         return
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, sign)
-            time.sleep(3 if sign == signal.SIGTERM else 0)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if patience_s:
+            os.killpg(pid, signal.SIGTERM)
+            time.sleep(patience_s)
+        os.killpg(pid, signal.SIGKILL)
 
 
 def main() -> int:
-    if hasattr(signal, "SIGINT"):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.stdin.read().strip() != "done":
-        end_tree(int(sys.argv[1]))
+        kill_tree(int(sys.argv[1]), patience_s=3)
     return 0
 
 

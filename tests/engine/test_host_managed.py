@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import importlib.metadata
 import io
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import zipfile
@@ -17,12 +19,21 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from speedlab_tools.host import HostError, from_environment, pack_root, packages, resolve, staged
+from speedlab_tools.host import (
+    ComfyServer,
+    HostError,
+    ServerError,
+    environment,
+    from_environment,
+    pack_root,
+    packages,
+    resolve,
+)
 from speedlab_tools.host import resolve as resolve_function
-from speedlab_tools.host.base import environment_python, require_writable
-from speedlab_tools.host.managed import ManagedHost, ManagedSpec
-from speedlab_tools.host.nexfort import NexfortEnvironment
+from speedlab_tools.host.base import environment_python
+from speedlab_tools.host.managed import ManagedHost, ManagedSpec, NexfortEnvironment
 from speedlab_tools.host.progress import Reporter
 
 TREE = {
@@ -33,6 +44,7 @@ TREE = {
 }
 HOST = ("sl-torch==1.0", "sl-vision==1.0", "sl-theirs==1.0", "sl-own==1.0")
 STAGES = ["environment", "comfyui", "packages", "test-packages"]
+NOWHERE = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
 
 
 def build_wheel(folder: Path, name: str, version: str = "1.0", files: Mapping[str, str] | None = None) -> Path:
@@ -64,6 +76,15 @@ def write_lock(path: Path, index: Path, *packages: str, sha256: str = "") -> Pat
     return path
 
 
+def site_packages(venv: Path) -> Path:
+    return next(path for pattern in ("lib/python*", "Lib") for path in venv.glob(f"{pattern}/site-packages"))
+
+
+def versions(folder: Path) -> dict[str, str]:
+    """What a site-packages folder holds, by name, as Python itself reads it."""
+    return {found.metadata["Name"]: found.version for found in importlib.metadata.distributions(path=[str(folder)])}
+
+
 @dataclasses.dataclass
 class Site:
     """A set-up in a temporary folder: its spec, where its wheels come from, and what it said last."""
@@ -88,9 +109,7 @@ class Site:
         return [name for name in STAGES if self._stamp(name) != before[name]]
 
     def site_packages(self) -> Path:
-        found = packages.site_packages(self.root / "venv")
-        assert found is not None
-        return found
+        return site_packages(self.root / "venv")
 
     def _stamp(self, name: str) -> int:
         path = self.root / "stamps" / f"{name}.json"
@@ -157,21 +176,21 @@ def test_onediffs_environment_is_set_up_by_the_same_stages(
     use(monkeypatch, {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull})
     stream = io.StringIO()
 
-    def environment(*lines: str) -> NexfortEnvironment:
+    def onediff(*lines: str) -> NexfortEnvironment:
         lock = write_lock(tmp_path / "lock.txt", index, *lines)
         return NexfortEnvironment(tmp_path / "onediff", lock=lock, reporter=Reporter(stream))
 
     with pytest.raises(HostError, match=r"sl-torch==1\.0 \(for OneDiff and nexfort\)"):
-        environment("sl-torch==1.0", "sl-vision==1.0").prepare()
+        onediff("sl-torch==1.0", "sl-vision==1.0").prepare()
     use(monkeypatch, pip_settings(index))
-    environment("sl-torch==1.0", "sl-vision==1.0").prepare()
+    onediff("sl-torch==1.0", "sl-vision==1.0").prepare()
     assert "[1/2] Python environment: ready" in stream.getvalue(), "it went on where it had ended"
-    use(monkeypatch, {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"})
+    use(monkeypatch, NOWHERE)
     said = stream.getvalue()
-    environment("sl-torch==1.0", "sl-vision==1.0").prepare()
+    onediff("sl-torch==1.0", "sl-vision==1.0").prepare()
     assert stream.getvalue() == said
-    assert packages.installed(packages.site_packages(tmp_path / "onediff" / "venv"))["sl-torch"].version == "1.0"
-    assert environment("sl-torch==2.0").missing() == "OneDiff and nexfort: what it is made from has changed"
+    assert versions(site_packages(tmp_path / "onediff" / "venv"))["sl-torch"] == "1.0"
+    assert onediff("sl-torch==2.0").missing() == "OneDiff and nexfort: what it is made from has changed"
 
 
 def test_a_finished_set_up(made: Site) -> None:
@@ -180,13 +199,15 @@ def test_a_finished_set_up(made: Site) -> None:
     host = made.host().host()
     assert host.managed and host.python.exists() and (host.comfyui / "main.py").is_file()
     assert not (host.comfyui / "extra_model_paths.yaml").exists()
-    present = packages.installed(made.site_packages())
-    assert {"sl-torch", "sl-vision", "sl-theirs", "sl-own", "sl-dev"} <= set(present)
-    assert present["sl-torch"].version == "1.0"
+    assert (
+        dict.fromkeys(("sl-torch", "sl-vision", "sl-theirs", "sl-own", "sl-dev"), "1.0").items()
+        <= versions(made.site_packages()).items()
+    )
+    assert made.host().missing() == ""
 
 
 def test_the_second_time_nothing_happens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, {"PIP_INDEX_URL": "http://127.0.0.1:9/simple"})
+    use(monkeypatch, NOWHERE)
     assert site.host().missing() == ""
     assert site.ensure() == [] and site.said == ""
 
@@ -196,14 +217,15 @@ def test_a_new_lock_runs_its_own_stage_only(site: Site) -> None:
     assert site.ensure() == []
     write_lock(site.spec.test_lock, site.index, "sl-dev==1.0", "sl-more==1.0")
     assert site.ensure() == ["test-packages"]
-    assert "sl-more" in packages.installed(site.site_packages())
+    assert "sl-more" in versions(site.site_packages())
 
 
 def test_a_package_with_another_hash_is_refused(site: Site) -> None:
     write_lock(site.spec.test_lock, site.index, "sl-more==1.0", sha256="0" * 64)
-    with pytest.raises(HostError, match="packages of tests and checks"):
+    with pytest.raises(HostError, match=r"sl-more==1\.0 \(packages of tests and checks\) has sha256 [0-9a-f]{64}"):
         site.ensure()
-    assert "sl-more" not in packages.installed(site.site_packages())
+    assert "sl-more" not in versions(site.site_packages())
+    assert site.host().missing() == "packages of tests and checks: not done yet"
 
 
 def test_a_demo_needs_no_test_package(site: Site, tmp_path: Path) -> None:
@@ -219,13 +241,11 @@ def missing_of(lock: str, requirements: str) -> list[str]:
     locked: dict[str, list[str]] = {}
     for line in packages.requirement_lines((pack_root() / "locks" / lock).read_text()):
         name, version = line.split()[0].split("==")
-        locked.setdefault(packages.normalise(name), []).append(version)
+        locked.setdefault(canonicalize_name(name), []).append(version)
     wanted = {line: Requirement(line) for line in packages.requirement_lines(requirements)}
-    versions = {line: locked.get(packages.normalise(one.name), []) for line, one in wanted.items()}
+    found = {line: locked.get(canonicalize_name(one.name), []) for line, one in wanted.items()}
     return [
-        line
-        for line, one in wanted.items()
-        if not versions[line] or not all(map(one.specifier.contains, versions[line]))
+        line for line, one in wanted.items() if not found[line] or not all(map(one.specifier.contains, found[line]))
     ]
 
 
@@ -251,28 +271,27 @@ def test_the_lock_holds_what_the_managed_comfyui_asks_for() -> None:
     assert missing_of("host.txt", (host.comfyui / "requirements.txt").read_text()) == []
 
 
-def _drop_environment(site: Site) -> None:
+def _drop_python(site: Site) -> None:
     environment_python(site.root / "venv").unlink()
 
 
-def _drop_package_file(site: Site) -> None:
+def _drop_environment(site: Site) -> None:
+    """What errors tell the user to do where a package is damaged."""
     (site.site_packages() / "sl_vision.py").unlink()
-
-
-def _cut_package_file(site: Site) -> None:
     (site.site_packages() / "sl_theirs.py").write_text("")
+    shutil.rmtree(site.root / "venv")
 
 
-def _drop_package_record(site: Site) -> None:
-    (site.site_packages() / "sl_dev-1.0.dist-info" / "RECORD").unlink()
+def _drop_stamp(site: Site) -> None:
+    (site.root / "stamps" / "packages.json").unlink()
 
 
-def _drop_source_file(site: Site) -> None:
-    (site.root / "comfyui" / "comfy" / "__init__.py").unlink()
+def _drop_main(site: Site) -> None:
+    (site.root / "comfyui" / "main.py").unlink()
 
 
-def _cut_source_and_wheel(site: Site) -> None:
-    (site.root / "comfyui" / "main.py").write_text("x")
+def _drop_source_and_cut_wheel(site: Site) -> None:
+    shutil.rmtree(site.root / "comfyui")
     kept = next((site.root / "downloads").glob("*.whl"))
     kept.write_bytes(kept.read_bytes()[:-100])
 
@@ -280,61 +299,93 @@ def _cut_source_and_wheel(site: Site) -> None:
 def _drop_source(site: Site) -> None:
     shutil.rmtree(site.root / "comfyui")
     shutil.rmtree(site.root / "downloads")
-    (site.root / "comfyui.new-1" / "half").mkdir(parents=True)
+    (site.root / "comfyui.new" / "half").mkdir(parents=True)
 
 
 @pytest.mark.parametrize(
     ("damage", "stages"),
     [
+        (_drop_python, ["environment", "packages", "test-packages"]),
         (_drop_environment, ["environment", "packages", "test-packages"]),
-        (_drop_package_file, ["packages"]),
-        (_cut_package_file, ["packages"]),
-        (_drop_package_record, ["test-packages"]),
-        (_drop_source_file, ["comfyui"]),
-        (_cut_source_and_wheel, ["comfyui"]),
+        (_drop_stamp, ["packages"]),
+        (_drop_main, ["comfyui"]),
+        (_drop_source_and_cut_wheel, ["comfyui"]),
         (_drop_source, ["comfyui"]),
     ],
 )
-def test_only_the_broken_stage_is_mended(site: Site, damage, stages: list[str]) -> None:
+def test_what_was_deleted_is_made_anew_and_the_rest_is_kept(site: Site, damage, stages: list[str]) -> None:
     damage(site)
     assert site.host().missing() != ""
     assert site.ensure() == stages
     assert site.host().missing() == ""
-    assert not list(site.root.glob("comfyui.new-*"))
+    assert (site.site_packages() / "sl_vision.py").read_text() == "version = '1.0'\n"
+    assert (site.site_packages() / "sl_theirs.py").read_text() == "version = '1.0'\n"
+    assert (site.root / "comfyui" / "main.py").is_file() and not (site.root / "comfyui.new").exists()
+
+
+def test_the_kept_wheel_is_unpacked_again_without_network(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, NOWHERE)
+    _drop_main(site)
+    assert site.ensure() == ["comfyui"]
+
+
+def test_a_new_environment_that_was_interrupted_still_lacks_its_packages(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(site.root / "venv")
+    use(monkeypatch, {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull})
+    with pytest.raises(HostError):
+        site.ensure()
+    assert site.host().missing() == "ComfyUI's packages: not done yet"
+    use(monkeypatch, pip_settings(site.index))
+    assert site.ensure() == ["packages", "test-packages"]
 
 
 def test_a_pip_killed_while_unpacking_is_not_believed(site: Site) -> None:
-    """What an ended pip leaves: files without a record, and no stamp."""
-    (site.root / "stamps" / "packages.json").unlink()
-    (site.site_packages() / "sl_torch-1.0.dist-info" / "RECORD").unlink()
+    """What an ended pip leaves: files, those of the wheel's dist-info too, but not what pip adds last; no stamp."""
+    _drop_stamp(site)
+    info = site.site_packages() / "sl_torch-1.0.dist-info"
+    (info / "INSTALLER").unlink()
+    assert (info / "METADATA").is_file() and (info / "RECORD").is_file()
     (site.site_packages() / "sl_torch.py").write_text("half")
     assert site.ensure() == ["packages"]
     assert (site.site_packages() / "sl_torch.py").read_text() == "version = '1.0'\n"
+    assert (info / "INSTALLER").is_file()
 
 
-def test_another_torch_is_put_back(site: Site, index: Path) -> None:
-    import subprocess
-
+def test_another_torch_is_put_back_once_the_stamp_is_deleted(site: Site) -> None:
     python = environment_python(site.root / "venv")
     subprocess.run([python, "-m", "pip", "install", "-q", "sl-torch==2.0"], check=True)
-    assert "sl-torch is 2.0 instead of 1.0" in site.host().missing()
+    _drop_stamp(site)
     assert site.ensure() == ["packages"]
-    assert packages.installed(site.site_packages())["sl-torch"].version == "1.0"
+    assert versions(site.site_packages())["sl-torch"] == "1.0"
 
 
-def test_a_wheel_with_another_sha256_is_refused(site: Site) -> None:
+def test_a_damaged_package_is_named_with_the_folder_to_delete(site: Site, tmp_path: Path) -> None:
+    """The set-up does not look into packages; the server that cannot import one says what to do."""
+    host = site.host().host()
+    (host.comfyui / "comfy" / "cli_args.py").write_text('parser.add_argument("--base-directory")\n')
+    for cpu, words in ((None, "torch does not import"), (True, "exit code 1")):
+        (host.comfyui / "main.py").write_text("import torch\n")
+        server = ComfyServer(host, pack=tmp_path, base=tmp_path / "base", cpu=cpu)
+        with pytest.raises(ServerError, match=words) as caught:
+            server.start()
+        assert "No module named 'torch'" in str(caught.value)
+        assert f"delete {site.root / 'venv'} and run `python run.py setup`" in str(caught.value)
+
+
+def test_a_wheel_with_another_sha256_is_refused(site: Site, made: Site) -> None:
     site.spec = dataclasses.replace(site.spec, wheel_sha256="0" * 64)
     with pytest.raises(HostError, match="sha256") as caught:
         site.ensure()
-    assert "sl-engine==1.0" in str(caught.value) and "0" * 64 in str(caught.value)
+    assert "sl-engine==1.0" in str(caught.value) and made.spec.wheel_sha256 in str(caught.value)
     assert not list((site.root / "downloads").glob("*.whl"))
     assert (site.root / "comfyui" / "main.py").is_file(), "what was there stays"
 
 
 def test_without_network_it_says_so_and_resumes(site: Site, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _drop_source(site)
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_CONFIG_FILE": os.devnull}
-    use(monkeypatch, nowhere)
+    use(monkeypatch, NOWHERE)
     with pytest.raises(HostError, match="Could not fetch sl-engine") as caught:
         site.ensure()
     assert "network" in str(caught.value) and "same command again" in str(caught.value)
@@ -343,7 +394,7 @@ def test_without_network_it_says_so_and_resumes(site: Site, index: Path, monkeyp
 
 
 def test_two_at_once_do_not_collide(site: Site) -> None:
-    _drop_package_file(site)
+    _drop_stamp(site)
     _drop_source(site)
     errors: list[BaseException] = []
     said: list[str] = []
@@ -372,13 +423,12 @@ def test_a_cache_that_cannot_be_written(site: Site, tmp_path: Path) -> None:
     with pytest.raises(HostError, match="SPEEDLAB_CACHE") as caught:
         site.ensure()
     assert str(site.root) in str(caught.value)
-    require_writable(tmp_path / "new" / "cache")
 
 
 def test_python_without_ensurepip(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = staged.importlib.util.find_spec
+    real = environment.importlib.util.find_spec
     monkeypatch.setattr(
-        staged.importlib.util, "find_spec", lambda name, *rest: None if name == "ensurepip" else real(name, *rest)
+        environment.importlib.util, "find_spec", lambda name, *rest: None if name == "ensurepip" else real(name, *rest)
     )
     site.root = tmp_path / "other"
     with pytest.raises(HostError, match=f"python{sys.version_info.major}.{sys.version_info.minor}-venv"):
@@ -396,7 +446,7 @@ def test_install_puts_in_only_what_is_missing(site: Site, tmp_path: Path, monkey
     with pytest.raises(HostError) as caught:
         resolve(path, **arguments)
     assert "sl-more>=1 (missing)" in str(caught.value) and "pip install 'sl-more>=1'" in str(caught.value)
-    assert "sl-more" not in packages.installed(site.site_packages())
+    assert "sl-more" not in versions(site.site_packages())
     host = resolve(path, install=True, **arguments)
     assert not host.managed and host.origin == "from --comfyui"
-    assert "sl-more" in packages.installed(site.site_packages())
+    assert "sl-more" in versions(site.site_packages())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -90,9 +91,8 @@ def test_the_interpreter_of_that_comfyui_is_named(tmp_path: Path) -> None:
 
 def test_versions_count_for_ours_and_not_for_theirs() -> None:
     python = Path(sys.executable)
-    assert lacking(python, ["pytest<1", "PyTest"], strict=False) == []
-    (lack,) = lacking(python, ["pytest<1", "PyTest>=1"], strict=True)
-    assert lack.requirement == "pytest<1" and lack.state.startswith("has ")
+    assert lacking(python, ["pytest<1", "PyTest"], strict=False) == {}
+    assert lacking(python, ["pytest<1", "PyTest>=1"], strict=True) == {"pytest<1": f"has {pytest.__version__}"}
     with pytest.raises(HostError, match="does not run"):
         lacking(Path("/no/such/python"), ["pytest"], strict=True)
 
@@ -126,3 +126,10 @@ def test_children_find_the_host_again_and_not_our_nodes_folder(tmp_path: Path) -
     assert theirs["PYTHONPATH"] == str(tmp_path) and theirs["SPEEDLAB_MANAGED"] == "0"
     with pytest.raises(HostError, match=r"run\.py"):
         from_environment({})
+
+
+def test_a_python_without_pip_and_packaging_is_told_what_it_needs(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    with pytest.raises(HostError, match="neither pip nor packaging"):
+        lacking(environment_python(bare), ["torch"], strict=False)

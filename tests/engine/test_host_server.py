@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import sys
@@ -10,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from speedlab_tools.host import ComfyServer, Host, ServerError, layout
-from speedlab_tools.host import server as ports
-from speedlab_tools.host import server as probe
-from speedlab_tools.host.server import _TAKEN
+from speedlab_tools.host.server import _TAKEN, flags, require_free
 
 
 def failing(path: Path, code: str) -> Host:
@@ -31,13 +30,13 @@ def test_an_occupied_port_is_named_before_anything_starts(tmp_path: Path) -> Non
         with pytest.raises(ServerError, match=f"Port {port} is in use"):
             server.start()
     assert server.process is None and not (tmp_path / "base").exists()
-    ports.require_free(port)
+    require_free(port)
 
 
 @pytest.mark.parametrize("port", [-1, 0, 65536])
 def test_no_port(port: int) -> None:
     with pytest.raises(ServerError, match="no port"):
-        ports.require_free(port)
+        require_free(port)
 
 
 def test_a_server_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
@@ -64,19 +63,32 @@ def test_an_old_comfyui_is_refused(tmp_path: Path) -> None:
         ComfyServer(host, pack=tmp_path, base=tmp_path / "base", cpu=True).start()
     (host.comfyui / "comfy" / "cli_args.py").unlink()
     with pytest.raises(ServerError, match=r"cli_args\.py"):
-        probe.flags(host.comfyui)
+        flags(host.comfyui)
 
 
 def test_a_base_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ServerError, match="cannot be made"):
-        layout.make_base(tmp_path / "file" / "base")
+    with pytest.raises(ServerError, match="cannot be made") as caught:
+        layout.make_base(tmp_path, tmp_path / "file" / "base")
+    assert str(tmp_path / "file" / "base") in str(caught.value)
+
+
+def test_a_base_gets_the_images_of_comfyui_and_keeps_its_own(tmp_path: Path) -> None:
+    (tmp_path / "c" / "input").mkdir(parents=True)
+    (tmp_path / "base" / "input").mkdir(parents=True)
+    for name in ("example.png", "other.png"):
+        (tmp_path / "c" / "input" / name).write_text("theirs")
+    (tmp_path / "base" / "input" / "other.png").write_text("mine")
+    layout.make_base(tmp_path / "c", tmp_path / "base")
+    texts = {path.name: path.read_text() for path in (tmp_path / "base" / "input").iterdir()}
+    assert texts == {"example.png": "theirs", "other.png": "mine"}
+    assert (tmp_path / "base" / "models" / "vae_approx").is_dir()
 
 
 def test_the_pack_is_linked_once(tmp_path: Path) -> None:
     pack, base = tmp_path / "pack", tmp_path / "base"
     pack.mkdir()
-    layout.make_base(base)
+    layout.make_base(tmp_path, base)
     link = layout.link_pack(pack, base)
     assert link == base / "custom_nodes" / "ComfyUI-SpeedLab" and link.resolve() == pack
     assert layout.link_pack(pack, base) == link
@@ -87,7 +99,7 @@ def test_the_pack_is_linked_once(tmp_path: Path) -> None:
 
 
 def test_a_pack_that_already_lies_there_is_not_linked(tmp_path: Path) -> None:
-    layout.make_base(tmp_path)
+    layout.make_base(tmp_path, tmp_path)
     pack = tmp_path / "custom_nodes" / "its-own-name"
     pack.mkdir()
     assert layout.link_pack(pack, tmp_path) == pack
@@ -95,7 +107,7 @@ def test_a_pack_that_already_lies_there_is_not_linked(tmp_path: Path) -> None:
 
 
 def test_another_copy_of_the_pack_is_not_overwritten(tmp_path: Path) -> None:
-    layout.make_base(tmp_path / "base")
+    layout.make_base(tmp_path, tmp_path / "base")
     there = tmp_path / "base" / "custom_nodes" / "ComfyUI-SpeedLab"
     there.mkdir()
     with pytest.raises(ServerError, match="another copy"):
@@ -113,7 +125,7 @@ def test_where_no_link_can_be_made_the_pack_is_copied_and_kept_fresh(
     pack, base = tmp_path / "pack", tmp_path / "base"
     (pack / ".git").mkdir(parents=True)
     (pack / "__init__.py").write_text("one")
-    layout.make_base(base)
+    layout.make_base(tmp_path, base)
     copy = layout.link_pack(pack, base)
     assert (copy / "__init__.py").read_text() == "one" and not (copy / ".git").exists()
     (pack / "__init__.py").write_text("two")
@@ -147,7 +159,12 @@ def test_nothing_in_extra_args_opens_the_server_to_the_network(tmp_path: Path) -
     assert "--cpu" in arguments and "--fast" in arguments
 
 
-def test_torch_that_does_not_import_is_reported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("managed", [True, False])
+def test_torch_that_does_not_import_is_reported_with_a_remedy(tmp_path: Path, managed: bool) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
-    with pytest.raises(ServerError, match=r"libcudart\.so\.13"):
-        probe._run_device_script(Path(sys.executable), {"PYTHONPATH": str(tmp_path), "PATH": ""})
+    host = dataclasses.replace(failing(tmp_path / "c", ""), managed=managed)
+    server = ComfyServer(host, pack=tmp_path, base=tmp_path / "base", env={"PYTHONPATH": str(tmp_path)})
+    with pytest.raises(ServerError, match=r"libcudart\.so\.13") as caught:
+        server.start()
+    assert ("run `python run.py setup`" in str(caught.value)) is managed
+    assert ("use --managed" in str(caught.value)) is not managed

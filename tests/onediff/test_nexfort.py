@@ -13,7 +13,7 @@ import pytest
 
 from speedlab_tools.host import HostError, cache_root, from_environment, pack_root
 from speedlab_tools.host.base import clean_python_environment
-from speedlab_tools.host.nexfort import NexfortEnvironment, not_built_for
+from speedlab_tools.host.managed import NexfortEnvironment, nexfort_not_built_for
 
 CHILD = Path(__file__).with_name("nexfort_child.py")
 # The first run installs PyTorch 2.4.0 with CUDA's libraries: 3 GB to fetch.
@@ -30,7 +30,7 @@ def unmet(reason: str) -> None:
 @pytest.fixture(scope="module")
 def python(request: pytest.FixtureRequest) -> Path:
     """The interpreter that has OneDiff and nexfort, set up once and kept."""
-    reason = not_built_for()
+    reason = nexfort_not_built_for()
     if reason:
         pytest.skip(reason)
     if not from_environment().managed:
