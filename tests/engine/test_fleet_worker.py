@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from speedlab_tools.fleet.messages import ModelFile, WorkerSpec
-from speedlab_tools.fleet.worker import find_host, show_models
+from speedlab_tools.fleet.worker import ModelFile, find_host, show_models
 from speedlab_tools.host import Host, HostError
 
 
@@ -26,27 +25,27 @@ def comfyui(folder: Path) -> Path:
     return folder
 
 
-def spec_of(path: Path) -> WorkerSpec:
-    return WorkerSpec("w1", "f", comfyui=str(path), python=sys.executable, managed=True)
+def drivers(path: Path) -> Host:
+    return Host(path, Path(sys.executable), True, "")
 
 
 def test_the_drivers_comfyui_is_taken_where_it_exists(elsewhere):
-    host = find_host(spec_of(comfyui(elsewhere / "driver")))
+    host = find_host(drivers(comfyui(elsewhere / "driver")))
     assert (host.comfyui, host.python, host.managed) == (elsewhere / "driver", Path(sys.executable), True)
 
 
 def test_the_machines_own_comfyui_is_next(elsewhere, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(comfyui(elsewhere / "own")))
-    host = find_host(spec_of(elsewhere / "driver"))
+    host = find_host(drivers(elsewhere / "driver"))
     assert (host.comfyui, host.managed) == (elsewhere / "own", False)
     monkeypatch.setenv("COMFYUI_PATH", str(elsewhere / "none"))
     with pytest.raises(HostError, match="COMFYUI_PATH names"):
-        find_host(spec_of(elsewhere / "driver"))
+        find_host(drivers(elsewhere / "driver"))
 
 
 def test_a_machine_without_one_says_what_to_do(elsewhere):
     with pytest.raises(HostError, match=r"run\.py setup") as caught:
-        find_host(spec_of(elsewhere / "driver"))
+        find_host(drivers(elsewhere / "driver"))
     assert "COMFYUI_PATH" in str(caught.value) and str(elsewhere / "driver") in str(caught.value)
     assert not (elsewhere / "cache").exists(), "nothing is installed"
 
