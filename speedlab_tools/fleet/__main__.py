@@ -166,7 +166,8 @@ def _run_pool(args: argparse.Namespace, order: Order, todo: Sequence[int], write
             for name in (f"w{number}" for number in range(1, count + 1))
         }  # fmt: skip
         limits = Limits(args.timeout, args.start_timeout, args.attempts)
-        with Pool(cluster.ray, specs, on_gpus, order.work, todo, writer, limits, reporter) as pool:
+        pool = Pool(cluster.ray, specs, on_gpus, order.work, todo, writer, limits, reporter)
+        with contextlib.closing(pool):
             pool.run()
 
 

@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Any
 
 from speedlab.common.errors import first_line
@@ -70,7 +71,7 @@ class Call:
 
 
 class Pool:
-    """Runs the tasks in `todo`. Leaving it as a context manager ends every worker. `gpu`: each has a GPU to itself."""
+    """Runs the tasks in `todo`; `close` ends every worker. `gpu`: each worker has a GPU to itself."""
 
     def __init__(
         self, ray: Any, specs: Mapping[str, WorkerSpec], gpu: bool, work: Work, todo: Sequence[int], writer: Writer,
@@ -92,10 +93,7 @@ class Pool:
         self._began: float | None = None
         self._shown = time.monotonic()
 
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """End every worker: asked first, then killed."""
         alive = self._alive()
         try:
@@ -187,8 +185,9 @@ class Pool:
         machine = None if call.worker.ready is None else call.worker.ready.machine
         shared = sum(other.ready is not None and other.ready.machine == machine for other in self.workers)
         seconds = time.monotonic() - call.began
+        started = (datetime.now() - timedelta(seconds=seconds)).astimezone().isoformat(timespec="milliseconds")
         number = len(self._lost_on.get(call.task, [])) + 1
-        return Attempt(call.worker.name, number, machine, time.time() - seconds, seconds, max(shared, 1))
+        return Attempt(call.worker.name, machine, number, started, round(seconds, 3), shared)
 
     def _overdue(self, reference: Any) -> None:
         """Kill a worker that does not answer; Ray restarts it. What it may still say is never asked for."""
@@ -205,7 +204,7 @@ class Pool:
         if call.task is None:
             worker.given_up = True
         else:
-            self._retry(call.task, call, reason)
+            self._try_elsewhere(call.task, call, reason)
             worker.lost_tasks.add(call.task)
             worker.given_up = len(self._alive()) > 1 and len(worker.lost_tasks) >= MOST_FAILURES
         worker.ready, worker.reason = None, reason
@@ -216,14 +215,14 @@ class Pool:
         else:
             self._start(worker)
 
-    def _retry(self, index: int, call: Call, reason: str) -> None:
+    def _try_elsewhere(self, index: int, call: Call, reason: str) -> None:
         attempt = self._attempt(call)
         self._lost_on.setdefault(index, []).append(call.worker.name)
-        if attempt.number < self.limits.attempts:
+        if attempt.attempts < self.limits.attempts:
             self._waiting.appendleft(index)
             return
         self._left.discard(index)
-        error = f"{attempt.number} workers were lost on it; the last one: {reason}"
+        error = f"{attempt.attempts} workers were lost on it; the last one: {reason}"
         self._count(self.writer.failed(self.work.tasks[index], error, attempt, LOST))
 
     def _kill(self, worker: PoolWorker, restart: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import platform
 import shutil
@@ -26,6 +25,7 @@ from ..client.graph import ApiGraph
 from ..host import ComfyServer, pack_root
 from ..host.base import COMFYUI_VARIABLE, Host, HostError, cache_root, is_comfyui
 from ..host.managed import ManagedHost
+from ..host.resolve import choose
 
 _LOOK_S = 0.2
 _TAIL = 8
@@ -189,20 +189,13 @@ async def _work(server: ComfyServer, graph: ApiGraph, extra: dict[str, Any], tim
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return Failed(f"the server's answer makes no sense: {type(error).__name__}: {first_line(error)}")
     finally:
-        await asyncio.to_thread(_clear, server.base / "output")
+        # So that no worker's disk fills: what matters was fetched, and ComfyUI makes the folder anew.
+        await asyncio.to_thread(shutil.rmtree, server.base / "output", ignore_errors=True)
 
 
 def _code(server: ComfyServer) -> int | None:
     """The exit code of a server that has ended by itself."""
     return None if server.process is None else server.process.poll()
-
-
-def _clear(output: Path) -> None:
-    """Take away what was fetched, so that no worker's disk fills."""
-    for path in output.rglob("*"):
-        if path.is_file():
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 def find_host(drivers: Host) -> Host:
@@ -212,11 +205,9 @@ def find_host(drivers: Host) -> Host:
     """
     if is_comfyui(drivers.comfyui) and drivers.python.is_file():
         return Host(drivers.comfyui, drivers.python, drivers.managed, "where the driver has it")
-    own = os.environ.get(COMFYUI_VARIABLE, "").strip()
-    if own:
-        if not is_comfyui(Path(own)):
-            raise HostError(f"{COMFYUI_VARIABLE} names {own}, which is no ComfyUI.")
-        return Host(Path(own), Path(sys.executable), False, f"from {COMFYUI_VARIABLE}")
+    own = choose(None, os.environ, ())
+    if own is not None:
+        return Host(own[0], Path(sys.executable), False, own[1])
     managed = ManagedHost(cache_root())
     reason = managed.missing()
     if reason:

@@ -13,7 +13,6 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,16 +90,14 @@ def row_of(line: str) -> Row | None:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Who ran a task, where and when. `number` counts from 1; `began` is seconds of the epoch, `seconds` what it took;
-    `shared` is how many workers the machine had.
-    """
+    """Who ran a task, where and when, as the row says it; `shared` is how many workers the machine had."""
 
     worker: str
-    number: int
     machine: str | None
-    began: float
+    attempts: int
+    started: str
     seconds: float
-    shared: int
+    shared: int = 1
 
 
 class Writer:
@@ -172,9 +169,9 @@ class Writer:
         for record in records:
             self.store.write(record)
         row = self._keep(
-            task, attempt, ERROR if failed else OK, error=failures[0] if failed else None, pictures=images,
-            run_ids=tuple(record.run_id for record in records), comfyui_seconds=round(answer.seconds, 3),
-            device=str(records[0].env.get("device") or "") or None if records else None,
+            task, attempt, ERROR if failed else OK, failures[0] if failed else None, images,
+            tuple(record.run_id for record in records), round(answer.seconds, 3),
+            str(records[0].env.get("device") or "") or None if records else None,
         )  # fmt: skip
         # After the journal's row: that one says that the task is done, and `open` appends what is missing here.
         for record in records:
@@ -183,7 +180,7 @@ class Writer:
 
     def failed(self, task: Task, error: str, attempt: Attempt, status: str = ERROR) -> Row:
         """Keep a row for a task without a result."""
-        return self._keep(task, attempt, status, error=error)
+        return self._keep(task, attempt, status, error)
 
     def write_manifest(self) -> Path:
         """Write the journal's rows in order. Raises ResultsError that names the manifest."""
@@ -196,15 +193,14 @@ class Writer:
         return self.manifest
 
     def _keep(
-        self, task: Task, attempt: Attempt, status: str, *, error: str | None, pictures: tuple[ImageFile, ...] = (),
-        run_ids: tuple[str, ...] = (), device: str | None = None, comfyui_seconds: float | None = None,
+        self, task: Task, attempt: Attempt, status: str, error: str | None, pictures: tuple[ImageFile, ...] = (),
+        run_ids: tuple[str, ...] = (), comfyui_seconds: float | None = None, device: str | None = None,
     ) -> Row:  # fmt: skip
         """Append a row, on disk when this returns. Its images lie there already."""
+        origin = {name: value for name, value in asdict(attempt).items() if name != "shared"}
         row = Row(
-            index=task.index, name=task.name, prompt=task.prompt, negative=task.negative, seed=task.seed, status=status,
-            pictures=pictures, run_ids=run_ids, worker=attempt.worker, machine=attempt.machine, device=device,
-            attempts=attempt.number, seconds=round(attempt.seconds, 3), comfyui_seconds=comfyui_seconds, error=error,
-            started=datetime.fromtimestamp(attempt.began).astimezone().isoformat(timespec="milliseconds"), key=task.key,
+            **asdict(task), **origin, status=status, error=error, pictures=pictures, run_ids=run_ids,
+            comfyui_seconds=comfyui_seconds, device=device,
         )  # fmt: skip
         try:
             with self.journal.open("ab") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import itertools
@@ -148,8 +149,9 @@ def run(folder, ray, number=4, workers=("w1", "w2"), limits=None, specs=None, ki
     specs = specs or {name: name for name in workers}
     with Writer(folder) as writer:
         todo = writer.open({}, work.tasks, restart=False, accept=False)
+        pool = Pool(ray, specs, False, work, todo, writer, limits, Reporter(io.StringIO()), kind)
         try:
-            with Pool(ray, specs, False, work, todo, writer, limits, Reporter(io.StringIO()), kind) as pool:
+            with contextlib.closing(pool):
                 pool.run()
         finally:
             writer.write_manifest()

@@ -15,7 +15,7 @@ from speedlab_tools.fleet.tasks import Task
 from speedlab_tools.fleet.worker import Done
 from speedlab_tools.fleet.writer import LOST, Attempt, Row, Writer, row_of
 
-ATTEMPT = Attempt("w1", 1, "here", 1.7e9, 2.0, 1)
+ATTEMPT = Attempt("w1", "here", 1, "2026-01-02T03:04:05.678+00:00", 2.0)
 ASKED = {"scenario": "txt2img-default", "steps": 20, "prompts": "p.txt", "prompts_sha256": "a"}
 
 
@@ -79,7 +79,7 @@ def test_failed_rows_are_tried_again(begun, restart):
     path, tasks = begun
     with Writer(path) as writer:
         opened(writer, tasks)
-        writer.failed(tasks[1], "lost", replace(ATTEMPT, number=3), LOST)
+        writer.failed(tasks[1], "lost", replace(ATTEMPT, attempts=3), LOST)
     with Writer(path) as writer:
         assert opened(writer, tasks, restart=restart) == ([0, 1, 2, 3] if restart else [1, 3])
         assert len(list((path / "pictures").iterdir())) == (0 if restart else 2)
