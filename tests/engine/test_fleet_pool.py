@@ -207,6 +207,17 @@ def test_the_prompt_of_a_lost_worker_goes_to_another_one(tmp_path, loss):
     )
 
 
+def test_a_worker_does_not_get_the_prompt_that_it_lost_while_another_may_do_it(tmp_path):
+    """The other one is busy: the worker that is back takes the prompts behind that one meanwhile."""
+    ray = ScriptedRay(
+        lambda worker, start, text: Gone("no memory") if (worker, text) == ("w1", "prompt 0") else picture_of(text),
+        pick=lambda ended: [one for one in ended if one.task != "prompt 1"] or ended,
+    )
+    check_whole(tmp_path, run(tmp_path, ray))
+    numbers = [(worker, int(text.split()[1])) for worker, text in ray.given]
+    assert numbers == [("w1", 0), ("w2", 1), ("w1", 2), ("w1", 3), ("w2", 0)]
+
+
 def test_a_worker_gets_a_prompt_again_that_every_other_one_lost_too(tmp_path):
     losses = iter([Gone("1"), Gone("2")])
     ray = ScriptedRay(lambda worker, start, text: next(losses, picture_of(text)))
@@ -243,6 +254,17 @@ def test_a_worker_that_loses_what_others_do_is_given_up(tmp_path):
     ray = ScriptedRay(lambda worker, start, text: Gone("its GPU") if worker == "w2" else picture_of(text))
     check_whole(tmp_path, run(tmp_path, ray, 12), 12)
     assert ray.started.count("w2") == MOST_FAILURES and ("w2", True) in ray.killed
+
+
+def test_a_worker_that_loses_one_now_and_then_is_kept(tmp_path):
+    number = itertools.count()
+
+    def script(worker, start, text):
+        return Gone("now and then") if worker == "w2" and next(number) % 2 else picture_of(text)
+
+    ray = ScriptedRay(script)
+    check_whole(tmp_path, run(tmp_path, ray, 24), 24)
+    assert ray.started.count("w2") > MOST_FAILURES and ray.stopped == ["w1", "w2"]
 
 
 def test_an_answer_that_comes_after_the_retry_is_dropped(tmp_path):

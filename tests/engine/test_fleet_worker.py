@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import platform
 import sys
 from pathlib import Path
 
 import pytest
 
-from speedlab_tools.fleet.worker import ModelFile, find_host, show_models
+from speedlab_tools.fleet.worker import ModelFile, Worker, WorkerSpec, find_host, show_models
 from speedlab_tools.host import Host, HostError
 
 
@@ -73,3 +75,31 @@ def test_a_model_of_another_size_is_not_taken(elsewhere):
     with pytest.raises(HostError, match=r"a\.safetensors of 5 bytes is not on this machine") as caught:
         show_models([ModelFile("checkpoints", str(there), 5)], host, elsewhere / "base")
     assert f"{there} (1 bytes)" in str(caught.value) and "not there" in str(caught.value)
+
+
+def test_a_start_that_fails_says_on_which_machine_and_why_in_plain_text(elsewhere):
+    """An exception of this pack could not be read where the pack's other version is, or none."""
+    worker = Worker(WorkerSpec("w1", "f", drivers(elsewhere / "driver"), folder=str(elsewhere)))
+    with pytest.raises(RuntimeError, match=r"run\.py setup") as caught:
+        asyncio.run(worker.start())
+    assert type(caught.value) is RuntimeError and str(caught.value).startswith(f"{platform.node()}: ")
+    with pytest.raises(RuntimeError, match="was not started"):
+        asyncio.run(worker.run({}, {}, 1.0))
+
+
+def test_a_worker_that_lacks_a_model_leaves_no_folder(elsewhere):
+    file = ModelFile("checkpoints", str(elsewhere / "none.safetensors"), 5)
+    spec = WorkerSpec("w1", "f", drivers(comfyui(elsewhere / "driver")), (file,), folder=str(elsewhere))
+    (elsewhere / "speedlab-fleet-f-w1-killed").mkdir()
+    with pytest.raises(RuntimeError, match=r"none\.safetensors of 5 bytes is not on this machine"):
+        asyncio.run(Worker(spec).start())
+    assert not list(elsewhere.glob("speedlab-fleet-*")), "neither its own nor that of a killed one before it"
+
+
+def test_a_worker_that_was_stopped_does_not_start_again(elsewhere):
+    """Ray tries a start again that failed because the worker was stopped meanwhile."""
+    worker = Worker(WorkerSpec("w1", "f", drivers(comfyui(elsewhere / "driver")), folder=str(elsewhere)))
+    asyncio.run(worker.stop())
+    with pytest.raises(RuntimeError, match="this worker was stopped"):
+        asyncio.run(worker.start())
+    assert not list(elsewhere.glob("speedlab-fleet-*"))
