@@ -36,8 +36,8 @@ Below --out: pictures/00001.png ... in the order of the prompts, manifest.jsonl 
 results.csv as `bench` writes them. The same command goes on where an earlier one ended. Images are those of one machine
 bit for bit, on the same kind of device (on a CPU: with as many threads).
 
-Times of workers that share a machine are not to be compared with anything: they wait for each other. Cells (--cells) run
-on different workers, so quality against a baseline is left out.
+Times of workers that share a machine are not to be compared with anything: they wait for each other. Cells (--cells)
+run on different workers, so quality against a baseline is left out.
 
 Without --address a cluster of its own is started on this machine's loopback address and ended with the call.
 With --address every machine needs Ray and Python in the same versions, a ComfyUI (the same path, COMFYUI_PATH, or

@@ -78,7 +78,7 @@ def test_a_model_of_another_size_is_not_taken(elsewhere):
 
 
 def test_a_start_that_fails_says_on_which_machine_and_why_in_plain_text(elsewhere):
-    """An exception of this pack could not be read where the pack's other version is, or none."""
+    """Plain text, because the driver need not be able to read an exception of this pack's."""
     worker = Worker(WorkerSpec("w1", "f", drivers(elsewhere / "driver"), folder=str(elsewhere)))
     with pytest.raises(RuntimeError, match=r"run\.py setup") as caught:
         asyncio.run(worker.start())
