@@ -107,8 +107,8 @@ class Worker:
     async def run(self, graph: ApiGraph, extra: dict[str, Any], timeout_s: float) -> Done | Failed:
         """Queue a graph and fetch what it made."""
         server = self.server
-        if server is None:
-            raise RuntimeError("its ComfyUI was not started")
+        if server is None:  # Ray may hand what was asked of a process that died to the one in its place
+            raise RuntimeError("its process ended, and the new one has no ComfyUI yet")
         work = asyncio.ensure_future(_work(server, graph, extra, timeout_s))
         try:
             # The client gives a server that is silent some time to come back; a process that ended does not.

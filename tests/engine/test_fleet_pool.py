@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,9 +143,9 @@ def work_of(number):
     return Work(tasks, lambda task: Payload({"text": task.prompt}, {}))
 
 
-def run(folder, ray, number=4, workers=("w1", "w2"), limits=None, specs=None, kind=object):
+def run(folder, ray, number=4, workers=("w1", "w2"), limits=None, specs=None, kind=object, work=None):
     """A whole run; the manifest's rows."""
-    work = work_of(number)
+    work = work or work_of(number)
     limits = Limits(**{"task_s": 100.0, "start_s": 100.0, "attempts": 3, **(limits or {})})
     specs = specs or {name: name for name in workers}
     with Writer(folder) as writer:
@@ -420,6 +421,7 @@ class RealWorker:
 
     def __init__(self, spec):
         self.name, self.folder, self.orders = spec
+        self.started = False
 
     def starts(self, name):
         path = self.folder / f"starts-{name}"
@@ -430,10 +432,13 @@ class RealWorker:
             file.write(f"{os.getpid()}\n")
         if self.orders.get("start") == self.name:
             raise RuntimeError("no such model here")
+        self.started = True
         return Ready(self.name, "http://127.0.0.1:1", os.getpid(), 0)
 
     async def run(self, graph, extra, timeout_s):
         text = graph["text"]
+        if not self.started:
+            raise RuntimeError("its process ended")
         order = self.orders.get(text)
         if order == "wait":
             while len(self.starts("w2")) < MOST_FAILURES:
@@ -510,3 +515,23 @@ def test_a_lost_worker_works_on_in_a_new_process(cluster, tmp_path):
     check_whole(tmp_path / "out", rows, 5)
     pids = (tmp_path / "starts-w1").read_text().split()
     assert len(set(pids)) >= 3, "one that died, one that was killed, one that made the rest"
+
+
+@RAY
+@pytest.mark.parametrize("wait_s", [0.0, 3.0])
+def test_a_worker_that_dies_between_two_prompts_is_started_again(cluster, tmp_path, wait_s):
+    """Its next prompt comes while it is dead, or to the process that Ray has made in its place."""
+    starts, work, killed = tmp_path / "starts-w1", work_of(4), []
+
+    def build(task):
+        if task.index == 1 and not killed:
+            killed.append(int(starts.read_text()))
+            os.kill(killed[0], signal.SIGKILL)
+            time.sleep(wait_s)
+        return work.build(task)
+
+    rows = run(tmp_path / "out", cluster.ray, limits={"attempts": 9}, specs={"w1": ("w1", tmp_path, {})},
+               kind=RealWorker, work=Work(work.tasks, build))  # fmt: skip
+    check_whole(tmp_path / "out", rows)
+    assert len(set(starts.read_text().split())) == 2
+    assert "w1 is lost, starting it again: its process ended" in (tmp_path / "out" / "said").read_text()

@@ -83,7 +83,7 @@ def test_a_start_that_fails_says_on_which_machine_and_why_in_plain_text(elsewher
     with pytest.raises(RuntimeError, match=r"run\.py setup") as caught:
         asyncio.run(worker.start())
     assert type(caught.value) is RuntimeError and str(caught.value).startswith(f"{platform.node()}: ")
-    with pytest.raises(RuntimeError, match="was not started"):
+    with pytest.raises(RuntimeError, match="its process ended, and the new one has no ComfyUI yet"):
         asyncio.run(worker.run({}, {}, 1.0))
 
 
