@@ -33,8 +33,7 @@ from speedlab.plans.sweep import turned  # noqa: E402
 from speedlab_tools.bench.results import report_ids, shown_pictures  # noqa: E402
 from speedlab_tools.client.client import ComfyClient  # noqa: E402
 from speedlab_tools.client.files import demo_checkpoint, link_model  # noqa: E402
-from speedlab_tools.fleet.order import read_prompts  # noqa: E402
-from speedlab_tools.fleet.tasks import prompt_work  # noqa: E402
+from speedlab_tools.fleet.tasks import prompt_work, read_prompts  # noqa: E402
 from speedlab_tools.host import ComfyServer, from_environment, pack_root  # noqa: E402
 from speedlab_tools.scenarios.catalog import find  # noqa: E402
 from speedlab_tools.scenarios.overrides import Overrides, adapt  # noqa: E402

@@ -1,32 +1,38 @@
-"""What a fleet has to do: one task a prompt, or one a cell of a benchmark. Pure; graphs are built when needed.
-
-One line of the manifest: what became of one task.
-"""
+"""What one call asks for: its prompts or cells as tasks, the graph of each, the model files and the settings."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from speedlab.plans.axes import NO_AXIS, parse_axis, written_values
 from speedlab.plans.plan_text import BASELINE_MARK
 
+from ..bench.models import choose_models
 from ..bench.results import SWEEP
 from ..bench.runner import extra_data, parts_of
 from ..client.graph import ApiGraph
+from ..scenarios.catalog import find
+from ..scenarios.overrides import MARK, MAX_SEED, adapt, overrides_of
 from ..scenarios.scenario import Prompt, Scenario
-from .messages import FleetError
+from . import FleetError
+from .worker import ModelFile
 
+_SETTINGS = ("width", "height", "steps", "batch", "cfg", "sampler", "scheduler", "warmup", "repeats")
+_JSON_SUFFIXES = (".jsonl", ".ndjson")
+_FIELDS = ("prompt", "negative", "seed")
+_MOST_PROMPTS = 1_000_000
 _PROBE = Prompt("probe", "speedlab fleet: the place of the prompt", 1297036692682702851)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task. `index` is its place in the manifest; `key` is equal where the same picture is asked for."""
+    """One task. `index` is its place in the manifest; `key` is equal where the same image is asked for."""
 
     index: int
     name: str
@@ -52,12 +58,113 @@ class Work:
     build: Callable[[Task], Payload]
 
 
+@dataclass(frozen=True)
+class Order:
+    """`asked` names, for a reader, all that the results depend on."""
+
+    work: Work
+    files: tuple[ModelFile, ...]
+    asked: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def order_of(args: argparse.Namespace) -> Order:
+    """Read and check everything that needs no cluster. Raises FleetError, BenchError, UnknownScenarioError."""
+    scenario, overrides = find(args.scenario), overrides_of(args)
+    prompts_seed = overrides.seed if args.prompts is not None else None
+    if prompts_seed is not None:
+        overrides = replace(overrides, seed=None)
+    args.server = None
+    choice = choose_models(args, [scenario])
+    wanted = adapt(scenario, overrides, choice.checkpoints.get(scenario.id), choice.others)
+    paths = [(folder, path) for folder, some in choice.files.items() for path in some]
+    files = tuple(ModelFile(folder, str(path), path.stat().st_size) for folder, path in paths)
+    # Size and time of change: a file that was written anew is another one.
+    models = {f"{folder}/{path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for folder, path in paths}
+    asked = {
+        "scenario": scenario.id + (MARK if args.small else ""),
+        **{name: getattr(wanted.settings, name) for name in _SETTINGS},
+        **({} if overrides.seed is None else {"seed": overrides.seed}),
+        "models": models, "prompts": None,
+    }  # fmt: skip
+    if args.cells:
+        if args.negative is not None:
+            raise FleetError("--negative goes with --prompts; --cells runs the scenario's own prompts.")
+        return Order(cell_work(wanted, models=models, small=args.small), files, asked, choice.notes)
+    first = wanted.settings.prompts[0]
+    seed = first.seed if prompts_seed is None else prompts_seed
+    negative = first.negative if args.negative is None else args.negative
+    prompts = read_prompts(args.prompts, seed=seed, negative=negative)
+    work = prompt_work(wanted, prompts, models=models, small=args.small)
+    digest = hashlib.sha256(_read(args.prompts)).hexdigest()
+    asked |= {"seed": seed, "negative": negative, "prompts": args.prompts.name, "prompts_sha256": digest}
+    return Order(work, files, asked, choice.notes)
+
+
+def read_prompts(path: Path, *, seed: int, negative: str | None) -> tuple[Prompt, ...]:
+    """The prompts of a file in order. Blank lines do not count. Raises FleetError that names the line.
+
+    A prompt without a seed of its own gets `seed` plus its place (from 0), one without a negative prompt `negative`.
+    A blank negative prompt is none: zeroed conditioning.
+    """
+    try:
+        text = _read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FleetError(f"--prompts: {path} is no UTF-8 text. Save it as UTF-8.") from error
+    # Not splitlines(): that would also split at separators which may stand inside a prompt.
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise FleetError(f"--prompts: {path} holds no prompt. Write one on each line.")
+    if len(lines) > _MOST_PROMPTS:
+        raise FleetError(f"--prompts: {path} holds {len(lines)} prompts; a fleet takes up to {_MOST_PROMPTS}.")
+    as_json = path.suffix.lower() in _JSON_SUFFIXES
+    prompts = []
+    for place, (number, line) in enumerate(lines):
+        given: dict[str, Any] = _fields(line, f"{path}, line {number}") if as_json else {"prompt": line}
+        own = given.get("negative", negative)
+        own_seed = given.get("seed", (seed + place) % (MAX_SEED + 1))
+        prompts.append(Prompt(f"{place + 1:05d}", given["prompt"], own_seed, own if own and own.strip() else None))
+    return tuple(prompts)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FleetError(f"--prompts: cannot read {path}: {error.strerror or error}") from error
+
+
+def _fields(line: str, where: str) -> dict[str, Any]:
+    """One JSON line, checked."""
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FleetError(f'{where}: this is no JSON object: write {{"prompt": "a lighthouse", "seed": 1}}.') from error
+    if not isinstance(given, dict) or not isinstance(given.get("prompt"), str) or not given["prompt"].strip():
+        raise FleetError(f'{where}: "prompt" is missing or no text.')
+    if not isinstance(given.get("negative"), (str, type(None))):
+        raise FleetError(f'{where}: "negative" is a text, or null for none.')
+    try:
+        f"{given['prompt']}{given.get('negative')}".encode()
+    except UnicodeEncodeError as error:
+        raise FleetError(f"{where}: half a character (a lone surrogate) is no text.") from error
+    unknown = sorted(set(given) - set(_FIELDS))
+    if unknown:
+        raise FleetError(f"{where}: there is no field {unknown[0]!r}; a line has {', '.join(_FIELDS)}.")
+    seed = given.get("seed", 0)
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise FleetError(f'{where}: "seed" is a whole number from 0 to {MAX_SEED}.')
+    return given
+
+
 def prompt_work(scenario: Scenario, prompts: Sequence[Prompt], *, models: object, small: bool = False) -> Work:
     """One task a prompt: the scenario's graph with that prompt alone. Raises FleetError where it takes no prompt.
 
     `models` identifies the model files, so that results of other ones are never taken for these.
     """
-    _require_one_picture(scenario)
+    texts = [prompt.text for prompt in scenario.settings.prompts]
+    if len(set(texts)) < len(texts):
+        raise _several(scenario, len(texts) // len(set(texts)))
     template = _the_graph(_with_prompt(scenario, _PROBE), small)
     _require_prompt(scenario, template)
     common = _digest(template, models, small)
@@ -90,13 +197,6 @@ def _with_prompt(scenario: Scenario, prompt: Prompt) -> Scenario:
     return scenario.with_settings(replace(scenario.settings, prompts=(prompt,)))
 
 
-def _require_one_picture(scenario: Scenario) -> None:
-    """Refuse a scenario that has a prompt several times: each time it is made in another way, to be compared."""
-    texts = [prompt.text for prompt in scenario.settings.prompts]
-    if len(set(texts)) < len(texts):
-        raise _several(scenario, len(texts) // len(set(texts)))
-
-
 def _the_graph(scenario: Scenario, small: bool) -> ApiGraph:
     parts = parts_of(scenario, small)
     if len(parts) != 1:
@@ -104,18 +204,18 @@ def _the_graph(scenario: Scenario, small: bool) -> ApiGraph:
     return parts[0][1]
 
 
-def _several(scenario: Scenario, pictures: int) -> FleetError:
+def _several(scenario: Scenario, images: int) -> FleetError:
     return FleetError(
-        f"{scenario.id} makes {pictures} pictures of one prompt, to compare them. --cells spreads them; --prompts "
-        "takes a scenario that makes one, such as txt2img-default."
+        f"{scenario.id} makes {images} images of one prompt, to compare them. --cells spreads them; --prompts takes a "
+        "scenario that makes one, such as txt2img-default."
     )
 
 
 def _require_prompt(scenario: Scenario, graph: ApiGraph) -> None:
     if any(node["class_type"] == SWEEP for node in graph.values()):
         raise FleetError(
-            f"{scenario.id} is a benchmark over axes. --cells spreads its cells; --prompts takes a scenario that "
-            "makes pictures, such as txt2img-default."
+            f"{scenario.id} is a benchmark over axes. --cells spreads its cells; --prompts takes a scenario that makes "
+            "images, such as txt2img-default."
         )
     values = [value for node in graph.values() for value in node["inputs"].values()]
     for wanted, what in ((_PROBE.text, "prompt"), (_PROBE.seed, "seed")):
@@ -127,17 +227,17 @@ def _require_prompt(scenario: Scenario, graph: ApiGraph) -> None:
 
 def _cells(name: str, graph: ApiGraph) -> list[tuple[str, ApiGraph]]:
     """The graph once for every pair of its axes' values; as it is where it has no axes."""
-    benches = [node_id for node_id, node in graph.items() if node["class_type"] == SWEEP]
-    if len(benches) != 1:
+    sweeps = [node_id for node_id, node in graph.items() if node["class_type"] == SWEEP]
+    if len(sweeps) != 1:
         return [(name, graph)]
-    (bench,) = benches
-    inputs = graph[bench]["inputs"]
+    (sweep,) = sweeps
+    inputs = graph[sweep]["inputs"]
     made = []
     for y in _groups(inputs["axis_y"], inputs["values_y"]):
         for x in _groups(inputs["axis_x"], inputs["values_x"]):
-            node = {**graph[bench], "inputs": {**inputs, "values_x": x, "values_y": y}}
-            told = [f"{inputs[f'axis_{side}']} {value}" for side, value in (("x", x), ("y", y)) if value]
-            made.append((", ".join([name, *told]), {**graph, bench: node}))
+            node = {**graph[sweep], "inputs": {**inputs, "values_x": x, "values_y": y}}
+            words = [f"{inputs[f'axis_{side}']} {value}" for side, value in (("x", x), ("y", y)) if value]
+            made.append((", ".join([name, *words]), {**graph, sweep: node}))
     return made
 
 
@@ -168,75 +268,3 @@ def _prompt_of(graph: ApiGraph, first: Prompt) -> tuple[str, str | None, int | N
 def _digest(*what: object) -> str:
     text = json.dumps(what, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-OK, ERROR, LOST = "ok", "error", "lost"
-# A name that the fleet gives: nothing else in a manifest is ever opened or deleted.
-PICTURE = re.compile(r"pictures/[0-9]{5,7}(-[0-9]{1,4})?\.png")
-
-
-@dataclass(frozen=True)
-class PictureFile:
-    """A picture: its path below the output folder, sha256 and size in bytes."""
-
-    file: str
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of a task. `status` is ok, error (ComfyUI's own), or lost (every worker that had it was lost).
-
-    `seconds` go from hand-out to answer, `comfyui_seconds` are what ComfyUI took of them; `started` is local time.
-    """
-
-    index: int
-    name: str
-    prompt: str
-    negative: str | None
-    seed: int | None
-    status: str
-    pictures: tuple[PictureFile, ...]
-    run_ids: tuple[str, ...]
-    worker: str | None
-    machine: str | None
-    device: str | None
-    attempts: int
-    started: str | None
-    seconds: float | None
-    comfyui_seconds: float | None
-    error: str | None
-    key: str
-
-    def line(self) -> str:
-        """The row as one line of JSON, ASCII, so that no letter of a prompt can break a line."""
-        return json.dumps(asdict(self)) + "\n"
-
-
-def row_of(line: str) -> Row | None:
-    """Read a line back; None for what is no row. Anybody may have changed the file."""
-    try:
-        data = json.loads(line)
-        pictures = tuple(PictureFile(**picture) for picture in data.pop("pictures"))
-        row = Row(**{**data, "pictures": pictures, "run_ids": tuple(data.pop("run_ids"))})
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-    return row if _sound(row) else None
-
-
-def _sound(row: Row) -> bool:
-    texts: tuple[Any, ...] = (row.name, row.prompt, row.status, row.key, *row.run_ids)
-    maybe: tuple[Any, ...] = (row.negative, row.worker, row.machine, row.device, row.started, row.error)
-    return (
-        type(row.index) is int
-        and row.index >= 0
-        and type(row.attempts) is int
-        and all(isinstance(text, str) for text in texts)
-        and all(text is None or isinstance(text, str) for text in maybe)
-        and all(number is None or isinstance(number, (int, float)) for number in (row.seconds, row.comfyui_seconds))
-        and all(
-            isinstance(picture.file, str) and PICTURE.fullmatch(picture.file) and type(picture.bytes) is int
-            and isinstance(picture.sha256, str) for picture in row.pictures
-        )
-    )  # fmt: skip

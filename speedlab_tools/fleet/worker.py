@@ -1,12 +1,8 @@
-"""What a worker finds on its own machine: a ComfyUI, the Python that runs it, and the model files.
-
-One ComfyUI on one device, and the tasks it is given. Runs as a Ray actor; knows nothing of Ray.
-"""
+"""One worker: the ComfyUI, Python and model files of its machine, and the graphs that it runs. Knows nothing of Ray."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import platform
 import shutil
@@ -15,7 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from speedlab.common.errors import SpeedLabError, first_line
 
@@ -23,108 +21,118 @@ from ..bench.results import RUNS, report_ids, shown_pictures
 from ..client.client import ComfyClient, ImageRef
 from ..client.errors import BenchError, ExecutionFailed, PromptRejected
 from ..client.files import kept_models, link_model
+from ..client.graph import ApiGraph
 from ..host import ComfyServer, pack_root
 from ..host.base import COMFYUI_VARIABLE, Host, HostError, cache_root, is_comfyui
 from ..host.managed import ManagedHost
-from .messages import Done, Failed, Gone, Job, ModelFile, Ready, WorkerSpec
-
-
-def find_host(spec: WorkerSpec) -> Host:
-    """The ComfyUI to run here: the driver's paths where they exist, COMFYUI_PATH, else the managed one.
-
-    Nothing is installed. Raises HostError that says what to do on this machine.
-    """
-    comfyui, python = Path(spec.comfyui), Path(spec.python)
-    if is_comfyui(comfyui) and python.is_file():
-        return Host(comfyui, python, spec.managed, "where the driver has it")
-    own = os.environ.get(COMFYUI_VARIABLE, "").strip()
-    if own:
-        if not is_comfyui(Path(own)):
-            raise HostError(f"{COMFYUI_VARIABLE} names {own}, which is no ComfyUI.")
-        return Host(Path(own), Path(sys.executable), False, f"from {COMFYUI_VARIABLE}")
-    managed = ManagedHost(cache_root())
-    reason = managed.missing()
-    if reason:
-        raise HostError(
-            f"There is no ComfyUI at {comfyui} as on the driver's machine, {COMFYUI_VARIABLE} is not set, and the "
-            f"managed one in {managed.root} is not ready ({reason}). Run `python run.py setup` there, or set "
-            f"{COMFYUI_VARIABLE} before `ray start`."
-        )
-    return managed.host()
-
-
-def show_models(files: Iterable[ModelFile], host: Host, base: Path) -> None:
-    """Make the model files appear below `base`/models. Raises HostError that names the one that is not here.
-
-    A file is the driver's where the same path has the same size; else one of that name and size in a models folder of
-    this machine is taken, which the server reads by itself.
-    """
-    places = [kept_models(), *([] if host.managed else [host.comfyui / "models"])]
-    for file in files:
-        path = Path(file.path)
-        known = [path, *(place / file.folder / path.name for place in places)]
-        found = next((entry for entry in known if _size(entry) == file.size), None)
-        if found is None:
-            told = ", ".join(f"{entry} ({_in_words(_size(entry))})" for entry in known)
-            raise HostError(f"The model file {path.name} of {file.size} bytes is not on this machine: {told}. Copy it.")
-        link_model(found, base / "models" / file.folder)
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def _in_words(size: int | None) -> str:
-    return "not there" if size is None else f"{size} bytes"
-
+from ..host.resolve import choose
 
 _LOOK_S = 0.2
 _TAIL = 8
 
 
+@dataclass(frozen=True)
+class ModelFile:
+    """A model file as the driver sees it. On another machine it is the same where name and size are."""
+
+    folder: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What a worker needs to start its ComfyUI; `host` is the driver's. `cpu` None asks torch; `threads` None leaves
+    them to torch. `folder` and `logs` are given where worker and driver share a machine; else the worker makes its own.
+    """
+
+    name: str
+    fleet: str
+    host: Host
+    files: tuple[ModelFile, ...] = ()
+    cpu: bool | None = None
+    threads: str | None = None
+    start_timeout_s: float = 300.0
+    folder: str | None = None
+    logs: str | None = None
+
+
+# Answers are plain values. A loss is a RuntimeError with plain text: no exception of this pack crosses the network.
+@dataclass(frozen=True)
+class Ready:
+    """The worker's ComfyUI answers at `url`, an address of its own machine alone."""
+
+    machine: str
+    url: str
+    pid: int
+    server_pid: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """Images as they were saved, records as JSON, and the seconds that ComfyUI took."""
+
+    images: tuple[bytes, ...]
+    records: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """ComfyUI refused the graph, or a node raised: another worker would say the same. `error` is its message."""
+
+    error: str
+
+
 class Worker:
-    """`start` once, then `run` for one task after another, `stop` in the end. Every method answers, none raises."""
+    """`start`, then `run` for one graph after another, `stop` in the end. RuntimeError: this worker is lost."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self.server: ComfyServer | None = None
         self.base: Path | None = None
+        self.stopped = False
 
-    async def start(self) -> Ready | Gone:
-        """Start ComfyUI and wait until it answers."""
+    async def start(self) -> Ready:
+        """Start ComfyUI, in place of an earlier one, and wait until it answers."""
+        await self._end()
         try:
             server = await asyncio.to_thread(self._start)
         except (SpeedLabError, OSError) as error:
-            await self.stop()
-            return Gone(f"{platform.node()}: {error}")
+            await self._end()
+            raise RuntimeError(f"{platform.node()}: {error}") from None
         assert server.process is not None
         return Ready(platform.node(), server.url, os.getpid(), server.process.pid)
 
-    async def run(self, job: Job) -> Done | Failed | Gone:
-        """Queue a task's graph and fetch what it made."""
+    async def run(self, graph: ApiGraph, extra: dict[str, Any], timeout_s: float) -> Done | Failed:
+        """Queue a graph and fetch what it made."""
         server = self.server
-        if server is None:
-            return Gone("its ComfyUI was not started")
-        work = asyncio.ensure_future(self._work(server, job))
-        watch = asyncio.ensure_future(_until_ended(server))
+        if server is None:  # Ray may hand what was asked of a process that died to the one in its place
+            raise RuntimeError("its process ended, and the new one has no ComfyUI yet")
+        work = asyncio.ensure_future(_work(server, graph, extra, timeout_s))
         try:
-            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-            answer = work.result() if work.done() else None
-            code = None if server.process is None else server.process.poll()
-            if code is not None and not isinstance(answer, Done):
-                return Gone(f"ComfyUI ended with exit code {code}; its log ends with\n{_tail(server)}")
-            return answer or Gone("its ComfyUI was stopped")
+            # The client gives a server that is silent some time to come back; a process that ended does not.
+            while not work.done() and _code(server) is None:
+                await asyncio.wait({work}, timeout=_LOOK_S)
+            answer: Done | Failed | str | None = work.result() if work.done() else None
+        except BenchError as error:
+            answer = str(error)
         finally:
-            for task in (work, watch):
-                task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, SpeedLabError):
-                await asyncio.gather(work, watch, return_exceptions=True)
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        if _code(server) is not None and not isinstance(answer, Done):
+            tail = "\n".join(f"  {line}" for line in server.tail(_TAIL)) or "  (nothing)"
+            raise RuntimeError(f"ComfyUI ended with exit code {_code(server)}; its log ends with\n{tail}")
+        if isinstance(answer, (Done, Failed)):
+            return answer
+        raise RuntimeError(answer or "its ComfyUI was stopped")
 
     async def stop(self) -> None:
-        """End ComfyUI and take its folder away. Does nothing the second time."""
+        """End ComfyUI for good: a start that is tried again after this does nothing."""
+        self.stopped = True
+        await self._end()
+
+    async def _end(self) -> None:
         server, self.server = self.server, None
         base, self.base = self.base, None
         if server is not None:
@@ -134,8 +142,12 @@ class Worker:
 
     def _start(self) -> ComfyServer:
         spec = self.spec
-        _restore_interrupts()
-        host = find_host(spec)
+        if self.stopped:
+            raise HostError("this worker was stopped.")
+        if sys.platform != "win32":
+            # Ray's processes block SIGINT, and so would what they start; ComfyUI has to be asked to end that way.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        host = find_host(spec.host)
         self.base = base = self._folder()
         show_models(spec.files, host, base)
         # Ray sets this to the cores it has put down for the actor, which says nothing of ComfyUI's work.
@@ -161,48 +173,73 @@ class Worker:
             shutil.rmtree(old, ignore_errors=True)
         return Path(tempfile.mkdtemp(prefix=stem, dir=parent))
 
-    async def _work(self, server: ComfyServer, job: Job) -> Done | Failed | Gone:
-        began = time.perf_counter()
-        try:
-            async with ComfyClient(server.url) as client:
-                result = await client.run(job.graph, extra_data=job.extra, timeout_s=job.timeout_s)
-                seconds = time.perf_counter() - began
-                pictures = [await client.view(image) for image in shown_pictures(result)]
-                names = [ImageRef(f"{run_id}.json", RUNS, "output") for run_id in report_ids(result)]
-                records = [(await client.view(name)).decode() for name in names]
-        except (PromptRejected, ExecutionFailed) as error:
-            return Failed(str(error))
-        except BenchError as error:
-            return Gone(str(error))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            return Failed(f"the server's answer makes no sense: {type(error).__name__}: {first_line(error)}")
-        finally:
-            await asyncio.to_thread(_clear, server.base / "output")
-        return Done(tuple(pictures), tuple(records), seconds)
+
+async def _work(server: ComfyServer, graph: ApiGraph, extra: dict[str, Any], timeout_s: float) -> Done | Failed:
+    """Raises BenchError where the server is lost or too slow."""
+    began = time.perf_counter()
+    try:
+        async with ComfyClient(server.url) as client:
+            result = await client.run(graph, extra_data=extra, timeout_s=timeout_s)
+            seconds = time.perf_counter() - began
+            images = [await client.view(image) for image in shown_pictures(result)]
+            names = [ImageRef(f"{run_id}.json", RUNS, "output") for run_id in report_ids(result)]
+            return Done(tuple(images), tuple([(await client.view(name)).decode() for name in names]), seconds)
+    except (PromptRejected, ExecutionFailed) as error:
+        return Failed(str(error))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return Failed(f"the server's answer makes no sense: {type(error).__name__}: {first_line(error)}")
+    finally:
+        # So that no worker's disk fills: what matters was fetched, and ComfyUI makes the folder anew.
+        await asyncio.to_thread(shutil.rmtree, server.base / "output", ignore_errors=True)
 
 
-async def _until_ended(server: ComfyServer) -> None:
-    """Wait until the server's process is no more."""
-    while server.process is not None and server.process.poll() is None:
-        await asyncio.sleep(_LOOK_S)
+def _code(server: ComfyServer) -> int | None:
+    """The exit code of a server that has ended by itself."""
+    return None if server.process is None else server.process.poll()
 
 
-def _tail(server: ComfyServer) -> str:
-    return "\n".join(f"  {line}" for line in server.tail(_TAIL)) or "  (nothing)"
+def find_host(drivers: Host) -> Host:
+    """The ComfyUI to run here: the driver's paths where they exist, COMFYUI_PATH, else the managed one.
 
-
-def _clear(output: Path) -> None:
-    """Take away what the driver has fetched, so that no worker's disk fills.
-
-    ComfyUI's output folder here is only a place between the save node and the driver.
+    Nothing is installed. Raises HostError that says what to do on this machine.
     """
-    for path in output.rglob("*"):
-        if path.is_file():
-            with contextlib.suppress(OSError):
-                path.unlink()
+    if is_comfyui(drivers.comfyui) and drivers.python.is_file():
+        return Host(drivers.comfyui, drivers.python, drivers.managed, "where the driver has it")
+    own = choose(None, os.environ, ())
+    if own is not None:
+        return Host(own[0], Path(sys.executable), False, own[1])
+    managed = ManagedHost(cache_root())
+    reason = managed.missing()
+    if reason:
+        raise HostError(
+            f"There is no ComfyUI at {drivers.comfyui} as on the driver's machine, {COMFYUI_VARIABLE} is not set, and "
+            f"the managed one in {managed.root} is not ready ({reason}). Run `python run.py setup` there, or set "
+            f"{COMFYUI_VARIABLE} before `ray start`."
+        )
+    return managed.host()
 
 
-def _restore_interrupts() -> None:
-    """Ray's processes block SIGINT and what they start would too, but ComfyUI has to be asked to end that way."""
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+def show_models(files: Iterable[ModelFile], host: Host, base: Path) -> None:
+    """Make the model files appear below `base`/models. Raises HostError that names the one that is not here.
+
+    A file is the driver's where the same path has the same size; else one of that name and size in a models folder of
+    this machine is taken, which the server reads by itself.
+    """
+    places = [kept_models(), *([] if host.managed else [host.comfyui / "models"])]
+    for file in files:
+        path = Path(file.path)
+        sizes = {entry: _size(entry) for entry in (path, *(place / file.folder / path.name for place in places))}
+        found = next((entry for entry, size in sizes.items() if size == file.size), None)
+        if found is None:
+            tried = ", ".join(f"{e} ({'not there' if size is None else f'{size} bytes'})" for e, size in sizes.items())
+            raise HostError(
+                f"The model file {path.name} of {file.size} bytes is not on this machine: {tried}. Copy it."
+            )
+        link_model(found, base / "models" / file.folder)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -26,8 +26,7 @@ from PIL import Image
 
 from speedlab_tools.bench.results import shown_pictures
 from speedlab_tools.client.client import ComfyClient
-from speedlab_tools.fleet.order import read_prompts
-from speedlab_tools.fleet.tasks import prompt_work
+from speedlab_tools.fleet.tasks import prompt_work, read_prompts
 from speedlab_tools.host import pack_root
 from speedlab_tools.host.server import free_port
 from speedlab_tools.scenarios.catalog import find

@@ -11,11 +11,10 @@ import pytest
 from speedlab.common.errors import UnavailableError
 from speedlab.plans.axes import AXES, parse_axis, written_values
 from speedlab_tools.bench.runner import parts_of
-from speedlab_tools.fleet.__main__ import parser
+from speedlab_tools.fleet import FleetError
+from speedlab_tools.fleet.__main__ import parser, worker_count
 from speedlab_tools.fleet.cluster import Cluster, import_ray
-from speedlab_tools.fleet.messages import FleetError
-from speedlab_tools.fleet.order import read_prompts
-from speedlab_tools.fleet.tasks import cell_work, prompt_work
+from speedlab_tools.fleet.tasks import cell_work, prompt_work, read_prompts
 from speedlab_tools.scenarios.catalog import SCENARIOS, find
 from speedlab_tools.scenarios.overrides import MAX_SEED
 from speedlab_tools.scenarios.scenario import Prompt
@@ -173,12 +172,10 @@ def test_the_help_says_what_times_are_worth():
 
 
 def test_more_workers_than_the_cluster_has_are_refused():
-    from speedlab_tools.fleet.__main__ import _worker_count
-
     cluster = Cluster(None, False, gpus=2, cpus=8, nodes=3)
-    assert _worker_count(None, cluster, True) == 2 and _worker_count(None, cluster, False) == 3
-    assert _worker_count(8, cluster, False) == 8
+    assert worker_count(None, cluster, True) == 2 and worker_count(None, cluster, False) == 3
+    assert worker_count(8, cluster, False) == 8
     with pytest.raises(FleetError, match="the cluster has 2 GPUs"):
-        _worker_count(3, cluster, True)
+        worker_count(3, cluster, True)
     with pytest.raises(FleetError, match="the cluster has 8 CPUs"):
-        _worker_count(9, cluster, False)
+        worker_count(9, cluster, False)

@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 
 from speedlab.common.errors import ResultsError
-from speedlab_tools.fleet.folder import FleetFolder, Keeper, Origin
-from speedlab_tools.fleet.messages import Done, FleetError
-from speedlab_tools.fleet.pool import HandOut
-from speedlab_tools.fleet.tasks import Row, Task, row_of
+from speedlab.measure.store import RunStore
+from speedlab_tools.fleet import FleetError
+from speedlab_tools.fleet.tasks import Task
+from speedlab_tools.fleet.worker import Done
+from speedlab_tools.fleet.writer import LOST, Attempt, Row, Writer, row_of
 
-ORIGIN = Origin("here", 1.7e9, 2.0, 1)
+ATTEMPT = Attempt("w1", "here", 1, "2026-01-02T03:04:05.678+00:00", 2.0)
 ASKED = {"scenario": "txt2img-default", "steps": 20, "prompts": "p.txt", "prompts_sha256": "a"}
 
 
@@ -22,31 +23,43 @@ def tasks_of(*texts):
     return [Task(n, f"{n + 1:05d}", text, None, n, f"key of {text}") for n, text in enumerate(texts)]
 
 
-def opened(folder, tasks, asked=ASKED, restart=False, accept=False):
-    return folder.open(asked, tasks, restart=restart, accept=accept)
+def opened(writer, tasks, asked=ASKED, restart=False, accept=False):
+    return writer.open(asked, tasks, restart=restart, accept=accept)
 
 
-def done(folder, task, data=b"picture", records=()):
-    return Keeper(folder).done(task, HandOut(1, task.index, "w1", 1), Done((data,), records, 1.0), ORIGIN)
+def done(writer, task, data=b"picture", records=()):
+    return writer.done(task, Done((data,), records, 1.0), ATTEMPT)
 
 
 @pytest.fixture
 def begun(tmp_path):
     """A folder with two of four prompts done."""
     tasks = tasks_of("a", "b", "c", "d")
-    with FleetFolder(tmp_path) as folder:
-        assert opened(folder, tasks) == [0, 1, 2, 3]
+    with Writer(tmp_path) as writer:
+        assert opened(writer, tasks) == [0, 1, 2, 3]
         for task in (tasks[2], tasks[0]):
-            done(folder, task, task.prompt.encode())
+            done(writer, task, task.prompt.encode())
     return tmp_path, tasks
 
 
 def test_the_same_order_goes_on(begun):
     path, tasks = begun
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks) == [1, 3]
-        manifest = folder.write_manifest()
+    with Writer(path) as writer:
+        assert opened(writer, tasks) == [1, 3]
+        manifest = writer.write_manifest()
     assert [json.loads(line)["index"] for line in manifest.read_text().splitlines()] == [0, 2]
+
+
+def test_the_manifest_has_every_row_of_the_journal(begun):
+    """Also one that was written when Ctrl-C came, before anything in memory knew of it."""
+    path, tasks = begun
+    with Writer(path) as writer:
+        opened(writer, tasks)
+        done(writer, tasks[1])
+        del writer.rows[1]
+        writer.write_manifest()
+    rows = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2]
 
 
 def test_half_a_row_and_half_a_picture_are_made_again(begun):
@@ -54,50 +67,50 @@ def test_half_a_row_and_half_a_picture_are_made_again(begun):
     with (path / "fleet.jsonl").open("a") as journal:
         journal.write('{"index": 1, "name": "0000')
     (path / "pictures" / "00001.png").write_bytes(b"")
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks) == [0, 1, 3]
-        done(folder, tasks[1])
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks) == [0, 3]
+    with Writer(path) as writer:
+        assert opened(writer, tasks) == [0, 1, 3]
+        done(writer, tasks[1])
+    with Writer(path) as writer:
+        assert opened(writer, tasks) == [0, 3]
 
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_failed_rows_are_tried_again(begun, restart):
     path, tasks = begun
-    with FleetFolder(path) as folder:
-        opened(folder, tasks)
-        Keeper(folder).failed(tasks[1], HandOut(2, 1, "w1", 3), "lost", ORIGIN, lost=True)
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks, restart=restart) == ([0, 1, 2, 3] if restart else [1, 3])
+    with Writer(path) as writer:
+        opened(writer, tasks)
+        writer.failed(tasks[1], "lost", replace(ATTEMPT, attempts=3), LOST)
+    with Writer(path) as writer:
+        assert opened(writer, tasks, restart=restart) == ([0, 1, 2, 3] if restart else [1, 3])
         assert len(list((path / "pictures").iterdir())) == (0 if restart else 2)
 
 
 def test_a_changed_prompts_file_is_explained(begun):
     path, _ = begun
     changed = tasks_of("a", "b", "x", "d", "e")
-    with FleetFolder(path) as folder, pytest.raises(FleetError) as caught:
-        opened(folder, changed, {**ASKED, "prompts_sha256": "b"})
+    with Writer(path) as writer, pytest.raises(FleetError) as caught:
+        opened(writer, changed, {**ASKED, "prompts_sha256": "b"})
     text = str(caught.value)
     assert "p.txt: 4 prompts then, 5 now; 3 are the same, the first that differs is number 3" in text
     assert "--accept-changes" in text and "--restart" in text
     assert len(list((path / "pictures").iterdir())) == 2, "nothing was touched"
-    with FleetFolder(path) as folder:
-        assert opened(folder, changed, accept=True) == [1, 2, 3, 4]
+    with Writer(path) as writer:
+        assert opened(writer, changed, accept=True) == [1, 2, 3, 4]
     assert [file.name for file in (path / "pictures").iterdir()] == ["00001.png"]
 
 
 def test_results_that_are_still_asked_for_move_to_their_new_places(begun):
     """A line put in at the top, two that changed places, one twice: by the key, for each has a seed of its own."""
     path, _ = begun
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks_of("x", "c", "b", "a", "a"), accept=True) == [0, 2, 4]
-        folder.write_manifest()
+    with Writer(path) as writer:
+        assert opened(writer, tasks_of("x", "c", "b", "a", "a"), accept=True) == [0, 2, 4]
+        writer.write_manifest()
     rows = [json.loads(line) for line in (path / "manifest.jsonl").read_text().splitlines()]
     assert [(row["index"], row["name"], row["prompt"]) for row in rows] == [(1, "00002", "c"), (3, "00004", "a")]
     held = {file.name: file.read_bytes() for file in (path / "pictures").iterdir()}
     assert held == {"00002.png": b"c", "00004.png": b"a"}
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks_of("a", "c"), accept=True) == [], "each takes the other's place"
+    with Writer(path) as writer:
+        assert opened(writer, tasks_of("a", "c"), accept=True) == [], "each takes the other's place"
     assert {file.name: file.read_bytes() for file in (path / "pictures").iterdir()} == {
         "00001.png": b"a",
         "00002.png": b"c",
@@ -107,8 +120,8 @@ def test_results_that_are_still_asked_for_move_to_their_new_places(begun):
 def test_a_picture_with_another_byte_is_made_again(begun):
     path, tasks = begun
     (path / "pictures" / "00001.png").write_bytes(b"A")
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks) == [0, 1, 3]
+    with Writer(path) as writer:
+        assert opened(writer, tasks) == [0, 1, 3]
 
 
 def test_a_full_disk_is_told_with_the_path(begun, monkeypatch):
@@ -117,41 +130,41 @@ def test_a_full_disk_is_told_with_the_path(begun, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("speedlab_tools.fleet.folder.write_atomically", full)
-    with FleetFolder(path) as folder:
+    monkeypatch.setattr("speedlab_tools.fleet.writer.write_atomically", full)
+    with Writer(path) as writer:
         with pytest.raises(ResultsError, match=str(path)):
-            opened(folder, tasks)
+            opened(writer, tasks)
         with pytest.raises(ResultsError, match=r"manifest\.jsonl"):
-            folder.write_manifest()
+            writer.write_manifest()
 
 
 def test_prompts_that_were_added_or_taken_away_are_counted(begun):
     path, tasks = begun
     other = {**ASKED, "prompts_sha256": "b"}
     for now, words in ((tasks[:2], "4 prompts then, 2 now; 2 are the same"), (tasks_of(*"abcde"), "number 5")):
-        with FleetFolder(path) as folder, pytest.raises(FleetError, match=words):
-            opened(folder, now, other)
+        with Writer(path) as writer, pytest.raises(FleetError, match=words):
+            opened(writer, now, other)
 
 
 def test_other_settings_are_named(begun):
     path, tasks = begun
     other = [replace(task, key=f"{task.key}, 30 steps") for task in tasks]
-    with FleetFolder(path) as folder, pytest.raises(FleetError, match="steps: 20 then, 30 now"):
-        opened(folder, other, {**ASKED, "steps": 30})
-    with FleetFolder(path) as folder, pytest.raises(FleetError, match="builds another one"):
-        opened(folder, other)
+    with Writer(path) as writer, pytest.raises(FleetError, match="steps: 20 then, 30 now"):
+        opened(writer, other, {**ASKED, "steps": 30})
+    with Writer(path) as writer, pytest.raises(FleetError, match="builds another one"):
+        opened(writer, other)
 
 
 def test_a_file_that_only_looks_different_is_the_same_order(begun):
     path, tasks = begun
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks, {**ASKED, "prompts_sha256": "b"}) == [1, 3]
+    with Writer(path) as writer:
+        assert opened(writer, tasks, {**ASKED, "prompts_sha256": "b"}) == [1, 3]
 
 
 def test_two_fleets_do_not_write_one_folder(tmp_path):
-    with FleetFolder(tmp_path), pytest.raises(FleetError, match="Another fleet"), FleetFolder(tmp_path):
+    with Writer(tmp_path), pytest.raises(FleetError, match="Another fleet"), Writer(tmp_path):
         pass
-    with FleetFolder(tmp_path):
+    with Writer(tmp_path):
         pass
 
 
@@ -159,7 +172,7 @@ def test_pictures_are_not_written_through_a_link(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "else").mkdir()
     (tmp_path / "out" / "pictures").symlink_to(tmp_path / "else")
-    with pytest.raises(FleetError, match="leads out"), FleetFolder(tmp_path / "out"):
+    with pytest.raises(FleetError, match="leads out"), Writer(tmp_path / "out"):
         pass
 
 
@@ -172,8 +185,8 @@ def test_a_journal_that_names_other_files_deletes_none(begun):
         line["pictures"][0]["file"] = name
         assert row_of(json.dumps(line)) is None
         (path / "fleet.jsonl").write_text(json.dumps(line) + "\n")
-        with FleetFolder(path) as folder:
-            opened(folder, tasks, restart=True)
+        with Writer(path) as writer:
+            opened(writer, tasks, restart=True)
         assert kept.is_file()
 
 
@@ -193,30 +206,29 @@ def test_a_row_comes_back_as_it_was(begun):
 def test_a_broken_order_file_is_an_error_with_a_way_out(begun, content):
     path, tasks = begun
     (path / "fleet.json").write_text(content)
-    with FleetFolder(path) as folder, pytest.raises(FleetError, match="--restart"):
-        opened(folder, tasks)
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks, restart=True) == [0, 1, 2, 3]
-    with FleetFolder(path) as folder:
-        assert opened(folder, tasks) == [0, 1, 2, 3]
+    with Writer(path) as writer, pytest.raises(FleetError, match="--restart"):
+        opened(writer, tasks)
+    with Writer(path) as writer:
+        assert opened(writer, tasks, restart=True) == [0, 1, 2, 3]
+    with Writer(path) as writer:
+        assert opened(writer, tasks) == [0, 1, 2, 3]
 
 
 def test_a_record_gets_its_row_once_also_after_a_crash(tmp_path, make_record):
     tasks = tasks_of("a", "b")
     records = [make_record(run_id=f"20260102-030405-0000000{n}") for n in range(2)]
-    with FleetFolder(tmp_path) as folder:
-        opened(folder, tasks)
+    with Writer(tmp_path) as writer:
+        opened(writer, tasks)
         for task, record in zip(tasks, records, strict=True):
-            done(folder, task, records=(record.to_json(),))
+            done(writer, task, records=(record.to_json(),))
     table = tmp_path / "speedlab" / "results.csv"
     lines = table.read_text().splitlines(keepends=True)
     # As if the power had gone between the manifest's row and the table's.
     table.write_text("".join(lines[:-1]))
-    Keeper.__init__.__globals__["RunStore"]._appended.clear()
+    RunStore._appended.clear()
     for _ in range(2):
-        with FleetFolder(tmp_path) as folder:
-            assert opened(folder, tasks) == []
-            Keeper(folder).mend()
+        with Writer(tmp_path) as writer:
+            assert opened(writer, tasks) == []
     with table.open(newline="") as file:
         assert [row["run_id"] for row in csv.DictReader(file)] == [record.run_id for record in records]
 
@@ -224,20 +236,18 @@ def test_a_record_gets_its_row_once_also_after_a_crash(tmp_path, make_record):
 def test_a_run_that_failed_is_a_row_with_its_error(tmp_path, make_record):
     task = tasks_of("a")[0]
     record = make_record(status="oom", error="out of memory")
-    with FleetFolder(tmp_path) as folder:
-        opened(folder, [task])
-        row = done(folder, task, records=(record.to_json(),))
+    with Writer(tmp_path) as writer:
+        opened(writer, [task])
+        row = done(writer, task, records=(record.to_json(),))
     assert (row.status, row.error, row.run_ids) == ("error", "out of memory", (record.run_id,))
 
 
 def test_records_of_workers_on_one_machine_say_so(tmp_path, make_record):
     task, record = tasks_of("a")[0], make_record()
-    with FleetFolder(tmp_path) as folder:
-        opened(folder, [task])
-        keeper = Keeper(folder)
-        answer = Done((b"x",), (record.to_json(),), 1.0)
-        keeper.done(task, HandOut(1, 0, "w1", 1), answer, replace(ORIGIN, shared=2))
-        kept = keeper.store.read(record.run_id)
+    with Writer(tmp_path) as writer:
+        opened(writer, [task])
+        writer.done(task, Done((b"x",), (record.to_json(),), 1.0), replace(ATTEMPT, shared=2))
+        kept = writer.store.read(record.run_id)
     (warning,) = kept.warnings
     assert kept.artifacts == {"images": ["pictures/00001.png"]}
     assert "2 workers of a fleet shared this machine" in warning
