@@ -40,7 +40,7 @@ app.registerExtension({
       category: ["SpeedLab", "Profile", "KeepRuns"],
       name: "Runs to keep (0 keeps all)",
       tooltip:
-        "After a run queued from this browser the oldest runs beyond this number are deleted, with their pictures, charts and traces in output/speedlab. The table results.csv keeps its rows.",
+        "After a run queued from this browser the oldest runs beyond this number are deleted, with their images, charts and traces in output/speedlab. The table results.csv keeps its rows.",
       type: "number",
       defaultValue: 0,
       attrs: { min: 0, max: 1000000, step: 1 },

@@ -43,7 +43,7 @@ class DeepCache:
                         "min": 0,
                         "max": 32,
                         "tooltip": "How many more blocks run on cached steps, counted from the outside in. "
-                        "0 is the fastest; a higher one is closer to the original picture.",
+                        "0 is the fastest; a higher one is closer to the original image.",
                     },
                 ),
                 "start_percent": (
@@ -128,7 +128,7 @@ class DynamicCFG:
     DISPLAY_NAME = "Dynamic CFG (SpeedLab)"
     CATEGORY = _CATEGORY
     DESCRIPTION = (
-        "Turns the negative prompt's half of each evaluation off for the last steps, where it changes the picture "
+        "Turns the negative prompt's half of each evaluation off for the last steps, where it changes the image "
         "least. Works together with DeepCache. Where a sampler or another node needs that half, it stays on and the "
         "record says why. For SD 1.x, SD 2.x and the SDXL family."
     )

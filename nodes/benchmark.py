@@ -37,8 +37,8 @@ class Benchmark:
     DISPLAY_NAME = "Benchmark (SpeedLab)"
     CATEGORY = "SpeedLab/measure"
     DESCRIPTION = (
-        "Makes the same picture with every value of one or two axes and tells what each costs: time with its spread, "
-        "peak memory, and how far the picture is from the baseline's. Cells run in turn, so that drift of the machine "
+        "Makes the same image with every value of one or two axes and tells what each costs: time with its spread, "
+        "peak memory, and how far the image is from the baseline's. Cells run in turn, so that drift of the machine "
         "hits them all; what fails is a row. Every cell becomes a row of output/speedlab/results.csv."
     )
     RETURN_TYPES = ("STRING", "IMAGE", "IMAGE", "STRING")
@@ -46,7 +46,7 @@ class Benchmark:
     OUTPUT_TOOLTIPS = (
         "The results as a Markdown table.",
         "Time, memory, throughput and quality over the first axis.",
-        "The picture of every cell with time, memory and quality under it.",
+        "The image of every cell with time, memory and quality under it.",
         "Where results.csv lies.",
     )
     FUNCTION = "benchmark"
@@ -60,14 +60,14 @@ class Benchmark:
                 "clip": ("CLIP", {"tooltip": "The text encoder: the benchmark encodes the prompts itself."}),
                 "vae": ("VAE", {"tooltip": "The VAE that decodes where no tiny decoder is chosen."}),
                 "positive": _text("a lighthouse on a rocky coast at dawn", "One prompt, or one a line: averaged."),
-                "negative": _text("", "What the pictures shall not show. Blank on SDXL: zeroed conditioning."),
+                "negative": _text("", "What the images shall not show. Blank on SDXL: zeroed conditioning."),
                 "axis_x": (list(AXES), {"default": "steps", "tooltip": "What to vary, from left to right."}),
                 "values_x": _text("10, 20, 30", f"The values of axis_x. {_VALUES}"),
                 "axis_y": ([NO_AXIS, *AXES], {"default": NO_AXIS, "tooltip": "A second thing to vary, or none."}),
                 "values_y": _text("", "The values of axis_y, written like those of axis_x."),
                 "width": _int(512, 64, 16384, "Width in pixels, where no axis or plan sets it.", 8),
                 "height": _int(512, 64, 16384, "Height in pixels, where no axis or plan sets it.", 8),
-                "batch": _int(1, 1, 4096, "Pictures at once, where no axis or plan sets them."),
+                "batch": _int(1, 1, 4096, "Images at once, where no axis or plan sets them."),
                 "steps": _int(20, 1, 10000, "Sampling steps, where no axis or plan sets them."),
                 "cfg": (
                     "FLOAT",

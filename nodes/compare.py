@@ -1,4 +1,4 @@
-"""Compare two pictures or two latents."""
+"""Compare two images or two latents."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from ..speedlab.measure import compare
 
 
 class CompareImages:
-    """PSNR, SSIM and difference of two pictures."""
+    """PSNR, SSIM and difference of two images."""
 
     NODE_ID = "SpeedLabCompareImages"
     DISPLAY_NAME = "Compare Images (SpeedLab)"
     CATEGORY = "SpeedLab/compare"
-    DESCRIPTION = "Tells how far picture A is from picture B, in decibels (PSNR) and structure (SSIM), and shows where."
+    DESCRIPTION = "Tells how far image A is from image B, in decibels (PSNR) and structure (SSIM), and shows where."
     RETURN_TYPES = ("FLOAT", "FLOAT", "IMAGE", "STRING")
     RETURN_NAMES = ("psnr", "ssim", "diff", "report")
     OUTPUT_TOOLTIPS = (
@@ -27,7 +27,7 @@ class CompareImages:
     def INPUT_TYPES(cls) -> dict:
         return {
             "required": {
-                "image_a": ("IMAGE", {"tooltip": "The picture to judge."}),
+                "image_a": ("IMAGE", {"tooltip": "The image to judge."}),
                 "image_b": ("IMAGE", {"tooltip": "The reference, of the same size."}),
             }
         }

@@ -18,7 +18,7 @@ class CompileModel:
     DISPLAY_NAME = "Compile Model (SpeedLab)"
     CATEGORY = _CATEGORY
     DESCRIPTION = (
-        "Compiles the UNet block by block or as a whole. The first picture takes longer, the next ones are faster. "
+        "Compiles the UNet block by block or as a whole. The first image takes longer, the next ones are faster. "
         "A LoRA, another checkpoint of the family or another size does not start all over. What a backend cannot do "
         "is an error that says so. For SD 1.x, SD 2.x and the SDXL family."
     )
@@ -37,7 +37,7 @@ class CompileModel:
                     {
                         "default": "inductor",
                         "tooltip": "inductor: PyTorch's compiler. cudagraphs: replays recorded kernels. jit_trace: a "
-                        "trace for each size. onnxruntime, openvino: fast on processors. onediff_*, stable_fast, "
+                        "trace for each size. onnxruntime, openvino: fast on CPUs. onediff_*, stable_fast, "
                         "tensorrt: NVIDIA GPUs, where installed.",
                     },
                 ),
@@ -79,7 +79,7 @@ class CompileModel:
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "Fold the weights into the program: faster on processors, needs the memory of the "
+                        "tooltip": "Fold the weights into the program: faster on CPUs, needs the memory of the "
                         "weights once more, and each change of a LoRA compiles anew. For inductor and jit_trace.",
                     },
                 ),
@@ -106,7 +106,7 @@ class CompileVAE:
     DISPLAY_NAME = "Compile VAE (SpeedLab)"
     CATEGORY = _CATEGORY
     DESCRIPTION = (
-        "Compiles the decoder of a VAE, full or tiny, for all nodes that decode with it. The first picture takes "
+        "Compiles the decoder of a VAE, full or tiny, for all nodes that decode with it. The first image takes "
         "longer. Encoding stays as it is."
     )
     RETURN_TYPES = ("VAE",)
@@ -123,7 +123,7 @@ class CompileVAE:
                     list(FOR_VAE),
                     {
                         "default": "inductor",
-                        "tooltip": "inductor: PyTorch's compiler. onnxruntime: fast on processors. jit_trace: a trace "
+                        "tooltip": "inductor: PyTorch's compiler. onnxruntime: fast on CPUs. jit_trace: a trace "
                         "for each size.",
                     },
                 ),

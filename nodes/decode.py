@@ -22,12 +22,12 @@ class VAEDecode:
     DISPLAY_NAME = "VAE Decode (SpeedLab)"
     CATEGORY = "SpeedLab/decode"
     DESCRIPTION = (
-        "Turns latents into pictures as VAE Decode does, one at a time or in tiles if you like. What does not fit "
-        "into memory is decoded again in smaller pieces; black pictures from half precision in a safer precision."
+        "Turns latents into images as VAE Decode does, one at a time or in tiles if you like. What does not fit "
+        "into memory is decoded again in smaller pieces; black images from half precision in a safer precision."
     )
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("image",)
-    OUTPUT_TOOLTIPS = ("The pictures.",)
+    OUTPUT_TOOLTIPS = ("The images.",)
     FUNCTION = "decode"
 
     @classmethod
@@ -38,7 +38,7 @@ class VAEDecode:
                 "vae": ("VAE", {"tooltip": "The VAE of the checkpoint, or a separate one."}),
                 "slicing": (
                     "BOOLEAN",
-                    {"default": False, "tooltip": "Decode a batch one picture at a time: the memory of one picture."},
+                    {"default": False, "tooltip": "Decode a batch one image at a time: the memory of one image."},
                 ),
                 "tile_size": (
                     "INT",
@@ -47,8 +47,8 @@ class VAEDecode:
                         "min": 0,
                         "max": 8192,
                         "step": 64,
-                        "tooltip": "Decode in tiles of this many pixels, for large pictures on small cards; 0 decodes "
-                        "whole pictures.",
+                        "tooltip": "Decode in tiles of this many pixels, for large images on small GPUs; 0 decodes "
+                        "whole images.",
                     },
                 ),
                 "overlap": (
@@ -66,7 +66,7 @@ class VAEDecode:
                     list(VAE_PRECISIONS),
                     {
                         "default": "auto",
-                        "tooltip": "auto is fp16 on cards that are fast in it, unless you chose another in the loader, "
+                        "tooltip": "auto is fp16 on GPUs that are fast in it, unless you chose another in the loader, "
                         "else the VAE's own; and a safer one after NaN or Inf. The report says which it was.",
                     },
                 ),
@@ -90,13 +90,13 @@ class TinyVAEDecode:
     DISPLAY_NAME = "Tiny VAE Decode (SpeedLab)"
     CATEGORY = "SpeedLab/decode"
     DESCRIPTION = (
-        "Turns latents into pictures with a tiny VAE (TAESD): more than ten times faster and with a fraction of the "
-        "memory at any picture size, at the price of some fine detail. Needs taesd_decoder or taesdxl_decoder in "
+        "Turns latents into images with a tiny VAE (TAESD): more than ten times faster and with a fraction of the "
+        "memory at any image size, at the price of some fine detail. Needs taesd_decoder or taesdxl_decoder in "
         "models/vae_approx."
     )
     RETURN_TYPES = ("IMAGE",)
     RETURN_NAMES = ("image",)
-    OUTPUT_TOOLTIPS = ("The pictures.",)
+    OUTPUT_TOOLTIPS = ("The images.",)
     FUNCTION = "decode"
 
     @classmethod
@@ -118,7 +118,7 @@ class TinyVAEDecode:
                         "default": 1,
                         "min": 0,
                         "max": 4096,
-                        "tooltip": "How many pictures of a batch to decode at once; 0 decodes all of them.",
+                        "tooltip": "How many images of a batch to decode at once; 0 decodes all of them.",
                     },
                 ),
                 "tile_size": (
@@ -129,7 +129,7 @@ class TinyVAEDecode:
                         "max": 16384,
                         "step": 64,
                         "tooltip": "How much to decode at once: as many pixels as a square of this size, in bands "
-                        "without seams; 0 chooses what is fast. The picture is the same.",
+                        "without seams; 0 chooses what is fast. The image is the same.",
                     },
                 ),
             },

@@ -37,18 +37,18 @@ class EnsembleSampler:
         return {
             "required": {
                 "base_model": ("MODEL", {"tooltip": "Denoises first, with any accelerations attached."}),
-                "base_positive": ("CONDITIONING", {"tooltip": "What the picture shall show, by the base's encoders."}),
+                "base_positive": ("CONDITIONING", {"tooltip": "What the image shall show, by the base's encoders."}),
                 "base_negative": ("CONDITIONING", {"tooltip": "What it shall not show, by the base's encoders."}),
                 "refiner_model": ("MODEL", {"tooltip": "Denoises the rest, with any accelerations attached."}),
                 "refiner_positive": (
                     "CONDITIONING",
-                    {"tooltip": "What the picture shall show, by the refiner's own text encoder."},
+                    {"tooltip": "What the image shall show, by the refiner's own text encoder."},
                 ),
                 "refiner_negative": (
                     "CONDITIONING",
                     {"tooltip": "What it shall not show, by the refiner's own text encoder."},
                 ),
-                "latent": ("LATENT", {"tooltip": "Where to start: an empty latent of the picture's size."}),
+                "latent": ("LATENT", {"tooltip": "Where to start: an empty latent of the image's size."}),
                 **_settings(),
             },
             "hidden": {
@@ -97,7 +97,7 @@ def _settings() -> dict[str, Any]:
                 "min": 0,
                 "max": 0xFFFFFFFFFFFFFFFF,
                 "control_after_generate": True,
-                "tooltip": "The random seed of the noise: the same seed gives the same picture.",
+                "tooltip": "The random seed of the noise: the same seed gives the same image.",
             },
         ),
         "steps": (

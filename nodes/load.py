@@ -28,7 +28,7 @@ class CheckpointLoader:
     OUTPUT_TOOLTIPS = (
         "The diffusion model (UNet).",
         "The text encoder.",
-        "The VAE, which turns latents into pictures.",
+        "The VAE, which turns latents into images.",
         "What was loaded: format, size, family, precision of each part, load time and speed.",
     )
     FUNCTION = "load"
@@ -54,7 +54,7 @@ class CheckpointLoader:
                     ["contiguous", "channels_last"],
                     {
                         "default": "contiguous",
-                        "tooltip": "channels_last can speed up the convolutions of SD 1.x on recent cards; measure it.",
+                        "tooltip": "channels_last can speed up the convolutions of SD 1.x on recent GPUs; measure it.",
                     },
                 ),
             }

@@ -19,16 +19,16 @@ class ProfileReport:
     DISPLAY_NAME = "Profile Report (SpeedLab)"
     CATEGORY = "SpeedLab/measure"
     DESCRIPTION = (
-        "Completes a profile with decoding and the finished pictures, saves it as JSON, adds a row to "
-        "output/speedlab/results.csv and saves the pictures in output/speedlab/images. Connect the pictures so that "
+        "Completes a profile with decoding and the finished images, saves it as JSON, adds a row to "
+        "output/speedlab/results.csv and saves the images in output/speedlab/images. Connect the images so that "
         "decoding is measured."
     )
     RETURN_TYPES = ("IMAGE", "STRING", "IMAGE", "STRING")
     RETURN_NAMES = ("images", "report", "chart", "json_path")
     OUTPUT_TOOLTIPS = (
-        "The pictures, unchanged.",
+        "The images, unchanged.",
         "The whole profile as a table.",
-        "Charts of step times, phases, memory and, where they were measured, kernels, as a batch of pictures.",
+        "Charts of step times, phases, memory and, where they were measured, kernels, as a batch of images.",
         "Where the JSON of this run lies.",
     )
     FUNCTION = "report"
@@ -39,7 +39,7 @@ class ProfileReport:
         return {
             "required": {"profile": ("SPEEDLAB_PROFILE", {"tooltip": "The profile of a SpeedLab sampler."})},
             "optional": {
-                "images": ("IMAGE", {"tooltip": "The decoded pictures: passed through, saved, and decoding counted."})
+                "images": ("IMAGE", {"tooltip": "The decoded images: passed through, saved, and decoding counted."})
             },
             "hidden": _HIDDEN,
         }
@@ -49,14 +49,14 @@ class ProfileReport:
         unique_id: object = None, dynprompt: object = None,
     ) -> dict:  # fmt: skip
         context = NodeContext.of(prompt, extra_pnginfo, unique_id, dynprompt)
-        # Four pictures take a second to draw, so that happens only for somebody who looks.
+        # Four images take a second to draw, so that happens only for somebody who looks.
         completed = complete(profile, images, context, context.is_output_used(self.RETURN_NAMES.index("chart")))
         record = completed.record
         text = report.report_text(record)
         path = RunStore(output_directory()).json_path(record.run_id)
         passed = images
         if images is None:
-            passed = missing_input("Profile Report passes on the pictures connected to it, and none are.")
+            passed = missing_input("Profile Report passes on the images connected to it, and none are.")
         return {
             "ui": {
                 "text": [text],

@@ -17,7 +17,7 @@ class MemoryPlan:
     CATEGORY = _CATEGORY
     DESCRIPTION = (
         "Fits a model into the memory that you have. It predicts the peak of text encoding, sampling and decoding, "
-        "picks the fastest way of offloading that fits, and tells the prediction. Pictures stay the same, bit for bit. "
+        "picks the fastest way of offloading that fits, and tells the prediction. Images stay the same, bit for bit. "
         "It acts on the models that you connect and on nothing else."
     )
     RETURN_TYPES = ("MODEL", "CLIP", "VAE", "STRING")
@@ -61,7 +61,7 @@ class MemoryPlan:
                 "latent": (
                     "LATENT",
                     {
-                        "tooltip": "Tells size and batch to predict for; without it: one picture of the size that the "
+                        "tooltip": "Tells size and batch to predict for; without it: one image of the size that the "
                         "model was made for."
                     },
                 ),

@@ -46,7 +46,7 @@ class AttentionBackend:
                         "default": "auto",
                         "tooltip": "auto: measured on this device, once for each size. sdpa: PyTorch's, which picks "
                         "its kernel; sdpa_*: that kernel alone. sub_quadratic, split: least memory. "
-                        "xformers, flash_attn, sage: where installed. onednn: for processors, fastest on AMD's.",
+                        "xformers, flash_attn, sage: where installed. onednn: for CPUs, fastest on AMD's.",
                     },
                 ),
             },
@@ -89,7 +89,7 @@ class Precision:
                     list(MEMORY_FORMATS),
                     {
                         "default": "keep",
-                        "tooltip": "Layout of convolution weights and pictures during a run. channels_last suits "
+                        "tooltip": "Layout of convolution weights and images during a run. channels_last suits "
                         "tensor cores.",
                     },
                 ),
@@ -107,7 +107,7 @@ class Precision:
                     {
                         "default": "keep",
                         "tooltip": "On a CPU, what computes the linear layers of an fp32 model. onednn is up to twice "
-                        "as fast on AMD's processors, equal to rounding; auto measures once and takes the faster one.",
+                        "as fast on AMD's CPUs, equal to rounding; auto measures once and takes the faster one.",
                     },
                 ),
                 "memory": (
@@ -116,7 +116,7 @@ class Precision:
                         "default": "keep",
                         "tooltip": "On a CPU under Linux, what becomes of memory that a layer gives back. reuse keeps "
                         "it for the next layer until the run ends, in place of fresh pages from the system each time: "
-                        "the same picture, bit for bit, and faster steps. auto reuses where it can.",
+                        "the same image, bit for bit, and faster steps. auto reuses where it can.",
                     },
                 ),
                 "convolution": (

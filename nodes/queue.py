@@ -15,7 +15,7 @@ class PromptQueue:
     CATEGORY = "SpeedLab/memory"
     DESCRIPTION = (
         "Encodes many prompts at once and hands them on as a list: everything behind it runs once a prompt. All "
-        "prompts are encoded before the first picture is sampled, so the text encoders can be freed in between."
+        "prompts are encoded before the first image is sampled, so the text encoders can be freed in between."
     )
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "INT", "INT")
     RETURN_NAMES = ("positive", "negative", "seed", "count")

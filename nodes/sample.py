@@ -44,7 +44,7 @@ class ProfileSampler:
                         "min": 0,
                         "max": 0xFFFFFFFFFFFFFFFF,
                         "control_after_generate": True,
-                        "tooltip": "The random seed of the noise: the same seed gives the same picture.",
+                        "tooltip": "The random seed of the noise: the same seed gives the same image.",
                     },
                 ),
                 "steps": (
@@ -71,9 +71,9 @@ class ProfileSampler:
                     names.schedulers(),
                     {"tooltip": "How the noise levels are spread over the steps."},
                 ),
-                "positive": ("CONDITIONING", {"tooltip": "What the picture shall show."}),
-                "negative": ("CONDITIONING", {"tooltip": "What the picture shall not show."}),
-                "latent_image": ("LATENT", {"tooltip": "The latent to denoise: an empty one, or a picture's."}),
+                "positive": ("CONDITIONING", {"tooltip": "What the image shall show."}),
+                "negative": ("CONDITIONING", {"tooltip": "What the image shall not show."}),
+                "latent_image": ("LATENT", {"tooltip": "The latent to denoise: an empty one, or an image's."}),
                 "denoise": (
                     "FLOAT",
                     {

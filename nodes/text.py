@@ -29,7 +29,7 @@ class TextEncode:
                         "multiline": True,
                         "dynamicPrompts": True,
                         "default": "",
-                        "tooltip": "What the picture shows. An empty text is allowed.",
+                        "tooltip": "What the image shows. An empty text is allowed.",
                     },
                 ),
             }

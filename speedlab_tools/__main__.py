@@ -36,7 +36,7 @@ def _run_options() -> argparse.ArgumentParser:
     models.add_argument("--lora-2", metavar="FILE", help="second LoRA, for the scenarios that switch between two")
     sampling = options.add_argument_group("sampling")
     for name, what in (
-        ("width", "pixels"), ("height", "pixels"), ("steps", "sampling steps"), ("batch", "pictures at once"),
+        ("width", "pixels"), ("height", "pixels"), ("steps", "sampling steps"), ("batch", "images at once"),
         ("seed", "noise seed"), ("repeats", "measured runs"), ("warmup", "runs before the measured ones"),
     ):  # fmt: skip
         sampling.add_argument(f"--{name}", type=int, metavar="N", help=what)
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", parents=[_run_options()], help="run scenarios and print their rows")
     bench.add_argument("scenarios", nargs="+", metavar="SCENARIO", help="ids, as 'scenarios' lists them, or 'all'")
     bench.add_argument("--csv", type=Path, metavar="FILE", help="write this series' rows into a table of its own too")
-    bench.add_argument("--html", type=Path, metavar="FILE", help="write one HTML page with tables and pictures")
+    bench.add_argument("--html", type=Path, metavar="FILE", help="write one HTML page with tables and images")
     bench.add_argument(
         "--small", action="store_true", help="cut sizes, steps and repeats to try it out; records say so"
     )

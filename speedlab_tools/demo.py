@@ -37,7 +37,7 @@ from .scenarios.scenario import STOCK, TINY_VAE, Plan, Scenario, best_plan
 
 BASE = "txt2img-default"
 WARM_UP_STEPS = 2
-WARM_UP_SIDE = 256  # on a CPU nothing is tuned for a shape, so a small picture warms up as well
+WARM_UP_SIDE = 256  # on a CPU nothing is tuned for a shape, so a small image warms up as well
 CPU_SIDE = 384  # all rounds together stay under three minutes on two cores
 MOST_ROUNDS = 3
 ROUNDS_SECONDS = 110.0
@@ -45,7 +45,7 @@ ROUNDS_SECONDS = 110.0
 
 @dataclass(frozen=True)
 class DemoRun:
-    """One of the two: its plan, record and picture."""
+    """One of the two: its plan, record and image."""
 
     plan: Plan
     record: RunRecord
@@ -53,7 +53,7 @@ class DemoRun:
 
     @property
     def total_s(self) -> float:
-        """Seconds from text to saved picture."""
+        """Seconds from text to saved image."""
         return float(self.record.phases_ms["total"] or 0.0) / 1000.0
 
 
@@ -68,12 +68,12 @@ def _with_picture(chosen: DemoRun, first: DemoRun) -> DemoRun:
 
 
 def demo_scenario() -> Scenario:
-    """What the demo needs, as a scenario: the plain picture, with a Tiny VAE."""
+    """What the demo needs, as a scenario: the plain image, with a Tiny VAE."""
     return dataclasses.replace(find(BASE), plan=TINY_VAE)
 
 
 def settings_of(args: argparse.Namespace, on_cpu: bool) -> DemoSettings:
-    """The demo's settings with the command line laid over them; a CPU gets a smaller picture."""
+    """The demo's settings with the command line laid over them; a CPU gets a smaller image."""
     plain = find(BASE).settings
     return DemoSettings(
         text=LIGHTHOUSE.text,
@@ -135,7 +135,7 @@ class Demo:
     out: Path
 
     async def measure(self, plan: Plan, with_picture: bool) -> DemoRun:
-        """Warm up, run once, fetch the picture: it is the same in every round."""
+        """Warm up, run once, fetch the image: it is the same in every round."""
         on_cpu = self.env["device_type"] == "cpu"
         warm_up = _graph(warm_up_settings(self.settings, on_cpu), self.checkpoint, plan)
         async with watch(self.client, self.pid, with_vram=not on_cpu) as tuning:
@@ -178,7 +178,7 @@ class Demo:
         return [_with_picture(middle(runs), runs[0]) for runs in zip(*rounds, strict=True)]
 
     async def compare(self, runs: Sequence[DemoRun]) -> str:
-        """How far the second run's picture is from the first one's, in words."""
+        """How far the second run's image is from the first one's, in words."""
         reference, picture = [await self.client.upload(run.pictures[0]) for run in runs]
         result = await self.client.run(compare_graph(picture, reference).to_api())
         return "\n".join(text for shown in result.outputs.values() for text in shown.get("text", []))
@@ -198,7 +198,7 @@ async def _both(
         checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())
         demo = Demo(client, target.pid, env, settings, checkpoint, out)
         runs = await demo.in_turn((STOCK, best_plan(await client.object_info())))
-        # Two pictures of noise have nothing to compare.
+        # Two images of noise have nothing to compare.
         return runs, (await demo.compare(runs) if args.checkpoint is not None else None)
 
 
@@ -211,12 +211,12 @@ def report(runs: list[DemoRun], comparison: str | None, out: Path) -> None:
     stock, best = runs
     print("\n" + format_table([csv_row(run.record) for run in runs]))
     ratio = stock.total_s / best.total_s
-    print(f"\n{best.plan.name}: {ratio:.2f} times as fast as stock, from text to saved picture, model loading apart.")
+    print(f"\n{best.plan.name}: {ratio:.2f} times as fast as stock, from text to saved image, model loading apart.")
     if comparison is not None:
         print(f"{best.plan.name} against stock: {comparison}")
     for run, record in zip(runs, records, strict=True):
         for picture in run.pictures:
-            print(f"picture ({run.plan.name}): {picture}")
+            print(f"image ({run.plan.name}): {picture}")
         print(f"record ({run.plan.name}): {record}")
     print(f"table: {store.csv_path}")
 
@@ -284,7 +284,7 @@ def stock_graph(settings: DemoSettings, checkpoint: str) -> Graph:
 
 
 def plan_graph(settings: DemoSettings, checkpoint: str, plan: Plan) -> Graph:
-    """The same picture with the nodes of this pack and the plan's techniques."""
+    """The same image with the nodes of this pack and the plan's techniques."""
     graph = Graph()
     loader = graph.add("SpeedLabCheckpointLoader", group="Load", ckpt_name=checkpoint)
     model = plan.apply(graph, loader["model"])
@@ -299,7 +299,7 @@ def plan_graph(settings: DemoSettings, checkpoint: str, plan: Plan) -> Graph:
 
 
 def compare_graph(picture: str, reference: str) -> Graph:
-    """How far one uploaded picture is from another, in words."""
+    """How far one uploaded image is from another, in words."""
     graph = Graph()
     images = [graph.add("LoadImage", group="Load", image=name)["IMAGE"] for name in (picture, reference)]
     graph.add("SpeedLabCompareImages", group="Measure", image_a=images[0], image_b=images[1])

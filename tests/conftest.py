@@ -119,7 +119,7 @@ def taesd_files(cache_dir: Path) -> Path:
 
 @pytest.fixture
 def real_taesd(model_files: Path, taesd_files: Path) -> Iterator[Path]:
-    """The published TAESD weights in place of the made-up ones, for what only a real picture shows."""
+    """The published TAESD weights in place of the made-up ones, for what only a real image shows."""
     if not REAL_TAESD.is_dir():
         pytest.skip(f"needs the published TAESD weights, which are not in {REAL_TAESD}")
     folder = model_files / "vae_approx"

@@ -76,7 +76,7 @@ _AT_ONCE = 1 << 20
 
 
 def is_finite(tensor: Any) -> bool:
-    """Whether a tensor has neither NaN nor Inf. On a CPU part by part, so that a large picture is not copied whole."""
+    """Whether a tensor has neither NaN nor Inf. On a CPU part by part, so that a large image is not copied whole."""
     import torch
 
     if tensor.device.type != "cpu" or tensor.numel() <= _AT_ONCE:

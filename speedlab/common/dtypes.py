@@ -69,13 +69,13 @@ def _text_encoder_dtypes(clip: Any) -> dict[str, str | None]:
 
 @lru_cache(maxsize=1)
 def cpu_computes_bf16() -> bool:
-    """Whether this processor has bf16 instructions (AVX512-BF16, AMX, Arm BF16), asked of oneDNN."""
+    """Whether this CPU has bf16 instructions (AVX512-BF16, AMX, Arm BF16), asked of oneDNN."""
     import torch
 
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     if probe is None or not torch.backends.mkldnn.is_available() or not probe():
         return False
-    # oneDNN emulates bf16 on processors with AVX512 alone, which is slower than fp32.
+    # oneDNN emulates bf16 on CPUs with AVX512 alone, which is slower than fp32.
     if hasattr(torch.cpu, "_is_avx512_bf16_supported") and _is_x86():
         return bool(torch.cpu._is_avx512_bf16_supported())
     return True
@@ -83,7 +83,7 @@ def cpu_computes_bf16() -> bool:
 
 @lru_cache(maxsize=1)
 def cpu_computes_fp16() -> bool:
-    """Whether this processor has fp16 instructions (AVX512-FP16, AMX-FP16, Arm FP16), asked of oneDNN."""
+    """Whether this CPU has fp16 instructions (AVX512-FP16, AMX-FP16, Arm FP16), asked of oneDNN."""
     import torch
 
     probe = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)

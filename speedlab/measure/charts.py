@@ -1,4 +1,4 @@
-"""Charts as pictures of one size: step times, phases, memory and kernels, drawn with matplotlib without a display."""
+"""Charts as images of one size: step times, phases, memory and kernels, drawn with matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _LABEL = 46
 
 
 def run_chart(record: RunRecord, wanted: Sequence[str] = OF_SAMPLER) -> Any:
-    """The wanted pictures that there is something to draw for, as an IMAGE [pictures, H, W, 3] in 0..1.
+    """The wanted images that there is something to draw for, as an IMAGE [images, H, W, 3] in 0..1.
 
     The step chart is always drawn. Raises UnavailableError without matplotlib.
     """
@@ -67,7 +67,7 @@ def run_chart(record: RunRecord, wanted: Sequence[str] = OF_SAMPLER) -> Any:
 
 
 def chart_or_blank(record: RunRecord, wanted: Sequence[str] = OF_SAMPLER) -> Any:
-    """The run's charts; without matplotlib a small white IMAGE and a word in the log, never a lost picture."""
+    """The run's charts; without matplotlib a small white IMAGE and a word in the log, never a lost image."""
     try:
         return run_chart(record, wanted)
     except UnavailableError as error:

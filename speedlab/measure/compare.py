@@ -1,4 +1,4 @@
-"""How far apart two pictures or two latents are: PSNR and SSIM by kornia, relative and largest error."""
+"""How far apart two images or two latents are: PSNR and SSIM by kornia, relative and largest error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SSIM_WINDOW = 11
 
 @dataclass(frozen=True)
 class ImageComparison:
-    """PSNR in dB (infinite for equal pictures), mean SSIM, and the difference [B, H, W, 3] stretched to 0..1."""
+    """PSNR in dB (infinite for equal images), mean SSIM, and the difference [B, H, W, 3] stretched to 0..1."""
 
     psnr: float
     ssim: float
@@ -41,10 +41,10 @@ def compare_images(a: Any, b: Any) -> ImageComparison:
     try:
         from kornia.metrics import psnr, ssim
     except ImportError as error:
-        raise UnavailableError("Comparing pictures needs kornia, which ComfyUI lists: pip install kornia") from error
+        raise UnavailableError("Comparing images needs kornia, which ComfyUI lists: pip install kornia") from error
     if a.shape != b.shape:
         raise SpeedLabError(
-            f"Only pictures of one size can be compared: image_a is {_size(a)}, image_b is {_size(b)}. Scale or crop "
+            f"Only images of one size can be compared: image_a is {_size(a)}, image_b is {_size(b)}. Scale or crop "
             "one of them first."
         )
     first = a[..., :3].movedim(-1, 1).float().cpu()
@@ -79,7 +79,7 @@ def compare_latents(a: Any, b: Any) -> LatentComparison:
 
 
 def _window(images: Any) -> int:
-    """SSIM's usual window, or the largest odd one that fits a very small picture with its mirrored border."""
+    """SSIM's usual window, or the largest odd one that fits a very small image with its mirrored border."""
     return int(min(_SSIM_WINDOW, 2 * min(images.shape[-2:]) - 1))
 
 
@@ -89,8 +89,8 @@ def _verdict(db: float) -> str:
     if db >= 30:
         return "close, small details differ"
     if db >= 20:
-        return "the same picture with visible changes"
-    return "a different picture"
+        return "the same image with visible changes"
+    return "a different image"
 
 
 def _size(images: Any) -> str:

@@ -4,7 +4,7 @@ The prompt is plain JSON from the user, so everything here is optional and nothi
 
 What the nodes of a graph do, told by the types of their inputs and outputs as ComfyUI's table of nodes has them.
 
-Names of nodes are without end, types are few: what takes a model and gives latents or pictures has sampled.
+Names of nodes are without end, types are few: what takes a model and gives latents or images has sampled.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class NodeContext:
         return self._doing(samples, among)
 
     def working(self, among: Iterable[str]) -> list[str]:
-        """Those of these nodes that run a network on latents or pictures, and are not measured by this pack."""
+        """Those of these nodes that run a network on latents or images, and are not measured by this pack."""
         return self._doing(works, among)
 
     def decoding(self, among: Iterable[str]) -> list[str]:
@@ -276,7 +276,7 @@ def encodes_text(graph: Graph, node_id: str) -> bool:
 
 
 def decodes(graph: Graph, node_id: str) -> bool:
-    """Whether a node that is not this pack's turns latents into pictures, and does nothing else."""
+    """Whether a node that is not this pack's turns latents into images, and does nothing else."""
     name = class_of(graph.get(node_id))
     if name.startswith(_PACK):
         return False
@@ -287,7 +287,7 @@ def decodes(graph: Graph, node_id: str) -> bool:
 
 
 def works(graph: Graph, node_id: str) -> bool:
-    """Whether a node runs a network on latents or pictures without this pack measuring it."""
+    """Whether a node runs a network on latents or images without this pack measuring it."""
     name = class_of(graph.get(node_id))
     if name.startswith(_PACK):
         return name in _OWN_SAMPLERS

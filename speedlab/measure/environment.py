@@ -73,7 +73,7 @@ def environment_hash(env: dict[str, Any]) -> str:
 
 
 def device_name(device: Any) -> str:
-    """The card's marketing name, else the processor's."""
+    """The GPU's marketing name, else the CPU's."""
     import torch
 
     kind = getattr(device, "type", str(device))
@@ -99,7 +99,7 @@ def comfyui_version() -> str | None:
 
 @lru_cache(maxsize=1)
 def cpu_name() -> str:
-    """The processor's name as the system gives it."""
+    """The CPU's name as the system gives it."""
     if sys.platform.startswith("linux"):
         try:
             lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""Which kernels (on a card) or operators (on a CPU) the profiled steps spent their time in, from a trace's events.
+"""Which kernels (on a GPU) or operators (on a CPU) the profiled steps spent their time in, from a trace's events.
 
 Kernel and operator names in plain language: which family of work it is, and what the parts of a name say.
 
@@ -71,7 +71,7 @@ def analyse(spans: Sequence[Span]) -> KernelReport:
 
 
 def _window(spans: Sequence[Span]) -> Interval:
-    """From the first profiled evaluation to the last; the card may still be working when the host is done."""
+    """From the first profiled evaluation to the last; the GPU may still be working when the host is done."""
     samples = [span for span in spans if span.name == nvtx.SAMPLE and span.category == ANNOTATION]
     if samples:
         return samples[0].start, samples[0].end
@@ -182,11 +182,11 @@ OTHER = "other"
 
 FAMILIES: dict[str, str] = {
     GEMM: "matrix products of linear layers; on a GPU in half precision or TF32 they run on tensor cores",
-    ATTENTION: "every position compared with every other; grows with the square of the picture's area",
-    CONVOLUTION: "3x3 and 1x1 filters over the picture; grows with its area",
+    ATTENTION: "every position compared with every other; grows with the square of the image's area",
+    CONVOLUTION: "3x3 and 1x1 filters over the image; grows with its area",
     NORMALISATION: "means and variances (group norm, layer norm); limited by memory speed",
     ELEMENTWISE: "one number at a time (additions, activations); limited by memory speed, and what compilers fuse",
-    COPY: "moving or converting numbers without computing: between host and card, dtypes or memory layouts",
+    COPY: "moving or converting numbers without computing: between host and GPU, dtypes or memory layouts",
     OTHER: "everything else, such as views of the same numbers and reserving memory",
 }
 

@@ -102,7 +102,7 @@ def _outside_of(cuda: Any | None, device: Any) -> int | None:
 
 
 def _is_on(torch: Any, place: Any, device: Any) -> bool:
-    """Whether both are one card; `cuda` without a number is the current one."""
+    """Whether both are one GPU; `cuda` without a number is the current one."""
     a, b = torch.device(place), torch.device(device)
     if a.type != b.type:
         return False

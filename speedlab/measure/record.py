@@ -20,7 +20,7 @@ from .summary import from_schema_1, spread
 from .trace import StepRow
 
 SCHEMA = 2
-# The phase that stands for work on the picture which is not measured; its value is UNKNOWN.
+# The phase that stands for work on the image which is not measured; its value is UNKNOWN.
 OTHERS, UNKNOWN = "others", "unknown"
 RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
@@ -133,11 +133,11 @@ def memory_dict(peak: MemoryPeak) -> dict[str, float | None]:
 
 
 def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | None) -> float | None:
-    """Text encoding to saved picture with every move of weights, without load; None while a part of that is unknown.
+    """Text encoding to saved image with every move of weights, without load; None while a part of that is unknown.
 
     A phase that ComfyUI answered from its cache (`cached`) is a part that is unknown: nobody knows here what a repeat
     would have paid for it. `after_sampling` is the span from sampling to the report where a core node decoded in it.
-    Work of other nodes on the same picture that nobody measured (`others`) leaves no total either.
+    Work of other nodes on the same image that nobody measured (`others`) leaves no total either.
     """
     if phases_ms.get(OTHERS) is not None:
         return None
@@ -153,7 +153,7 @@ def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | Non
 def csv_row(record: RunRecord) -> dict[str, str]:
     """The record's row in results.csv; an unknown value is an empty cell."""
     request, summary, phases = record.request, record.summary, record.phases_ms
-    # A benchmark times every repeat from text to picture; a sampler repeats only the sampling.
+    # A benchmark times every repeat from text to image; a sampler repeats only the sampling.
     runs = summary.get("totals_ms") or [total_ms(phases, ms) for ms in summary.get("runs_ms") or ()]
     times = spread([ms / 1000.0 for ms in runs if ms is not None])
     overall = record.memory.get("overall", {})

@@ -21,7 +21,7 @@ _PHASE_NAMES = {
     "decode": "decoding",
     "others": "other nodes",
     "save": "saving",
-    "total": "text to picture",
+    "total": "text to image",
 }
 
 
@@ -241,7 +241,7 @@ def _device(device: Mapping[str, Any]) -> list[str]:
     hidden = "" if overlap is None else f", {overlap:.0f} % of it while kernels ran"
     kinds = ", ".join(f"{k['kind']} {k['calls']} ({k['bytes'] / 1e6:.1f} MB)" for k in copies["kinds"])
     return [
-        f"card busy {_share(device.get('busy_share'))}; host waiting for the card "
+        f"GPU busy {_share(device.get('busy_share'))}; host waiting for the GPU "
         f"{_share(device.get('host_wait_share'))} ({device['host_wait_ms']:.1f} ms)",
         f"copies: {copies['ms']:.2f} ms{hidden}{f'; {kinds}' if kinds else ''}",
     ]

@@ -33,7 +33,7 @@ def measured_peak(device: Any, dtype: Any, side: int | None = None) -> Peak:
     """A large square matrix product on `device` in `dtype`, timed for a quarter of a second; once per process.
 
     Flags that change its speed (TF32, fp16 accumulation) are those of this moment and part of what is remembered.
-    `side` of the matrices: None for one that is large enough and fits any card.
+    `side` of the matrices: None for one that is large enough and fits any GPU.
     """
     import torch
 
@@ -59,7 +59,7 @@ def _measure(device: Any, dtype: Any, side: int, tf32: bool) -> Peak:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
     out = torch.empty_like(a)
-    # One product takes a fast card less than a millisecond, of which the start and the waiting would be a part.
+    # One product takes a fast GPU less than a millisecond, of which the start and the waiting would be a part.
     at_once = 1 if device.type == "cpu" else _AT_ONCE
     best, spent, rounds = float("inf"), 0.0, -1
     while rounds < _FEWEST or (spent < _SECONDS and rounds < _MOST):

@@ -234,7 +234,7 @@ class RunStore:
             )
 
     def folder(self, name: str) -> Path:
-        """A folder for records, pictures or charts, made if it is not there. Raises ResultsError naming it."""
+        """A folder for records, images or charts, made if it is not there. Raises ResultsError naming it."""
         path = self.root / name
         self.refuse_symlink_out()
         try:
@@ -290,7 +290,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_picture(path: Path, picture: Any, **options: Any) -> None:
-    """Write a PIL picture as PNG; on failure nothing of it is left. Raises ResultsError naming the path."""
+    """Write a PIL image as PNG; on failure nothing of it is left. Raises ResultsError naming the path."""
     data = io.BytesIO()
     picture.save(data, "PNG", **options)
     try:

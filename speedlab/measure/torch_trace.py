@@ -130,7 +130,7 @@ class Span:
 
     @property
     def is_device(self) -> bool:
-        """Whether the card did it."""
+        """Whether the GPU did it."""
         return self.category in DEVICE_CATEGORIES
 
     @property

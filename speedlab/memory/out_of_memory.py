@@ -16,7 +16,7 @@ from .placement import Group, Offload, Placement, is_planned, planned
 _NEXT = {
     "none": "Set offload of Memory Plan to model, or to auto with a budget_gb below what the device has.",
     "model": "Set offload of Memory Plan to sequential.",
-    "sequential": "This is the smallest plan: make the picture or the batch smaller.",
+    "sequential": "This is the smallest plan: make the image or the batch smaller.",
 }
 _IN_PHASE = {
     "text encoding": "",

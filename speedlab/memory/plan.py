@@ -65,7 +65,7 @@ def plan_memory(
     """Choose a way of offloading and attach it to clones; the inputs are untouched.
 
     `none` gives back the very objects. `latent` (a LATENT) tells size and batch to predict for; without it that is one
-    picture of the model's own size. Raises MemoryBudgetError where nothing fits, UnavailableError where ComfyUI keeps
+    image of the model's own size. Raises MemoryBudgetError where nothing fits, UnavailableError where ComfyUI keeps
     models on the device for good.
     """
     if vae is not None:
@@ -93,7 +93,7 @@ def picture_size(model: Any, latent: Any | None) -> PictureSize:
     if latent is not None:
         samples = latent["samples"]
         if getattr(samples, "is_nested", False) or samples.ndim != 4:
-            raise UnavailableError("Memory Plan predicts for pictures; this latent is a video, or several in one.")
+            raise UnavailableError("Memory Plan predicts for images; this latent is a video, or several in one.")
         return PictureSize(samples.shape[3] * 8, samples.shape[2] * 8, samples.shape[0])
     name = type(model.model).__name__
     side = 1024 if name.startswith("SDXL") else 768 if type(model.model.model_config).__name__ == "SD20" else 512
@@ -209,7 +209,7 @@ def plan_text(
 ) -> str:  # fmt: skip
     """Every phase of the chosen plan, the peaks of the others, and what the numbers leave out."""
     plan = predictions[chosen]
-    pictures = "1 picture" if size.batch == 1 else f"{size.batch} pictures"
+    pictures = "1 image" if size.batch == 1 else f"{size.batch} images"
     limit = f"budget {gigabytes(budget)}" if given else f"{gigabytes(budget)} free"
     lines = [f"Memory plan: {chosen} ({_WORDS[chosen]}), for {pictures} of {size.width}x{size.height}; {limit}"]
     lines += [
@@ -256,6 +256,6 @@ def too_small(predictions: Mapping[Offload, Any], budget: float, asked: Offload 
     raised = f"set budget_gb to {smallest:.2f} or more, make" if given else "make"
     return (
         f"{head} The smallest is {least.offload} offload with {gigabytes(least.peak)}, needed while "
-        f"{least.worst.name}: {raised} the picture or the batch smaller"
+        f"{least.worst.name}: {raised} the image or the batch smaller"
         f"{', or decode with Tiny VAE Decode and leave vae unconnected' if least.worst.name == 'decoding' else ''}."
     )

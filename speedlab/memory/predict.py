@@ -79,7 +79,7 @@ class Prediction:
 def parts_of(model: Any, clip: Any | None, vae: Any | None, size: PictureSize) -> tuple[Part, ...]:
     """Count weights by their dtypes and activations for `size`. A part on another device than the UNet needs nothing.
 
-    Sampling is counted with guidance: cond and uncond of all pictures in one forward.
+    Sampling is counted with guidance: cond and uncond of all images in one forward.
     """
     device = model.load_device
     parts = []
@@ -156,7 +156,7 @@ _PIXELS_PER_LATENT = 8
 
 @dataclass(frozen=True)
 class PictureSize:
-    """Pixels of one picture, and how many are made at once."""
+    """Pixels of one image, and how many are made at once."""
 
     width: int
     height: int
@@ -169,7 +169,7 @@ class PictureSize:
 
 
 def sampling_bytes(model: Any, size: PictureSize) -> int:
-    """Bytes of one evaluation of a MODEL with guidance: cond and uncond of all pictures in one forward.
+    """Bytes of one evaluation of a MODEL with guidance: cond and uncond of all images in one forward.
 
     Networks other than image UNets are not counted; for them it is ComfyUI's own estimate.
     """
@@ -201,12 +201,12 @@ def unet_bytes(base: Any, size: PictureSize, rows: int) -> int:
     forward = peak_bytes(
         lambda: network(latent, timestep, context=context, y=label, control=None, transformer_options=options)
     )
-    # The sampler holds the noisy latent, the noise, the denoised one and copies of them, in fp32, for each picture.
+    # The sampler holds the noisy latent, the noise, the denoised one and copies of them, in fp32, for each image.
     return forward + latent.nbytes + context.nbytes + 6 * size.batch * 4 * height * width * 4
 
 
 def decode_bytes(vae: Any, size: PictureSize, dtype: torch.dtype | None = None) -> int:
-    """Bytes of decoding `size.batch` pictures in one piece with a ComfyUI VAE, in `dtype` or its own.
+    """Bytes of decoding `size.batch` images in one piece with a ComfyUI VAE, in `dtype` or its own.
 
     A VAE for video or sound is not counted; for that it is ComfyUI's own estimate.
     """
@@ -221,7 +221,7 @@ def decode_bytes(vae: Any, size: PictureSize, dtype: torch.dtype | None = None) 
             part.optimized_attention = _attended
     latent = torch.empty((size.batch, vae.latent_channels, *size.latent), dtype=dtype, device="meta")
     picture = size.batch * 3 * size.width * size.height * 4
-    # The picture is scaled and clamped in fp32 after it was made: two copies beside the decoder's own output.
+    # The image is scaled and clamped in fp32 after it was made: two copies beside the decoder's own output.
     return max(peak_bytes(lambda: decoder.decode(latent)), 2 * picture)
 
 

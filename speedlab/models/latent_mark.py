@@ -1,7 +1,7 @@
 """The mark that this pack's samplers leave in a LATENT: the latent format, and the run that made it.
 
 Nodes that make a new LATENT out of an old one copy what they do not know, so a mark travels on through other samplers,
-upscalers and models. It therefore names the very pictures that it was made for, and says nothing of any others.
+upscalers and models. It therefore names the very images that it was made for, and says nothing of any others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ KEY = "speedlab"
 
 @dataclass(frozen=True)
 class LatentMark:
-    """What made the pictures of a LATENT: core's class name of the model's latent format, and the id of the run."""
+    """What made the images of a LATENT: core's class name of the model's latent format, and the id of the run."""
 
     latent_format: str | None
     run_id: str | None
@@ -33,7 +33,7 @@ def marked(latent: Mapping[str, Any], model: Any, run_id: str) -> dict[str, Any]
 
 
 def mark_of(latent: Mapping[str, Any]) -> LatentMark | None:
-    """The mark of a LATENT, where every picture in it is one that the mark was made for; else None."""
+    """The mark of a LATENT, where every image in it is one that the mark was made for; else None."""
     mark = latent.get(KEY)
     made_for = mark.get("pictures") if isinstance(mark, Mapping) else None
     if not isinstance(mark, Mapping) or not isinstance(made_for, (tuple, list)):
@@ -44,7 +44,7 @@ def mark_of(latent: Mapping[str, Any]) -> LatentMark | None:
 
 
 def _fingerprints(samples: Any) -> list[str]:
-    """One a picture, so that pictures picked out of a batch, or repeated, are still known."""
+    """One an image, so that images picked out of a batch, or repeated, are still known."""
     if getattr(samples, "is_nested", False):
         samples = samples.unbind()
     parts = samples if isinstance(samples, (list, tuple)) else [samples]

@@ -190,7 +190,7 @@ def parse_axis(name: str, text: str) -> Axis:
         open_end, most = True, int(ending[1]) if ending[1] else None
         texts = texts[:-1] or ["1"]
         if most is not None and not 1 <= most <= MOST_PICTURES:
-            raise SweepTextError(f"max@{most}: choose a limit of 1 to {MOST_PICTURES} pictures.")
+            raise SweepTextError(f"max@{most}: choose a limit of 1 to {MOST_PICTURES} images.")
     if not texts:
         raise SweepTextError(f"The axis {name} has no values: write them one a line or between commas.")
     marked = [index for index, part in enumerate(texts) if part.startswith(BASELINE_MARK)]
@@ -229,7 +229,7 @@ _LARGEST_SIDE, _MOST_STEPS, _HIGHEST_CFG = 16384, 10000, 100.0
 
 @dataclass(frozen=True)
 class CellSettings:
-    """Sizes in pixels. `techniques` in the order in which they are attached; `decoder` makes the pictures."""
+    """Sizes in pixels. `techniques` in the order in which they are attached; `decoder` makes the images."""
 
     width: int = 512
     height: int = 512
@@ -391,7 +391,7 @@ def _plan_name(plan: str, labels: tuple[tuple[str, str], ...]) -> str:
 
 
 def baseline_of(cell: Cell, axis_x: Axis, axis_y: Axis) -> tuple[int, int]:
-    """The place of the cell that `cell`'s pictures are compared with.
+    """The place of the cell that `cell`'s images are compared with.
 
     A mark on one axis compares along that axis, within the row or column of the cell. Marks on both axes, or on none,
     name one cell for all: the marked or first one.

@@ -75,7 +75,7 @@ def predicted_bytes(peaks: Mapping[int, int], start: int, batch: int) -> int:
     if len(points) == 1:
         return int(max(top - start, 0) * batch / last)
     before, below = points[-2]
-    # A peak that did not grow was some other phase's; then the mean growth of a picture is the safer guess.
+    # A peak that did not grow was some other phase's; then the mean growth of an image is the safer guess.
     slope = (top - below) / (last - before) if top > below else max(top - start, 0) / last
     return int(max(top - start, 0) + slope * max(batch - last, 0))
 

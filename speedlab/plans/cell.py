@@ -52,7 +52,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class OneRun:
-    """One picture's (or batch's) times in milliseconds. `record` is the sampler's, with memory over all phases."""
+    """One image's (or batch's) times in milliseconds. `record` is the sampler's, with memory over all phases."""
 
     record: RunRecord
     encode_ms: float
@@ -66,7 +66,7 @@ class OneRun:
 
     @property
     def total_ms(self) -> float:
-        """Text to saved picture, with every move of weights to the device."""
+        """Text to saved image, with every move of weights to the device."""
         others = [self.record.phases_ms.get(name) for name in ("to_device", "prepare")]
         extra = sum(float(ms) for ms in others if isinstance(ms, (int, float)))
         return self.encode_ms + extra + self.sample_ms + self.decode_ms + self.save_ms
@@ -111,7 +111,7 @@ def run_once(
     prepared: Prepared, prompt: Prompt, context: NodeContext, store: RunStore, picture_id: str, first_picture: int,
     on_step: Callable[[int], None],
 ) -> OneRun:  # fmt: skip
-    """Make one prompt's pictures and measure each phase. Pictures of a later repeat replace those of an earlier one."""
+    """Make one prompt's images and measure each phase. Images of a later repeat replace those of an earlier one."""
     parts, settings = prepared.parts, prepared.settings
     text = prompt.text
     if settings.prompt_tokens is not None:

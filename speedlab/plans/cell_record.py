@@ -1,6 +1,6 @@
 """The record of one cell: every repeat on every prompt, told as one run.
 
-How far a cell's pictures are from the baseline's: PSNR and SSIM by kornia, LPIPS where it can run.
+How far a cell's images are from the baseline's: PSNR and SSIM by kornia, LPIPS where it can run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CellRuns:
     record: RunRecord | None = None
 
     def totals_ms(self) -> list[float]:
-        """Text to picture of each repeat, the mean over the prompts."""
+        """Text to image of each repeat, the mean over the prompts."""
         return [statistics.fmean(run.total_ms for run in runs) for runs in self.repeats]
 
 
@@ -206,7 +206,7 @@ def _quality(runs: CellRuns) -> dict[str, Any] | None:
     quality = runs.quality
     if quality is None:
         return None
-    # JSON has no infinity: equal pictures are told by `identical`.
+    # JSON has no infinity: equal images are told by `identical`.
     told = {"psnr": quality.psnr, "ssim": quality.ssim, "identical": quality.psnr == float("inf")}
     named = {"baseline": dict(runs.baseline.labels)} if runs.baseline is not None else {}
     return {**told, **({} if quality.lpips is None else {"lpips": quality.lpips}), **named}
@@ -233,7 +233,7 @@ class Quality:
 
 
 def quality_of(pictures: Any, baseline: Any) -> Quality | None:
-    """Compare pictures [B, H, W, 3] with the baseline's; None where their sizes differ, so that nothing compares."""
+    """Compare images [B, H, W, 3] with the baseline's; None where their sizes differ, so that nothing compares."""
     if pictures.shape != baseline.shape:
         return None
     compared = compare_images(pictures, baseline)

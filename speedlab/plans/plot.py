@@ -1,4 +1,4 @@
-"""The sweep as a picture: time with error bars, memory, and throughput or quality where the axis has them."""
+"""The sweep as an image: time with error bars, memory, and throughput or quality where the axis has them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sweep_plot(result: SweepResult) -> Any:
 
 def _draw(result: SweepResult) -> Any:
     panels: list[tuple[str, Callable[[CellRuns], float | None], bool]] = [
-        ("seconds, text to picture", _seconds, True),
+        ("seconds, text to image", _seconds, True),
         (_memory_name(result), _memory, False),
     ]
     if "batch" in (result.axis_x.name, result.axis_y.name):
@@ -156,7 +156,7 @@ def _rate(runs: CellRuns) -> float | None:
 
 
 def _psnr(runs: CellRuns) -> float | None:
-    # Equal pictures have no finite distance, so they have no place on this panel.
+    # Equal images have no finite distance, so they have no place on this panel.
     return runs.quality.psnr if runs.quality is not None and runs.quality.psnr != float("inf") else None
 
 

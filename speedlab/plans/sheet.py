@@ -1,4 +1,4 @@
-"""The contact sheet: a picture of every cell, with time, memory and quality under each."""
+"""The contact sheet: an image of every cell, with time, memory and quality under each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOST_PIXELS = 16000
 
 
 def thumbnail(pictures: Any) -> Any:
-    """Up to four pictures [B, H, W, 3] side by side in a square of 256 pixels, as a PIL image."""
+    """Up to four images [B, H, W, 3] side by side in a square of 256 pixels, as a PIL image."""
     from PIL import Image, ImageOps
 
     pixels = to_bytes(pictures[:4])

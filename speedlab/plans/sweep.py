@@ -106,7 +106,7 @@ class Sweep:
         return self.result
 
     def _in_order(self) -> list[CellRuns]:
-        """Baselines first, so that every other cell finds the pictures that it is compared with."""
+        """Baselines first, so that every other cell finds the images that it is compared with."""
         baselines = {(runs.baseline.x, runs.baseline.y) for runs in self.result.cells if runs.baseline is not None}
         return sorted(self.result.cells, key=lambda runs: (runs.cell.x, runs.cell.y) not in baselines)
 
@@ -190,7 +190,7 @@ class Sweep:
             del self._prepared[place]
 
     def _look(self, runs: CellRuns, made: Sequence[OneRun]) -> None:
-        """Compare the first measured pictures with the baseline's; keep a small copy for the contact sheet."""
+        """Compare the first measured images with the baseline's; keep a small copy for the contact sheet."""
         import torch
 
         place = (runs.cell.x, runs.cell.y)
@@ -213,7 +213,7 @@ class Sweep:
         result = self.result
         opened = result.axis_x if result.axis_x.open_end else result.axis_y
         others = result.axis_y if result.axis_x.open_end else result.axis_x
-        # The marked value first: the pictures of the others are compared with its.
+        # The marked value first: the images of the others are compared with its.
         order = sorted(range(len(others.values)), key=lambda index: index != others.baseline)
         for index in order:
             result.notes.append(largest_note(self._search_batch(index, opened.most), others.values[index].label))
@@ -277,7 +277,7 @@ class Sweep:
 
 
 def _light(run: OneRun) -> OneRun:
-    """A run without its pictures, of which only the first repeat's are looked at."""
+    """A run without its images, of which only the first repeat's are looked at."""
     return replace(run, pictures=None)
 
 
@@ -315,7 +315,7 @@ def warning_notes(cells: Sequence[CellRuns]) -> list[str]:
 
 
 def saturation_notes(cells: Sequence[CellRuns]) -> list[str]:
-    """Where more pictures at once gain nothing more, for each value of the axis beside `batch`.
+    """Where more images at once gain nothing more, for each value of the axis beside `batch`.
 
     Sizes of one repeat say nothing of it: a single run swings by more than what is asked here.
     """
@@ -413,7 +413,7 @@ T = TypeVar("T")
 def turned(items: Sequence[T], number: int) -> list[T]:
     """The items in the order of round `number`: A B C, B C A, C A B, and again.
 
-    In a fixed order whatever recurs with each round, a card that is cold at its start say, would be the first one's.
+    In a fixed order whatever recurs with each round, a GPU that is cold at its start say, would be the first one's.
     """
     begin = number % len(items) if items else 0
     return [*items[begin:], *items[:begin]]

@@ -1,4 +1,4 @@
-"""After a good run: add decode, pictures and quality to the record, write it, append its CSV row."""
+"""After a good run: add decode, images and quality to the record, write it, append its CSV row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "devic
 
 @dataclass(frozen=True)
 class Completed:
-    """The whole record as it lies on disk, and its charts as an IMAGE [pictures, H, W, 3], the step chart first."""
+    """The whole record as it lies on disk, and its charts as an IMAGE [images, H, W, 3], the step chart first."""
 
     record: RunRecord
     chart: Any
@@ -85,7 +85,7 @@ def _with_decode(record: RunRecord, has_images: bool, reached_ns: int, context: 
 def _with_rest(
     record: RunRecord, run_id: str, context: NodeContext, entries: Sequence[timeline.PhaseEntry], reached_ns: int
 ) -> RunRecord:
-    """The record with what else made the pictures: the span that a core decoder took, or that nobody measured it."""
+    """The record with what else made the images: the span that a core decoder took, or that nobody measured it."""
     if context.node_id not in context.graph:
         return record
     sampled = _sampling_of(run_id, entries)
@@ -93,7 +93,7 @@ def _with_rest(
         # Samplers of this pack always run; a node that made one while the prompt ran may be answered from the cache.
         return with_others(
             record, context, (),
-            "This profile is of an earlier prompt: ComfyUI had it in its cache, so the time from text to picture is "
+            "This profile is of an earlier prompt: ComfyUI had it in its cache, so the time from text to image is "
             "not known. Change the seed to have it measured.",
         )  # fmt: skip
     sampler = sampled.node_id
@@ -101,8 +101,8 @@ def _with_rest(
     if sampler not in upstream:
         return with_others(
             record, context, (),
-            f"The pictures do not come from the sampler of this profile, {context.names([sampler])}, so the time from "
-            "text to picture is not known.",
+            f"The images do not come from the sampler of this profile, {context.names([sampler])}, so the time from "
+            "text to image is not known.",
         )  # fmt: skip
     behind = upstream - context.upstream(sampler)
     decoders = context.decoding(behind)
@@ -117,7 +117,7 @@ def _with_rest(
         return with_others(
             record, context, (),
             f"{context.names(decoders) or 'Another node'} decoded, and {between} may have run between sampling and "
-            "this report, so the time from text to picture is not known. Decode with VAE Decode (SpeedLab) to have it.",
+            "this report, so the time from text to image is not known. Decode with VAE Decode (SpeedLab) to have it.",
         )  # fmt: skip
     after = round((reached_ns - sampled.end_ns) / 1e6, 3)
     return record.changed(phases_ms={**record.phases_ms, "after_sampling": after})
@@ -138,7 +138,7 @@ def _between(
 def _decodes_of(
     run_id: str, context: NodeContext, entries: Sequence[timeline.PhaseEntry], list_index: int | None
 ) -> list[timeline.PhaseEntry]:
-    """The decodes upstream of the pictures for this item of a list, except those of other runs' latents.
+    """The decodes upstream of the images for this item of a list, except those of other runs' latents.
 
     One is of this run where it decoded the run's own latent. One of a latent that no run made, or that was changed
     since, may be of this run too.
@@ -179,7 +179,7 @@ def merge_memory(
 
 
 def _with_images(record: RunRecord, images: Any, context: NodeContext, store: RunStore) -> RunRecord:
-    """Save the pictures beside the records, with the workflow in them, and time it: text to saved picture ends here."""
+    """Save the images beside the records, with the workflow in them, and time it: text to saved image ends here."""
     started = time.perf_counter_ns()
     paths = save_pngs(images, record.run_id, context, store)
     ms = (time.perf_counter_ns() - started) / 1e6
@@ -227,7 +227,7 @@ def to_bytes(images: Any) -> Any:
 
 
 def _metadata(info: Any, context: NodeContext) -> Any | None:
-    """The same texts as core's Save Image writes, so that a picture can be dragged back onto the canvas."""
+    """The same texts as core's Save Image writes, so that an image can be dragged back onto the canvas."""
     from comfy.cli_args import args
 
     if args.disable_metadata:

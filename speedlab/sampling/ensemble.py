@@ -90,7 +90,7 @@ def sample_ensemble(
 
 def _check(base: Expert, refiner: Expert, latent: Mapping[str, Any]) -> None:
     if getattr(latent["samples"], "is_nested", False):
-        raise UnavailableError("Ensemble Sampler takes picture latents; this one holds several in one.")
+        raise UnavailableError("Ensemble Sampler takes image latents; this one holds several in one.")
     names = [type(expert.model.get_model_object("latent_format")).__name__ for expert in (base, refiner)]
     if names[0] != names[1]:
         raise SpeedLabError(
@@ -110,7 +110,7 @@ def _check_channels(model: Any, latent: Mapping[str, Any]) -> None:
     if samples.shape[1] != wanted and bool(samples.any()):
         raise SpeedLabError(
             f"The latents have {samples.shape[1]} channels and these models take {wanted}: they belong to another "
-            "model family. Encode the picture with this model's VAE."
+            "model family. Encode the image with this model's VAE."
         )
 
 

@@ -213,7 +213,7 @@ def profile_run(
     try:
         store.write(record)
     except ResultsError as error:
-        # The picture is worth more than its record: say what happened and let the graph go on.
+        # The image is worth more than its record: say what happened and let the graph go on.
         log.error("SpeedLab: %s", error)
         record = record.changed(warnings=(*record.warnings, str(error)))
     _note_sampling(session)
@@ -345,10 +345,10 @@ def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | 
         )
     notes += [warning for match in model.get_attachment(LORAS) or () for warning in match.warnings()]
     if phases["text_encode"] is None:
-        notes.append("A core node encoded the text, so the time from text to picture is not known.")
+        notes.append("A core node encoded the text, so the time from text to image is not known.")
     elif phases["text_encode"] == "cached":
         notes.append(
-            "ComfyUI had the encoded text, or a part of it, in its cache, so the time from text to picture is not "
+            "ComfyUI had the encoded text, or a part of it, in its cache, so the time from text to image is not "
             "known. Change the texts to have it measured."
         )
     notes += _first_move(session, phases)
@@ -364,17 +364,17 @@ def _first_move(session: _Session, phases: Mapping[str, float | str | None]) -> 
         return []
     return [
         f"This prompt is the first that sampled with this model and its LoRAs: {moved:.0f} ms of the time from text to "
-        "picture moved its weights to the device. Queue the prompt again, with other texts, for the time of a repeat."
+        "image moved its weights to the device. Queue the prompt again, with other texts, for the time of a repeat."
     ]
 
 
 def with_others(record: RunRecord, context: NodeContext, nodes: Collection[str], why: str = "") -> RunRecord:
-    """The record without a total, where these nodes worked on the same picture too; `why` replaces the warning."""
+    """The record without a total, where these nodes worked on the same image too; `why` replaces the warning."""
     if not nodes and not why:
         return record
     why = why or (
-        f"The picture is also the work of {context.names(nodes)}, which is not measured here, so the time from text to "
-        "picture is not known."
+        f"The image is also the work of {context.names(nodes)}, which is not measured here, so the time from text to "
+        "image is not known."
     )
     phases = {**record.phases_ms, OTHERS: UNKNOWN, "total": None}
     return record.changed(phases_ms=phases, warnings=tuple(dict.fromkeys((*record.warnings, why))))

@@ -53,7 +53,7 @@ def encode_queue(clip: Any, text: QueueText) -> EncodedQueue:
     shared: Any | None = None
     for index, prompt in enumerate(text.prompts):
         mm.throw_exception_if_processing_interrupted()
-        # The profile of picture n takes the time of item n. The one negative prompt is encoded with the first.
+        # The profile of image n takes the time of item n. The one negative prompt is encoded with the first.
         with phase("text_encode", device_of(clip), list_index=index):
             positive.append(encode(clip, prompt))
             if text.negative is None:

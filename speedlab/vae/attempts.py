@@ -3,7 +3,7 @@
 Core's own decode does the same behind the caller's back, with tiles of one size; here every retry is told, and the
 pieces shrink until they fit.
 
-Tiles of a picture: where they lie and how their overlaps blend into each other without an edge.
+Tiles of an image: where they lie and how their overlaps blend into each other without an edge.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PIXELS_PER_LATENT = 8
 
 @dataclass(frozen=True)
 class Way:
-    """Pictures one at a time or as many as fit; whole, or in tiles of `tile_size` pixels."""
+    """Images one at a time or as many as fit; whole, or in tiles of `tile_size` pixels."""
 
     slicing: bool
     tile_size: int
@@ -32,12 +32,12 @@ class Way:
     def __str__(self) -> str:
         if self.tile_size:
             return f"in tiles of {self.tile_size} pixels"
-        return "one picture at a time" if self.slicing else "whole"
+        return "one image at a time" if self.slicing else "whole"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures [B, H, W, 3], whether the decoder stayed finite, the way that fitted, and what did not."""
+    """Images [B, H, W, 3], whether the decoder stayed finite, the way that fitted, and what did not."""
 
     images: Any
     finite: bool
@@ -109,7 +109,7 @@ def smaller_way(way: Way, samples: Any, scale: int = _PIXELS_PER_LATENT) -> Way 
 
 
 def is_picture(samples: Any) -> bool:
-    """Whether latents are of still pictures; video and sound have decoders of their own shape."""
+    """Whether latents are of still images; video and sound have decoders of their own shape."""
     return bool(samples.ndim == 4)
 
 
@@ -153,7 +153,7 @@ def _whole(vae: Any, samples: Any, one_at_a_time: bool) -> tuple[Any, bool]:
     first = samples[:1] if one_at_a_time else samples
     needed = vae.memory_used_decode(first.shape, vae.vae_dtype)
     decoder = _Decoder(vae, needed)
-    # As core does: as many pictures at once as the free memory is estimated to hold.
+    # As core does: as many images at once as the free memory is estimated to hold.
     at_once = 1 if one_at_a_time else max(1, int(mm.get_free_memory(vae.device) / needed))
     progress = progress_bar(-(-count // at_once))
     images = None
@@ -279,7 +279,7 @@ def feather(parts: Sequence[Span], scale: int) -> list[Any]:
 def blend(samples: Any, tiles: Grid, decoder: Decoder, after_tile: Callable[[], None]) -> Any:
     """Decode latents [1, C, h, w] tile by tile to pixels [1, 3, h*scale, w*scale].
 
-    Beside the picture itself only one tile is held. `after_tile` is called once a tile.
+    Beside the image itself only one tile is held. `after_tile` is called once a tile.
     """
     import torch
 

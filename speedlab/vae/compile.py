@@ -31,7 +31,7 @@ _KEPT = 8
 
 
 class PureDecoder(torch.nn.Module):
-    """A VAE's decode as a function of tensors: latents [B, C, h, w] to pictures [B, 3, H, W]."""
+    """A VAE's decode as a function of tensors: latents [B, C, h, w] to images [B, 3, H, W]."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
@@ -42,9 +42,9 @@ class PureDecoder(torch.nn.Module):
 
 
 def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
-    """A VAE that decodes as `vae` does, compiled at its first picture; `vae` itself is not touched.
+    """A VAE that decodes as `vae` does, compiled at its first image; `vae` itself is not touched.
 
-    Raises ValueError for an unknown word, UnavailableError for a VAE that is not for pictures, a mode that the backend
+    Raises ValueError for an unknown word, UnavailableError for a VAE that is not for images, a mode that the backend
     does not have, and a backend that cannot run here.
     """
     if backend_name not in FOR_VAE or mode not in MODES:
@@ -64,7 +64,7 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
     network = getattr(vae.first_stage_model, "speedlab_original", vae.first_stage_model)
     if getattr(vae, "latent_dim", 2) != 2 or not isinstance(vae.upscale_ratio, int):
         raise UnavailableError(
-            f"Compile VAE works on VAEs for pictures, and this is a {type(network).__name__}. Take the node out."
+            f"Compile VAE works on VAEs for images, and this is a {type(network).__name__}. Take the node out."
         )
     options = CompileOptions(mode=mode, device=vae.device, folder=cache_folder(backend_name, vae.device),
                              result=(vae.output_channels, vae.upscale_ratio))  # fmt: skip

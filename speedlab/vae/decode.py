@@ -1,4 +1,4 @@
-"""Latents to pictures through a full VAE: whole, one at a time or tiled, in a precision that stays finite.
+"""Latents to images through a full VAE: whole, one at a time or tiled, in a precision that stays finite.
 
 What does not fit into memory is tried again in smaller pieces; what is not finite, in a safer precision. Both are
 logged and written in the record.
@@ -28,7 +28,7 @@ FAMILIES = {"SD15": "SD 1.x or 2.x", "SDXL": "SDXL", "SDXL_Playground_2_5": "SDX
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How to decode. `tile_size` and `overlap` are pixels; a tile size of 0 decodes whole pictures."""
+    """How to decode. `tile_size` and `overlap` are pixels; a tile size of 0 decodes whole images."""
 
     slicing: bool = False
     tile_size: int = 0
@@ -38,7 +38,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pictures [B, H, W, 3] in 0..1, and what the record says of how they were made."""
+    """Images [B, H, W, 3] in 0..1, and what the record says of how they were made."""
 
     images: Any
     info: dict[str, Any] = field(default_factory=dict)
@@ -53,7 +53,7 @@ def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded
     """
     if 0 < config.tile_size < SMALLEST_TILE:
         raise SpeedLabError(
-            f"tile_size is {config.tile_size}: choose {SMALLEST_TILE} pixels or more, or 0 for whole pictures."
+            f"tile_size is {config.tile_size}: choose {SMALLEST_TILE} pixels or more, or 0 for whole images."
         )
     samples = picture_latents(latent)
     check_latent(vae, samples)
@@ -122,7 +122,7 @@ def picture_latents(latent: Mapping[str, Any]) -> Any:
         )
     if samples.ndim not in (4, 5):
         raise SpeedLabError(
-            f"The latents have the shape {tuple(samples.shape)}; a picture's are [batch, channels, height, width]."
+            f"The latents have the shape {tuple(samples.shape)}; an image's are [batch, channels, height, width]."
         )
     return samples
 
@@ -137,15 +137,15 @@ def check_latent(vae: Any, samples: Any) -> None:
     """Refuse what would end in a shape error deep in the network. Raises SpeedLabError."""
     vae.throw_exception_if_invalid()
     if samples.shape[0] == 0:
-        raise SpeedLabError("The latent batch is empty: there is no picture to decode.")
+        raise SpeedLabError("The latent batch is empty: there is no image to decode.")
     if samples.ndim == 5 and getattr(vae, "latent_dim", 2) == 2:
         raise SpeedLabError(
-            f"The latents are {samples.shape[2]} frames of a video, and this VAE decodes still pictures: they belong "
+            f"The latents are {samples.shape[2]} frames of a video, and this VAE decodes still images: they belong "
             "to different model families. Use the VAE of the model that made the latents."
         )
     if samples.ndim == 4 and getattr(vae, "latent_dim", 2) == 3:
         raise SpeedLabError(
-            "The latents are of still pictures, and this VAE decodes videos: they belong to different model families. "
+            "The latents are of still images, and this VAE decodes videos: they belong to different model families. "
             "Use the VAE of the model that made the latents."
         )
     channels = getattr(vae, "latent_channels", samples.shape[1])
@@ -157,7 +157,7 @@ def check_latent(vae: Any, samples: Any) -> None:
 
 
 def check_family(vae: Any, latent: Mapping[str, Any]) -> None:
-    """Refuse SDXL latents on an SD 1.x VAE and the reverse, where both are known: the picture would be garbage."""
+    """Refuse SDXL latents on an SD 1.x VAE and the reverse, where both are known: the image would be garbage."""
     patcher = getattr(vae, "patcher", None)
     source = None if patcher is None else patcher.get_attachment(VAE_SOURCE)
     decodes = FAMILIES.get(str(getattr(source, "latent_format", None)))

@@ -58,8 +58,8 @@ def slow_choice(vae: Any, dtype: Any) -> str:
     if short_name(dtype) != "fp16" or vae.device.type != "cpu" or dtypes.cpu_computes_fp16():
         return ""
     return (
-        "The VAE decodes in fp16, for which this processor has no instructions: that can take minutes for one "
-        "small picture. Set precision to auto, bf16 or fp32, here and in Load VAE."
+        "The VAE decodes in fp16, for which this CPU has no instructions: that can take minutes for one "
+        "small image. Set precision to auto, bf16 or fp32, here and in Load VAE."
     )
 
 

@@ -2,14 +2,14 @@
 
 Core lends a tiny VAE the full VAE's memory estimate and then evicts the UNet to make room for a network of a million
 parameters; here it has an estimate of its own. The decoder runs in bands of rows (see below), so that its
-memory does not grow with the picture and there are no seams to hide.
+memory does not grow with the image and there are no seams to hide.
 
-TAESD's decoder in bands of rows: the whole picture's result, bit for bit the same mathematics, in a band's memory.
+TAESD's decoder in bands of rows: the whole image's result, bit for bit the same mathematics, in a band's memory.
 
 Every layer of that decoder looks at most one row up and down. A convolution therefore keeps the last two rows that it
 was given and holds back the one row whose lower neighbour is still to come; a skip connection keeps its rows until
 the branch beside it has caught up. Nothing is computed twice but two rows a band, and what is worked on stays in the
-processor's cache.
+CPU's cache.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _FORMATS = {"taesd": "SD15", "taesdxl": "SDXL", "taesd3": "SD3", "taef1": "Flux"
 # Which endings are model files is core's to say: its list holds no others.
 _DECODER_FILE = re.compile(r"(?P<stem>.+)_decoder\.\w+", re.DOTALL)
 _UPSCALE = 8
-# What a band holds where nobody names a size, in pixels to each side of a square: what a processor's cache takes, and
-# what fills a graphics card.
+# What a band holds where nobody names a size, in pixels to each side of a square: what a CPU's cache takes, and
+# what fills a GPU.
 _BAND_ON_CPU, _BAND_ELSEWHERE = 256, 1024
-# A small picture has this many bands on a processor.
+# A small image has this many bands on a CPU.
 _BANDS_ON_CPU = 5
 _SMALLEST_BAND = 64
 _ROWS_AT_LEAST = 2
@@ -49,7 +49,7 @@ _ROWS_AT_LEAST = 2
 
 @dataclass(frozen=True)
 class TinyDecodeConfig:
-    """`slice_size` pictures at a time (0: all), in bands that hold `tile_size` squared pixels (0: what suits best)."""
+    """`slice_size` images at a time (0: all), in bands that hold `tile_size` squared pixels (0: what suits best)."""
 
     decoder: str = "auto"
     slice_size: int = 1
@@ -71,7 +71,7 @@ def decoder_files() -> dict[str, str]:
 
 
 def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any | None = None) -> Decoded:
-    """Decode a LATENT [B, C, H/8, W/8] with a tiny decoder to pictures [B, H, W, 3] in 0..1.
+    """Decode a LATENT [B, C, H/8, W/8] with a tiny decoder to images [B, H, W, 3] in 0..1.
 
     Raises SpeedLabError when `auto` cannot tell the latent's family, ModelFileError for a missing or broken file.
     """
@@ -81,16 +81,14 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
     vae = load_tiny_vae(stem, latent_format)
     check_latent(vae, samples)
     if samples.ndim != 4:
-        raise SpeedLabError(
-            "Tiny VAE Decode takes latents of still pictures, and these are of a video. Use VAE Decode."
-        )
+        raise SpeedLabError("Tiny VAE Decode takes latents of still images, and these are of a video. Use VAE Decode.")
     decode_slices = _decode_slices if can_stream(vae.first_stage_model.taesd_decoder) else _decode_whole_slices
     images, fitted, warnings = until_it_fits(
         lambda tried: decode_slices(vae, samples, tried), config, lambda tried: _smaller(tried, samples, vae.device),
         _say_retry,
     )  # fmt: skip
     if decode_slices is _decode_whole_slices:
-        warnings.append(report(f"The tiny decoder '{stem}' cannot run in bands; it decoded whole pictures."))
+        warnings.append(report(f"The tiny decoder '{stem}' cannot run in bands; it decoded whole images."))
     foreign = _foreign(stem, latent_format)
     if foreign:
         warnings.append(report(foreign))
@@ -230,10 +228,10 @@ def _smaller(config: TinyDecodeConfig, samples: Any, device: Any) -> TinyDecodeC
 
 
 def _band_side(tile_size: int, samples: Any, device: Any) -> int:
-    """Side of the square that has as many pixels as a band, never more than the picture's longer side."""
+    """Side of the square that has as many pixels as a band, never more than the image's longer side."""
     height, width = (pixels * _UPSCALE for pixels in samples.shape[-2:])
     if device.type == "cpu":
-        # Small pictures in several bands too, so that each takes far less memory than in one piece.
+        # Small images in several bands too, so that each takes far less memory than in one piece.
         side = min(max(math.isqrt(height * width // _BANDS_ON_CPU), _BAND_ON_CPU // 2), _BAND_ON_CPU)
     else:
         side = _BAND_ELSEWHERE
@@ -241,7 +239,7 @@ def _band_side(tile_size: int, samples: Any, device: Any) -> int:
 
 
 def _decode_slices(vae: Any, samples: Any, config: TinyDecodeConfig) -> Any:
-    """Pictures [B, H, W, 3] in 0..1; `slice_size` of them at once, band by band."""
+    """Images [B, H, W, 3] in 0..1; `slice_size` of them at once, band by band."""
     import torch
 
     count, _, height, width = samples.shape
@@ -259,7 +257,7 @@ def _decode_slices(vae: Any, samples: Any, config: TinyDecodeConfig) -> Any:
 
 
 def _decode_whole_slices(vae: Any, samples: Any, config: TinyDecodeConfig) -> Any:
-    """Pictures [B, H, W, 3] in 0..1 by a decoder that is built otherwise than TAESD's; `slice_size` at once."""
+    """Images [B, H, W, 3] in 0..1 by a decoder that is built otherwise than TAESD's; `slice_size` at once."""
     import comfy.model_management as mm
     import torch
 
@@ -369,7 +367,7 @@ def _stream(layer: Any) -> Any:
 
     if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3) and layer.padding == (1, 1):
         return _Convolution(layer)
-    if isinstance(layer, Block) and getattr(layer, "pool", None) is None:  # a pool looks at the whole picture
+    if isinstance(layer, Block) and getattr(layer, "pool", None) is None:  # a pool looks at the whole image
         return _Residual(layer)
     if isinstance(layer, torch.nn.Upsample) and layer.mode == "nearest" and layer.scale_factor == 2:
         return _doubled
@@ -390,14 +388,14 @@ def _doubled(band: Any, _is_last: bool) -> Any:
 
 def _held(buffer: Any | None, rows: Any) -> Any:
     """Keep rows for the next band, in the same memory where they fit: small pieces that outlive large ones, band after
-    band, would leave the heap in holes, and the peak would grow with the picture."""
+    band, would leave the heap in holes, and the peak would grow with the image."""
     if buffer is None or buffer.shape != rows.shape:
         return rows.clone()
     return buffer.copy_(rows)
 
 
 class _Convolution:
-    """A 3x3 convolution with one pixel of zeros around the picture, fed with rows from top to bottom."""
+    """A 3x3 convolution with one pixel of zeros around the image, fed with rows from top to bottom."""
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
@@ -408,7 +406,7 @@ class _Convolution:
         import torch
 
         rows = band if self._kept is None else torch.cat((self._kept, band), dim=2)
-        # The layer pads each band with zeros. Inside the picture the rows beside that padding are wrong: the upper
+        # The layer pads each band with zeros. Inside the image the rows beside that padding are wrong: the upper
         # one was given out with the band before, the lower one comes with the next.
         first = 0 if self._at_top else 1
         last = rows.shape[2] if is_last else rows.shape[2] - 1

@@ -27,6 +27,6 @@ def browser_summary(record: RunRecord, context: NodeContext | None = None) -> di
 
 
 def browser_images(record: RunRecord) -> list[dict[str, str]]:
-    """The saved pictures as ComfyUI's /view names them."""
+    """The saved images as ComfyUI's /view names them."""
     paths = (PurePosixPath(path) for path in record.artifacts.get("images", ()))
     return [{"filename": path.name, "subfolder": str(path.parent), "type": "output"} for path in paths]

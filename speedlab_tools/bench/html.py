@@ -1,4 +1,4 @@
-"""A series as one HTML file: tables, pictures inside it, published figures beside measured ones, the environment.
+"""A series as one HTML file: tables, images inside it, published figures beside measured ones, the environment.
 
 Every text goes through Jinja's autoescape: plan names, prompts and errors come from users and from servers.
 """
@@ -107,7 +107,7 @@ def _row(row: dict[str, str]) -> list[str]:
 
 
 def _inline(path: Path) -> str:
-    """A picture inside the page; a large one as JPEG, because the PNG itself lies beside the page."""
+    """An image inside the page; a large one as JPEG, because the PNG itself lies beside the page."""
     data, kind = path.read_bytes(), "png"
     if len(data) > _LARGE:
         with suppress(ImportError, OSError):  # without Pillow, or where it cannot read the file, as it is

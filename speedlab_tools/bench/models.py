@@ -23,7 +23,7 @@ from ..client.files import (
 from ..scenarios.scenario import Scenario
 
 NOISE = (
-    "The checkpoint is a demo with random weights: the picture is noise, the times are real. "
+    "The checkpoint is a demo with random weights: the image is noise, the times are real. "
     "Give your own with --checkpoint FILE."
 )
 
@@ -116,7 +116,7 @@ def tiny_vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]
             files += demo_tiny_vae(family)
     names = ", ".join(path.name for path in files if "decoder" in path.name)
     return files, [
-        f"No Tiny VAE in models/vae_approx: using random weights ({names}); its picture is noise."
+        f"No Tiny VAE in models/vae_approx: using random weights ({names}); its image is noise."
     ] if files else []
 
 
@@ -125,7 +125,7 @@ def vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]]:
     wanted = {entry.default for scenario in scenarios if (entry := scenario.file("vae")) is not None}
     missing = sorted(n for n in wanted if not any((folder / "vae" / n).is_file() for folder in model_folders()))
     return [demo_vae(name) for name in missing], [
-        f"No {name} in models/vae: using random weights; its picture is noise. Give your own with --vae FILE."
+        f"No {name} in models/vae: using random weights; its image is noise. Give your own with --vae FILE."
         for name in missing
     ]
 

@@ -164,7 +164,7 @@ def outside_record(
             **summarise([sample], [rows], told["summary"].get("first_eval_ms"), rows[0].ms),
             "totals_ms": [round(total, 3)],
             "images_per_min": 60_000.0 * int(request.get("batch", 1)) / total,
-            "timed": "from outside: from the first text encoding to the last picture saved, without load",
+            "timed": "from outside: from the first text encoding to the last image saved, without load",
         },
         memory={"overall": memory.gigabytes()},
         warnings=(SAMPLED,),

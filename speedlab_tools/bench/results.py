@@ -1,4 +1,4 @@
-"""What a finished run left: rows, pictures and file names.
+"""What a finished run left: rows, images and file names.
 
 What a series has done so far, kept beside its results, so that an interrupted one goes on where it stopped.
 """
@@ -28,7 +28,7 @@ RUNS = "speedlab/runs"
 
 @dataclass
 class Outcome:
-    """What one scenario left: rows as in results.csv, pictures, record files, and what went wrong."""
+    """What one scenario left: rows as in results.csv, images, record files, and what went wrong."""
 
     name: str
     rows: list[dict[str, str]] = field(default_factory=list)
@@ -93,7 +93,7 @@ def series_key(what: Mapping[str, Any]) -> str:
 
 
 class Journal:
-    """One series' finished parts: scenario and graph number -> the run ids and pictures that it left."""
+    """One series' finished parts: scenario and graph number -> the run ids and images that it left."""
 
     def __init__(self, out: Path, key: str) -> None:
         self.path = out / "speedlab" / "series" / f"{key}.json"

@@ -25,7 +25,7 @@ from .serve import serve
 
 # Commands of `speedlab_tools`, which reads their arguments.
 BENCH_COMMANDS = {
-    "demo": "stock KSampler and the best plan, side by side, with a picture and both table rows",
+    "demo": "stock KSampler and the best plan, side by side, with an image and both table rows",
     "bench": "run scenarios on a real server and measure them: bench SCENARIO... [--checkpoint FILE]",
     "scenarios": "list the scenarios, what each needs and whether that is there",
     "compare": "two results tables: ratio of times with a confidence interval, regressions named",
@@ -37,7 +37,7 @@ OWN_COMMANDS = {
     "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
     "stress": "broken input, faults and a soak, counted: stress [--inputs N] [--faults N] [--soak N]",
     "fleet": "prompts or cells over many ComfyUI workers on a Ray cluster: fleet SCENARIO --prompts FILE --out DIR",
-    "gpu": "measure everything on an NVIDIA card with full-size random models; --pack for machines without network",
+    "gpu": "measure everything on an NVIDIA GPU with full-size random models; --pack for machines without network",
     "setup": "only set up what the other commands need",
 }
 

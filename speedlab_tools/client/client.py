@@ -54,7 +54,7 @@ class RunResult:
     graph: ApiGraph = field(repr=False)
 
     def images(self, class_type: str) -> list[ImageRef]:
-        """The pictures that nodes of that class show, in node order."""
+        """The images that nodes of that class show, in node order."""
         refs = []
         for node, shown in self.outputs.items():
             if self.graph.get(node, {}).get("class_type") == class_type:
@@ -127,7 +127,7 @@ class ComfyClient:
         return any(item[1] == prompt_id for part in ("queue_running", "queue_pending") for item in data.get(part, []))
 
     async def view(self, image: ImageRef) -> bytes:
-        """The bytes of a picture."""
+        """The bytes of an image."""
         query = {"filename": image.filename, "subfolder": image.subfolder, "type": image.type}
         status, body = await self._request("GET", "/view", params=query)
         if status != 200:
@@ -135,7 +135,7 @@ class ComfyClient:
         return body
 
     async def upload(self, path: Path, *, overwrite: bool = True) -> str:
-        """Put a picture into the server's input folder; returns the name that Load Image takes."""
+        """Put an image into the server's input folder; returns the name that Load Image takes."""
         form = aiohttp.FormData()
         form.add_field("image", path.read_bytes(), filename=path.name, content_type="application/octet-stream")
         form.add_field("overwrite", "true" if overwrite else "false")

@@ -77,9 +77,9 @@ def _class(graph: Mapping[str, Mapping[str, Any]], node: str) -> str:
 
 
 def text_to_picture_s(log: EventLog, graph: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Seconds from the start of the first text encoding to the end of the last picture saved, loaders taken out.
+    """Seconds from the start of the first text encoding to the end of the last image saved, loaders taken out.
 
-    None where the log has holes, or where no text was encoded or no picture saved in this run (both were cached).
+    None where the log has holes, or where no text was encoded or no image saved in this run (both were cached).
     """
     spans = node_spans(log.events)
     starts = [span.start_s for span in spans if _class(graph, span.node) in TEXT_ENCODERS]

@@ -191,7 +191,7 @@ def prepare_output(folder: Path) -> Path:
 
 
 def save_picture(folder: Path, name: str, data: bytes) -> Path:
-    """Write a fetched picture under a name that is not taken; returns its path."""
+    """Write a fetched image under a name that is not taken; returns its path."""
     stem, number = Path(name).stem, 0
     path = folder / f"{stem}.png"
     while path.exists():

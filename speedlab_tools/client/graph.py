@@ -41,7 +41,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Node:
-    """One node. `lane` is its row on the canvas: one lane a picture."""
+    """One node. `lane` is its row on the canvas: one lane an image."""
 
     id: int
     signature: NodeSignature
@@ -173,7 +173,7 @@ def upstream(api: ApiGraph, targets: Iterable[str]) -> ApiGraph:
 def split_lanes(graph: Graph) -> list[ApiGraph]:
     """One API graph a lane, each with everything that lane's output nodes need.
 
-    Pictures that are queued one by one have load, encode and decode times of their own, and only the first one loads.
+    Images that are queued one by one have load, encode and decode times of their own, and only the first one loads.
     """
     api = graph.to_api()
     parts = []

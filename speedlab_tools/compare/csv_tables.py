@@ -300,7 +300,7 @@ def _mixture(pair: tuple[Environment, Environment], sides: Sequence[Sequence[Run
         return None, False
     names = [name for name in ("device", *_SOFTWARE) if getattr(a, name) != getattr(b, name)]
     if not names:
-        return "another machine, driver, flag or processor (env_hash differs, all that the table names is equal)", False
+        return "another machine, driver, flag or CPU (env_hash differs, all that the table names is equal)", False
     told = [f"{name} {getattr(a, name) or '-'} in A and {getattr(b, name) or '-'} in B" for name in names]
     return "; ".join(told), "device" in names
 

@@ -1,4 +1,4 @@
-"""`run.py gpu`: one suite of measurements for a bare machine with a card, resumed over several calls.
+"""`run.py gpu`: one suite of measurements for a bare machine with a GPU, resumed over several calls.
 
 `plan` says what is measured, the `measure_*` files how, `journal` keeps rows, `report` prints them. Nothing here is
 part of the pack in ComfyUI.

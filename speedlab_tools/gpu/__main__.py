@@ -64,7 +64,7 @@ def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -
     chosen = plan.small(chosen) if options.small else chosen
     device = importlib.import_module("comfy.model_management").get_torch_device()
     if device.type == "cpu" and not options.small:
-        raise SpeedLabError("PyTorch finds no GPU here. `--small` runs the whole suite on a processor, to try it out.")
+        raise SpeedLabError("PyTorch finds no GPU here. `--small` runs the whole suite on a CPU, to try it out.")
     out = _folder(options.out)
     settings = {"repeats": options.repeats, "small": options.small}
     is_part = bool(options.only or options.plans)
@@ -112,7 +112,7 @@ def _keep_compiled_code(is_small: bool) -> None:
 
 
 def _watch_the_clock(bench: Any) -> None:
-    """End a call in time also in the middle of a picture: at each step, and after each block that was compiled."""
+    """End a call in time also in the middle of an image: at each step, and after each block that was compiled."""
 
     def progressed(*_args: Any, **_options: Any) -> None:
         bench.check_time()

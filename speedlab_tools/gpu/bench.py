@@ -1,4 +1,4 @@
-"""One picture from text, timed phase by phase; through core's nodes alone for stock.
+"""One image from text, timed phase by phase; through core's nodes alone for stock.
 
 What every measurement works with: models, rows, the clock of the call, and errors that become rows.
 """
@@ -44,7 +44,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class ImageRun:
-    """Seconds of each phase of a picture; `total_s` from text to pixels in the host's memory, without a file."""
+    """Seconds of each phase of an image; `total_s` from text to pixels in the host's memory, without a file."""
 
     encode_s: float
     sampling_s: float
@@ -72,7 +72,7 @@ def ready(variant: Variant, parts: Parts, nodes: NodeTable) -> Ready:
 
 
 def run_image(one: Ready, workload: Workload) -> ImageRun:
-    """Make one picture."""
+    """Make one image."""
     import torch
 
     nodes, parts = core_nodes(), one.parts
@@ -112,7 +112,7 @@ def sample(model: Any, workload: Workload, positive: Any, negative: Any, latent:
 
 
 def _decoded(one: Ready, latent: dict[str, Any]) -> tuple[Any, str]:
-    """Pictures in the host's memory, and what a decoder of this pack had to do otherwise than asked."""
+    """Images in the host's memory, and what a decoder of this pack had to do otherwise than asked."""
     if one.decoder is None:
         return core_nodes().VAEDecode().decode(one.parts.vae, latent)[0].cpu(), ""
     if one.settings.decoder.name == "tiny":

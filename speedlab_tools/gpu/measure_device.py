@@ -1,6 +1,6 @@
 """The two ceilings of the device, what a step computes, where its time goes, and what measuring costs.
 
-Batches until the card is full, and base and refiner together.
+Batches until the GPU is full, and base and refiner together.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of several variants, in turns with stock, so that drift of the card hits them alike.
+"""Images of several variants, in turns with stock, so that drift of the GPU hits them alike.
 
 What compiling costs and what it keeps: cold, found again on disk, warm, and graphs over LoRAs and sizes.
 """
@@ -25,13 +25,13 @@ from .plan import STOCK, Block, Variant, Workload
 
 log = logging.getLogger(__name__)
 
-# With so many pictures a row is worth keeping where time ends before all of them.
+# With so many images a row is worth keeping where time ends before all of them.
 _ENOUGH = 3
 
 
 @dataclass
 class Lane:
-    """One variant of a block and the pictures made of it."""
+    """One variant of a block and the images made of it."""
 
     variant: Variant
     ready: Ready | None = None
@@ -53,7 +53,7 @@ def run(bench: Bench, block: Block) -> None:
     pending = bench.pending(block)
     stock = [variant for variant in block.variants if variant.stack == STOCK and variant not in pending]
     lanes = [Lane(variant) for variant in (*stock, *pending)]
-    bench.models.parts(block.model, block.dtype)  # before the card is made smaller
+    bench.models.parts(block.model, block.dtype)  # before the GPU is made smaller
     with _card_of(block.cap_gb, bench.device):
         if block.apart:
             for lane in lanes:
@@ -65,7 +65,7 @@ def run(bench: Bench, block: Block) -> None:
         try:
             take_turns(bench, block, lanes)
         except BaseException:
-            # Time is over, the device lost, or somebody stopped it: what has enough pictures counts.
+            # Time is over, the device lost, or somebody stopped it: what has enough images counts.
             lanes = [lane for lane in lanes if len(lane.image_runs) >= _ENOUGH]
             raise
         finally:
@@ -74,14 +74,14 @@ def run(bench: Bench, block: Block) -> None:
 
 
 def take_turns(bench: Bench, block: Block, lanes: Sequence[Lane]) -> None:
-    """The first picture of each lane, then rounds over those that run, forth and back."""
+    """The first image of each lane, then rounds over those that run, forth and back."""
     workload = bench.workload(block)
     for lane in lanes:
         bench.check_time()
         with bench.into_row(block, lane.variant):
             lane.ready = bench.ready(block, lane.variant)
             lane.first = run_image(lane.ready, workload)
-    # A failure takes weights off the device; the picture after it brings them back and must not count.
+    # A failure takes weights off the device; the image after it brings them back and must not count.
     failed = not all(lane.runs for lane in lanes)
     for number in range(bench.settings.repeats):
         for lane in lanes if number % 2 == 0 else reversed(lanes):
@@ -101,7 +101,7 @@ def take_turns(bench: Bench, block: Block, lanes: Sequence[Lane]) -> None:
 
 
 def timed(lane: Lane, batch: int = 1) -> dict[str, Any]:
-    """The fields of a row that its pictures give."""
+    """The fields of a row that its images give."""
     assert lane.first is not None
     totals = [image_run.total_s for image_run in lane.image_runs]
     picture = statistics.median(totals)
@@ -126,7 +126,7 @@ def timed(lane: Lane, batch: int = 1) -> dict[str, Any]:
             {name: round(getattr(image_run, f"{name}_s"), 5) for name in _PHASES} for image_run in lane.image_runs
         ],
         "note": " ".join(dict.fromkeys(image_run.note for image_run in lane.image_runs if image_run.note)),
-        **({"status": "error", "error": "NaN or Inf in latents or pictures: the times mean nothing"} if bad else {}),
+        **({"status": "error", "error": "NaN or Inf in latents or images: the times mean nothing"} if bad else {}),
     }
 
 
@@ -179,7 +179,7 @@ def _gb(size: int | None) -> float | None:
 
 @contextmanager
 def _card_of(gb: float | None, device: Any) -> Iterator[None]:
-    """Make the card look as if it had `gb`: what `--reserve-vram` does, and an allocator that gives no more."""
+    """Make the GPU look as if it had `gb`: what `--reserve-vram` does, and an allocator that gives no more."""
     if gb is None:
         yield
         return
@@ -209,7 +209,7 @@ _SIZES = ((1.0, 1.0), (0.875, 1.125), (1.125, 0.875), (0.75, 0.75), (1.0, 1.0))
 
 
 def cold(bench: Bench, block: Block) -> None:
-    """The first picture with empty caches, the first one of a process that finds them full, then rounds with stock."""
+    """The first image with empty caches, the first one of a process that finds them full, then rounds with stock."""
     for variant in bench.pending(block):
         bench.check_time()
         with _forgetting(), bench.into_row(block, variant), _fresh_folder():
@@ -234,7 +234,7 @@ def cold(bench: Bench, block: Block) -> None:
 
 
 def lora_tour(bench: Bench, block: Block) -> None:
-    """One compiled model under two LoRAs at several strengths: graphs and first picture of each stage."""
+    """One compiled model under two LoRAs at several strengths: graphs and first image of each stage."""
     spec = bench.models.spec(block.model, block.dtype)
 
     def stages(parts: Parts) -> Iterator[tuple[str, Parts, Workload]]:
@@ -249,7 +249,7 @@ def lora_tour(bench: Bench, block: Block) -> None:
 
 
 def size_tour(bench: Bench, block: Block) -> None:
-    """One compiled model at several sizes: graphs and first picture of each."""
+    """One compiled model at several sizes: graphs and first image of each."""
 
     def stages(parts: Parts) -> Iterator[tuple[str, Parts, Workload]]:
         workload = bench.workload(block)
@@ -282,7 +282,7 @@ def _tour(bench: Bench, block: Block, stages: Callable[[Parts], Iterable[tuple[s
             bad = not all(stage["finite"] for stage in seen)
             bench.write(
                 block, variant, first_s=seen[0]["first_s"], n=len(seen), note=note, stages=seen, **_counted(total),
-                **({"status": "error", "error": "NaN or Inf in latents or pictures"} if bad else {}),
+                **({"status": "error", "error": "NaN or Inf in latents or images"} if bad else {}),
             )  # fmt: skip
 
 

@@ -24,11 +24,11 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="run.py gpu",
         allow_abbrev=False,
-        description="Measure this pack on an NVIDIA card with full-size models of random weights: stock ComfyUI and "
+        description="Measure this pack on an NVIDIA GPU with full-size models of random weights: stock ComfyUI and "
         "each technique in turns. A call that was cut off, or ran out of time, is gone on with by the next one.",
     )
     result.add_argument("--minutes", type=_positive, default=8.0, help="time of this call (default: 8)")
-    result.add_argument("--repeats", type=_count, default=5, help="pictures of each variant that count (default: 5)")
+    result.add_argument("--repeats", type=_count, default=5, help="images of each variant that count (default: 5)")
     result.add_argument("--only", nargs="+", default=[], metavar="BLOCK", help="blocks whose id begins so")
     result.add_argument(
         "--try", nargs="+", default=[], dest="plans", metavar="NAME=STACK",
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--model", choices=("sdxl", "sd15"), default="sdxl", help="model of --try (default: sdxl)")
     result.add_argument("--dtype", choices=("fp16", "bf16"), default="fp16", help="its dtype (default: fp16)")
     result.add_argument("--list", action="store_true", help="list the blocks and end")
-    result.add_argument("--small", action="store_true", help="tiny models: to try the suite out, on a processor too")
+    result.add_argument("--small", action="store_true", help="tiny models: to try the suite out, on a CPU too")
     result.add_argument("--again", action="store_true", help="measure anew, with --only those blocks alone")
     result.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder for results")
     result.add_argument("--resume", type=Path, nargs="+", default=[], metavar="DIR", help="more places of earlier ones")

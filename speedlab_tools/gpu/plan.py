@@ -12,7 +12,7 @@ from speedlab.plans.plan_text import parse_plan
 from ..scenarios.scenario import LIGHTHOUSE, S0_SETTINGS, S1_SETTINGS
 
 STOCK = "stock"
-# Every step is computed in whole, so the pictures are stock's up to rounding.
+# Every step is computed in whole, so the images are stock's up to rounding.
 EXACT = "attention(auto)+precision(memory_format=channels_last,cudnn_benchmark=on)+compile(inductor)"
 FASTEST = "compile(inductor)+dynamic_cfg(0.75)+tiny"
 FASTEST_DEEPCACHE = "compile(inductor)+deepcache(3)+dynamic_cfg(0.75)+tiny"
@@ -21,7 +21,7 @@ WITHIN = "deepcache(3)+dynamic_cfg(0.75)+memory_plan(auto,budget_gb={budget:g})+
 
 @dataclass(frozen=True)
 class Workload:
-    """One picture to make. Sizes in pixels; both prompts are encoded for it."""
+    """One image to make. Sizes in pixels; both prompts are encoded for it."""
 
     width: int
     height: int
@@ -51,9 +51,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Block:
-    """Arms that are measured together. `runner` names the kind of measurement, `needs_s` what a fast card takes
+    """Arms that are measured together. `runner` names the kind of measurement, `needs_s` what a fast GPU takes
     about: a block that no longer fits is left to the next call. `apart`: variants run one after the other, each from an
-    empty device, in place of in turns. `cap_gb`: the card is made to look this large. `own_allocator`: it records CUDA
+    empty device, in place of in turns. `cap_gb`: the GPU is made to look this large. `own_allocator`: it records CUDA
     graphs, which need PyTorch's memory allocator in place of the one that ComfyUI chooses.
     """
 
@@ -101,7 +101,7 @@ def _alone(id: str, shows: str, *variants: Variant, needs_s: float = 50.0, model
 
 def _cap(gb: float) -> Block:
     variants = (_STOCK, Variant("plan", WITHIN.format(budget=gb), whole=False))
-    shows = f"a card of {gb:g} GB: stock, and the plan that fits"
+    shows = f"a GPU of {gb:g} GB: stock, and the plan that fits"
     return Block(f"cap-{gb:g}gb", "pictures", shows, variants, apart=True, cap_gb=gb, needs_s=40.0)
 
 
@@ -143,7 +143,7 @@ BLOCKS: tuple[Block, ...] = (
         needs_s=60.0,
     ),
     _alone(
-        "alone-exact", "techniques that keep the picture",
+        "alone-exact", "techniques that keep the image",
         _COMPILED,
         Variant("channels-last", "precision(memory_format=channels_last)"),
         Variant("cudnn-benchmark", "precision(cudnn_benchmark=on)"),
@@ -152,7 +152,7 @@ BLOCKS: tuple[Block, ...] = (
         needs_s=70.0,
     ),
     _alone(
-        "alone-lossy", "techniques that change the picture",
+        "alone-lossy", "techniques that change the image",
         Variant("dynamic-cfg", "dynamic_cfg(0.75)", whole=False),
         Variant("deepcache-2", "deepcache(2)", whole=False),
         Variant("deepcache-3", "deepcache(3)", whole=False),
@@ -191,7 +191,7 @@ BLOCKS: tuple[Block, ...] = (
 
 
 def small(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """The same blocks for tiny models on a processor: no fp16, which it only stores, and tracing in place of a
+    """The same blocks for tiny models on a CPU: no fp16, which it only stores, and tracing in place of a
     compiler that takes a minute a graph."""
 
     def traced(variant: Variant) -> Variant:

@@ -126,8 +126,8 @@ class Journal:
         """Write both files whole. Raises ResultsError naming the path."""
         document = {
             "schema": SCHEMA,
-            "about": "Random weights: times and memory are those of real models, pictures are noise. first_s of "
-            "pictures: an earlier call may have compiled for it; the blocks compile-* begin with nothing compiled.",
+            "about": "Random weights: times and memory are those of real models, images are noise. first_s of "
+            "images: an earlier call may have compiled for it; the blocks compile-* begin with nothing compiled.",
             "complete": self.complete,
             "env": self.env,
             "settings": self.settings,
@@ -176,7 +176,7 @@ def open_journal(
 
 
 NOT_MEASURED = "not measured"
-_HEAD = ("measurement", "first s", "picture s", "sampling s", "x stock", "% peak", "peak GB", "img/min", "status")
+_HEAD = ("measurement", "first s", "image s", "sampling s", "x stock", "% peak", "peak GB", "img/min", "status")
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,11 @@ class Target:
 
 
 TARGETS = (
-    Target("SDXL fp16, same pictures", "sdxl-fp16/exact", "ratio", 1.6, unit="x stock"),
+    Target("SDXL fp16, same images", "sdxl-fp16/exact", "ratio", 1.6, unit="x stock"),
     Target("sdxl-fastest over stock", "sdxl-fp16/sdxl-fastest", "ratio", 2.2, unit="x stock"),
-    Target("sdxl-fastest, text to picture", "sdxl-fp16/sdxl-fastest", "picture_s", 1.1, False, 1.0, "s"),
+    Target("sdxl-fastest, text to image", "sdxl-fp16/sdxl-fastest", "picture_s", 1.1, False, 1.0, "s"),
     Target("sdxl-fastest-deepcache over stock", "sdxl-fp16/sdxl-fastest-deepcache", "ratio", 4.5, unit="x stock"),
-    Target("sdxl-fastest-deepcache, text to picture", "sdxl-fp16/sdxl-fastest-deepcache", "picture_s", 0.55, False,
+    Target("sdxl-fastest-deepcache, text to image", "sdxl-fp16/sdxl-fastest-deepcache", "picture_s", 0.55, False,
            unit="s"),
     Target("exact plan, share of the bf16 peak", "sdxl-bf16/exact", "peak_share", 40.0, stretch=45.0, unit="%"),
     Target("within 8 GB", "cap-8gb/plan", "peak_allocated_gb", 6.91, False, unit="GB"),
@@ -219,7 +219,7 @@ def text(journal: Journal, blocks: Sequence[Block]) -> str:
     """What a call prints last: a line a row, the targets with what was measured, and what is left."""
     env = journal.env
     lines = [f"{env.get('device')}, torch {env.get('torch')}, ComfyUI {env.get('comfyui')}. Random weights: times and "
-             "memory are real, pictures are noise."]  # fmt: skip
+             "memory are real, images are noise."]  # fmt: skip
     if journal.settings.get("small"):
         lines.append("Tiny models on the way through the suite: no figure below says anything of a real one.")
     lines += ["", *_table([_HEAD, *(_cells(row) for row in _in_order(journal, blocks))])]

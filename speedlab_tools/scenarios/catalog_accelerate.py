@@ -68,14 +68,14 @@ CONTROLNET = NeededFile(
     where="ControlNet 1.1 canny for SD 1.5 by lllyasviel; any ControlNet that fits the checkpoint will do",
 )
 CONTROL_IMAGE = NeededFile(
-    kind="image", folder="input", default="example.png", where="ComfyUI brings it; pick a picture of yours"
+    kind="image", folder="input", default="example.png", where="ComfyUI brings it; pick an image of yours"
 )
 
 ACCELERATE_SCENARIOS = (
     _scenario(
         "sdxl-deepcache", "S1", "SDXL with DeepCache",
         "Four prompts: stock, then DeepCache with interval 3 at branch 0, which caches most, and at higher branches, "
-        "which keep more of the picture. Cached steps are marked in the report.",
+        "which keep more of the image. Cached steps are marked in the report.",
         S1_SETTINGS, (ALONE, _deepcache(0), _deepcache(2), _deepcache(4)),
         Published("less than half the time; a higher branch looks better", RTX_3090),
     ),
@@ -90,7 +90,7 @@ ACCELERATE_SCENARIOS = (
     _scenario(
         "sdxl-tf32", "S1", "SDXL and TF32",
         "Four prompts: fp16 with TF32 in cuDNN as it is and switched off, fp32 without and with TF32 in matrix "
-        "products. Only NVIDIA cards from Ampere on have TF32.",
+        "products. Only NVIDIA GPUs from Ampere on have TF32.",
         S1_SETTINGS,
         (
             _precision("fp16", "fp16"),
@@ -132,8 +132,8 @@ ACCELERATE_SCENARIOS = (
     ),
     Scenario(
         id="sd15-controlnet", source="S4", title="ControlNet with DeepCache and Dynamic CFG",
-        shows="Edges of a picture steer the result. DeepCache and Dynamic CFG are on: the ControlNet's residuals reach "
-        "the blocks they belong to on cached steps too. Control, true picture and result are shown side by side.",
+        shows="Edges of an image steer the result. DeepCache and Dynamic CFG are on: the ControlNet's residuals reach "
+        "the blocks they belong to on cached steps too. Control, true image and result are shown side by side.",
         family="sd15", files=(CHECKPOINT_SD15, CONTROLNET, CONTROL_IMAGE), settings=_CONTROL,
         published=(Published("none", "the guide gives no figure"),),
         plan=Plan(
@@ -147,7 +147,7 @@ ACCELERATE_SCENARIOS = (
     ),
     _scenario(
         "sd15-samplers", "S4", "Samplers and their steps",
-        "One prompt by eight samplers, each with the number of steps that suits it: time and picture.",
+        "One prompt by eight samplers, each with the number of steps that suits it: time and image.",
         _S4,
         (
             _sampler("Euler", "euler", "normal", 25),

@@ -93,7 +93,7 @@ def _sd15() -> tuple[Scenario, ...]:
             id="sd15-cpu-onnxruntime",
             source="S2",
             title="SD 1.5 on a CPU with ONNX Runtime",
-            shows="The same picture with PyTorch and with ONNX Runtime, on the CPU.",
+            shows="The same image with PyTorch and with ONNX Runtime, on the CPU.",
             family="sd15",
             files=(_CHECKPOINT_SD15,),
             settings=replace(plain, steps=20, sampler="euler", scheduler="normal"),
@@ -111,7 +111,7 @@ def _sd15() -> tuple[Scenario, ...]:
             id="sd15-ladder",
             source="S3",
             title="SD 1.5, one step after the other",
-            shows="The same picture five times: plain, in fp16, channels last, with a traced UNet, and with "
+            shows="The same image five times: plain, in fp16, channels last, with a traced UNet, and with "
             "memory-efficient attention in place of whole attention matrices.",
             family="sd15",
             files=(_CHECKPOINT_SD15,),
@@ -162,7 +162,7 @@ def decode_scenarios(checkpoint: NeededFile, settings: Settings) -> Sequence[Sce
             source="S1",
             title="SDXL as a staged batch",
             shows="All four prompts are encoded, then the text encoders are freed; all are sampled, then the UNet is "
-            "freed; all are decoded. Only one part of the model is on the card at a time, and each is loaded once.",
+            "freed; all are decoded. Only one part of the model is on the GPU at a time, and each is loaded once.",
             family="sdxl",
             files=(checkpoint,),
             settings=settings,
@@ -187,7 +187,7 @@ def decode_scenarios(checkpoint: NeededFile, settings: Settings) -> Sequence[Sce
             id="sdxl-vae-slicing",
             source="S1",
             title="SDXL with sliced decoding",
-            shows="One prompt in batches of 1, 2, 8 and 32, each decoded one picture at a time: the memory of decoding "
+            shows="One prompt in batches of 1, 2, 8 and 32, each decoded one image at a time: the memory of decoding "
             "does not grow with the batch.",
             family="sdxl",
             files=(checkpoint,),
@@ -200,7 +200,7 @@ def decode_scenarios(checkpoint: NeededFile, settings: Settings) -> Sequence[Sce
             id="sdxl-vae-tiling",
             source="S1",
             title="SDXL at 4096x4096 with tiled decoding",
-            shows="One picture of 4096x4096, decoded in tiles of 1024 pixels that blend into each other over 128.",
+            shows="One image of 4096x4096, decoded in tiles of 1024 pixels that blend into each other over 128.",
             family="sdxl",
             files=(checkpoint,),
             settings=replace(one_prompt, width=4096, height=4096),

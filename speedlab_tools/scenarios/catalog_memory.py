@@ -37,7 +37,7 @@ _FASTEST = Plan("Compile + CFG off at 75 % + Tiny VAE", (_COMPILE, *_FAST), "tin
 _FASTEST_DEEPCACHE = Plan("Compile + DeepCache + CFG off at 75 % + Tiny VAE", (_COMPILE, _DEEPCACHE, *_FAST), "tiny")
 _WITHIN = Plan("DeepCache + CFG off at 75 % + Tiny VAE", (_DEEPCACHE, *_FAST), "tiny")
 _NO_COMPILE = " Compile Model is not part of this plan."
-# The first picture of all holds the compiling; a run before each measured one keeps it out of the times.
+# The first image of all holds the compiling; a run before each measured one keeps it out of the times.
 _COMPILED_30_STEPS = replace(_30_STEPS, warmup=1)
 
 _STEPS = (50, 40, 30, 20)
@@ -70,7 +70,7 @@ def _within(budget: float, published: str, memory_plan: str) -> Scenario:
         plan,
         f"SDXL under {budget:g} GB",
         f"Four prompts under a budget of {budget:g} GB, with the fastest plan that fits: the Memory Plan node tells "
-        f"its prediction and which way of offloading it picked. On a larger card start ComfyUI with --reserve-vram to "
+        f"its prediction and which way of offloading it picked. On a larger GPU start ComfyUI with --reserve-vram to "
         f"leave it {budget:g} GB.{_NO_COMPILE}",
         Published(published, RTX_3090),
     )

@@ -1,6 +1,6 @@
 """Graphs that many scenarios share, as functions of a scenario.
 
-Graphs of the compile scenarios: one picture under several plans, a lane each.
+Graphs of the compile scenarios: one image under several plans, a lane each.
 
 Graphs around decoding: prompts as one staged list, and lanes that differ in how they decode.
 
@@ -72,7 +72,7 @@ def decode(graph: Graph, plan: Plan, samples: Link, loaded: Loaded, lane: int, l
 
 
 def measure(graph: Graph, scenario: Scenario, profile: Link, images: Link, lane: int, label: str) -> None:
-    """Profile Report, which saves the picture too, and the step chart where the scenario shows one."""
+    """Profile Report, which saves the image too, and the step chart where the scenario shows one."""
     report = graph.add(
         "SpeedLabProfileReport", group="Measure", lane=lane, title=f"Report{label}", profile=profile, images=images
     )
@@ -225,7 +225,7 @@ def staged_batch(scenario: Scenario) -> Graph:
 
 
 def sliced_batches(scenario: Scenario) -> Graph:
-    """One prompt in a lane for each batch size up to the scenario's, decoded one picture at a time."""
+    """One prompt in a lane for each batch size up to the scenario's, decoded one image at a time."""
     settings = scenario.settings
     graph = Graph()
     loaded = load_checkpoint(graph, scenario)
@@ -374,17 +374,17 @@ def _load(graph: Graph, scenario: Scenario, precision: str) -> Loaded:
 
 
 def with_control(scenario: Scenario) -> Graph:
-    """ControlNet on edges of a picture; the control, the true picture and the result side by side."""
+    """ControlNet on edges of an image; the control, the true image and the result side by side."""
     graph, settings = Graph(), scenario.settings
     prompt = settings.prompts[0]
     net_file, image = scenario.file("controlnet"), scenario.file("image")
     if net_file is None or image is None:
-        raise ValueError(f"scenario '{scenario.id}' names no ControlNet or no picture")
+        raise ValueError(f"scenario '{scenario.id}' names no ControlNet or no image")
     loaded = _load(graph, scenario, "auto")
     model = scenario.plan.apply(graph, loaded.model)
     latent = empty_latent(graph, settings)
     net = graph.add("ControlNetLoader", group="Load", title="Load ControlNet", control_net_name=net_file.default)
-    truth = graph.add("LoadImage", group="Load", title="True picture", image=image.default)
+    truth = graph.add("LoadImage", group="Load", title="True image", image=image.default)
     edges = graph.add(
         "Canny", group="Prompt", title="Control: edges", image=truth[0], low_threshold=0.3, high_threshold=0.7
     )

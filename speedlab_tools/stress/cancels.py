@@ -91,7 +91,7 @@ async def _time_compiling(client: ComfyClient, checkpoint: str) -> float:
 
 
 def _side(rng: Random) -> int:
-    """A picture's side: jit_trace compiles every size for itself, and keeps few."""
+    """An image's side: jit_trace compiles every size for itself, and keeps few."""
     return 64 + 8 * rng.randrange(9)
 
 

@@ -85,7 +85,7 @@ def _on_small_disk(base: Path, make: OnDisk, faults: int, seed: int) -> FaultTal
         return make(server.url, disk, checkpoint.name, faults, Random(seed))
 
 
-# From nothing at all to room for the record but not for the picture, or for both but not for the row.
+# From nothing at all to room for the record but not for the image, or for both but not for the row.
 _LEAST_FREE, _MOST_FREE = 0, 60_000
 _END_OF_PNG = b"IEND\xaeB`\x82"
 

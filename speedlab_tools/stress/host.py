@@ -1,6 +1,6 @@
-"""ComfyUI in this process, on the processor, with a base folder of its own.
+"""ComfyUI in this process, on the CPU, with a base folder of its own.
 
-A server to be stressed: on the processor, with the probe and nothing but the models that are given.
+A server to be stressed: on the CPU, with the probe and nothing but the models that are given.
 """
 
 from __future__ import annotations

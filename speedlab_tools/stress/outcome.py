@@ -15,7 +15,7 @@ from typing import Any, Literal
 from speedlab.common.errors import SpeedLabError
 
 Verdict = Literal["fine", "refused", "defect"]
-# Processor time, so that a busy machine makes no defects.
+# CPU time, so that a busy machine makes no defects.
 SLOW_S = 1.0
 HANGS_AFTER_S = 60.0
 
@@ -60,7 +60,7 @@ def judge(target: Target, given: Any) -> Outcome:
     except Exception as error:
         return Outcome("defect", _where(error))
     took = time.process_time() - started
-    return outcome if took <= SLOW_S else Outcome("defect", f"took {took:.1f} s of processor time")
+    return outcome if took <= SLOW_S else Outcome("defect", f"took {took:.1f} s of CPU time")
 
 
 def _judge_words(error: BaseException) -> Outcome:

@@ -268,7 +268,7 @@ COMPILED = 33
 _COMPILED_OTHERWISE = 5
 # It takes as many evaluations as it likes, which on random weights is without end.
 _NO_SAMPLER = frozenset({"dpm_adaptive"})
-# Without fp16: processors without instructions for it take minutes for one small picture.
+# Without fp16: CPUs without instructions for it take minutes for one small image.
 _VAE_PRECISIONS = ("auto", "auto", "fp32", "bf16")
 _WORDS = ("a tree", "a house by the sea", "", "fog", "an (old:1.3) man, [smiling]", "a very long road " * 30)
 

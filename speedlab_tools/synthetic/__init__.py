@@ -1,6 +1,6 @@
 """Model files with deterministic random weights in real layouts: for demos, tests and benchmarks.
 
-Times and memory measured on them are those of a real model of that layout; the pictures are noise.
+Times and memory measured on them are those of a real model of that layout; the images are noise.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _diffusers_name(layer: str, config: UNetConfig) -> str:
 
 
 _HINT_CHANNELS = (3, 16, 16, 32, 32, 96, 96, 256)
-# Published nets begin with residuals of zero; these add a little, so that the control picture matters.
+# Published nets begin with residuals of zero; these add a little, so that the control image matters.
 _RESIDUAL = 0.2
 
 

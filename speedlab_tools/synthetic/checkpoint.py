@@ -125,7 +125,7 @@ def _open_clip(config: TextConfig) -> Layout:
 _BASE, _MULT, _RES_BLOCKS, _LATENT = 128, (1, 2, 4, 4), 2, 4
 # Raw latents have a standard deviation of about 5.5 (SD 1.x) to 7.7 (SDXL).
 _LATENT_STD = 5.5
-# Of a decoded picture in -1..1: enough contrast to see, little enough to clip rarely.
+# Of a decoded image in -1..1: enough contrast to see, little enough to clip rarely.
 _PICTURE_STD = 0.35
 
 

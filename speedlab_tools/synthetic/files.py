@@ -74,7 +74,7 @@ def draw(name: str, weight: Weight, seed: int, dtype: torch.dtype, device: torch
     """The tensor of one parameter, the same for the same (name, seed) on the same kind of device.
 
     Uniform rather than normal numbers: they come from the generator's integers by exact arithmetic, so the bytes do
-    not depend on the thread count, the processor's vector width or a library's logarithm.
+    not depend on the thread count, the CPU's vector width or a library's logarithm.
     """
     if weight.integer:
         return torch.arange(math.prod(weight.shape), device=device).reshape(weight.shape)
@@ -94,7 +94,7 @@ Progress = Callable[[int, int], None]
 
 # Part of every file's description: raise it when the same spec begins to give other numbers.
 RECIPE = 1
-ABOUT = "Made by SpeedLab: random weights, for tests and benchmarks. Pictures made with it are noise."
+ABOUT = "Made by SpeedLab: random weights, for tests and benchmarks. Images made with it are noise."
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
 
 

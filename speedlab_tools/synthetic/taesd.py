@@ -14,7 +14,7 @@ TaesdName = Literal["taesd", "taesdxl"]
 
 _WIDTH = 64
 _BLOCKS_A_LEVEL = 3
-# Bring random pictures and random latents to about the contrast of real ones.
+# Bring random images and random latents to about the contrast of real ones.
 _PICTURE_GAIN, _LATENT_GAIN = 0.6, 10.0
 
 
@@ -77,7 +77,7 @@ def _decoder() -> Layout:
         index += 1
     _block(layout, str(index))
     layout.conv(str(index + 1), _WIDTH, 3, gain=_PICTURE_GAIN)
-    layout[f"{index + 1}.bias"] = Weight((3,), std=0.02, mean=0.5)  # pictures lie in 0..1
+    layout[f"{index + 1}.bias"] = Weight((3,), std=0.02, mean=0.5)  # images lie in 0..1
     return layout
 
 

@@ -6,7 +6,7 @@ A trained UNet predicts the noise in its input. A random one predicts something 
 the latent instead of cleaning it, and the result is the starting noise, many times too strong. Here the first
 group of channels carries the input, in pairs x and -x, from the first convolution over the outermost skip to the
 output, where silu(x) - silu(-x) = x; everything else of the random net comes on top, scaled by DETAIL. The
-prediction is the noise plus a small part that depends on timestep, prompt and picture, as in a real model.
+prediction is the noise plus a small part that depends on timestep, prompt and image, as in a real model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fixtures of the browser tier: a real ComfyUI with its real frontend in headless Chromium.
 
-`SPEEDLAB_PICTURES=1` writes the pictures of the help pages and of the README into js/docs/images and docs/images.
+`SPEEDLAB_PICTURES=1` writes the images of the help pages and of the README into js/docs/images and docs/images.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Canvas:
         return self.evaluate("() => window.slSeen")
 
     def shot(self, name: str, folder: str = "docs/images", clip: Any = None) -> None:
-        """Save a picture for people, where that was asked for; else only see that one can be taken."""
+        """Save an image for people, where that was asked for; else only see that one can be taken."""
         picture = self.page.screenshot(clip=clip, timeout=60_000)
         assert picture[1:4] == b"PNG"
         if pictures_wanted():

@@ -78,7 +78,7 @@ def verdict(a: dict, b: dict) -> str:
     shares = [round(100 * run["phases_ms"]["sample"] / run["phases_ms"]["total"]) for run in (a, b)]
     ratio = f"{before / after:.2f} times as fast" if after <= before else f"{after / before:.2f} times as long"
     return (
-        f"B {'is' if after <= before else 'takes'} {ratio} as A from text to picture ({duration(after)} against "
+        f"B {'is' if after <= before else 'takes'} {ratio} as A from text to image ({duration(after)} against "
         f"{duration(before)}). Sampling is {shares[0]} % of A and {shares[1]} % of B."
     )
 

@@ -29,7 +29,7 @@ EXAMPLE = """(type) => {
   main.inputs.forEach((input, slot) => {
     const kind = feeds[input.type];
     if (!kind || input.widget) return;
-    // Two conditionings or two pictures come from two nodes, a model and a CLIP from one.
+    // Two conditionings or two images come from two nodes, a model and a CLIP from one.
     const key = ["CONDITIONING", "IMAGE", "LATENT"].includes(input.type) ? kind + slot : kind;
     if (kind === type) return;
     fed[key] ??= add(kind, 0);
@@ -71,7 +71,7 @@ EXAMPLE = """(type) => {
 
 
 def test_every_node_has_its_example_graph(open_canvas, request):
-    """All its sockets find a partner; the picture is taken with SPEEDLAB_PICTURES=1, on the pinned frontend."""
+    """All its sockets find a partner; the image is taken with SPEEDLAB_PICTURES=1, on the pinned frontend."""
     if "newest" in request.node.name:
         canvas = open_canvas()
         assert canvas.evaluate(EXAMPLE, "SpeedLabProfileSampler")["unlinked"] == []

@@ -1,7 +1,7 @@
 """DeepCache in its plainest form: every block runs at every step, and what the cached part yields is then replaced.
 
 A cached step's result depends on its outer blocks and on the kept features alone, so a full forward of ComfyUI's own,
-in which the features are put in place at the same spot, must give the same picture, whatever is patched in.
+in which the features are put in place at the same spot, must give the same image, whatever is patched in.
 """
 
 from __future__ import annotations

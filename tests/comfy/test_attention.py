@@ -1,4 +1,4 @@
-"""Attention Backend: every choice the same picture, errors with a remedy, and SDPA to the rescue of NaN."""
+"""Attention Backend: every choice the same image, errors with a remedy, and SDPA to the rescue of NaN."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_report_completes_the_record_and_appends_one_row(node, profile, base_d
     assert all((output / name).is_file() for name in [*data["artifacts"]["images"], data["artifacts"]["chart"]])
     assert chart.ndim == 4
     assert chart.shape[1] > 300
-    for word in ("sampling", "text to picture", "it/s", profile.run_id):
+    for word in ("sampling", "text to image", "it/s", profile.run_id):
         assert word in text
     assert profile.artifacts == {}, "the profile handed over stays as it was"
     again = json.loads(Path(node("SpeedLabProfileReport").report(profile, images)["result"][3]).read_text())

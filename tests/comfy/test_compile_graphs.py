@@ -17,7 +17,7 @@ from .tiny_unet import relative
 SIZE = (16, 16)
 # Kinds of blocks in the tiny SD 1.5: residual blocks by their channels, transformers by theirs.
 KINDS = 9
-# Graphs of a first picture: three kinds stand at two levels, so that they get a second graph, for any size.
+# Graphs of a first image: three kinds stand at two levels, so that they get a second graph, for any size.
 FIRST = 12
 TRANSFORMERS = 3
 
@@ -196,7 +196,7 @@ def test_the_limit_of_graphs_is_never_silent(
     monkeypatch.setattr(engine("techniques.compile.backends.dynamo"), "GRAPHS_PER_KIND_STATIC", 1)
     config = compiled.CompileConfig(scope="blocks", dynamic="false", on_failure=behaviour)
     model = compiled.attach_compile(unet.model, config)
-    if behaviour == "error":  # in the first picture already, where three kinds stand at two sizes
+    if behaviour == "error":  # in the first image already, where three kinds stand at two sizes
         with pytest.raises(engine("techniques.compile.run").CompileError, match=r"limit of graphs.*dynamic to auto"):
             unet.sample(model, steps=1, size=SIZE)
     else:
@@ -453,7 +453,7 @@ def test_frozen_weights_and_hooks_that_change_them_are_refused(unet: Any, compil
 def test_fewer_graphs_than_cores_compile_over_a_tour(
     unet: Any, compiled: Any, graphs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LoRAs added, changed, switched and removed, and other sizes: what comes after the first picture."""
+    """LoRAs added, changed, switched and removed, and other sizes: what comes after the first image."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
     from torch._dynamo.utils import counters
     from torch._inductor import compile_fx

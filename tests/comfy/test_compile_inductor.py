@@ -1,4 +1,4 @@
-"""inductor for real, on the smallest UNet: its C++ for one picture, found again on disk; and Compile VAE's backends."""
+"""inductor for real, on the smallest UNet: its C++ for one image, found again on disk; and Compile VAE's backends."""
 
 from __future__ import annotations
 

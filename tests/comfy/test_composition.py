@@ -1,7 +1,7 @@
 """Every pair of techniques, in both orders: it equals a plain reference, or it is refused by a message naming both.
 
-A technique has a `node`, as a user puts it on a model, and an `oracle`: the same picture made another way. Attention,
-Precision and compiling change no picture, so theirs is the bare model; what a test sees of them is what they do.
+A technique has a `node`, as a user puts it on a model, and an `oracle`: the same image made another way. Attention,
+Precision and compiling change no image, so theirs is the bare model; what a test sees of them is what they do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ALL = (*OURS, *CORE)
 
 @dataclass(frozen=True)
 class Technique:
-    """`changes`: whether the picture is another one with it. `watch` yields a check that it was at work."""
+    """`changes`: whether the image is another one with it. `watch` yields a check that it was at work."""
 
     node: Patch
     oracle: Patch
@@ -239,7 +239,7 @@ def _sample(tiny: TinyUNet, model: Any, *used: Technique) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Known:
-    """Pictures that several tests compare with, each made once."""
+    """Images that several tests compare with, each made once."""
 
     tiny: TinyUNet
     techniques: dict[str, Technique]
@@ -254,7 +254,7 @@ class Known:
         return self.made[ordered]
 
     def alone(self, name: str) -> torch.Tensor:
-        """One technique by its node. What changes no picture gives stock's, with these techniques to rounding."""
+        """One technique by its node. What changes no image gives stock's, with these techniques to rounding."""
         if (name,) not in self.made:
             technique = self.techniques[name]
             self.made[name,] = _sample(self.tiny, technique.node(self.tiny.model), technique)

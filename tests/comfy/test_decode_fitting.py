@@ -36,7 +36,7 @@ def latent(batch=1, height=8, width=8, seed=0, channels=4):
 
 @contextmanager
 def memory_for(vae, latent_pixels, error=None):
-    """Let the decoder run out of memory for any input of more than so many latent pixels, pictures counted."""
+    """Let the decoder run out of memory for any input of more than so many latent pixels, images counted."""
     import torch
 
     seen = []
@@ -58,7 +58,7 @@ def memory_for(vae, latent_pixels, error=None):
 
 @pytest.fixture
 def photograph(comfy, core, real_taesd):
-    """TAESD, and its latent of ComfyUI's example picture at 256x256: sky and landscape, smooth over large areas."""
+    """TAESD, and its latent of ComfyUI's example image at 256x256: sky and landscape, smooth over large areas."""
     import numpy
     import torch
     from PIL import Image
@@ -72,7 +72,7 @@ def photograph(comfy, core, real_taesd):
 
 
 def test_no_seam_can_be_seen(decoding, engine, photograph):
-    """The gradient across the places where tiles meet is what it is elsewhere, as in the picture decoded whole."""
+    """The gradient across the places where tiles meet is what it is elsewhere, as in the image decoded whole."""
     import torch
 
     taesd, encoded = photograph
@@ -90,7 +90,7 @@ def test_no_seam_can_be_seen(decoding, engine, photograph):
     for ours, plain in zip(steps(tiled), steps(whole), strict=True):
         at_seams = torch.stack([ours[edge - 1] / plain[edge - 1] for edge in edges])
         assert at_seams.min() > 0.8
-        assert at_seams.max() < 1.2, "a seam adds no gradient that the picture does not have there"
+        assert at_seams.max() < 1.2, "a seam adds no gradient that the image does not have there"
     difference = (tiled - whole).abs()
     assert float(difference.mean()) < 0.01
     hard = decoding.decode(taesd, encoded, decoding.DecodeConfig(tile_size=128, overlap=0)).images
@@ -99,7 +99,7 @@ def test_no_seam_can_be_seen(decoding, engine, photograph):
 
 
 def test_tiles_of_the_full_vae_have_smooth_borders(decoding, engine, vae):
-    """Group norms see a tile instead of the picture, so that tones differ from tile to tile: they must glide."""
+    """Group norms see a tile instead of the image, so that tones differ from tile to tile: they must glide."""
     import torch
 
     y = torch.linspace(-1, 1, 16)
@@ -130,7 +130,7 @@ def test_out_of_memory_goes_from_all_to_one_to_tiles(decoding, vae, caplog):
     assert tiled.info["tile_size"] == 64
     assert tiled.images.shape == expected.shape
     warning = tiled.info["warning"]
-    assert "Decoding whole ran out of memory; decoding again one picture at a time." in warning
+    assert "Decoding whole ran out of memory; decoding again one image at a time." in warning
     assert "decoding again in tiles of 64 pixels." in warning
     assert caplog.text.count("ran out of memory") == 3
     wanted = decoding.decode(vae, samples, decoding.DecodeConfig(tile_size=64)).images

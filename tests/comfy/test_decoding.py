@@ -1,4 +1,4 @@
-"""VAE Decode and Tiny VAE Decode against core; non-finite pictures are noticed."""
+"""VAE Decode and Tiny VAE Decode against core; non-finite images are noticed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_slicing_and_tiling(decode, core, vae):
     samples = latent(3)
     assert torch.allclose(decode(samples, slicing=True), core.VAEDecode().decode(vae, samples)[0], atol=1e-5)
     small = latent(1, 8, 8)
-    assert torch.equal(decode(small, tile_size=64), core.VAEDecode().decode(vae, small)[0]), "one tile is the picture"
+    assert torch.equal(decode(small, tile_size=64), core.VAEDecode().decode(vae, small)[0]), "one tile is the image"
 
 
 def test_another_precision_is_a_second_module(decode, vae, engine):
@@ -173,7 +173,7 @@ def test_auto_takes_the_family_from_the_model_or_the_mark(tiny_decode, tiny, eng
             tiny_decode(given, "auto")
 
 
-# What core's nodes do to a LATENT between the sampler and the decoder, and whether the pictures are still the same.
+# What core's nodes do to a LATENT between the sampler and the decoder, and whether the images are still the same.
 BETWEEN = {
     "nothing": (lambda core, latent: latent, True),
     "one of the batch": (lambda core, latent: core.LatentFromBatch().frombatch(latent, 1, 1)[0], True),
@@ -273,7 +273,7 @@ def test_the_choices_always_list_both_families(node, engine, model_files):
 
 
 def test_the_example_picture_survives_a_round_trip(core, tiny_decode, node, comfy, real_taesd):
-    """ComfyUI's example picture at 512x512 through TAESDXL: 31.5 dB and more."""
+    """ComfyUI's example image at 512x512 through TAESDXL: 31.5 dB and more."""
     import numpy
     import torch
     from PIL import Image
@@ -298,7 +298,7 @@ def test_inputs_are_not_changed(tiny_decode, decode):
     assert torch.equal(samples["samples"], before["samples"])
 
 
-@pytest.mark.parametrize(("able", "words"), [(False, "this processor has no instructions"), (True, "")])
+@pytest.mark.parametrize(("able", "words"), [(False, "this CPU has no instructions"), (True, "")])
 def test_fp16_on_a_processor_that_cannot_is_told(node, engine, model_files, taesd_files, monkeypatch, able, words):
     monkeypatch.setattr(engine("common.dtypes"), "cpu_computes_fp16", lambda: able)
     decoding, vae = engine("vae.decode"), node("SpeedLabVAELoader").load("taesd", "fp16")[0]

@@ -1,4 +1,4 @@
-"""Dynamic CFG: exact rows, the right picture, and a step aside wherever something needs uncond."""
+"""Dynamic CFG: exact rows, the right image, and a step aside wherever something needs uncond."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def test_guider_is_restored(tiny: TinyUNet, attach: Any, error: str) -> None:
 
 @pytest.fixture
 def products(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Convolutions as matrix products in the tiny UNet too, on any processor."""
+    """Convolutions as matrix products in the tiny UNet too, on any CPU."""
     root = "speedlab.techniques.cpu"
     conv_as_matmul = importlib.import_module(f"{root}.conv_as_matmul")
     if importlib.import_module(f"{root}.onednn").why_not():

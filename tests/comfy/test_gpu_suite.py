@@ -1,4 +1,4 @@
-"""The GPU suite on a processor: models whose activations stay near 1, and every block from end to end on tiny ones."""
+"""The GPU suite on a CPU: models whose activations stay near 1, and every block from end to end on tiny ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gpu(name: str) -> ModuleType:
     return importlib.import_module(f"speedlab_tools.gpu.{name}")
 
 
-# On a processor these have no kernel, no package or no such mode; that, too, is a row.
+# On a CPU these have no kernel, no package or no such mode; that, too, is a row.
 CANNOT = (
     "alone-attention/attention-sdpa_mem_efficient", "alone-attention/attention-sdpa_cudnn",
     "alone-attention-slow/attention-xformers", "alone-attention-slow/attention-flash_attn",
@@ -133,7 +133,7 @@ def test_a_plan_of_the_command_line_is_measured_beside_stock(comfy: ModuleType, 
 def bench(engine: Any, pack: ModuleType, tiny: SimpleNamespace, tmp_path: Path) -> Any:
     """The tools of a call, with a journal of its own."""
     journal = gpu("report").open_journal(
-        tmp_path, [], {"device": "a card", "torch": "2.11.0"}, {}, small=True, again=False
+        tmp_path, [], {"device": "a GPU", "torch": "2.11.0"}, {}, small=True, again=False
     )
     tools = gpu("bench")
     return tools.Bench(pack, journal, tools.Settings(tmp_path, 60.0, 1, True), began=_now())

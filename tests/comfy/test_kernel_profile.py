@@ -539,7 +539,7 @@ def test_the_charts_are_one_batch(sample, node, engine):
     assert sample(detail="timing").chart.shape == (1, 520, 900, 3)
     report = node("SpeedLabProfileReport").report(result.record)["result"][2]
     assert report.shape == (4, 520, 900, 3)
-    assert all(float(picture.std()) > 0.02 for picture in report), "every picture shows something"
+    assert all(float(picture.std()) > 0.02 for picture in report), "every image shows something"
     charts = engine("measure.charts")
     failed = result.record.changed(status="oom", steps=(), kernels=(), phases_ms={}, memory={})
     assert charts.run_chart(failed, charts.OF_REPORT).shape == (1, 520, 900, 3)

@@ -88,7 +88,7 @@ def test_settings_out_of_range(memory, offload, budget):
 
 
 def test_a_video_latent_is_refused(memory, checkpoint):
-    with pytest.raises(RuntimeError, match="predicts for pictures"):
+    with pytest.raises(RuntimeError, match="predicts for images"):
         memory.plan.picture_size(checkpoint.model, {"samples": torch.zeros(1, 4, 2, 8, 8)})
 
 
@@ -278,7 +278,7 @@ def out_of_memory(*_):
 
 
 @pytest.mark.parametrize(("offload", "words"), [("model", "Set offload of Memory Plan to sequential"),
-                                                ("sequential", "make the picture or the batch smaller")])  # fmt: skip
+                                                ("sequential", "make the image or the batch smaller")])  # fmt: skip
 def test_out_of_memory_is_freed_and_explained_with_the_next_plan(memory, offload, words):
     mm = importlib.import_module("comfy.model_management")
     tiny = build("sd15")

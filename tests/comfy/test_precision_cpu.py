@@ -55,7 +55,7 @@ def test_linear_layers_on_onednn(tiny: TinyUNet, attach: Callable[..., Any]) -> 
     stock = tiny.sample(tiny.model, steps=3)
     result = tiny.sample(watched(attach(tiny.model, linear="onednn"), lambda: _on_onednn(tiny), seen), steps=3)
     assert seen and all(len(names) > 20 for names in seen)
-    assert relative(result, stock) < 1e-5  # 0 on processors where both ways add up in one order
+    assert relative(result, stock) < 1e-5  # 0 on CPUs where both ways add up in one order
     assert _on_onednn(tiny) == []
     assert torch.equal(tiny.sample(tiny.model, steps=3), stock)
 

@@ -136,7 +136,7 @@ def test_twenty_steps_end_with_a_latent_and_a_picture_of_usual_strength(comfy: M
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_one_forward_is_finite_and_predicts_noise(comfy: ModuleType, sd15: Loaded, dtype: str) -> None:
-    # The module itself in that dtype: ComfyUI would compute in fp32 on a processor it takes for unfit.
+    # The module itself in that dtype: ComfyUI would compute in fp32 on a CPU it takes for unfit.
     compute = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel(
         **sd15.model.model.model_config.unet_config | {"dtype": compute}

@@ -203,7 +203,7 @@ MIXTURES = (
     ({"device": "NVIDIA L4", "env_hash": "b" * 12}, "device AMD EPYC in A and NVIDIA L4 in B", False),
     ({"torch": "2.13.0", "env_hash": "b" * 12}, "torch 2.12.1 in A and 2.13.0 in B", True),
     ({"speedlab": "0.2.0", "env_hash": "b" * 12}, "speedlab 0.1.0 in A and 0.2.0 in B", True),
-    ({"env_hash": "b" * 12}, "another machine, driver, flag or processor", True),
+    ({"env_hash": "b" * 12}, "another machine, driver, flag or CPU", True),
 )
 
 

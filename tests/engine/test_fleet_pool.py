@@ -131,7 +131,7 @@ def ready(worker):
 
 
 def picture_of(text):
-    return Done((f"picture of {text}".encode(),), (), 0.5)
+    return Done((f"image of {text}".encode(),), (), 0.5)
 
 
 def all_well(worker, start, text):
@@ -166,7 +166,7 @@ def check_whole(folder, rows, number=4):
     for row in rows:
         (picture,) = row["pictures"]
         data = (folder / picture["file"]).read_bytes()
-        assert data == f"picture of prompt {row['index']}".encode()
+        assert data == f"image of prompt {row['index']}".encode()
         assert picture["sha256"] == hashlib.sha256(data).hexdigest()
     assert len(list((folder / "pictures").iterdir())) == number
 
@@ -269,7 +269,7 @@ def test_a_worker_that_loses_one_now_and_then_is_kept(tmp_path):
 
 
 def test_an_answer_that_comes_after_the_retry_is_dropped(tmp_path):
-    """The first worker is overdue; its answer comes when it was killed, before another one has made the picture."""
+    """The first worker is overdue; its answer comes when it was killed, before another one has made the image."""
     first = itertools.count()
     ray = ScriptedRay(lambda worker, start, text: picture_of(text) if text != "prompt 0" or next(first) else None)
     rows = run(tmp_path, ray, limits=NO_PATIENCE)
@@ -450,7 +450,7 @@ class RealWorker:
             if order == "silent":
                 await asyncio.sleep(10_000)
             os.kill(os.getpid(), signal.SIGKILL)
-        return Done((f"picture of {text}".encode(),), (), 0.5)
+        return Done((f"image of {text}".encode(),), (), 0.5)
 
     async def stop(self):
         pass

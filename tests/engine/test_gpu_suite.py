@@ -58,7 +58,7 @@ def test_the_plan_holds_what_is_to_be_measured() -> None:
     assert plan.WORKLOADS["sd15"].width == plan.WORKLOADS["sd15"].height == 512
     assert [by_id[f"cap-{gb}gb"].cap_gb for gb in (8, 6, 4)] == [8.0, 6.0, 4.0]
     assert {variant.prefetch for variant in by_id["offload"].variants} == {True, False}
-    # Stock stands in every block of pictures that runs in turns, or there would be no ratio of the same minutes.
+    # Stock stands in every block of images that runs in turns, or there would be no ratio of the same minutes.
     for block in plan.BLOCKS:
         if block.runner == "pictures" and not block.apart:
             assert plan.STOCK in [variant.stack for variant in block.variants], block.id
@@ -97,7 +97,7 @@ def test_each_row_is_on_disk_at_once_and_the_next_call_goes_on(tmp_path: Path) -
     again = new_journal(tmp_path)
     assert again.path == journal.path and again.value("a/stock", "picture_s") == 2.5
     assert new_journal(tmp_path, again=True).rows == {}
-    assert new_journal(tmp_path, device="Other Card").rows == {}
+    assert new_journal(tmp_path, device="Other GPU").rows == {}
     assert new_journal(tmp_path, torch="2.12.0").rows == {}
 
 
@@ -185,8 +185,7 @@ def test_the_report_judges_what_was_measured_and_says_what_was_not(tmp_path: Pat
     said = text(journal, plan.BLOCKS)
     lines = said.splitlines()
     assert any(
-        line.startswith("sdxl-fastest, text to picture") and "0.95 s" in line and "stretch too" in line
-        for line in lines
+        line.startswith("sdxl-fastest, text to image") and "0.95 s" in line and "stretch too" in line for line in lines
     )
     assert any(line.startswith("sdxl-fastest over stock") and line.endswith("missed") for line in lines)
     assert sum(NOT_MEASURED in line for line in lines) == len(TARGETS) - 2 + 1
@@ -281,6 +280,6 @@ def test_help_and_the_list_need_no_torch_and_no_host(tmp_path: Path) -> None:
         answer = run(*arguments)
         assert answer.returncode == 0 and not (tmp_path / "cache").exists()
         assert "| torch" not in answer.stderr
-    assert answer.stdout.count("a card of") == len(answer.stdout.splitlines()) == 3
+    assert answer.stdout.count("a GPU of") == len(answer.stdout.splitlines()) == 3
     wrong = run("--only", "nope")
     assert wrong.returncode == 1 and "no block begins with 'nope'" in wrong.stderr

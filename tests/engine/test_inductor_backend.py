@@ -1,4 +1,4 @@
-"""What inductor is told: not to convert live weights of convolutions in every call on a processor."""
+"""What inductor is told: not to convert live weights of convolutions in every call on a CPU."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def event(category, name, start, duration, tid=1, **args):
 
 
 def gpu_trace():
-    """Two kernels, a copy half hidden behind the second, a wait; the range is shorter than the card's work."""
+    """Two kernels, a copy half hidden behind the second, a wait; the range is shorter than the GPU's work."""
     return {
         "traceEvents": [
             event("user_annotation", "sl/sample", 1000, 100),

@@ -26,7 +26,7 @@ def record(number: int, plan: str = "stock", **changes) -> dict:
         "timestamp": "2026-01-01T10:00:00+0000",
         "status": "ok",
         "error": None,
-        "env": {"device": "a card"},
+        "env": {"device": "a GPU"},
         "env_hash": "0",
         "request": {"plan": plan, "width": 512, "height": 768, "sampler": "euler", "scheduler": "normal", "steps": 20},
         "phases_ms": {"sample": 1000.0, "total": 1500.0},

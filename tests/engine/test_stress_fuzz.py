@@ -50,7 +50,7 @@ def test_a_slow_reader_and_one_that_hangs_are_defects(monkeypatch):
         while time.process_time() < end:
             pass
 
-    assert "processor time" in judge(Target("x", lambda rng: None, busy), None).reason
+    assert "CPU time" in judge(Target("x", lambda rng: None, busy), None).reason
     monkeypatch.setattr(outcome, "HANGS_AFTER_S", 0.1)
 
     def hang(_given):

@@ -1,4 +1,4 @@
-"""Tiles cover the picture, share what they should, and blend to exactly one; the order of precisions."""
+"""Tiles cover the image, share what they should, and blend to exactly one; the order of precisions."""
 
 from __future__ import annotations
 

@@ -73,8 +73,8 @@ def test_the_main_job_leaves_a_whole_record_and_one_row(server, graph):
     mine = [row for row in rows(server) if row["run_id"] == shown["run_id"]]
     assert len(mine) == 1
     assert mine[0]["seed"] == "77"
-    assert entry["outputs"]["8"]["images"], "core's Save Image saved the passed-on picture"
-    assert "text to picture" in server.texts(entry, "7")
+    assert entry["outputs"]["8"]["images"], "core's Save Image saved the passed-on image"
+    assert "text to image" in server.texts(entry, "7")
 
 
 def test_what_comfyui_cached_is_told_as_cached(server, graph):

@@ -1,4 +1,4 @@
-"""A staged batch on a real server: the order of the phases, and the same pictures as one by one."""
+"""A staged batch on a real server: the order of the phases, and the same images as one by one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def alone(text: str, seed: int, prefix: str) -> dict:
 
 
 def run(server, *graphs: dict) -> list:
-    """The result of each graph, and the pixels of every picture it saved."""
+    """The result of each graph, and the pixels of every image it saved."""
     import numpy
     from PIL import Image
 

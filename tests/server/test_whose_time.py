@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.server
 
 COUNTED = ("text_encode", "to_device", "prepare", "sample", "decode", "after_sampling", "save")
-UNKNOWN = "the time from text to picture is not known"
+UNKNOWN = "the time from text to image is not known"
 words = itertools.count()
 
 # Expands into rounds of encode, sample, decode and report, as loops and efficiency packs do; `depth` expansions deep.

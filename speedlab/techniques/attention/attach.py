@@ -4,7 +4,7 @@ The override is set in the options of a run and gone after it. Where another nod
 the outer one and gets the chosen backend in place of ComfyUI's function, whatever the order of the nodes; if it never
 asks for that, a warning says that the choice had no effect.
 
-A fast kernel can overflow: sage on SDXL gives black pictures. So with every backend but `sdpa` the result of an
+A fast kernel can overflow: sage on SDXL gives black images. So with every backend but `sdpa` the result of an
 evaluation is looked at, once for the whole evaluation, since the look waits for the GPU. NaN or Inf means that the
 evaluation is repeated with `sdpa`, and if that helps, the rest of the run stays with it.
 """

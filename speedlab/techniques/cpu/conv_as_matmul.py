@@ -61,9 +61,7 @@ def most_pixels_here() -> int:
             if seconds["product"] > MARGIN * seconds["convolution"]:
                 break
             most = pixels
-    log.info(
-        "Convolutions of %d channels on this processor, as they are and as products: %s.", _CHANNELS, ", ".join(told)
-    )
+    log.info("Convolutions of %d channels on this CPU, as they are and as products: %s.", _CHANNELS, ", ".join(told))
     return most
 
 
@@ -76,7 +74,7 @@ def layers_with_many_weights(network: torch.nn.Module) -> Iterator[Any]:
 
 
 def may_gain(network: torch.nn.Module) -> bool:
-    """Whether a product may compute any layer of `network` faster here, at some size of the picture."""
+    """Whether a product may compute any layer of `network` faster here, at some size of the image."""
     fp32 = (
         layer for layer in layers_with_many_weights(network) if layer.weight.dtype == torch.float32 and not casts(layer)
     )

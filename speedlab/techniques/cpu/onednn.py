@@ -1,11 +1,11 @@
 """Linear layers on a CPU through oneDNN, in place of the BLAS library that PyTorch asks for them.
 
-PyTorch hands fp32 matrix products to MKL, which leaves the wide vector units of other makers' processors unused; its
+PyTorch hands fp32 matrix products to MKL, which leaves the wide vector units of other makers' CPUs unused; its
 convolutions already go to oneDNN, which does not. The sums are the same, in another order: equal to fp32 rounding.
 
 Attention on a CPU out of oneDNN's matrix products, a block of scores at a time.
 
-SDPA's kernel for CPUs hands small products to MKL, which leaves the wide vector units of other makers' processors
+SDPA's kernel for CPUs hands small products to MKL, which leaves the wide vector units of other makers' CPUs
 unused. Here the scores of as many queries as stay in the cache are made, weighted and used before
 the next ones (the tiling of Rabe and Staats, 2021, along the queries alone), all of it in fp32 whatever the model's
 dtype: equal to SDPA to rounding.
@@ -123,7 +123,7 @@ _FEWEST_QUERIES = 64
 def missing(device: torch.device) -> str | None:
     """What this attention lacks on a device; None where it can run."""
     if device.type != "cpu":
-        return f"it is for processors, and this model runs on {device.type}"
+        return f"it is for CPUs, and this model runs on {device.type}"
     return why_not() or None
 
 

@@ -1,4 +1,4 @@
-"""Whether compiled code may use the processor's vector units, without the larger part of inductor's test of it.
+"""Whether compiled code may use the CPU's vector units, without the larger part of inductor's test of it.
 
 Inductor builds a library for each set of instructions and loads each in a new Python process, anew in every process
 that compiles. Its concern is a PyTorch built without the vector functions, or a compiler that does not know the
@@ -26,7 +26,7 @@ _FUNCTIONS = {512: "Sleef_expf16_u10", 256: "Sleef_expf8_u10"}
 
 @cache
 def known_to_work() -> bool:
-    """Whether compiler and PyTorch have all that the widest vectors of this processor need; False where that cannot
+    """Whether compiler and PyTorch have all that the widest vectors of this CPU need; False where that cannot
     be told, and inductor's own test decides."""
     if not sys.platform.startswith("linux"):
         return False
@@ -42,7 +42,7 @@ def known_to_work() -> bool:
 
 
 def _widest() -> Any | None:
-    """The first set of instructions in inductor's list, which begins with the widest, that this processor has."""
+    """The first set of instructions in inductor's list, which begins with the widest, that this CPU has."""
     from torch._inductor import cpu_vec_isa
 
     have = cpu_vec_isa.x86_isa_checker()

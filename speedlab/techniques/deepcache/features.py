@@ -55,7 +55,7 @@ class Run(SharedState):
         if len(self._plan) != position.steps:
             self._plan = sources(self.config, position.steps, position.part)
         if position.went_back:
-            # Noise came on top since: what was kept belongs to another picture.
+            # Noise came on top since: what was kept belongs to another image.
             self._entries.clear()
         source = self._plan[min(position.reached, position.step)]
         keep_from = position.step if source is None else source

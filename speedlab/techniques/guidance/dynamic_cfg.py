@@ -3,7 +3,7 @@
 `fixed` drops it after a share of the steps. `adaptive` is Adaptive Guidance (Castillo et al., 2023): it is dropped for
 the rest of the run once both predictions of the noise point the same way. ComfyUI itself skips uncond at CFG 1, so the
 guider's CFG is 1 for such an evaluation and only then. Where something needs uncond, the technique steps aside for the
-run with a warning, and the picture is the one without it.
+run with a warning, and the image is the one without it.
 
 Half the rows take more than half the time where a layer's work is to read its weights. So on a CPU convolutions with
 many weights and few pixels are matrix products in an evaluation without uncond, where that was measured to be faster.

@@ -157,7 +157,7 @@ def _check_autocast(word: Autocast, device: torch.device) -> None:
             "Set autocast to off, or to the other type."
         )
     if device.type == "cpu" and not (word == "bf16" and cpu_computes_bf16()):
-        logging.warning("Precision: this processor has no instructions for %s, so autocast may cost time.", word)
+        logging.warning("Precision: this CPU has no instructions for %s, so autocast may cost time.", word)
 
 
 def _wrappers(config: PrecisionConfig) -> Mapping[Site, Wrapper]:

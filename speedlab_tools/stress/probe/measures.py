@@ -84,7 +84,7 @@ def _dynamo_graphs() -> int:
 
 
 class StressDigest:
-    """SHA-256 of latents and of pictures: shape, type and every bit."""
+    """SHA-256 of latents and of images: shape, type and every bit."""
 
     RETURN_TYPES = ()
     FUNCTION = "digest"

@@ -126,7 +126,7 @@ def limits(
     with ExitStack() as stack:
         stack.enter_context(torch._dynamo.config.patch({name: value for name, value in wanted.items() if name}))
         if hasattr(shapes, "use_duck_shape"):
-            # A height that equals the width by chance is no rule: without this a square picture has graphs of its own.
+            # A height that equals the width by chance is no rule: without this a square image has graphs of its own.
             stack.enter_context(shapes.patch(use_duck_shape=False))
         if freeze:
             stack.enter_context(torch._inductor.config.patch(freezing=True))

@@ -1,4 +1,4 @@
-"""openvino: the network converted by OpenVINO and compiled for Intel and AMD processors, with sizes left open."""
+"""openvino: the network converted by OpenVINO and compiled for Intel and AMD CPUs, with sizes left open."""
 
 from __future__ import annotations
 
