@@ -147,7 +147,7 @@ def _ratio(series: Series, part: str, job: str, size: int, target: float | None,
 
 
 def pictures(series: Series, bench: Bench, small: int, large: int, rounds: int) -> None:
-    """Text to picture at both sizes, attention alone between them, and the rivals."""
+    """Text to image at both sizes, attention alone between them, and the rivals."""
     series.all_in_turn(picture_jobs(bench, small, 1))
     bench.forget("diffusers_unet")
     series.all_in_turn(attention_jobs(bench, large, rounds))
