@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from speedlab.measure.roofline import share_of_peak
+from speedlab.measure.summary import speed
 from speedlab.patching.compiled import compile_counts, counts_between
 from speedlab.plans.techniques import Parts
 
@@ -140,7 +141,8 @@ def _stock_of(lanes: Sequence[Lane]) -> Lane | None:
 def _write(bench: Bench, block: Block, lane: Lane, stock: Lane | None) -> None:
     if not lane.runs or not lane.image_runs or block.row(lane.variant) in bench.journal.rows:
         return
-    fields = {**timed(lane, bench.workload(block).batch), **_rates(bench, block, lane)}
+    workload = bench.workload(block)
+    fields = {**timed(lane, workload.batch), **_step_time(lane, workload.steps), **_rates(bench, block, lane)}
     if stock is not None:
         fields |= {
             "ratio": _round(stock.median("total_s") / lane.median("total_s")),
@@ -148,6 +150,13 @@ def _write(bench: Bench, block: Block, lane: Lane, stock: Lane | None) -> None:
             "relative_error": _relative_error(lane.image_runs[0].latent, stock.image_runs[0].latent),
         }
     bench.write(block, lane.variant, **fields)
+
+
+def _step_time(lane: Lane, steps: int) -> dict[str, Any]:
+    """Step time and rate as every record has them: sampling time over steps."""
+    told = speed(lane.median("sampling_s") * 1000.0, steps)
+    step_ms = told["step_time_ms"]
+    return {"step_time_s": None if step_ms is None else step_ms / 1000.0, "it_per_s": told["it_per_s"]}
 
 
 def _rates(bench: Bench, block: Block, lane: Lane) -> dict[str, Any]:

@@ -27,10 +27,10 @@ _ATTEMPTS = 2
 
 COLUMNS = (
     "id", "shows", "status", "model", "dtype", "plan", "width", "height", "batch", "steps", "n", "first_s",
-    "picture_s", "picture_min_s", "picture_max_s", "sampling_s", "encode_s", "decode_s", "ratio", "sampling_ratio",
-    "images_per_min", "tflops", "peak_share", "peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "relative_error",
-    "graphs", "graph_breaks", "recompiles", "overhead_percent", "steps_over_wall", "gb_per_s", "flop_per_step", "note",
-    "error", "device", "torch", "comfyui", "timestamp",
+    "picture_s", "picture_min_s", "picture_max_s", "sampling_s", "step_time_s", "it_per_s", "encode_s", "decode_s",
+    "ratio", "sampling_ratio", "images_per_min", "tflops", "peak_share", "peak_allocated_gb", "peak_reserved_gb",
+    "peak_rss_gb", "relative_error", "graphs", "graph_breaks", "recompiles", "overhead_percent", "steps_over_wall",
+    "gb_per_s", "flop_per_step", "note", "error", "device", "torch", "comfyui", "timestamp",
 )  # fmt: skip
 DIED = "died"
 

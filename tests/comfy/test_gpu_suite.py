@@ -294,6 +294,13 @@ def test_a_capped_card_is_given_back(engine: Any, bench: Any) -> None:
     assert before == mm.EXTRA_RESERVED_VRAM
 
 
+def test_steps_over_the_rate_are_the_sampling_time(engine: Any) -> None:
+    image_run = gpu("bench").ImageRun(0.1, 1.7, 0.2, 2.0, engine("measure.peaks").MemoryPeak(), torch.zeros(1), True)
+    lane = gpu("measure_models").Lane(gpu("plan").Variant("stock"), None, image_run, [image_run])
+    told = gpu("measure_models")._step_time(lane, 30)
+    assert 30 / told["it_per_s"] == pytest.approx(1.7, rel=1e-4) == 30 * told["step_time_s"]
+
+
 @pytest.mark.parametrize(("peak", "share"), [(4.0, 50.0), (1.0, None)])
 def test_a_share_is_never_above_the_peak(
     engine: Any, bench: Any, monkeypatch: Any, caplog: Any, peak: float, share: float | None
