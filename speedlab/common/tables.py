@@ -10,6 +10,16 @@ QUALITY = ("PSNR", "SSIM")
 NOTHING = "-"
 
 
+def aligned(lines: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
+    """The lines with their cells in columns; `numbers`: all columns but the first stand to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+
+    def cell(text: str, column: int) -> str:
+        return text.rjust(widths[column]) if numbers and column else text.ljust(widths[column])
+
+    return ["  ".join(cell(text, column) for column, text in enumerate(line)).rstrip() for line in lines]
+
+
 def _number(row: Mapping[str, str], name: str) -> float | None:
     text = row.get(name, "")
     return float(text) if text else None
@@ -59,6 +69,5 @@ def format_table(rows: Sequence[Mapping[str, str]]) -> str:
     if any(row.get("psnr") for row in rows):
         lines = [(*line, *more) for line, more in zip(lines, (QUALITY, *map(_quality, rows)), strict=True)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(text)
+    lines.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(aligned(lines))

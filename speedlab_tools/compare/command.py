@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from speedlab.common.tables import seconds
+from speedlab.common.tables import aligned, seconds
 
 from ..client.errors import BenchError
 from .csv_tables import Comparison, Environment, Table, compare, read_table, runs_of, with_schemas
@@ -49,10 +49,7 @@ def format_comparison(entries: Sequence[Comparison]) -> str:
             for entry in entries
         ),
     ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return "\n".join(aligned(lines))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,12 +9,13 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from speedlab.common.errors import ResultsError
+from speedlab.common.tables import aligned
 from speedlab.measure.store import write_atomically
 
 from .plan import Block
@@ -222,7 +223,7 @@ def text(journal: Journal, blocks: Sequence[Block]) -> str:
              "memory are real, images are noise."]  # fmt: skip
     if journal.settings.get("small"):
         lines.append("Tiny models on the way through the suite: no figure below says anything of a real one.")
-    lines += ["", *_table([_HEAD, *(_cells(row) for row in _in_order(journal, blocks))])]
+    lines += ["", *aligned([_HEAD, *(_cells(row) for row in _in_order(journal, blocks))], numbers=True)]
     ceilings = [_ceiling(journal, name) for name in ("fp16", "bf16")]
     copy = journal.value("peak/copy", "gb_per_s")
     lines += ["", f"Measured peaks: {', '.join(ceilings)}, copy {_or_not(copy, ' GB/s')}"]
@@ -259,14 +260,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (str(row["id"]), *cells, str(row["status"]))
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    align: Callable[[str, int, int], str] = lambda cell, width, column: (  # noqa: E731
-        cell.ljust(width) if column == 0 else cell.rjust(width)
-    )
-    return ["  ".join(align(cell, widths[n], n) for n, cell in enumerate(row)).rstrip() for row in rows]
-
-
 def _targets(journal: Journal) -> list[str]:
     rows: list[tuple[str, ...]] = [("target", "asked", "measured", "")]
     for target in TARGETS:
@@ -279,7 +272,7 @@ def _targets(journal: Journal) -> list[str]:
             rows.append((target.text, asked, NOT_MEASURED, ""))
         else:
             rows.append((target.text, asked, f"{measured:.3g} {target.unit}", target.verdict(measured)))
-    return _table(rows)
+    return aligned(rows, numbers=True)
 
 
 def _ceiling(journal: Journal, name: str) -> str:
