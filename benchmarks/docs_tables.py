@@ -291,7 +291,7 @@ def fleet(results: Results) -> list[str]:
 
 def stress_input(results: Results) -> list[str]:
     """Broken and hostile inputs by reader."""
-    kinds = ("stress-fuzz", "torture-fuzz")
+    kinds = ("stress-fuzz",)
     found = results.rows(*kinds)
     columns = ("inputs", "fine", "refused", "defects")
     rows = [[row["reader"], *(f"{int(row[column]):,}" for column in columns)] for row in found]
@@ -302,7 +302,7 @@ def stress_input(results: Results) -> list[str]:
 
 def stress_faults(results: Results) -> list[str]:
     """Faults by kind."""
-    kinds = ("stress-faults", "torture-faults")
+    kinds = ("stress-faults",)
     found = results.rows(*kinds)
     rows = [[row["fault"], row["faults"], row["broken"]] for row in found]
     rows.append(["**all**", *(str(sum(int(row[column]) for row in found)) for column in ("faults", "broken"))])
@@ -311,7 +311,7 @@ def stress_faults(results: Results) -> list[str]:
 
 def stress_soak(results: Results) -> list[str]:
     """A server under random prompts: counts, then what may not grow. Rows of single nodes are left out."""
-    kinds = ("stress-soak", "torture-soak")
+    kinds = ("stress-soak",)
     names = {"rss_mb": "RSS, MB", "device_mb": "device memory, MB"}
     rows = []
     for row in results.rows(*kinds):

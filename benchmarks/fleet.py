@@ -5,7 +5,7 @@
 with ComfyUI's Python runs the same prompts on one server without Ray, then on fleets, and writes one CSV to --results.
 Rates count what was made after every worker had made its first picture, which loads the models. The overhead is the
 time from hand-out to kept result less what ComfyUI took: Ray's messages, fetching and writing the picture. Where
-workers share a processor, give each the same --threads in every arm, or the arms differ by more than the fleet.
+workers share a CPU, give each the same --threads in every variant, or the variants differ by more than the fleet.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--checkpoint", help="checkpoint file; a small demo without one")
-    options.add_argument("--prompts", type=int, default=24, help="prompts of each arm")
+    options.add_argument("--prompts", type=int, default=24, help="prompts of each variant")
     options.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="sizes of the fleets")
-    options.add_argument("--rounds", type=int, default=2, help="how often all arms run in turn")
+    options.add_argument("--rounds", type=int, default=2, help="how often all variants run in turn")
     options.add_argument("--size", type=int, default=256)
     options.add_argument("--steps", type=int, default=10)
     options.add_argument("--threads", type=int, default=1, help="processor threads of each worker and of the server")

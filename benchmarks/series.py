@@ -1,4 +1,4 @@
-"""The series that a processor can run on a full-size SD 1.5, with its own spread and its own overhead, in one command.
+"""The series that a CPU can run on a full-size SD 1.5, with its own spread and its own overhead, in one command.
 
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/series.py --checkpoint sd15.safetensors --name amd-epyc
 
@@ -57,7 +57,7 @@ PHASES = ("text_encode", "to_device", "prepare", "sample", "decode", "save")
 
 
 def series() -> list[Scenario]:
-    """The scenarios of the table at sizes that a processor manages; two of them are the same, for the spread."""
+    """The scenarios of the table at sizes that a CPU manages; two of them are the same, for the spread."""
     base = Settings(prompts=(LIGHTHOUSE,), width=SIDE, height=SIDE, steps=STEPS, warmup=1, repeats=2)
     again = sweep("plan", f"*stock=attention(sdpa)\nall={FAST}")
     rerun = replace(base, steps=4, warmup=2, repeats=7)

@@ -17,10 +17,9 @@ from .bench import command as cmd_bench
 from .client.files import ROOT
 from .compare import command as cmd_compare
 from .host.base import CALLED_FROM
+from .host.child import INTERRUPTED
 from .scenarios import workflows as cmd_tables
 from .scenarios.catalog import UnknownScenarioError
-
-INTERRUPTED = 130
 
 
 def _run_options() -> argparse.ArgumentParser:

@@ -1,7 +1,4 @@
-"""ComfyUI's own top-level modules, reached by name: inside this pack `nodes` would be read as ours by type checkers.
-
-Whether numbers are numbers.
-"""
+"""ComfyUI's own top-level modules, reached by name: inside this pack `nodes` would be read as ours by type checkers."""
 
 from __future__ import annotations
 

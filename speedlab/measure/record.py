@@ -34,7 +34,7 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run of a sampler with all that is known about it; see DESIGN's schema for the meaning of each field."""
+    """One run of a sampler with all that is known about it; docs/measuring.md says what its fields mean."""
 
     run_id: str
     timestamp: str

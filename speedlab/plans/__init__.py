@@ -1,1 +1,1 @@
-"""Plans as text, the table of techniques, sweeps."""
+"""Plans as text, the table of techniques, and the sweep behind the Benchmark node."""

@@ -214,7 +214,7 @@ def _say_retry(tried: TinyDecodeConfig, smaller: TinyDecodeConfig | None, proble
     if smaller is None:
         return f"Tiny VAE Decode ran out of memory ({problem}). {out_of_memory_advice()}"
     return report(
-        f"Tiny VAE Decode ran out of memory; decoding again {smaller.slice_size} picture(s) at a time in bands of "
+        f"Tiny VAE Decode ran out of memory; decoding again {smaller.slice_size} image(s) at a time in bands of "
         f"{smaller.tile_size}x{smaller.tile_size} pixels."
     )
 

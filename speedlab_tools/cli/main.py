@@ -15,11 +15,12 @@ from speedlab.common.errors import SpeedLabError
 
 from ..gpu import command as gpu
 from ..host.base import CALLED_FROM, COMFYUI_VARIABLE, cache_root, child_environment, pack_locations, pack_root
+from ..host.child import INTERRUPTED, run_child
 from ..host.managed import ManagedHost
 from ..host.progress import Reporter
 from ..host.resolve import choose, resolve
 from . import nsys
-from .commands import CHECKS, INTERRUPTED, PYTEST, run_checks, run_child, size_report
+from .checks import CHECKS, PYTEST, run_checks, size_report
 from .serve import parser as serve_parser
 from .serve import serve
 

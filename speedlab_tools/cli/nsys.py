@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..host.base import Host, HostError, pack_root
+from ..host.child import run_child
 from ..host.progress import Reporter
-from .commands import run_child
 
 REPORTS = ("nvtx_pushpop_sum", "cuda_gpu_kern_sum")
 CAPTURE = "sl/run@speedlab"

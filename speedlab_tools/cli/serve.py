@@ -47,7 +47,7 @@ def serve(host: Host, arguments: Sequence[str], reporter: Reporter) -> int:
     with server:
         reporter.line(f"ComfyUI with SpeedLab: {server.url}")
         reporter.line(f"  models   {server.base / 'models'}" + (f" and {options.models}" if options.models else ""))
-        reporter.line(f"  images {server.base / 'output'}")
+        reporter.line(f"  images   {server.base / 'output'}")
         reporter.line(f"  log      {server.log_path}")
         reporter.line("Ctrl-C ends it.")
         try:

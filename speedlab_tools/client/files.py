@@ -23,7 +23,7 @@ from speedlab.common.errors import first_line
 from ..host import ComfyServer, HostError, cache_root, from_environment, pack_root
 from .errors import BenchError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = pack_root()
 MODEL_SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin")
 MAX_HEADER = 100_000_000
 # Smallest layout of each family, so that a demo checkpoint is written in seconds.

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from speedlab.common.errors import ResultsError, SpeedLabError
 
-from ..cli.commands import INTERRUPTED
 from ..client.files import is_file, users_path
 from ..host import from_environment
 from ..host.base import CALLED_FROM
+from ..host.child import INTERRUPTED
 from ..host.progress import Reporter
 from ..scenarios.catalog import UnknownScenarioError
 from . import FleetError

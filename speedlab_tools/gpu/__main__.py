@@ -15,9 +15,9 @@ from typing import Any
 
 from speedlab.common.errors import SpeedLabError
 
-from ..cli.commands import INTERRUPTED
 from ..host import inprocess
 from ..host.base import CALLED_FROM, from_environment
+from ..host.child import INTERRUPTED
 from .options import (
     ALLOCATOR_VARIABLE,
     COMPILED_FOLDER,

@@ -34,7 +34,7 @@ from .report import Journal
 
 @dataclass(frozen=True)
 class Ready:
-    """An variant with its techniques attached. `decoder` is core's own where it is None."""
+    """A variant with its techniques attached. `decoder` is core's own where it is None."""
 
     variant: Variant
     parts: Parts
@@ -175,7 +175,7 @@ class Bench:
         self._deadline = began + 60.0 * settings.minutes
 
     def pending(self, block: Block) -> list[Variant]:
-        """Arms that have no row yet."""
+        """Variants that have no row yet."""
         return [variant for variant in block.variants if block.row(variant) not in self.journal.rows]
 
     def has_allocator_for(self, block: Block) -> bool:
@@ -198,7 +198,7 @@ class Bench:
             raise OutOfTimeError("the time of this call is over")
 
     def ready(self, block: Block, variant: Variant) -> Ready:
-        """An variant on the block's model."""
+        """A variant on the block's model."""
         return ready(variant, self.models.parts(block.model, block.dtype), self.nodes)
 
     def facts(self, block: Block, variant: Variant) -> dict[str, Any]:
@@ -210,7 +210,7 @@ class Bench:
         }  # fmt: skip
 
     def write(self, block: Block, variant: Variant, **fields: Any) -> None:
-        """An variant's row."""
+        """A variant's row."""
         self.journal.write(block.row(variant), {**self.facts(block, variant), **fields})
         log.info("%s done, %.0f s left", block.row(variant), self.time_left())
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from speedlab.plans.plan_text import SweepTextError
 
-from ..cli.commands import INTERRUPTED, run_child
 from ..host import managed as wheel
 from ..host.base import (
     CALLED_FROM,
@@ -26,6 +25,7 @@ from ..host.base import (
     pack_locations,
     pack_root,
 )
+from ..host.child import INTERRUPTED, run_child
 from ..host.managed import ManagedHost
 from ..host.packages import Pip
 from ..host.progress import Reporter

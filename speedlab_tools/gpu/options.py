@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..host.base import pack_root
+
 # Exit code of a process whose device no longer answers: another one goes on.
 LOST_DEVICE = 75
 # That of one which has done all that it can: what is left needs PyTorch's own memory allocator, chosen at the start.
@@ -12,7 +14,7 @@ OTHER_ALLOCATOR = 76
 ALLOCATOR_VARIABLE = "SPEEDLAB_GPU_ALLOCATOR"
 NATIVE = "native"
 WHEELS_VARIABLE = "SPEEDLAB_GPU_WHEELS"
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = pack_root()
 PACK_FOLDER = _ROOT / "build" / "gpu"
 # Compiled code, for the calls to come.
 COMPILED_FOLDER = _ROOT / "build" / "gpu-compiled"

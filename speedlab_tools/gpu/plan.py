@@ -51,7 +51,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Block:
-    """Arms that are measured together. `runner` names the kind of measurement, `needs_s` what a fast GPU takes
+    """Variants that are measured together. `runner` names the kind of measurement, `needs_s` what a fast GPU takes
     about: a block that no longer fits is left to the next call. `apart`: variants run one after the other, each from an
     empty device, in place of in turns. `cap_gb`: the GPU is made to look this large. `own_allocator`: it records CUDA
     graphs, which need PyTorch's memory allocator in place of the one that ComfyUI chooses.
@@ -69,7 +69,7 @@ class Block:
     own_allocator: bool = False
 
     def row(self, variant: Variant) -> str:
-        """The id of an variant's row."""
+        """The id of a variant's row."""
         return f"{self.id}/{variant.name}"
 
 

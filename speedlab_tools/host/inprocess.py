@@ -11,8 +11,10 @@ from types import ModuleType
 
 from speedlab.common.errors import SpeedLabError
 
+from .base import pack_root
+
 PACK_NAME = "speedlab_pack"
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = pack_root()
 # What ComfyUI imports to run an image model, by module, with what to install for it.
 NEEDED = {
     "torch": "torch", "numpy": "numpy", "PIL": "pillow", "safetensors": "safetensors", "transformers": "transformers",

@@ -17,13 +17,12 @@ from speedlab.measure.plan_names import made_of
 from ..client.client import ComfyClient
 from ..client.errors import BenchError
 from ..client.events import SAMPLERS
-from ..client.files import model_folders
+from ..client.files import ROOT, model_folders
 from ..client.graph import SNAPSHOT, ApiGraph, signature_from_info, snapshot, snapshot_text
 from .canvas import UiGraph, to_ui
 from .catalog import SCENARIOS, TEMPLATES
 from .scenario import SOURCES, NeededFile, Scenario
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
 # Samplers that write the name of their plan into a record; a name stands there with what it was given for.
 _NAMED = frozenset({"SpeedLabProfileSampler", "SpeedLabEnsembleSampler"})

@@ -13,6 +13,7 @@ from pathlib import Path
 from speedlab.common.errors import SpeedLabError
 
 from ..host.base import CALLED_FROM, pack_root
+from ..host.child import INTERRUPTED
 from .faults import run_faults
 from .fuzz import HEADER, SEED, Tally, fuzz, shares
 from .host import enter_comfyui
@@ -24,7 +25,6 @@ from .web_routes import route_targets
 from .writers import FAULT_HEADER, FaultTally
 
 INPUTS, FAULTS, PROMPTS = 100_000, 100, 1000
-INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:

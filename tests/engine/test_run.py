@@ -113,7 +113,7 @@ def test_a_signal_ends_the_child_too(tmp_path: Path, sign: signal.Signals, code:
     outer = (
         f"import os, sys, pathlib, signal; sys.path.insert(0, {str(pack_root())!r}); "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from speedlab_tools.cli.commands import run_child; "
+        "from speedlab_tools.cli.checks import run_child; "
         f"sys.exit(run_child([sys.executable, '-c', {inner!r}], cwd=pathlib.Path('.'), env=os.environ))"
     )
     process = subprocess.Popen(

@@ -1,8 +1,11 @@
 """The compile backends, one file each, imported on use.
 
-Every file has `available() -> (bool, reason)` and `compile(target, options)`. Those of TENSOR_PROGRAMS take a module of
-tensors in, tensor out and compile it as a whole; the others compile Python functions graph by graph and so know
-patches, ControlNet and weights that change.
+Every file has `NAME`, `SUPPORTED_MODES`, `REMEDY` (what to do where it fails), `available() -> (bool, reason)` and
+`compile(target, options)`. Those of TENSOR_PROGRAMS take a module of tensors in, tensor out and compile it as a whole;
+they say whether a program follows weights that change (`FOLLOWS_WEIGHTS`), whether it is of one size (`FIXED_SHAPES`),
+and may freeze weights (`CAN_FREEZE`). Those of GRAPH_BY_GRAPH compile Python functions graph by graph and so know
+patches, ControlNet and weights that change; they have `uses_cuda_graphs(options)`, and `compile` gets the kind of the
+module too. FOR_VAE are those that Compile VAE offers.
 """
 
 from __future__ import annotations
