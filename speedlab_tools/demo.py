@@ -211,9 +211,12 @@ def report(runs: list[DemoRun], comparison: str | None, out: Path) -> None:
     stock, best = runs
     print("\n" + format_table([csv_row(run.record) for run in runs]))
     ratio = stock.total_s / best.total_s
-    print(f"\n{best.plan.name}: {ratio:.2f} times as fast as stock, from text to saved image, model loading apart.")
+    for warning in dict.fromkeys(text for run in runs for text in run.record.warnings):
+        print(f"note: {warning}")
+    ran = best.record.request["plan"]
+    print(f"\n{ran}: {ratio:.2f} times as fast as stock, from text to saved image, model loading apart.")
     if comparison is not None:
-        print(f"{best.plan.name} against stock: {comparison}")
+        print(f"{ran} against stock: {comparison}")
     for run, record in zip(runs, records, strict=True):
         for picture in run.pictures:
             print(f"image ({run.plan.name}): {picture}")

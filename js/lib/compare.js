@@ -41,10 +41,21 @@ function verdict(a, b) {
   }
   const [share_a, share_b] = totals.map((total, index) => (isPositive(sampled[index]) ? Math.round((100 * sampled[index]) / total) : "–"));
   const text = t("verdict", { ratio: words(...totals), time_a: duration(totals[0]), time_b: duration(totals[1]), share_a, share_b });
-  // Good or bad is said of repeated runs alone: of single ones nobody knows how far they swing.
+  // A ratio, and never good or bad: two runs are two moments of a machine. `run.py compare` judges, from three sessions of each.
   const repeated = [a, b].every((run) => run.summary?.repeats > 1);
-  const judged = repeated ? (totals[1] <= totals[0] ? "sl-good" : "sl-bad") : "";
-  return el("div", null, el("div", { class: `sl-verdict ${judged}`.trim(), text }), repeated ? null : el("div", { class: "sl-hint", text: t("single_runs") }));
+  const hint = t(repeated ? "within_sessions" : "single_runs");
+  return el("div", null, mixture(a, b), el("div", { class: "sl-verdict", text }), el("div", { class: "sl-hint", text: hint }));
+}
+
+// What differs besides what is compared: then the ratio is not of the techniques alone.
+function mixture(a, b) {
+  const told = [
+    ["mixed_machine", (run) => run.env_hash],
+    ["mixed_size", (run) => `${run.request?.width}x${run.request?.height}, ${run.request?.batch}`],
+    ["mixed_steps", (run) => run.summary?.steps],
+    ["mixed_checkpoint", (run) => run.request?.checkpoint?.name],
+  ].filter(([, read]) => read(a) !== read(b));
+  return told.length ? el("div", { class: "sl-hint sl-mixed", text: t("mixed", { what: told.map(([name]) => t(name)).join(", ") }) }) : null;
 }
 
 const isPositive = (value) => isNumber(value) && value > 0;

@@ -30,6 +30,7 @@ _PHASE_COLOURS = {
     "prepare": "#e5d9c3",
     "sample": "#3b7dd8",
     "decode": "#e07a5f",
+    "after_sampling": "#eab3a2",
     "save": "#81a88d",
 }
 _FAMILY_COLOURS = {

@@ -6,7 +6,7 @@ sampler, and those that decode, with their settings. Files, sizes, prompts and s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -20,6 +20,11 @@ def made_of(prompt: Mapping[str, Any], node_id: str) -> str:
     """
     nodes = ((name, ",".join(f"{k}={v}" for k, v in options.items())) for name, options in _nodes_of(prompt, node_id))
     return "+".join(f"{name}({options})" for name, options in nodes)
+
+
+def plan_of(techniques: Sequence[str]) -> str:
+    """The name of a plan that nobody named."""
+    return "+".join(techniques) or "stock"
 
 
 def still_made_of(prompt: Mapping[str, Any], node_id: str, text: str) -> bool:

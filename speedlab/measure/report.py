@@ -19,6 +19,7 @@ _PHASE_NAMES = {
     "first_eval": "first evaluation",
     "sample": "sampling",
     "decode": "decoding",
+    "after_sampling": "sampling to report",
     "others": "other nodes",
     "save": "saving",
     "total": "text to image",
@@ -32,7 +33,8 @@ def summary_text(record: RunRecord) -> str:
         return f"{record.status}: {record.error or 'no message'} (run {record.run_id})"
     run = summary.get("run") or {}
     if not record.steps:
-        return "\n".join(["nothing was sampled: denoise leaves no step to take", *record.warnings])
+        nothing = "nothing was sampled: denoise leaves no step to take"
+        return "\n".join([*([nothing] if summary.get("steps") == 0 else []), *record.warnings])
     lines = [
         f"{request.get('plan')}: {summary.get('steps') or request.get('steps')} steps in {_s(run.get('median'))}, "
         f"{_rate(summary.get('it_per_s'))}, a step {_ms(summary.get('step_time_ms'))}, "

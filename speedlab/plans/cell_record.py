@@ -19,11 +19,11 @@ from ..common.errors import first_line
 from ..measure.compare import compare_images
 from ..measure.environment import environment, environment_hash
 from ..measure.peaks import with_growth
+from ..measure.plan_names import plan_of
 from ..measure.record import RunRecord
 from ..measure.summary import rows_of, speed, summarise
 from ..models.loading import SOURCE
 from ..sampling.complete import merge_memory
-from ..sampling.profiled import plan_of
 from .axes import Cell
 from .cell import OneRun, Prompt
 from .techniques import Parts

@@ -83,6 +83,7 @@ def sample_ensemble(
     described = SamplingRequest(
         request.seed, request.steps, request.cfg, request.sampler_name, request.scheduler,
         more={"handoff": request.handoff, "base_steps": first, "refiner": _describe(refiner.model)},
+        others={"refiner": refiner.model} if first and second else {},
     )  # fmt: skip
     lead = base.model if first else refiner.model
     return profile_run(lead, described, latent, options, context, sample, observe=first_part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from ..measure.context import NodeContext
 from ..measure.environment import environment, environment_hash
 from ..measure.kernel_profile import DETAILS, TIMING, KernelProfile, measure_kernel_profile
 from ..measure.peaks import MemoryPeak, PeakReading, measure_peak
+from ..measure.plan_names import plan_of
 from ..measure.record import OTHERS, UNKNOWN, RunRecord, memory_dict, step_dict, total_ms
 from ..measure.store import RunStore, new_run_id
 from ..measure.summary import summarise
@@ -51,7 +52,10 @@ _sampled_with: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """KSampler's settings. `more` goes into the record as it is: what a sampler of another kind has beside them."""
+    """KSampler's settings. `more` goes into the record as it is: what a sampler of another kind has beside them.
+
+    `others` are further models of the run by their role, whose techniques count too.
+    """
 
     seed: int
     steps: int
@@ -60,6 +64,7 @@ class SamplingRequest:
     scheduler: str
     denoise: float = 1.0
     more: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -412,8 +417,9 @@ def _request(
 ) -> dict[str, Any]:
     samples = latent["samples"]
     shape = tuple(samples.shape) if not getattr(samples, "is_nested", False) else tuple(samples.unbind()[0].shape)
-    asked = [accelerator.describe() for accelerator in accelerators(model)]
-    techniques = _what_ran(model, session)
+    models = {"": model, **request.others}
+    asked = [text for role, one in models.items() for text in _described(role, accelerators(one))]
+    techniques = [text for role, one in models.items() for text in _described(role, _what_ran(one, role, session))]
     named, ran = context.scenario(), plan_of(techniques)
     # A graph may have been changed since it was named, and a technique may have done nothing: what ran wins.
     is_named = "plan" in named and techniques == asked and context.is_plan_as_named()
@@ -443,21 +449,25 @@ def _request(
     }
 
 
-def plan_of(techniques: Sequence[str]) -> str:
-    """The name of a plan that nobody named."""
-    return "+".join(techniques) or "stock"
+def _described(role: str, techniques: Iterable[Accelerator]) -> list[str]:
+    """Techniques as text; those of a further model with its role before them."""
+    return [f"{role}:{one.describe()}" if role else one.describe() for one in techniques]
 
 
-def _what_ran(model: Any, session: _Session) -> list[str]:
-    """The techniques of the model as the first measured run used them; one that did nothing is none."""
+def _what_ran(model: Any, role: str, session: _Session) -> list[Accelerator]:
+    """The techniques of a model as the first measured run used them; one that did nothing is none.
+
+    `role` is that of a further model of the run, "" of the one that the record describes.
+    """
     trace = next(iter(session.measured or session.traces[-1:]), None)
+    if trace is not None and role:
+        trace = next((part for part in trace.parts() if part.model_role == role), None)
     instead = {} if trace is None else trace.ran
-    used = [
+    return [
         Accelerator(known.name, instead.get(known.name) or known.options)
         for known in accelerators(model)
         if known.name not in instead or instead[known.name] is not None
     ]
-    return [accelerator.describe() for accelerator in used]
 
 
 def _checkpoint(source: CheckpointSource | None, context: NodeContext, with_hash: bool) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from speedlab import __version__
 from speedlab.measure.environment import cpu_name, environment_hash
+from speedlab.measure.plan_names import plan_of
 from speedlab.measure.record import RunRecord
 from speedlab.measure.store import new_run_id
 from speedlab.measure.summary import rows_of, summarise
@@ -142,11 +143,20 @@ def phases(result: RunResult) -> dict[str, float | str | None]:
     return {"load": None, "prepare": rest, "first_eval": None, **named, "total": 1000.0 * total}
 
 
+def _tiny_decoders(result: RunResult) -> list[str]:
+    """The decoders of Tiny VAE Decode in the graph, as a record names them."""
+    nodes = nodes_of(result.graph, frozenset({"SpeedLabTinyVAEDecode"}))
+    return [f"tiny_vae({result.graph[node]['inputs'].get('decoder')})" for node in nodes]
+
+
 def outside_record(
     result: RunResult, *, request: Mapping[str, Any], env: Mapping[str, Any], memory: OutsideMemory
 ) -> RunRecord:
-    """The record of a run that was timed from outside, with the sampler's own steps."""
+    """The record of a run that was timed from outside, with the sampler's own steps and what it says that ran."""
     spent, told = phases(result), sampled(result)
+    ran = [*told.get("accelerators", ()), *_tiny_decoders(result)]
+    fell_back = told.get("asked") is not None
+    request = {**request, "accelerators": ran, **({"plan": plan_of(ran), "asked": told["asked"]} if fell_back else {})}
     total, sample = spent["total"], spent["sample"]
     rows = rows_of(told["steps"])
     assert isinstance(total, float) and isinstance(sample, float)
@@ -167,5 +177,5 @@ def outside_record(
             "timed": "from outside: from the first text encoding to the last image saved, without load",
         },
         memory={"overall": memory.gigabytes()},
-        warnings=(SAMPLED,),
+        warnings=(*told.get("warnings", ()), SAMPLED),
     )

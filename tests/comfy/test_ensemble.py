@@ -140,6 +140,17 @@ def test_deepcache_on_either_model_counts_the_whole_schedule(engine, node, pair)
     assert cached == [False, True, True] * 4
     _, record = ensemble(node, pair.base.model, refiner, pair, steps=12, handoff=0.5)
     assert [step["cached"] for step in record.steps] == [False] * 6 + [False, True, True] * 2
+    assert len(record.request["accelerators"]) == 1 and record.request["plan"].startswith("refiner:deepcache(")
+
+
+def test_what_a_technique_of_the_refiner_did_is_told(engine, node, pair):
+    """At CFG 1 nothing is left out, on the refiner's steps either."""
+    guidance = engine("techniques.guidance.dynamic_cfg")
+    refiner = guidance.attach_dynamic_cfg(pair.refiner.model, guidance.DynamicCFGConfig(stop_at=0.1))
+    _, record = ensemble(node, pair.base.model, refiner, pair)
+    assert record.request["plan"].startswith("refiner:dynamic_cfg(") and "asked" not in record.request
+    _, record = ensemble(node, pair.base.model, refiner, pair, cfg=1.0)
+    assert record.request["plan"] == "stock" and record.request["asked"][0].startswith("refiner:dynamic_cfg(")
 
 
 def test_streamed_models_give_the_same_latent(engine, node, pair):

@@ -77,6 +77,34 @@ def test_a_run_that_fell_back_to_eager_is_not_called_compiled(record, node, tiny
     assert [name.partition("(")[0] for name in made.request["asked"]] == ["compile"]
 
 
+def test_precision_credits_what_can_act_on_this_device(record, node, tiny):
+    keep = dict.fromkeys(("tf32", "cudnn_tf32", "cudnn_benchmark", "fp16_accumulation", "memory_format"), "keep")
+    flags = node("SpeedLabPrecision").apply(tiny.model, **{**keep, "autocast": "off", "tf32": "on"})[0]
+    made = record(flags, steps=2)
+    assert told(made, "Precision: tf32 had no effect on cpu")
+    assert made.request["plan"] == "stock" and made.request["asked"] == ["precision(tf32=on)"]
+    both = node("SpeedLabPrecision").apply(
+        tiny.model, **{**keep, "autocast": "off", "tf32": "on", "memory_format": "channels_last"}
+    )[0]
+    assert record(both, steps=2).request["plan"] == "precision(memory_format=channels_last)"
+
+
+def test_attention_that_another_node_overrides_is_not_credited(record, node, tiny):
+    from comfy.ldm.modules import attention
+
+    def theirs(_function: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("transformer_options")
+        return attention.attention_split(*args, **kwargs)
+
+    model = node("SpeedLabAttention").apply(tiny.model, "sdpa")[0]
+    assert record(model, steps=2).request["plan"] == "attention(backend=sdpa)"
+    model = model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = theirs
+    made = record(model, steps=2)
+    assert told(made, "'sdpa' had no effect")
+    assert made.request["plan"] == "stock" and made.request["asked"] == ["attention(backend=sdpa)"]
+
+
 def test_dynamic_cfg_that_steps_aside(record, dynamic_cfg, deepcache, tiny, engine):
     made = record(deepcache(dynamic_cfg(tiny.model)), sampler="euler_cfg_pp", cfg=1.5)
     assert told(made, "uncond stays on in this run, because the sampler (a cfg_pp one)")

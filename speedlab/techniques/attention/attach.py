@@ -22,7 +22,7 @@ from comfy.ldm.modules.attention import CrossAttention
 
 from ...common.core import is_finite
 from ...patching.layer_forwards import is_traced
-from ...patching.notes import report_note
+from ...patching.notes import report_note, report_ran
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
 from .backends import BACKENDS, COMMON_HEAD_DIM, require, unavailable, why_not
 from .choice import ChoiceTable, Shape, bucket, candidates, measured_length
@@ -262,6 +262,7 @@ def _tell_outcome(run: Run, transformer_options: Mapping[str, Any]) -> None:
         other = getattr(run.previous, "__qualname__", type(run.previous).__name__)
         _tell(transformer_options, f"'{run.backend}' had no effect, because another node's attention override "
               f"({other}) computes attention by itself. Take one of the two out of the graph")  # fmt: skip
+        report_ran(transformer_options, "attention", None)
 
 
 def _tell_set_aside(run: Run, transformer_options: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from ...common.dtypes import cpu_computes_bf16, torch_dtype
 from ...common.errors import UnavailableError, first_line
-from ...patching.notes import report_note
+from ...patching.notes import report_note, report_ran
 from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare
 from ..cpu import conv_as_matmul, onednn
 from ..cpu.host_allocator import memory_reused, why_not_reused
@@ -168,7 +168,7 @@ def _wrappers(config: PrecisionConfig) -> Mapping[Site, Wrapper]:
     if config.memory_format != "keep":
         layout = _LAYOUTS[config.memory_format]
         wrappers[Site.DIFFUSION_MODEL] = _with_input_in(layout)
-    if {"memory_format", "linear", "memory", "convolution"} & config.changes.keys():
+    if config.changes.keys() - {"autocast"}:
         wrappers[Site.SAMPLER_SAMPLE] = _with_layers_changed(config)
     if config.autocast != "off":
         wrappers[Site.APPLY_MODEL] = _with_autocast(torch_dtype(config.autocast))
@@ -192,16 +192,23 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
     ) -> torch.Tensor:
         network, device = model_wrap.inner_model.diffusion_model, model_wrap.model_patcher.load_device
 
+        told = extra_args.get("model_options", {}).get("transformer_options", {})
+
         def say(text: str, level: int = logging.WARNING) -> None:
             logging.log(level, text)
-            report_note(extra_args.get("model_options", {}).get("transformer_options", {}), text)
+            report_note(told, text)
 
+        # Said when the node was attached: by the log, which no record keeps.
+        idle = _of_another_device(config, device)
+        if idle:
+            report_note(told, f"Precision: {', '.join(sorted(idle))} had no effect on {device.type}.")
         with ExitStack() as stack:
             on_cpu = device.type == "cpu"
             if config.memory == "reuse" and on_cpu:
                 stack.enter_context(memory_reused())
             if layout is not None and not stack.enter_context(conv_weights_in(network, layout, device)):
                 say(_why_no_layout(network))
+                idle.add("memory_format")
             others = {
                 name: stack.enter_context(_OTHER_WAYS[name](network))
                 for name in config.changes.keys() & _OTHER_WAYS.keys()
@@ -211,9 +218,19 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
             for name, replaced in others.items():
                 if not replaced.calls and not replaced.taken:
                     say(_why_no_effect(name, network), logging.INFO)
+                    idle.add(name)
+            if idle:
+                left = {name: value for name, value in config.changes.items() if name not in idle}
+                report_ran(told, "precision", left or None)
             return result
 
     return sampler_sample
+
+
+def _of_another_device(config: PrecisionConfig, device: torch.device) -> set[str]:
+    """The settings that are for another kind of device than the model runs on."""
+    elsewhere = {"linear", "memory", "convolution"} if device.type != "cpu" else set()
+    return {name for name in config.changes if name in elsewhere or (name in FLAGS and device.type != "cuda")}
 
 
 def _why_no_layout(network: torch.nn.Module) -> str:
