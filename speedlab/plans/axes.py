@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from .plan_text import (
@@ -351,6 +351,14 @@ class Cell:
         """`steps 20, cfg 7`; `stock` for a sweep without axes."""
         return ", ".join(f"{axis} {label}" for axis, label in self.labels) or self.settings.plan
 
+    def plan(self, carried: Sequence[str] = ()) -> str:
+        """The plan column. `carried` are techniques that the graph attached before the sweep, as a record tells them.
+
+        What no other column of a table would tell apart is named there.
+        """
+        own = [] if carried and self.settings.plan == STOCK else [self.settings.plan]
+        return _labelled("+".join([*carried, *own]), self.labels)
+
 
 def make_cells(base: CellSettings, axis_x: Axis, axis_y: Axis) -> tuple[Cell, ...]:
     """Every cell, row by row. Raises SweepTextError for the same axis twice, too many cells or impossible settings."""
@@ -381,11 +389,10 @@ def make_cell(base: CellSettings, axis_x: Axis, axis_y: Axis, x: int, y: int) ->
     for _, value in sorted(pairs, key=lambda pair: pair[0].name != "plan"):
         settings = value.apply(settings)
     labels = tuple((axis.name, value.label) for axis, value in pairs if axis.name != "none")
-    return Cell(x, y, labels, replace(settings, plan=_plan_name(settings.plan, labels)))
+    return Cell(x, y, labels, settings)
 
 
-def _plan_name(plan: str, labels: tuple[tuple[str, str], ...]) -> str:
-    """The plan column of a cell: what no other column of a table would tell apart is named there."""
+def _labelled(plan: str, labels: Iterable[tuple[str, str]]) -> str:
     told = [f"{axis}={label}" for axis, label in labels if axis not in OWN_COLUMN and axis != "plan"]
     return ", ".join([*([] if plan == STOCK and told else [plan]), *told])
 

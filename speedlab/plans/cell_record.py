@@ -22,8 +22,10 @@ from ..measure.peaks import with_growth
 from ..measure.record import RunRecord
 from ..measure.summary import rows_of, speed, summarise
 from ..models.loading import SOURCE
+from ..patching.wrappers import accelerators
 from ..sampling.complete import merge_memory
 from ..sampling.profiled import plan_of
+from ..vae.variants import COMPILED, derivations_of
 from .axes import Cell
 from .cell import OneRun, Prompt
 from .techniques import Parts
@@ -59,6 +61,12 @@ class SweepFacts:
     prompts: tuple[Prompt, ...]
     parts: Parts
 
+    def carried(self) -> list[str]:
+        """The techniques that the graph attached before the sweep, as a record tells them."""
+        compiled = derivations_of(self.parts.vae).get(COMPILED)
+        attached = [accelerator.describe() for accelerator in accelerators(self.parts.model)]
+        return [*attached, *([] if compiled is None else [compiled.described])]
+
 
 def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     """The record of a cell with at least one measured repeat."""
@@ -86,12 +94,15 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     said = dict.fromkeys(text for run in every for text in run.record.warnings)
     notes = [text for text in said if not text.startswith(("A core node encoded", "ComfyUI had the encoded"))]
     notes += [str(run.decode_info["warning"]) for run in every[:1] if "warning" in run.decode_info]
+    request = {**first.record.request, **_decoded(first)}
+    ran = set(request["accelerators"])
+    carried = [words for words in facts.carried() if words in ran]
     return first.record.changed(
         run_id=runs.run_id,
         timestamp=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         status=runs.status,
         error=runs.error,
-        request=_as_it_ran({**first.record.request, **_request(runs, facts), **_decoded(first)}),
+        request=_as_it_ran({**request, **_request(runs, facts, carried)}),
         phases_ms={**phases, "first_eval": first.record.summary.get("first_eval_ms")},
         summary=summary,
         memory=with_growth(memory, _growths(runs)),
@@ -114,6 +125,8 @@ def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     env = environment(facts.parts.model.load_device)
     settings = runs.cell.settings
     source = facts.parts.model.get_attachment(SOURCE)
+    replaced = {technique.name for technique in settings.techniques}
+    carried = [words for words in facts.carried() if words.partition("(")[0] not in replaced]
     request = {
         "checkpoint": None if source is None else {"name": source.name, "family": source.family},
         "sampler": settings.sampler,
@@ -123,9 +136,9 @@ def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         "width": settings.width,
         "height": settings.height,
         "batch": settings.batch,
-        "accelerators": list(settings.accelerators()),
+        "accelerators": [*carried, *settings.accelerators()],
         "precision": {"unet": unet_dtypes(facts.parts.model)} if settings.weights is None else None,
-        **_request(runs, facts),
+        **_request(runs, facts, carried),
     }
     return RunRecord(
         run_id=runs.run_id,
@@ -142,12 +155,12 @@ def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     )
 
 
-def _request(runs: CellRuns, facts: SweepFacts) -> dict[str, Any]:
+def _request(runs: CellRuns, facts: SweepFacts, carried: Sequence[str]) -> dict[str, Any]:
     seeds = list(dict.fromkeys(prompt.seed for prompt in facts.prompts))
     return {
         "sampled_as": runs.run_id,
         "scenario": facts.scenario,
-        "plan": runs.cell.settings.plan,
+        "plan": runs.cell.plan(carried),
         "plan_named": True,
         "seed": seeds[0] if len(seeds) == 1 else " ".join(map(str, seeds)),
         "prompts": len(facts.prompts),

@@ -154,6 +154,38 @@ def test_plans_change_techniques_decoder_and_settings(bench, output, taesd_files
     assert "| fast |" in table
 
 
+@pytest.fixture
+def cached(loaded, node):
+    """The model with DeepCache before Benchmark, and how a record tells that."""
+    (model,) = node("SpeedLabDeepCache").apply(loaded[0], 2, 0, 0.0, 1.0, "uniform")
+    told = "deepcache(cache_interval=2, cache_branch_id=0, start_percent=0, end_percent=1, schedule=uniform)"
+    return model, told
+
+
+def test_what_the_graph_attached_before_is_in_the_plans_name(bench, cached, output):
+    model, told = cached
+    (table, *_), rows, ui = bench(model=model, values_x="2, 3")
+    assert [(row["plan"], row["accelerators"]) for row in rows] == [(told, told)] * 2
+    assert table.count(f"\n| {told} |") == 2 and "stock" not in table
+    assert [entry["plan"] for entry in ui["speedlab"]] == [told, told]
+    assert "label" not in record_of(output, rows[0])["request"]
+
+
+def test_a_plan_on_top_of_what_the_graph_attached_names_both(bench, cached):
+    model, told = cached
+    plans = "stock\nmine=attention(sdpa)\nthree=deepcache(3)\nbroken=compile(stable_fast)"
+    _, rows, _ = bench(model=model, axis_x="plan", values_x=plans, axis_y="prompt_tokens", values_y="77", steps=4)
+    named = {row["plan"]: row for row in rows}
+    # DeepCache attached twice acts once, as the later node says.
+    assert set(named) == {
+        f"{told}, prompt_tokens=77", f"{told}+mine, prompt_tokens=77", "three, prompt_tokens=77",
+        f"{told}+broken, prompt_tokens=77",
+    }  # fmt: skip
+    assert "cache_interval=3" in named["three, prompt_tokens=77"]["accelerators"]
+    broken = named[f"{told}+broken, prompt_tokens=77"]
+    assert broken["status"] == "error" and broken["accelerators"] == f"{told}+compile(stable_fast)"
+
+
 def test_a_technique_that_stepped_aside_is_not_credited(bench, output):
     plans = "cfg=dynamic_cfg(0.5)\nboth=deepcache(2)+dynamic_cfg(0.5)"
     (table, *_), rows, _ = bench(axis_x="plan", values_x=plans, sampler_name="euler_cfg_pp", cfg=1.5, steps=4)
