@@ -173,7 +173,8 @@ def _decoded(run: OneRun) -> dict[str, Any]:
     """Techniques and precision with what really decoded."""
     info, request = run.decode_info, run.record.request
     tiny = [] if info.get("decoder") in (None, "vae") else [f"tiny_vae({info['decoder']})"]
-    told: dict[str, Any] = {"accelerators": [*request.get("accelerators", ()), *tiny], "decode": [info]}
+    compiled = [str(info["compiled"])] if info.get("compiled") else []
+    told: dict[str, Any] = {"accelerators": [*request.get("accelerators", ()), *compiled, *tiny], "decode": [info]}
     if isinstance(request.get("precision"), Mapping) and info.get("precision"):
         vae = {"weight": info["precision"], "compute": info["precision"]}
         told["precision"] = {**request["precision"], "vae": vae}

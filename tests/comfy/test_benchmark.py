@@ -186,6 +186,15 @@ def test_a_plan_on_top_of_what_the_graph_attached_names_both(bench, cached):
     assert broken["status"] == "error" and broken["accelerators"] == f"{told}+compile(stable_fast)"
 
 
+def test_a_compiled_vae_is_a_technique_of_the_cells_that_decoded_with_it(bench, node, loaded):
+    (compiled,) = node("SpeedLabCompileVAE").apply(loaded[2], "jit_trace", "default")
+    told = "compile_vae(backend=jit_trace)"
+    _, rows, _ = bench(axis_x="plan", values_x="mine=compile_vae(jit_trace)\nplain=stock", steps=1)
+    assert {row["plan"]: row["accelerators"] for row in rows} == {"mine": told, "plain": ""}
+    _, rows, _ = bench(vae=compiled, values_x="1", steps=1)
+    assert (rows[-1]["plan"], rows[-1]["accelerators"]) == (told, told)
+
+
 def test_a_technique_that_stepped_aside_is_not_credited(bench, output):
     plans = "cfg=dynamic_cfg(0.5)\nboth=deepcache(2)+dynamic_cfg(0.5)"
     (table, *_), rows, _ = bench(axis_x="plan", values_x=plans, sampler_name="euler_cfg_pp", cfg=1.5, steps=4)
