@@ -36,6 +36,8 @@ _SAMPLER = re.compile(r"(?P<sampler>[^/@\s]+)(?:/(?P<scheduler>[^/@\s]+))?(?:@(?
 _OPEN_END = re.compile(r"max(?:@(\d{1,9}))?", re.IGNORECASE)
 # Axes whose value has a column of its own in every table that is shown; the other ones name the plan.
 OWN_COLUMN = frozenset({"batch", "resolution", "steps", "cfg"})
+# Axes of settings, which hold whatever a technique did in place of what it was asked for.
+_OF_SETTINGS = frozenset({"sampler", "scheduler", "prompt_tokens", "precision", "handoff"})
 
 
 @dataclass(frozen=True)
@@ -358,6 +360,10 @@ class Cell:
         """
         own = [] if carried and self.settings.plan == STOCK else [self.settings.plan]
         return _labelled("+".join([*carried, *own]), self.labels)
+
+    def plan_that_ran(self, plan: str) -> str:
+        """The plan column where `plan` ran in place of what was asked for: axes of settings still hold."""
+        return _labelled(plan, (pair for pair in self.labels if pair[0] in _OF_SETTINGS))
 
 
 def make_cells(base: CellSettings, axis_x: Axis, axis_y: Axis) -> tuple[Cell, ...]:

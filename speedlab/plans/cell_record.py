@@ -28,7 +28,7 @@ from ..sampling.profiled import plan_of
 from ..vae.variants import COMPILED, derivations_of
 from .axes import Cell
 from .cell import OneRun, Prompt
-from .techniques import Parts
+from .techniques import Parts, of_core
 
 
 @dataclass
@@ -102,7 +102,7 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         timestamp=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         status=runs.status,
         error=runs.error,
-        request=_as_it_ran({**request, **_request(runs, facts, carried)}),
+        request=_as_it_ran({**request, **_request(runs, facts, carried)}, runs.cell),
         phases_ms={**phases, "first_eval": first.record.summary.get("first_eval_ms")},
         summary=summary,
         memory=with_growth(memory, _growths(runs)),
@@ -181,12 +181,13 @@ def _decoded(run: OneRun) -> dict[str, Any]:
     return told
 
 
-def _as_it_ran(request: dict[str, Any]) -> dict[str, Any]:
+def _as_it_ran(request: dict[str, Any], cell: Cell) -> dict[str, Any]:
     """The request under the name of what ran, where that is not what the cell asked for: its own name is a label."""
     request.pop("label", None)  # of the workflow, which does not know the cells
     if "asked" not in request:
         return request
-    return {**request, "plan": plan_of(request["accelerators"]), "label": request["plan"]}
+    ran = plan_of([*request["accelerators"], *(t.words() for t in cell.settings.techniques if of_core(t))])
+    return {**request, "plan": cell.plan_that_ran(ran), "label": request["plan"]}
 
 
 def _middle(runs: CellRuns) -> list[OneRun]:

@@ -209,6 +209,24 @@ def test_a_technique_that_stepped_aside_is_not_credited(bench, output):
     assert "* plan cfg; plan both: Dynamic CFG: uncond stays on" in table
 
 
+def test_cells_whose_technique_stepped_aside_keep_what_tells_them_apart(bench, output, loaded, core, monkeypatch):
+    """Two lengths of the prompt are no repeats of each other, nor are two hand-overs or two strengths of FreeU."""
+    aside = {"plan": "off=dynamic_cfg(0.5)", "sampler_name": "euler_cfg_pp", "cfg": 1.5, "repeats": 1}
+    bench(axis_x="prompt_tokens", values_x="8, 77", axis_y="cfg_stop_at", values_y="0.25, 0.5", **aside)
+    refiner = {"refiner": loaded[0].clone(), "refiner_clip": loaded[1]}
+    bench(axis_x="handoff", values_x="1, 0.5", **refiner, **aside)
+    free_lunch = importlib.import_module("comfy_extras.nodes_freelunch")
+    monkeypatch.setitem(core.NODE_CLASS_MAPPINGS, "FreeU", free_lunch.FreeU)
+    plans = "a=freeu(b1=1.2)+dynamic_cfg(0.5)\nb=freeu(b1=1.4)+dynamic_cfg(0.5)"
+    _, rows, _ = bench(axis_x="plan", values_x=plans, **aside)
+    assert sorted(row["plan"] for row in rows) == sorted([
+        "prompt_tokens=8", "prompt_tokens=77", "prompt_tokens=8", "prompt_tokens=77", "handoff=1", "handoff=0.5",
+        "freeu(b1=1.2)", "freeu(b1=1.4)",
+    ])  # fmt: skip
+    labels = [record_of(output, row)["request"]["label"] for row in rows]
+    assert labels[0] == "off, prompt_tokens=8, cfg_stop_at=0.25" and labels[-1] == "b"
+
+
 def test_what_cannot_run_is_a_row_and_the_rest_goes_on(bench):
     (table, *_), rows, _ = bench(axis_x="compile", values_x="off, stable_fast", values_y="")
     states = {row["plan"]: (row["status"], row["error"]) for row in rows}
