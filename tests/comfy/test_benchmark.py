@@ -209,6 +209,14 @@ def test_a_technique_that_stepped_aside_is_not_credited(bench, output):
     assert "* plan cfg; plan both: Dynamic CFG: uncond stays on" in table
 
 
+def test_a_branch_that_was_clamped_is_named_by_what_ran(bench, output):
+    _, rows, _ = bench(axis_x="plan", values_x="deepcache(2,cache_branch_id=20)\ndeep=deepcache(2,cache_branch_id=20)")
+    assert [row["plan"] for row in rows] == [row["accelerators"] for row in rows]
+    assert all("cache_branch_id=20" not in row["plan"] and "deepcache" in row["plan"] for row in rows)
+    labels = [record_of(output, row)["request"]["label"] for row in rows]
+    assert labels == ["deepcache(2,cache_branch_id=20)", "deep"]
+
+
 def test_cells_whose_technique_stepped_aside_keep_what_tells_them_apart(bench, output, loaded, core, monkeypatch):
     """Two lengths of the prompt are no repeats of each other, nor are two hand-overs or two strengths of FreeU."""
     aside = {"plan": "off=dynamic_cfg(0.5)", "sampler_name": "euler_cfg_pp", "cfg": 1.5, "repeats": 1}
