@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,24 @@ def test_two_axes_make_a_row_a_cell_with_quality_against_the_baseline(bench, out
         assert float(row["steps"]) / float(row["it_per_s"]) == pytest.approx(phases["sample"] / 1000.0, rel=0.01)
         assert all((output / name).is_file() for name in record["artifacts"]["images"])
     assert len(list((output / "speedlab" / "runs").glob("*.json"))) == 4
+
+
+def test_there_is_one_sampling_time_where_repeats_swing_in_other_orders(bench, output, engine, monkeypatch):
+    """The repeat with the median total is not the one with the median sampling."""
+    runner, real = engine("plans.sweep"), engine("plans.sweep").run_once
+    times = iter([(90000.0, 10000.0), (60000.0, 50000.0), (70000.0, 60000.0)])
+
+    def timed(*args):
+        sample_ms, decode_ms = next(times)
+        return replace(real(*args), sample_ms=sample_ms, decode_ms=decode_ms)
+
+    monkeypatch.setattr(runner, "run_once", timed)
+    _, (row,), _ = bench(values_x="4", repeats=3)
+    record = engine("measure.record").from_json(json.dumps(record_of(output, row)))
+    assert record.phases_ms["sample"] == 60000.0 and float(row["it_per_s"]) == pytest.approx(4 / 60, rel=1e-4)
+    text = engine("measure.report").summary_text(record)
+    assert "stock: 4 steps in 60.000 s, 0.0667 it/s, a step 15000.0 ms" in text
+    assert "3 runs: sampling min 60.000 s, max 90.000 s" in text and "70.000 s" not in text
 
 
 def test_cells_take_turns(bench, engine, monkeypatch):
