@@ -3,8 +3,9 @@
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/profiler_detail.py
 
 Every round runs Profile Sampler with each detail on one model and seed, the first one changing from round to round so
-that drift cancels. A detail's ratio is its step time over that of `timing` in the same round: it must be 1 within
-the noise that `timing` has from round to round. `extra_s` is the node's wall time less its measured sampling.
+that drift cancels. A step's time is sampling time over steps. A detail's ratio is its step time over that of `timing`
+in the same round: it must be 1 within the noise that `timing` has from round to round. `extra_s` is the node's wall
+time less its measured sampling.
 """
 
 from __future__ import annotations

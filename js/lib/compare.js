@@ -34,7 +34,7 @@ function nameOf(letter, run) {
 // What the user waits for decides; how much of it is sampling tells what sampling faster could still gain.
 function verdict(a, b) {
   const totals = [a, b].map((run) => run.phases_ms?.total);
-  const sampled = [a, b].map((run) => run.summary?.run?.median ?? run.phases_ms?.sample);
+  const sampled = [a, b].map((run) => run.phases_ms?.sample);
   if (!totals.every(isPositive)) {
     const text = sampled.every(isPositive) ? t("no_verdict_but_sampling", { ratio: words(...sampled) }) : t("no_verdict");
     return el("div", { class: "sl-verdict", text });

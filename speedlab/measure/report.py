@@ -31,12 +31,13 @@ def summary_text(record: RunRecord) -> str:
     request, summary = record.request, record.summary
     if record.status != "ok":
         return f"{record.status}: {record.error or 'no message'} (run {record.run_id})"
-    run = summary.get("run") or {}
+    # Of a benchmark, whose phases are of one repeat, `run` is the spread of all samplings and no second time.
+    run, sampling = summary.get("run") or {}, record.phases_ms.get("sample")
     if not record.steps:
         nothing = "nothing was sampled: denoise leaves no step to take"
         return "\n".join([*([nothing] if summary.get("steps") == 0 else []), *record.warnings])
     lines = [
-        f"{request.get('plan')}: {summary.get('steps') or request.get('steps')} steps in {_s(run.get('median'))}, "
+        f"{request.get('plan')}: {summary.get('steps') or request.get('steps')} steps in {_s(sampling)}, "
         f"{_rate(summary.get('it_per_s'))}, a step {_ms(summary.get('step_time_ms'))}, "
         f"first evaluation {_ms(summary.get('first_eval_ms'))}"
     ]
@@ -49,8 +50,8 @@ def summary_text(record: RunRecord) -> str:
         lines.append(f"steps by kind: {'; '.join(told)}")
     if summary.get("repeats", 1) > 1:
         lines.append(
-            f"{summary['repeats']} runs: median {_s(run.get('median'))}, min {_s(run.get('min'))}, "
-            f"max {_s(run.get('max'))}, standard deviation {_s(run.get('std'))}"
+            f"{summary['repeats']} runs: sampling min {_s(run.get('min'))}, max {_s(run.get('max'))}, "
+            f"standard deviation {_s(run.get('std'))}"
         )
     lines.append(_memory_line(record.memory.get("overall", {})))
     return "\n".join([*lines, *depth_lines(record), *record.warnings])
@@ -138,8 +139,8 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} ms"
 
 
-def _s(ms: float | None) -> str:
-    return "-" if ms is None else f"{ms / 1000.0:.3f} s"
+def _s(ms: Any) -> str:
+    return "-" if not isinstance(ms, (int, float)) else f"{ms / 1000.0:.3f} s"
 
 
 _ROWS = 12

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from .plan_text import (
@@ -36,6 +36,8 @@ _SAMPLER = re.compile(r"(?P<sampler>[^/@\s]+)(?:/(?P<scheduler>[^/@\s]+))?(?:@(?
 _OPEN_END = re.compile(r"max(?:@(\d{1,9}))?", re.IGNORECASE)
 # Axes whose value has a column of its own in every table that is shown; the other ones name the plan.
 OWN_COLUMN = frozenset({"batch", "resolution", "steps", "cfg"})
+# Axes of settings, which hold whatever a technique did in place of what it was asked for.
+_OF_SETTINGS = frozenset({"sampler", "scheduler", "prompt_tokens", "precision", "handoff"})
 
 
 @dataclass(frozen=True)
@@ -351,6 +353,18 @@ class Cell:
         """`steps 20, cfg 7`; `stock` for a sweep without axes."""
         return ", ".join(f"{axis} {label}" for axis, label in self.labels) or self.settings.plan
 
+    def plan(self, carried: Sequence[str] = ()) -> str:
+        """The plan column. `carried` are techniques that the graph attached before the sweep, as a record tells them.
+
+        What no other column of a table would tell apart is named there.
+        """
+        own = [] if carried and self.settings.plan == STOCK else [self.settings.plan]
+        return _labelled("+".join([*carried, *own]), self.labels)
+
+    def plan_that_ran(self, plan: str) -> str:
+        """The plan column where `plan` ran in place of what was asked for: axes of settings still hold."""
+        return _labelled(plan, (pair for pair in self.labels if pair[0] in _OF_SETTINGS))
+
 
 def make_cells(base: CellSettings, axis_x: Axis, axis_y: Axis) -> tuple[Cell, ...]:
     """Every cell, row by row. Raises SweepTextError for the same axis twice, too many cells or impossible settings."""
@@ -381,11 +395,10 @@ def make_cell(base: CellSettings, axis_x: Axis, axis_y: Axis, x: int, y: int) ->
     for _, value in sorted(pairs, key=lambda pair: pair[0].name != "plan"):
         settings = value.apply(settings)
     labels = tuple((axis.name, value.label) for axis, value in pairs if axis.name != "none")
-    return Cell(x, y, labels, replace(settings, plan=_plan_name(settings.plan, labels)))
+    return Cell(x, y, labels, settings)
 
 
-def _plan_name(plan: str, labels: tuple[tuple[str, str], ...]) -> str:
-    """The plan column of a cell: what no other column of a table would tell apart is named there."""
+def _labelled(plan: str, labels: Iterable[tuple[str, str]]) -> str:
     told = [f"{axis}={label}" for axis, label in labels if axis not in OWN_COLUMN and axis != "plan"]
     return ", ".join([*([] if plan == STOCK and told else [plan]), *told])
 

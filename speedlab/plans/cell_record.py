@@ -23,10 +23,12 @@ from ..measure.plan_names import plan_of
 from ..measure.record import RunRecord
 from ..measure.summary import rows_of, speed, summarise
 from ..models.loading import SOURCE
+from ..patching.wrappers import accelerators
 from ..sampling.complete import merge_memory
+from ..vae.variants import COMPILED, derivations_of
 from .axes import Cell
 from .cell import OneRun, Prompt
-from .techniques import Parts
+from .techniques import Parts, of_core
 
 
 @dataclass
@@ -59,6 +61,12 @@ class SweepFacts:
     prompts: tuple[Prompt, ...]
     parts: Parts
 
+    def carried(self) -> list[str]:
+        """The techniques that the graph attached before the sweep, as a record tells them."""
+        compiled = derivations_of(self.parts.vae).get(COMPILED)
+        attached = [accelerator.describe() for accelerator in accelerators(self.parts.model)]
+        return [*attached, *([] if compiled is None else [compiled.described])]
+
 
 def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     """The record of a cell with at least one measured repeat."""
@@ -86,12 +94,15 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     said = dict.fromkeys(text for run in every for text in run.record.warnings)
     notes = [text for text in said if not text.startswith(("A core node encoded", "ComfyUI had the encoded"))]
     notes += [str(run.decode_info["warning"]) for run in every[:1] if "warning" in run.decode_info]
+    request = {**first.record.request, **_decoded(first)}
+    ran = set(request["accelerators"])
+    carried = [words for words in facts.carried() if words in ran]
     return first.record.changed(
         run_id=runs.run_id,
         timestamp=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         status=runs.status,
         error=runs.error,
-        request=_as_it_ran({**first.record.request, **_request(runs, facts), **_decoded(first)}),
+        request=_as_it_ran({**request, **_request(runs, facts, carried)}, runs.cell),
         phases_ms={**phases, "first_eval": first.record.summary.get("first_eval_ms")},
         summary=summary,
         memory=with_growth(memory, _growths(runs)),
@@ -114,6 +125,8 @@ def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     env = environment(facts.parts.model.load_device)
     settings = runs.cell.settings
     source = facts.parts.model.get_attachment(SOURCE)
+    replaced = {technique.name for technique in settings.techniques}
+    carried = [words for words in facts.carried() if words.partition("(")[0] not in replaced]
     request = {
         "checkpoint": None if source is None else {"name": source.name, "family": source.family},
         "sampler": settings.sampler,
@@ -123,9 +136,9 @@ def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         "width": settings.width,
         "height": settings.height,
         "batch": settings.batch,
-        "accelerators": list(settings.accelerators()),
+        "accelerators": [*carried, *settings.accelerators()],
         "precision": {"unet": unet_dtypes(facts.parts.model)} if settings.weights is None else None,
-        **_request(runs, facts),
+        **_request(runs, facts, carried),
     }
     return RunRecord(
         run_id=runs.run_id,
@@ -142,12 +155,12 @@ def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     )
 
 
-def _request(runs: CellRuns, facts: SweepFacts) -> dict[str, Any]:
+def _request(runs: CellRuns, facts: SweepFacts, carried: Sequence[str]) -> dict[str, Any]:
     seeds = list(dict.fromkeys(prompt.seed for prompt in facts.prompts))
     return {
         "sampled_as": runs.run_id,
         "scenario": facts.scenario,
-        "plan": runs.cell.settings.plan,
+        "plan": runs.cell.plan(carried),
         "plan_named": True,
         "seed": seeds[0] if len(seeds) == 1 else " ".join(map(str, seeds)),
         "prompts": len(facts.prompts),
@@ -160,19 +173,21 @@ def _decoded(run: OneRun) -> dict[str, Any]:
     """Techniques and precision with what really decoded."""
     info, request = run.decode_info, run.record.request
     tiny = [] if info.get("decoder") in (None, "vae") else [f"tiny_vae({info['decoder']})"]
-    told: dict[str, Any] = {"accelerators": [*request.get("accelerators", ()), *tiny], "decode": [info]}
+    compiled = [str(info["compiled"])] if info.get("compiled") else []
+    told: dict[str, Any] = {"accelerators": [*request.get("accelerators", ()), *compiled, *tiny], "decode": [info]}
     if isinstance(request.get("precision"), Mapping) and info.get("precision"):
         vae = {"weight": info["precision"], "compute": info["precision"]}
         told["precision"] = {**request["precision"], "vae": vae}
     return told
 
 
-def _as_it_ran(request: dict[str, Any]) -> dict[str, Any]:
+def _as_it_ran(request: dict[str, Any], cell: Cell) -> dict[str, Any]:
     """The request under the name of what ran, where that is not what the cell asked for: its own name is a label."""
     request.pop("label", None)  # of the workflow, which does not know the cells
     if "asked" not in request:
         return request
-    return {**request, "plan": plan_of(request["accelerators"]), "label": request["plan"]}
+    ran = plan_of([*request["accelerators"], *(t.words() for t in cell.settings.techniques if of_core(t))])
+    return {**request, "plan": cell.plan_that_ran(ran), "label": request["plan"]}
 
 
 def _middle(runs: CellRuns) -> list[OneRun]:

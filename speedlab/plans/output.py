@@ -53,7 +53,7 @@ def write_output(result: SweepResult, store: RunStore) -> SweepOutput:
         raise cannot_write(path, error) from error
     # `speedlab` names every run, as Profile Report does, so that a client finds their records.
     runs: list[Any] = [
-        {"run_id": runs.run_id, "status": runs.status, "plan": runs.cell.settings.plan, "cell": runs.cell.name}
+        {"run_id": runs.run_id, "status": runs.status, "plan": runs.record.request["plan"], "cell": runs.cell.name}
         for runs in in_grid_order(result.cells)
         if runs.record is not None
     ]

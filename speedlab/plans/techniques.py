@@ -52,6 +52,11 @@ class Parts:
     refiner_clip: Any = None
 
 
+def of_core(technique: TechniqueText) -> bool:
+    """Whether a technique of the model is a node of ComfyUI's own, which tells no record that it acts."""
+    return not TECHNIQUES[technique.name].node_id.startswith("SpeedLab")
+
+
 def check_techniques(settings: CellSettings, nodes: NodeTable) -> None:
     """Raise SweepTextError for a technique, option or value that no node takes. A missing node is no such error."""
     for technique in settings.techniques:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,24 @@ def test_two_axes_make_a_row_a_cell_with_quality_against_the_baseline(bench, out
     assert len(list((output / "speedlab" / "runs").glob("*.json"))) == 4
 
 
+def test_there_is_one_sampling_time_where_repeats_swing_in_other_orders(bench, output, engine, monkeypatch):
+    """The repeat with the median total is not the one with the median sampling."""
+    runner, real = engine("plans.sweep"), engine("plans.sweep").run_once
+    times = iter([(90000.0, 10000.0), (60000.0, 50000.0), (70000.0, 60000.0)])
+
+    def timed(*args):
+        sample_ms, decode_ms = next(times)
+        return replace(real(*args), sample_ms=sample_ms, decode_ms=decode_ms)
+
+    monkeypatch.setattr(runner, "run_once", timed)
+    _, (row,), _ = bench(values_x="4", repeats=3)
+    record = engine("measure.record").from_json(json.dumps(record_of(output, row)))
+    assert record.phases_ms["sample"] == 60000.0 and float(row["it_per_s"]) == pytest.approx(4 / 60, rel=1e-4)
+    text = engine("measure.report").summary_text(record)
+    assert "stock: 4 steps in 60.000 s, 0.0667 it/s, a step 15000.0 ms" in text
+    assert "3 runs: sampling min 60.000 s, max 90.000 s" in text and "70.000 s" not in text
+
+
 def test_cells_take_turns(bench, engine, monkeypatch):
     runner = engine("plans.sweep")
     order, real = [], runner.run_once
@@ -154,6 +173,47 @@ def test_plans_change_techniques_decoder_and_settings(bench, output, taesd_files
     assert "| fast |" in table
 
 
+@pytest.fixture
+def cached(loaded, node):
+    """The model with DeepCache before Benchmark, and how a record tells that."""
+    (model,) = node("SpeedLabDeepCache").apply(loaded[0], 2, 0, 0.0, 1.0, "uniform")
+    told = "deepcache(cache_interval=2, cache_branch_id=0, start_percent=0, end_percent=1, schedule=uniform)"
+    return model, told
+
+
+def test_what_the_graph_attached_before_is_in_the_plans_name(bench, cached, output):
+    model, told = cached
+    (table, *_), rows, ui = bench(model=model, values_x="2, 3")
+    assert [(row["plan"], row["accelerators"]) for row in rows] == [(told, told)] * 2
+    assert table.count(f"\n| {told} |") == 2 and "stock" not in table
+    assert [entry["plan"] for entry in ui["speedlab"]] == [told, told]
+    assert "label" not in record_of(output, rows[0])["request"]
+
+
+def test_a_plan_on_top_of_what_the_graph_attached_names_both(bench, cached):
+    model, told = cached
+    plans = "stock\nmine=attention(sdpa)\nthree=deepcache(3)\nbroken=compile(stable_fast)"
+    _, rows, _ = bench(model=model, axis_x="plan", values_x=plans, axis_y="prompt_tokens", values_y="77", steps=4)
+    named = {row["plan"]: row for row in rows}
+    # DeepCache attached twice acts once, as the later node says.
+    assert set(named) == {
+        f"{told}, prompt_tokens=77", f"{told}+mine, prompt_tokens=77", "three, prompt_tokens=77",
+        f"{told}+broken, prompt_tokens=77",
+    }  # fmt: skip
+    assert "cache_interval=3" in named["three, prompt_tokens=77"]["accelerators"]
+    broken = named[f"{told}+broken, prompt_tokens=77"]
+    assert broken["status"] == "error" and broken["accelerators"] == f"{told}+compile(stable_fast)"
+
+
+def test_a_compiled_vae_is_a_technique_of_the_cells_that_decoded_with_it(bench, node, loaded):
+    (compiled,) = node("SpeedLabCompileVAE").apply(loaded[2], "jit_trace", "default")
+    told = "compile_vae(backend=jit_trace)"
+    _, rows, _ = bench(axis_x="plan", values_x="mine=compile_vae(jit_trace)\nplain=stock", steps=1)
+    assert {row["plan"]: row["accelerators"] for row in rows} == {"mine": told, "plain": ""}
+    _, rows, _ = bench(vae=compiled, values_x="1", steps=1)
+    assert (rows[-1]["plan"], rows[-1]["accelerators"]) == (told, told)
+
+
 def test_a_technique_that_stepped_aside_is_not_credited(bench, output):
     plans = "cfg=dynamic_cfg(0.5)\nboth=deepcache(2)+dynamic_cfg(0.5)"
     (table, *_), rows, _ = bench(axis_x="plan", values_x=plans, sampler_name="euler_cfg_pp", cfg=1.5, steps=4)
@@ -166,6 +226,32 @@ def test_a_technique_that_stepped_aside_is_not_credited(bench, output):
     assert all(any("uncond stays on" in text for text in record["warnings"]) for record in records)
     assert "| ok, asked for cfg |" in table
     assert "* plan cfg; plan both: Dynamic CFG: uncond stays on" in table
+
+
+def test_a_branch_that_was_clamped_is_named_by_what_ran(bench, output):
+    _, rows, _ = bench(axis_x="plan", values_x="deepcache(2,cache_branch_id=20)\ndeep=deepcache(2,cache_branch_id=20)")
+    assert [row["plan"] for row in rows] == [row["accelerators"] for row in rows]
+    assert all("cache_branch_id=20" not in row["plan"] and "deepcache" in row["plan"] for row in rows)
+    labels = [record_of(output, row)["request"]["label"] for row in rows]
+    assert labels == ["deepcache(2,cache_branch_id=20)", "deep"]
+
+
+def test_cells_whose_technique_stepped_aside_keep_what_tells_them_apart(bench, output, loaded, core, monkeypatch):
+    """Two lengths of the prompt are no repeats of each other, nor are two hand-overs or two strengths of FreeU."""
+    aside = {"plan": "off=dynamic_cfg(0.5)", "sampler_name": "euler_cfg_pp", "cfg": 1.5, "repeats": 1}
+    bench(axis_x="prompt_tokens", values_x="8, 77", axis_y="cfg_stop_at", values_y="0.25, 0.5", **aside)
+    refiner = {"refiner": loaded[0].clone(), "refiner_clip": loaded[1]}
+    bench(axis_x="handoff", values_x="1, 0.5", **refiner, **aside)
+    free_lunch = importlib.import_module("comfy_extras.nodes_freelunch")
+    monkeypatch.setitem(core.NODE_CLASS_MAPPINGS, "FreeU", free_lunch.FreeU)
+    plans = "a=freeu(b1=1.2)+dynamic_cfg(0.5)\nb=freeu(b1=1.4)+dynamic_cfg(0.5)"
+    _, rows, _ = bench(axis_x="plan", values_x=plans, **aside)
+    assert sorted(row["plan"] for row in rows) == sorted([
+        "prompt_tokens=8", "prompt_tokens=77", "prompt_tokens=8", "prompt_tokens=77", "handoff=1", "handoff=0.5",
+        "freeu(b1=1.2)", "freeu(b1=1.4)",
+    ])  # fmt: skip
+    labels = [record_of(output, row)["request"]["label"] for row in rows]
+    assert labels[0] == "off, prompt_tokens=8, cfg_stop_at=0.25" and labels[-1] == "b"
 
 
 def test_what_cannot_run_is_a_row_and_the_rest_goes_on(bench):

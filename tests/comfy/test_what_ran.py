@@ -165,6 +165,12 @@ def test_a_branch_that_is_too_deep(record, deepcache, tiny):
         made = record(model)
         assert told(made, "cache_branch_id 20 is too deep for this model; the largest, 3, is used")
         assert "cache_branch_id=3" in made.request["plan"]
+        assert made.request["plan"] == "+".join(made.request["accelerators"])
+        assert "cache_branch_id=20" in made.request["asked"][0]
+    nothing = record(model, steps=1).request
+    assert (nothing["plan"], nothing["accelerators"]) == ("stock", [])
+    uniform = record(deepcache(tiny.model, cache_branch_id=20, schedule="nonuniform", power=1.0, center=3)).request
+    assert uniform["accelerators"] == record(deepcache(tiny.model, cache_branch_id=3)).request["accelerators"]
 
 
 def test_deepcache_that_cached_nothing(record, deepcache, tiny):

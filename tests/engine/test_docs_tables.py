@@ -47,6 +47,15 @@ def test_every_table_and_figure_is_what_the_results_say(capsys):
     assert check(ROOT, "--check") == 0, capsys.readouterr().out
 
 
+def test_a_step_of_the_profilers_details_is_sampling_time_over_steps():
+    rows = docs_tables.Results(ROOT / docs_tables.RESULTS).rows("profiler-detail")
+    step_ms = {(row["round"], row["detail"]): 1000.0 * float(row["sample_s"]) / int(row["steps"]) for row in rows}
+    for row in rows:
+        mine = step_ms[row["round"], row["detail"]]
+        assert float(row["step_ms"]) == pytest.approx(mine, abs=1e-3)
+        assert float(row["step_ratio"]) == pytest.approx(mine / step_ms[row["round"], "timing"], abs=1e-4)
+
+
 def test_every_table_and_figure_is_shown_somewhere():
     text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
     assert [name for name in docs_tables.TABLES if f"<!-- table: {name} -->" not in text] == []

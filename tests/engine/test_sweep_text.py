@@ -160,7 +160,7 @@ def test_off_takes_a_technique_out_and_a_value_keeps_its_other_options():
 
 def test_samplers_name_their_rows():
     cells = make_cells(CellSettings(), parse_axis("sampler", "euler, heun"), NONE)
-    assert [cell.settings.plan for cell in cells] == ["sampler=euler", "sampler=heun"]
+    assert [cell.plan() for cell in cells] == ["sampler=euler", "sampler=heun"]
 
 
 @pytest.mark.parametrize(("other", "values"), [("steps", "euler@30, heun"), ("scheduler", "euler/karras, heun")])
@@ -184,7 +184,7 @@ def test_plan_names_tell_cells_apart():
     cells = make_cells(
         CellSettings(), parse_axis("plan", "a=deepcache\nb=stock"), parse_axis("attention", "sdpa, split")
     )
-    assert [c.settings.plan for c in cells] == [
+    assert [c.plan() for c in cells] == [
         "a, attention=sdpa", "b, attention=sdpa", "a, attention=split", "b, attention=split"
     ]  # fmt: skip
     # The axis is applied behind the plan whichever axis it stands on.

@@ -39,7 +39,7 @@ def attach_deepcache(model: Any, config: DeepCacheConfig) -> Any:
         return model
     unet = require_unet(model, "DeepCache")
     deepest = largest_branch(unet)
-    clamped = None
+    asked, clamped = config, None
     if config.branch > deepest:
         clamped = (
             f"DeepCache: cache_branch_id {config.branch} is too deep for this model; the largest, {deepest}, is used."
@@ -47,7 +47,7 @@ def attach_deepcache(model: Any, config: DeepCacheConfig) -> Any:
         logging.warning("%s", clamped)
         config = replace(config, branch=deepest)
     clone = attach(model, KEY, _wrappers(config, clamped))
-    declare(clone, Accelerator("deepcache", _options(config)))
+    declare(clone, Accelerator("deepcache", _options(asked)))
     return clone
 
 
@@ -131,6 +131,7 @@ def _tell(run: Run, position: Position, told: Mapping[str, Any]) -> None:
     config = run.config
     if run.clamped is not None:  # the log had it when the model was patched
         report_note(told, run.clamped)
+        report_ran(told, "deepcache", _options(config))
     if run.finder.is_lost and (config.start > 0.0 or config.end < 1.0):
         warn(told, run.finder.lost_text("DeepCache", "its window"))
     uniform = fallback(config, position.steps, position.part)
