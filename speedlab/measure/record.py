@@ -68,7 +68,7 @@ def from_json(text: str) -> RunRecord:
     """Read a record back. Raises ResultsError for anything that is not a whole record of a known schema.
 
     Every field has the type that the rest of this pack computes with. One of schema 1 comes back with the rate computed
-    from its steps.
+    from its steps, and without its time from text to image, which left out the move of weights.
     """
     record = loosely_from_json(text)
     fault = shape_fault(vars(record))
@@ -140,7 +140,7 @@ def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | Non
     Work of other nodes on the same image that nobody measured (`others`) leaves no total either. Freeing memory
     (`free`) counts where it took place: a Free Memory node that ComfyUI did not run again moved no weights.
     """
-    if phases_ms.get(OTHERS) is not None:
+    if phases_ms.get(OTHERS) is not None or phases_ms.get("to_device") == UNKNOWN:
         return None
     decode = phases_ms.get("decode")
     after = phases_ms.get("after_sampling") if decode is None else decode
