@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..speedlab.common.core import compute_device
+from ..speedlab.measure.timeline import phase
 from ..speedlab.memory import free
 from ..speedlab.sampling import prompt_queue
 from . import names
@@ -110,7 +112,9 @@ class FreeMemory:
         }
 
     def free(self, value: list, what: list, wait_for: list | None = None) -> dict:
-        text = free.describe(what[0], free.free_models(what[0]))
+        with phase("free", compute_device(), shared_by=len(value)):
+            freed = free.free_models(what[0])
+        text = free.describe(what[0], freed)
         free.log.info("SpeedLab: %s", text)
         return {"ui": {"text": [text]}, "result": (value,)}
 

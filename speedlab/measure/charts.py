@@ -26,6 +26,7 @@ _FIRST = "#9aa5b1"
 _PHASE_COLOURS = {
     "load": "#9aa5b1",
     "text_encode": "#b07cc6",
+    "free": "#7d8aa5",
     "to_device": "#c9c2b8",
     "prepare": "#e5d9c3",
     "sample": "#3b7dd8",

@@ -21,6 +21,7 @@ from .timeline import PhaseEntry
 _PHASE_NODES = {
     "load": ("SpeedLabCheckpointLoader", "SpeedLabVAELoader", "SpeedLabLoraStack"),
     "text_encode": ("SpeedLabTextEncode", "SpeedLabPromptQueue"),
+    "free": ("SpeedLabFreeMemory",),
     "decode": ("SpeedLabVAEDecode", "SpeedLabTinyVAEDecode"),
 }
 _MAX_NAME = 120
@@ -186,13 +187,13 @@ class NodeContext:
 
         `cached` where such a node is upstream but was not executed for this prompt (for text encoding: one of them,
         since the time of the others is no whole one), None where there is none, or where another's node did part of
-        it. Text that is upstream of another sampler is that sampler's.
+        it. Text and freed memory that are upstream of another sampler are that sampler's.
         """
         upstream = self.ancestors()
-        if phase == "text_encode":
+        if phase in ("text_encode", "free"):
             upstream = self.upstream(self.node_id, stop=self.samplers(upstream))
-            if self.encoding(upstream):
-                return None
+        if phase == "text_encode" and self.encoding(upstream):
+            return None
         mine = [e for e in entries if e.phase == phase and self._concerns(e, upstream)]
         own = {n for n in upstream if class_of(self.graph.get(n)) in _PHASE_NODES.get(phase, ())}
         if phase == "text_encode" and own - {e.node_id for e in mine}:

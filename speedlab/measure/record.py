@@ -68,7 +68,7 @@ def from_json(text: str) -> RunRecord:
     """Read a record back. Raises ResultsError for anything that is not a whole record of a known schema.
 
     Every field has the type that the rest of this pack computes with. One of schema 1 comes back with the rate computed
-    from its steps.
+    from its steps, and without its time from text to image, which left out the move of weights.
     """
     record = loosely_from_json(text)
     fault = shape_fault(vars(record))
@@ -137,16 +137,17 @@ def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | Non
 
     A phase that ComfyUI answered from its cache (`cached`) is a part that is unknown: nobody knows here what a repeat
     would have paid for it. `after_sampling` is the span from sampling to the report where a core node decoded in it.
-    Work of other nodes on the same image that nobody measured (`others`) leaves no total either.
+    Work of other nodes on the same image that nobody measured (`others`) leaves no total either. Freeing memory
+    (`free`) counts where it took place: a Free Memory node that ComfyUI did not run again moved no weights.
     """
-    if phases_ms.get(OTHERS) is not None:
+    if phases_ms.get(OTHERS) is not None or phases_ms.get("to_device") == UNKNOWN:
         return None
     decode = phases_ms.get("decode")
     after = phases_ms.get("after_sampling") if decode is None else decode
     parts = (phases_ms.get("text_encode"), sample_ms, after)
     if not all(isinstance(part, (int, float)) for part in parts):
         return None
-    extras = (phases_ms.get("to_device"), phases_ms.get("prepare"), phases_ms.get("save"))
+    extras = (phases_ms.get(name) for name in ("free", "to_device", "prepare", "save"))
     return sum(float(ms) for ms in (*parts, *extras) if isinstance(ms, (int, float)))
 
 

@@ -14,6 +14,7 @@ from .summary import KIND_NAMES, has_median
 _PHASE_NAMES = {
     "load": "load checkpoint",
     "text_encode": "text encoding",
+    "free": "freeing memory",
     "to_device": "model to device",
     "prepare": "preparation",
     "first_eval": "first evaluation",
@@ -85,7 +86,7 @@ def _phase_table(record: RunRecord) -> list[str]:
     rows = [f"{'phase':<18}{'ms':>12}{'share':>8}{'VRAM GB':>10}{'RSS GB':>9}"]
     for key, name in _PHASE_NAMES.items():
         value = record.phases_ms.get(key)
-        if key == OTHERS and value is None:
+        if key in (OTHERS, "free") and value is None:
             continue
         memory: Mapping[str, Any] = record.memory.get("overall" if key == "total" else key, {})
         counted = isinstance(value, (int, float)) and isinstance(total, (int, float)) and total > 0

@@ -2,12 +2,12 @@
 
 A JSON appears under its name only when it is whole (temporary file, flush, rename). A CSV row is one append under a
 lock; an append that fails half-way is cut off again, so earlier rows stay whole. Where another program holds the table
-(a spreadsheet on Windows does), the row waits in a file of its own, and the next row that can be written takes it in.
+(a spreadsheet on Windows does) or keeps it locked, the row waits in a file of its own, and the next row that can be
+written takes it in.
 
-Rows that results.csv could not take, for a spreadsheet held it: a small file a run, until it can be written again.
-
-All of this happens under the table's lock. A row's file goes only after the table holds the row on disk, and a row that
-the table holds already is not added again, so that a crash between the two neither loses a row nor writes it twice.
+Only a row that waits for the lock is kept without it; all else happens under the table's lock. A row's file goes only
+after the table holds the row on disk, and a row that the table holds already is not added again, so that a crash
+between the two neither loses a row nor writes it twice.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ class RunStore:
     def append_csv(self, record: RunRecord) -> bool:
         """Append the run's row once, and before it those that wait; False if this process appended it before.
 
-        A row that the table cannot take, for another program holds it, waits: see `is_waiting`. Raises ResultsError
-        naming the path.
+        A row that the table cannot take, for another program holds or locks it, waits: see `is_waiting`. Raises
+        ResultsError naming the path.
         """
         with self._appended_lock:
             if record.run_id in self._appended:
@@ -176,18 +176,22 @@ class RunStore:
         try:
             self.refuse_symlink_out()
             self.root.mkdir(parents=True, exist_ok=True)
-            with FileLock(str(self.root / "results.csv.lock"), timeout=_LOCK_TIMEOUT_S):
-                self._add_rows_locked(record)
+            try:
+                with FileLock(str(self.root / "results.csv.lock"), timeout=_LOCK_TIMEOUT_S):
+                    self._add_rows_locked(record)
+            except Timeout:
+                if record is None:
+                    raise
+                self._let_wait(record)
         except Timeout as error:
             raise ResultsError(
-                f"{self.csv_path} has been locked by another process for {_LOCK_TIMEOUT_S} s; the row was not "
-                "written. Close that process, or delete the .lock file beside it if there is none."
+                f"{self.csv_path} has been locked by another process for {_LOCK_TIMEOUT_S} s; the rows in "
+                f"{self.waiting} wait on. Close that process, or delete the .lock file beside it if there is none."
             ) from error
         except OSError as error:
             raise cannot_write(self.csv_path, error) from error
 
     def _add_rows_locked(self, record: RunRecord | None) -> None:
-        header = _csv_line({name: name for name in CSV_COLUMNS})
         row = b"" if record is None else _csv_line(csv_row(record))
         try:
             self._check_header()
@@ -196,18 +200,22 @@ class RunStore:
             known = run_ids_in(self.csv_path) if waited else set()
             lines = b"".join(waiting.line for waiting in waited if waiting.run_id not in known) + row
             if lines:
-                _append(self.csv_path, lines, header)
+                _append(self.csv_path, lines, _header_line())
         except PermissionError as error:
             if not self._is_held(error):
                 raise
             if record is not None:
-                self.waiting.mkdir(exist_ok=True)
-                write_atomically(row_path(self.waiting, record.run_id), header + row)
-                log.warning("SpeedLab: %s", self._held_text(f"the row of run {record.run_id} waits in {self.waiting}"))
+                self._let_wait(record)
             return
         for waiting in waited:
             with contextlib.suppress(PermissionError):  # open in a program itself: it is known as written next time
                 waiting.path.unlink(missing_ok=True)
+
+    def _let_wait(self, record: RunRecord) -> None:
+        """Keep the row in a file of its own, which needs no lock. Raises OSError."""
+        self.waiting.mkdir(exist_ok=True)
+        write_atomically(row_path(self.waiting, record.run_id), _header_line() + _csv_line(csv_row(record)))
+        log.warning("SpeedLab: %s", self._held_text(f"the row of run {record.run_id} waits in {self.waiting}"))
 
     def _is_held(self, error: PermissionError) -> bool:
         """Whether the table is there and this is about it, not about the folder that it lies in."""
@@ -215,8 +223,8 @@ class RunStore:
 
     def _held_text(self, what: str) -> str:
         return (
-            f"{self.csv_path} cannot be written; is it open in another program, such as Excel? So {what}, and the next "
-            "run that can write the table adds it. Nothing is lost: close that program."
+            f"{self.csv_path} cannot be written; is it open in another program, such as Excel, or locked by one? So "
+            f"{what}, and the next run that can write the table adds it. Nothing is lost: close that program."
         )
 
     def _check_header(self) -> None:
@@ -327,6 +335,10 @@ def _last_line(file: Any, end: int) -> bytes:
     start = max(end - 65536, 0)
     file.seek(start)
     return bytes(file.read(end - start).rpartition(b"\n")[2])
+
+
+def _header_line() -> bytes:
+    return _csv_line({name: name for name in CSV_COLUMNS})
 
 
 def _csv_line(row: dict[str, str]) -> bytes:

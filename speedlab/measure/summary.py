@@ -24,8 +24,14 @@ NO_STEPS = (
     "This record is of schema 1 and holds no steps: the rate it told was not sampling time over steps, so none is "
     "shown. Measure again to have one."
 )
+OLD_TOTAL = (
+    "This record is of schema 1, whose time from text to image left out moving weights to the device, so none is "
+    "shown. Measure again to have one."
+)
 # What schema 1 derived from the median step.
 _OF_MEDIAN_STEP = ("step_median_ms", "step_min_ms", "step_max_ms", "step_p10_ms", "step_p90_ms", "step_std_ms")
+# What schema 1 derived from its time from text to image.
+_OF_OLD_TOTAL = ("totals_ms", "images_per_min")
 _FIELDS = tuple(f.name for f in dataclasses.fields(StepRow))
 
 
@@ -123,11 +129,18 @@ def rows_of(steps: Sequence[Mapping[str, Any]]) -> tuple[StepRow, ...]:
 def from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
     """A record of schema 1, which told the median step's rate, with the rate computed from its steps.
 
-    A file may hold anything: what is no number is left out. Without steps there is no rate, and a warning says so.
+    A file may hold anything: what is no number is left out. Without steps there is no rate, and a warning says so. Its
+    time from text to image is not that of schema 2 and goes, with a warning too.
     """
+    phases = data.get("phases_ms")
+    data = {**data, "schema": 2}
+    if isinstance(phases, Mapping):
+        data["phases_ms"] = {**phases, "to_device": "unknown", "total": None}
+        if phases.get("total") is not None:
+            data = _warned(data, OLD_TOTAL)
     old = data.get("summary")
     if not isinstance(old, Mapping):
-        return {**data, "schema": 2}
+        return data
     steps = data.get("steps")
     times = [_step_ms(step) for step in steps] if isinstance(steps, (list, tuple)) else []
     known = [ms for ms in times if ms is not None]
@@ -135,17 +148,20 @@ def from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
     measured = [ms for ms in runs if is_number(ms)] if isinstance(runs, (list, tuple)) else []
     sampling_ms = statistics.median(measured) if measured else sum(known)
     rows = _sound_rows(steps) if known else ()
-    told = {name: value for name, value in old.items() if name not in _OF_MEDIAN_STEP}
+    told = {name: value for name, value in old.items() if name not in _OF_MEDIAN_STEP and name not in _OF_OLD_TOTAL}
     told |= speed(float(sampling_ms), len(times)) if known else {"it_per_s": None, "step_time_ms": None}
     told["step_kinds"] = kinds = _kinds([rows]) if rows else {}
     usual, excess = kinds.get(_first_kind([rows]), {}).get("median_ms"), old.get("first_step_excess_ms")
     before = old.get("step_median_ms")
     if is_number(excess):
         told["first_step_excess_ms"] = _round(excess + before - usual) if usual and is_number(before) else None
-    upgraded = {**data, "schema": 2, "summary": told}
-    if not known and old.get("it_per_s") is not None and isinstance(data.get("warnings", []), (list, tuple)):
-        upgraded["warnings"] = [*data.get("warnings", ()), NO_STEPS]
-    return upgraded
+    upgraded = {**data, "summary": told}
+    return _warned(upgraded, NO_STEPS) if not known and old.get("it_per_s") is not None else upgraded
+
+
+def _warned(data: dict[str, Any], warning: str) -> dict[str, Any]:
+    warnings = data.get("warnings", ())
+    return {**data, "warnings": [*warnings, warning]} if isinstance(warnings, (list, tuple)) else data
 
 
 def _step_ms(step: Any) -> float | None:

@@ -19,7 +19,7 @@ from .clock import synchronize
 from .peaks import MemoryPeak, measure_peak
 
 # `between` carries only memory: the peak of whatever ran between two measured blocks of a prompt, such as core nodes.
-Phase = Literal["load", "text_encode", "sample", "decode", "save", "report", "between"]
+Phase = Literal["load", "text_encode", "free", "sample", "decode", "save", "report", "between"]
 
 _KEPT_PROMPTS = 32
 _RANGES: dict[str, str] = {"load": nvtx.LOAD, "text_encode": nvtx.TEXT_ENCODE, "decode": nvtx.DECODE}
@@ -128,10 +128,13 @@ def measured(name: Phase, device: Any = "cpu") -> Iterator[Block]:
 
 
 @contextmanager
-def phase(name: Phase, device: Any = "cpu", list_index: int | None = None) -> Iterator[dict[str, Any]]:
+def phase(
+    name: Phase, device: Any = "cpu", list_index: int | None = None, shared_by: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Time a block as a phase of the executing prompt, synchronised at both ends; yields a dict for extra facts.
 
-    `list_index` is the item that the block works on where one execution makes a whole list.
+    `list_index` is the item that the block works on where one execution makes a whole list; `shared_by` is the length
+    of a list that the block does its work for at once, of which each item bears an equal share.
 
     A block that fails is not noted: its time would describe nothing that the user can use.
     """
@@ -139,5 +142,7 @@ def phase(name: Phase, device: Any = "cpu", list_index: int | None = None) -> It
         note_between(block.before)
         yield block.info
     now = executing()
-    item = now.list_index if list_index is None else list_index
-    note(PhaseEntry(name, now.node_id, block.ms, block.peak, block.info, item, block.end_ns))
+    items = [now.list_index if list_index is None else list_index] if shared_by is None else range(shared_by)
+    for item in items:
+        ms = block.ms / len(items)
+        note(PhaseEntry(name, now.node_id, ms, block.peak, block.info, item, block.end_ns))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def _with_rest(
     """The record with what else made the images: the span that a core decoder took, or that nobody measured it."""
     if context.node_id not in context.graph:
         return record
-    sampled = _sampling_of(run_id, entries)
+    now, sampled = timeline.executing(), _sampling_of(run_id, entries)
     if sampled is None or sampled.node_id is None:
         # Samplers of this pack always run; a node that made one while the prompt ran may be answered from the cache.
         return with_others(
@@ -111,7 +111,9 @@ def _with_rest(
     if record.phases_ms.get("decode") is None:
         others -= set(decoders) & behind
     record = with_others(record, context, others)
-    if others or record.phases_ms.get("decode") is not None:
+    if record.phases_ms.get("decode") is not None:
+        return _with_freed(record, behind, upstream, entries, now.list_index)
+    if others:
         return record
     between = _between(sampled, context, upstream, entries)
     if between:
@@ -122,6 +124,26 @@ def _with_rest(
         )  # fmt: skip
     after = round((reached_ns - sampled.end_ns) / 1e6, 3)
     return record.changed(phases_ms={**record.phases_ms, "after_sampling": after})
+
+
+def _with_freed(
+    record: RunRecord,
+    behind: Collection[str],
+    upstream: Collection[str],
+    entries: Sequence[timeline.PhaseEntry],
+    list_index: int | None,
+) -> RunRecord:
+    """The record with the time of Free Memory between sampling and images; a span to the report holds it already."""
+    freed = [e for e in entries if e.phase == "free" and e.node_id in upstream]
+    mine = of_item([e for e in freed if e.node_id in behind], list_index)
+    if not mine:
+        return record
+    before, peak = record.phases_ms.get("free"), MemoryPeak()
+    for entry in freed:
+        peak = peak.merged(entry.peak)
+    ms = sum(e.ms for e in mine) + (before if isinstance(before, (int, float)) else 0.0)
+    memory = merge_memory(record.memory, "free", memory_dict(peak))
+    return record.changed(phases_ms={**record.phases_ms, "free": round(ms, 3)}, memory=memory)
 
 
 def _between(

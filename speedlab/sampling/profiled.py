@@ -306,6 +306,7 @@ def _record(
     phases: dict[str, float | str | None] = {
         "load": context.phase_ms("load", entries, now.list_index),
         "text_encode": context.phase_ms("text_encode", entries, now.list_index),
+        "free": context.phase_ms("free", entries, now.list_index),
         "to_device": _to_device_ms(session),
         "prepare": _prepare_ms(session),
         "first_eval": summary["first_eval_ms"],

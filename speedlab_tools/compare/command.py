@@ -78,6 +78,12 @@ def run(args: argparse.Namespace) -> int:
 def _about(label: str, table: Table) -> list[str]:
     """What has to be known of a table before its figures."""
     lines = [f"{label}: {count} rows are left out: a run that {reason}." for reason, count in table.left_out.items()]
+    unknown = sum(run.schema is None for run in table.runs)
+    if unknown:
+        lines.append(
+            f"{label}: the records of {unknown} rows are not in runs beside the table, so their schema is not known. "
+            "If it is 1, their time_s leaves out the move of weights to the device."
+        )
     environments = dict.fromkeys(run.env for run in table.runs)
     if len(environments) > 1:
         told = "; ".join(map(str, environments))

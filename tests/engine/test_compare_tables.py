@@ -244,6 +244,17 @@ def test_records_of_an_older_schema_are_named(tmp_path, command):
             (runs / f"{one['run_id']}.json").write_text(json.dumps({"schema": schema}))
     code, text = command(a, b, "--strict", "--across")
     assert code == 0 and "A MIXTURE: records of schema 1 in A and 2 in B" in text
+    assert "their schema is not known" not in text
+
+
+def test_rows_without_their_records_are_told_to_be_of_an_unknown_schema(tmp_path, command):
+    a, b = in_turn(2.0, 3.0, 2.02, 2.98, 2.01, 3.02)
+    (tmp_path / "runs").mkdir()
+    for one in [*a, *b[1:]]:
+        (tmp_path / "runs" / f"{one['run_id']}.json").write_text(json.dumps({"schema": 2}))
+    code, text = command(a, b)
+    assert code == 0 and "B: the records of 1 rows are not in" in text and "their schema is not known" in text
+    assert "A: the records" not in text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -119,6 +120,52 @@ def test_other_settings_of_a_technique_are_another_plan():
     assert not NodeContext.of(prompt, extra, sampler).is_plan_as_named()
 
 
+def node_of(prompt, class_type):
+    return next(number for number, entry in prompt.items() if entry["class_type"] == class_type)
+
+
+@pytest.mark.parametrize("scenario", ["sdxl-staged-batch", "sdxl-refiner-img2img"])
+def test_another_decoder_is_another_plan_wherever_the_latent_passes_before(scenario):
+    prompt, extra, sampler = shipped(scenario)
+    assert NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+    # What does not lead to an image is no part of the plan, nor is the order in which a client sends the nodes.
+    looked_at = {"class_type": "SpeedLabCompareLatents", "inputs": {"samples_a": [sampler, 0], "samples_b": ["1", 0]}}
+    more = dict(reversed([*prompt.items(), ("900", looked_at)]))
+    assert NodeContext.of(more, extra, sampler).is_plan_as_named()
+    decoder = node_of(prompt, "SpeedLabVAEDecode")
+    prompt[decoder] = {
+        "class_type": "SpeedLabTinyVAEDecode",
+        "inputs": {"samples": prompt[decoder]["inputs"]["samples"]},
+    }
+    assert not NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+
+
+def test_a_staged_batch_is_made_of_what_frees_memory():
+    prompt, extra, sampler = shipped("sdxl-staged-batch")
+    inputs_of(prompt, "SpeedLabPromptQueue")["prompts"] = "another text"
+    assert NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+    first = prompt[prompt[sampler]["inputs"]["positive"][0]]
+    behind = next(entry for entry in prompt.values() if entry["inputs"].get("value") == [sampler, 0])
+    for freeing in (first, behind):
+        before = freeing["inputs"]["what"]
+        freeing["inputs"]["what"] = "all"
+        assert not NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+        freeing["inputs"]["what"] = before
+    assert NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+    inputs_of(prompt, "SpeedLabVAEDecode")["samples"] = [sampler, 0]
+    assert not NodeContext.of(prompt, extra, sampler).is_plan_as_named(), "nothing is freed behind the sampler"
+
+
+def test_a_second_pass_is_a_part_of_the_plan_with_its_model_and_without_its_settings():
+    prompt, extra, sampler = shipped("sdxl-refiner-img2img")
+    second = next(entry for entry in prompt.values() if entry["inputs"].get("latent_image") == [sampler, 0])
+    second["inputs"].update(steps=9, denoise=0.5, cfg=2.0, scheduler="karras")
+    assert NodeContext.of(prompt, extra, sampler).is_plan_as_named()
+    cached = {"class_type": "SpeedLabDeepCache", "inputs": {"model": second["inputs"]["model"], "cache_interval": 3}}
+    second["inputs"]["model"] = ["900", 0]
+    assert not NodeContext.of({**prompt, "900": cached}, extra, sampler).is_plan_as_named()
+
+
 def test_a_name_that_nothing_vouches_for_is_not_taken_for_true():
     assert not NodeContext.of(PROMPT, {"speedlab": {"plan": "mine"}}, "3").is_plan_as_named()
     assert not NodeContext.of(PROMPT, {}, "3").is_plan_as_named()
@@ -133,6 +180,9 @@ def test_a_loop_in_the_graph_ends():
     assert NodeContext.of(loop, {}, "1").ancestors() == {"1", "2"}
     loop = {"1": {"inputs": {"model": ["2", 0]}}, "2": {"inputs": {"model": ["1", 0]}}}
     assert made_of(loop, "1").count("(") == 1
+    decode = {"class_type": "VAEDecode", "inputs": {"samples": ["2", 0]}}
+    loop = {"1": {"inputs": {"samples": ["2", 0]}}, "2": {"inputs": {"samples": ["1", 0]}}, "3": decode}
+    assert made_of(loop, "1").count("(") == 2
 
 
 JSON = st.recursive(

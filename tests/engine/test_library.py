@@ -21,7 +21,7 @@ def run_id(number: int) -> str:
 
 def record(number: int, plan: str = "stock", **changes) -> dict:
     return {
-        "schema": 1,
+        "schema": 2,
         "run_id": run_id(number),
         "timestamp": "2026-01-01T10:00:00+0000",
         "status": "ok",

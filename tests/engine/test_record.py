@@ -81,6 +81,8 @@ def test_moves_of_weights_count_and_a_cached_or_unknown_phase_leaves_the_total_u
     phases = {"text_encode": 5.0, "prepare": None, "decode": 10.0, "save": None}
     assert records.total_ms(phases, 100.0) == 115.0
     assert records.total_ms({**phases, "to_device": 40.0}, 100.0) == 155.0
+    assert records.total_ms({**phases, "free": 7.0}, 100.0) == 122.0
+    assert records.total_ms({**phases, "free": "cached"}, 100.0) == 115.0, "what moved nothing took no time"
     assert records.total_ms({**phases, "text_encode": "cached"}, 100.0) is None
     assert records.total_ms({**phases, "decode": "cached"}, 100.0) is None
     assert records.total_ms(phases, None) is None

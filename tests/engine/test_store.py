@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock
 
 from speedlab.common.errors import ResultsError
 from speedlab.measure import store as stores
@@ -249,6 +250,23 @@ def test_a_row_waits_while_another_program_holds_the_table(make_record, tmp_path
     assert store.keep(third) is third
     assert [row["run_id"] for row in rows(store.csv_path)] == [first.run_id, second.run_id, third.run_id]
     assert not list(store.waiting.iterdir())
+
+
+def test_a_row_waits_while_another_process_keeps_the_table_locked(make_record, tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "_LOCK_TIMEOUT_S", 0.05)
+    store = stores.RunStore(tmp_path)
+    first, second, third = (make_record(run_id=stores.new_run_id()) for _ in range(3))
+    store.keep(first)
+    before = store.csv_path.read_bytes()
+    with FileLock(str(store.root / "results.csv.lock")):
+        kept = store.keep(second)
+        with pytest.raises(ResultsError, match=r"locked by another process .* wait on"):
+            store.take_in()
+    assert f"the row of this run waits in {store.waiting / second.run_id}.csv" in kept.warnings[-1]
+    assert store.csv_path.read_bytes() == before
+    assert store.keep(third) is third
+    assert [row["run_id"] for row in rows(store.csv_path)] == [first.run_id, second.run_id, third.run_id]
+    assert store.waiting_ids() == ()
 
 
 def test_a_crash_between_table_and_waiting_row_writes_none_twice(make_record, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from speedlab.measure import report
 from speedlab.measure.record import csv_row, from_json, loosely_from_json, step_dict
 from speedlab.measure.store import RunStore
-from speedlab.measure.summary import NO_STEPS, rows_of, step_kinds, summarise
+from speedlab.measure.summary import NO_STEPS, OLD_TOTAL, rows_of, step_kinds, summarise
 from speedlab.measure.trace import StepRow
 from speedlab.web.library import RunLibrary
 
@@ -107,9 +107,8 @@ def test_a_record_of_schema_1_is_read_with_the_rate_of_its_steps(old):
     assert record.summary["it_per_s"] == 2.5
     assert record.summary["step_time_ms"] == 400.0
     assert record.summary["first_step_excess_ms"] == 0.0
-    assert record.summary["images_per_min"] == 12.0
     assert "step_median_ms" not in record.summary
-    assert record.warnings == []
+    assert record.warnings == [OLD_TOTAL]
     cells = csv_row(record)
     assert (cells["steps"], cells["it_per_s"], cells["step_time_s"]) == ("9", "2.5", "0.4")
     text = report.summary_text(record)
@@ -118,10 +117,29 @@ def test_a_record_of_schema_1_is_read_with_the_rate_of_its_steps(old):
     assert from_json(record.to_json()).to_json() == record.to_json()
 
 
+def test_a_record_of_schema_1_has_no_time_from_text_to_image(old):
+    """It left out the move of weights, so that beside a record of schema 2 it would look faster than it was."""
+    phases = {"text_encode": 5.0, "prepare": 1.0, "sample": 3600.0, "decode": 10.0, "save": None, "total": 3616.0}
+    told = {**old, "phases_ms": phases, "summary": {**old["summary"], "totals_ms": [3616.0, 3620.0]}}
+    record = from_json(json.dumps(told))
+    assert record.phases_ms == {**phases, "to_device": "unknown", "total": None}
+    assert list(record.warnings) == [OLD_TOTAL]
+    row = csv_row(record)
+    assert (row["time_s"], row["time_mean_s"], row["images_per_min"]) == ("", "", "")
+    assert from_json(record.to_json()).to_json() == record.to_json()
+    unknown = from_json(json.dumps({**told, "phases_ms": {**phases, "total": None}}))
+    assert list(unknown.warnings) == [], "there was no total to lose"
+
+
+@pytest.mark.parametrize("phases", [None, [], "x", {"total": "x"}, {"total": [1]}])
+def test_an_old_record_with_strange_phases_is_still_listed(old, phases):
+    assert loosely_from_json(json.dumps({**old, "phases_ms": phases, "warnings": None})).summary["it_per_s"] == 2.5
+
+
 def test_a_record_of_schema_1_without_steps_says_that_its_rate_is_not_known(old):
     record = from_json(json.dumps({**old, "steps": []}))
     assert record.summary["it_per_s"] is None and record.summary["step_time_ms"] is None
-    assert list(record.warnings) == [NO_STEPS]
+    assert list(record.warnings) == [OLD_TOTAL, NO_STEPS]
     assert NO_STEPS in report.report_text(record)
     assert csv_row(record)["it_per_s"] == ""
 

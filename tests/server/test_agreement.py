@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.server
 
 STEPS = 8
-COUNTED = ("text_encode", "to_device", "prepare", "sample", "decode", "save")
+COUNTED = ("text_encode", "free", "to_device", "prepare", "sample", "decode", "save")
 # What ComfyUI itself and the nodes that are in no phase may take: latents, hashes, events, history.
 OVERHEAD_S = 0.5
 words = itertools.count()

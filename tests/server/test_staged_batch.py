@@ -98,6 +98,11 @@ def test_every_item_has_a_record_with_its_own_seed_and_encoding_time(server):
     assert len(set(times)) == len(times), "each its own, not the time of the whole list"
     assert all(len(record["request"]["decode"]) == 1 for record in records)
     assert all(record["phases_ms"]["total"] > 0 for record in records)
+    freed = {record["phases_ms"]["free"] for record in records}
+    assert len(freed) == 1 and freed.pop() > 0, "freed once for the list, an equal share for each"
+    counted = ("text_encode", "free", "to_device", "prepare", "sample", "decode", "save")
+    for phases in (record["phases_ms"] for record in records):
+        assert phases["total"] == pytest.approx(sum(phases[name] or 0.0 for name in counted), rel=1e-6)
 
 
 def test_bad_texts_stop_the_prompt_and_name_the_line(server):

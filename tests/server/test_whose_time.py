@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.server
 
-COUNTED = ("text_encode", "to_device", "prepare", "sample", "decode", "after_sampling", "save")
+COUNTED = ("text_encode", "free", "to_device", "prepare", "sample", "decode", "after_sampling", "save")
 UNKNOWN = "the time from text to image is not known"
 words = itertools.count()
 
@@ -216,6 +216,52 @@ def test_a_core_decoder_alone_is_timed_from_the_end_of_sampling(whose, job):
     prompt["6"] = core_decoder(["5", 0])
     record = records(whose, prompt)[0]["7"][0]
     assert record["phases_ms"]["after_sampling"] > 0
+    assert_whole(whose, record)
+
+
+def free_memory(value, what):
+    return {"class_type": "SpeedLabFreeMemory", "inputs": {"value": value, "what": what}}
+
+
+def freed_before(prompt):
+    prompt["20"] = free_memory(["2", 0], "text_encoders")
+    prompt["5"]["inputs"]["positive"] = ["20", 0]
+
+
+def freed_behind(prompt):
+    prompt["21"] = free_memory(["5", 0], "diffusion")
+    prompt["6"]["inputs"]["samples"] = ["21", 0]
+
+
+@pytest.mark.parametrize("changes", [(freed_before,), (freed_behind,), (freed_before, freed_behind)])
+def test_freeing_memory_on_the_way_to_the_image_is_a_phase_of_it(whose, job, changes):
+    prompt = job()
+    for change in changes:
+        change(prompt)
+    found, wall_ms = records(whose, prompt)
+    (record,) = found["7"]
+    assert record["phases_ms"]["free"] > 0
+    assert record["memory"]["free"]["peak_rss_gb"] is None or record["memory"]["free"]["peak_rss_gb"] > 0
+    assert_whole(whose, record)
+    assert record["phases_ms"]["total"] <= wall_ms + 5
+
+
+def test_freeing_memory_before_a_core_decoder_is_in_the_span_to_the_report_alone(whose, job):
+    prompt = job()
+    freed_behind(prompt)
+    prompt["6"] = core_decoder(["21", 0])
+    record = records(whose, prompt)[0]["7"][0]
+    assert record["phases_ms"]["free"] is None
+    assert record["phases_ms"]["after_sampling"] > 0
+    assert_whole(whose, record)
+
+
+def test_freeing_memory_for_another_branch_is_no_phase_of_this_image(whose, job):
+    prompt = job()
+    prompt["20"] = free_memory(["2", 0], "text_encoders")
+    prompt["21"] = {"class_type": "PreviewAny", "inputs": {"source": ["20", 0]}}
+    record = records(whose, prompt)[0]["7"][0]
+    assert record["phases_ms"]["free"] is None
     assert_whole(whose, record)
 
 
