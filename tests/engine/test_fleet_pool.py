@@ -402,7 +402,8 @@ def test_whatever_happens_every_task_ends_exactly_once(tasks, attempts, workers,
         try:
             rows = run(Path(folder), ray, tasks, names, limits)
         except FleetError as error:
-            assert "No worker is left" in str(error)
+            # Silence is alike for whoever is silent, and three tasks that fail alike end the fleet.
+            assert "No worker is left" in str(error) or "failed alike" in str(error)
             rows, ended = (
                 [json.loads(line) for line in (Path(folder) / "manifest.jsonl").read_text().splitlines()],
                 False,
