@@ -13,8 +13,7 @@ def main() -> int:
     sys.path.insert(0, pack)
     from speedlab.common.errors import ResultsError
     from speedlab.measure.store import RunStore, new_run_id
-
-    from .samples import record
+    from speedlab_tools.stress.samples import record  # this file is a script, which no relative import works in
 
     if len(sys.argv) > 4:
         import resource
