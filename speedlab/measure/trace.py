@@ -20,8 +20,8 @@ from .environment import Conditions, conditions_now
 
 KEY = "speedlab.profile"
 _NO_PLACE = (
-    "The sampler evaluates at sigmas to which its schedule, which neither falls nor rises all the way, does not lead "
-    "there; these evaluations count with the step that it had come to."
+    "The sampler evaluates at sigmas that do not tell their step, because its schedule neither falls nor rises all "
+    "the way; these evaluations count with the step that it had come to."
 )
 
 

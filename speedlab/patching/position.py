@@ -79,15 +79,15 @@ class StepFinder:
         if self._tracker is None:
             return "this sampler gives no schedule of sigmas"
         return (
-            "this sampler evaluates at a sigma to which its schedule, which neither falls nor rises all the way, does "
-            "not lead there, so that the step is not known"
+            "this sampler evaluates at a sigma that does not tell its step, because the schedule neither falls nor "
+            "rises all the way"
         )
 
     def locate(self, model_options: Mapping[str, Any], timestep: Any) -> Position | None:
         """Where the evaluation at `timestep` (a tensor of sigmas, one a latent) stands.
 
         None where ComfyUI gave no schedule of at least one step, as a guider of another pack may do, and where a
-        schedule that turns or repeats sigmas does not lead through this one.
+        schedule that turns or repeats sigmas does not tell the step of this one.
         """
         if self._tracker is None:
             schedule = model_options.get("transformer_options", {}).get("sample_sigmas")
