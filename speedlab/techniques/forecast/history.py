@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...patching.cond_identity import active_parts
+
 # Predictions that lie closer together have no slope: a corrector evaluates where the next step's predictor does.
 _CLOSEST = 1e-5
 # How much of a slope lasts where nothing has been measured yet.
@@ -161,25 +163,10 @@ def keys_of(
     for group, members in enumerate(conds):
         if members is None:
             continue
-        active = tuple(_identity(cond, sigma) for cond in members if _is_active(cond, sigma))
-        identity = (group, active, tuple(x.shape), x.dtype, x.device, window, replaced)
+        identity = (group, active_parts(members, sigma), tuple(x.shape), x.dtype, x.device, window, replaced)
         keys[group] = (*identity, evaluation.seen[identity])
         evaluation.seen[identity] += 1
     return keys
-
-
-def _is_active(cond: Mapping[str, Any], sigma: float) -> bool:
-    """As ComfyUI's get_area_and_mult decides it, whose range of timesteps is one of sigmas."""
-    return not (sigma > cond.get("timestep_start", sigma) or sigma < cond.get("timestep_end", sigma))
-
-
-def _identity(cond: Mapping[str, Any], sigma: float) -> Hashable:
-    control, ranges = cond.get("control"), []
-    while control is not None:
-        start, end = getattr(control, "timestep_range", None) or (sigma, sigma)
-        ranges.append(end <= sigma <= start)
-        control = getattr(control, "previous_controlnet", None)
-    return cond.get("uuid"), tuple(ranges)
 
 
 def continued(older: Anchor, newer: Anchor, log_snr: float) -> torch.Tensor:
