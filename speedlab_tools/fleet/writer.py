@@ -33,8 +33,8 @@ OK, ERROR, LOST = "ok", "error", "lost"
 _IMAGES = "pictures"
 _SHOWN = 60
 _COLD = (
-    "This was the first prompt of its worker, which brought the weights to the device: how long a repeat takes from text "
-    "to image is not known."
+    "This was the first prompt of its worker, which brought the weights to the device: how long a repeat takes from "
+    "text to image is not known."
 )
 # Behind the name of an image that is on its way to another place.
 _MOVING = ".moving"
