@@ -13,6 +13,7 @@ from .summary import KIND_NAMES, has_median
 
 _PHASE_NAMES = {
     "load": "load checkpoint",
+    "compile": "compiling",
     "text_encode": "text encoding",
     "free": "freeing memory",
     "to_device": "model to device",
@@ -86,11 +87,11 @@ def _phase_table(record: RunRecord) -> list[str]:
     rows = [f"{'phase':<18}{'ms':>12}{'share':>8}{'VRAM GB':>10}{'RSS GB':>9}"]
     for key, name in _PHASE_NAMES.items():
         value = record.phases_ms.get(key)
-        if key in (OTHERS, "free") and value is None:
+        if key in (OTHERS, "free", "compile") and value is None:
             continue
         memory: Mapping[str, Any] = record.memory.get("overall" if key == "total" else key, {})
         counted = isinstance(value, (int, float)) and isinstance(total, (int, float)) and total > 0
-        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "first_eval") else ""  # type: ignore[operator]
+        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "compile", "first_eval") else ""  # type: ignore[operator]
         rows.append(
             f"{name:<18}{_phase_value(value):>12}{share:>8}{_gb(memory.get('peak_allocated_gb')):>10}"
             f"{_gb(memory.get('peak_rss_gb')):>9}"

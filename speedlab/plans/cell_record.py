@@ -83,7 +83,7 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     summary |= {
         **speed(phases["sample"], summary["steps"]),
         "totals_ms": [round(ms, 3) for ms in totals],
-        "first_run_ms": round(begin.total_ms, 3),
+        "first_run_ms": round(begin.total_ms + begin.compile_ms, 3),
         "images_per_min": round(60000.0 * runs.cell.settings.batch / median, 4) if median > 0 else None,
     }
     memory: Mapping[str, Any] = first.record.memory
@@ -103,7 +103,11 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         status=runs.status,
         error=runs.error,
         request=_as_it_ran({**request, **_request(runs, facts, carried)}, runs.cell),
-        phases_ms={**phases, "first_eval": first.record.summary.get("first_eval_ms")},
+        phases_ms={
+            **phases,
+            "compile": _compile_ms(begin, every),
+            "first_eval": first.record.summary.get("first_eval_ms"),
+        },
         summary=summary,
         memory=with_growth(memory, _growths(runs)),
         quality=_quality(runs),
@@ -215,6 +219,12 @@ def _phases(middle: Sequence[OneRun], total: float) -> dict[str, float | None]:
         "save": mean([run.save_ms for run in middle]),
         "total": round(total, 3),
     }
+
+
+def _compile_ms(begin: OneRun, every: Sequence[OneRun]) -> float | None:
+    """Of the cell's very first run and all measured ones."""
+    others = [run for run in every if run.record.run_id != begin.record.run_id]
+    return round(begin.compile_ms + sum(run.compile_ms for run in others), 3) or None
 
 
 def _quality(runs: CellRuns) -> dict[str, Any] | None:

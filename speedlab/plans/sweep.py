@@ -140,7 +140,7 @@ class Sweep:
                     prepared, prompt, self.context, self.store, runs.run_id, len(made) * batch, self.progress.step
                 )
                 self.progress.finished(runs.cell.settings.steps)
-                self._measured_ms += run.total_ms
+                self._measured_ms += run.total_ms + run.compile_ms
                 runs.first = runs.first or _light(run)
                 made.append(run)
             if index >= self.request.warmup:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..common.errors import UnavailableError, first_line
+from ..common.timing import apart
 from ..patching.compiled import refusal_of_streaming
 from ..techniques.compile import backends
 from ..techniques.compile.backends import FOR_VAE, MODES, CompileOptions, dynamo
@@ -124,7 +125,7 @@ def _program(network: Any, backend: ModuleType, options: CompileOptions, samples
     log.info("SpeedLab: %s compiles the VAE's decoder", backend.NAME)
     given = replace(options, example=(samples,), changing=((0, 2, 3),), dtype=samples.dtype)
     try:
-        with torch.no_grad():
+        with apart(), torch.no_grad():
             return backend.compile(PureDecoder(network), given)
     except Exception as error:  # exporters raise whatever their layers raise
         raise_what_passes(error)

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...common.errors import UnavailableError
+from ...common.timing import apart
 from ...models.lora import LORAS
 from .attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
 from .run import CompileError, Run, raise_what_passes
@@ -155,7 +156,7 @@ class ProgramEngine:
             )
         log.info("SpeedLab: %s compiles the network for %s; this can take minutes", backend.NAME, _words(inputs[0]))
         given = replace(options, example=inputs, changing=_changing(inputs), result=(self.network.out_channels, 1))
-        with torch.no_grad():
+        with apart(), torch.no_grad():
             program = backend.compile(PureNetwork(self.network, seen), given)
         known[key] = program
         self.run.graphs += 1
