@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speedlab.common.errors import SpeedLabError
+from speedlab.common.tables import growing_row
 
 from ..cli.arguments import UsageError
 from .faults import run_faults
@@ -74,7 +75,7 @@ def _soak(folder: Path, options: argparse.Namespace) -> SoakTally:
     _say(f"{options.soak} random prompts on one server")
     tally = run_soak(folder / "soak", options.soak, options.seed, _say)
     for row in (SOAK_COLUMNS[:5], *soak_rows(tally)):
-        _say(f"{row[0]:<32}" + "".join(f"{cell:>10}" for cell in row[1:]))
+        _say(growing_row(*row))
     for what in tally.broken[:20]:
         _say(f"    {what[:400]}")
     return tally

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from speedlab.common.errors import SpeedLabError
 
+from ..host.progress import Reporter
 from . import CheckpointSpec, write_checkpoint, write_controlnet, write_lora, write_taesd, write_vae
 from .files import Progress
 
@@ -43,17 +44,16 @@ def _write(options: argparse.Namespace) -> Sequence[Path]:
 
 def _progress(title: str) -> Progress:
     """Reports at most twice a second, and at the end: on one line of a terminal, else on a line each 10 %."""
-    terminal = sys.stderr.isatty()
+    reporter = Reporter(sys.stderr)
     state = {"time": 0.0, "tenth": -1}
 
     def report(done: int, total: int) -> None:
         now, tenth = time.monotonic(), 10 * done // total
-        if done < total and (now - state["time"] < 0.5 or (not terminal and tenth == state["tenth"])):
-            return
-        state.update(time=now, tenth=tenth)
-        end = "\n" if done == total or not terminal else ""
-        start = "\r" if terminal else ""
-        sys.stderr.write(f"{start}{title}: {done / 1e9:.2f} of {total / 1e9:.2f} GB{end}")
-        sys.stderr.flush()
+        text = f"{title}: {done / 1e9:.2f} of {total / 1e9:.2f} GB"
+        if done == total:
+            reporter.line(text)
+        elif now - state["time"] >= 0.5 and (reporter.terminal or tenth != state["tenth"]):
+            state.update(time=now, tenth=tenth)
+            reporter.alive(text)
 
     return report
