@@ -116,7 +116,7 @@ def one_server(args: argparse.Namespace, checkpoint: Path, prompts: Path, base: 
 def one_fleet(args: argparse.Namespace, checkpoint: Path, prompts: Path, out: Path, workers: int) -> Result:
     """The prompts on a fleet, read from its manifest."""
     line = [
-        sys.executable, "-m", "speedlab_tools.fleet", SCENARIO, "--prompts", str(prompts), "--out", str(out),
+        sys.executable, "-m", "speedlab_tools", "fleet", SCENARIO, "--prompts", str(prompts), "--out", str(out),
         "--workers", str(workers), "--threads", str(args.threads), "--checkpoint", str(checkpoint),
         "--width", str(args.size), "--height", str(args.size), "--steps", str(args.steps),
         "--seed", str(SEED), "--negative", "",

@@ -135,7 +135,7 @@ def _synthetic(*arguments: str) -> None:
         return
     # A process of its own: it needs torch, whose memory this one would keep while the server is measured.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "speedlab_tools.synthetic", *arguments]
+    command = [sys.executable, "-m", "speedlab_tools", "synthetic", *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         raise BenchError(f"writing the demo model failed (exit code {done.returncode}); the reason stands above")

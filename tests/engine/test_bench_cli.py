@@ -13,6 +13,7 @@ from speedlab.common.tables import format_table, seconds
 from speedlab_tools import __main__ as cli
 from speedlab_tools import demo as cmd_demo
 from speedlab_tools.bench.models import choose_models
+from speedlab_tools.cli.arguments import parse
 from speedlab_tools.client import errors, files
 from speedlab_tools.client.events import Event, ProgressLine, progress_text
 from speedlab_tools.scenarios.catalog import find
@@ -109,7 +110,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         paths.append(str(safetensors(tmp_path / name / "lora.safetensors", header=None if name == "one" else OTHER)))
-    args = cli.parser().parse_args(["bench", "sd15-lora-stack", "--lora", paths[0], "--lora-2", paths[1]])
+    args = parse("bench", ["sd15-lora-stack", "--lora", paths[0], "--lora-2", paths[1]])[0]
     with pytest.raises(errors.BenchError, match="the same name") as caught:
         choose_models(args, [find("sd15-lora-stack")])
     assert paths[0] in str(caught.value) and paths[1] in str(caught.value)

@@ -134,7 +134,7 @@ def fleet(tmp_path, demo_checkpoint):
     def start(*arguments: str, out: Path, environment: dict[str, str] | None = None) -> Call:
         log = tmp_path / f"call-{len(calls)}.log"
         line = [
-            sys.executable, "-m", "speedlab_tools.fleet", *arguments, "--out", str(out), "--workers", "2", "--cpu",
+            sys.executable, "-m", "speedlab_tools", "fleet", *arguments, "--out", str(out), "--workers", "2", "--cpu",
             "--threads", threads(), "--checkpoint", str(demo_checkpoint),
         ]  # fmt: skip
         env = {**os.environ, "SPEEDLAB_CALLED_FROM": str(tmp_path), **(environment or {})}
