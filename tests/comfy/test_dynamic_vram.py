@@ -63,7 +63,7 @@ def test_a_program_runs_on_weights_that_lie_still_and_has_the_lora(
 ) -> None:
     from .dynamic_patcher import is_at_rest
 
-    model, loader, plain = paged
+    model, _loader, plain = paged
     config = compiled.CompileConfig(backend)
     if order == "before":
         after = compiled.attach_compile(lora(model), config)
