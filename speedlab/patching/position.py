@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .schedule import StepTracker
+from .schedule import StepTracker, steps_before
 
 
 class Position(NamedTuple):
     """Step `step` of a run of `steps` steps, which is a `part` of a schedule.
 
-    `reached` is the step that the sampler has come to, before which it evaluates no more unless it `went_back`.
+    `reached` is the step that the sampler has come to, before which it evaluates no more unless it `went_back`. `sigma`
+    is the evaluation's own.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Position(NamedTuple):
     part: Part
     reached: int
     went_back: bool
+    sigma: float
 
 
 @dataclass
@@ -93,11 +95,22 @@ class StepFinder:
                 return None
             self._tracker = StepTracker(tuple(schedule.detach().float().cpu().tolist()))
         tracker = self._tracker
-        reached, step = tracker.reached, tracker.locate(float(timestep.detach().reshape(-1)[0]))
+        sigma = float(timestep.detach().reshape(-1)[0])
+        reached, step = tracker.reached, tracker.locate(sigma)
         if step is None:
             return None
         steps = len(tracker.sigmas) - 1
-        return Position(step, steps, self.part or Part(0, steps), reached, tracker.went_back)
+        return Position(step, steps, self.part or Part(0, steps), reached, tracker.went_back, sigma)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The run's sigmas once an evaluation was located, one more than there are steps."""
+        return () if self._tracker is None else self._tracker.sigmas
+
+    @property
+    def falls(self) -> bool:
+        """Whether each sigma is below the one before it."""
+        return self._tracker is not None and self._tracker.order == "falls"
 
 
 class Part(NamedTuple):
@@ -105,6 +118,16 @@ class Part(NamedTuple):
 
     first: int
     total: int
+
+
+def window(start: float, end: float, steps: int, part: Part | None) -> tuple[int, int]:
+    """The first step of a window and the step behind its last one, as steps of a run of `steps` steps.
+
+    `start` and `end` are shares of the whole schedule, of which the run is a `part`; without it the run is the whole.
+    """
+    part = part or Part(0, steps)
+    first, last = (min(max(steps_before(share, part.total) - part.first, 0), steps) for share in (start, end))
+    return first, last
 
 
 # The largest sigma of a model and the first one of a scheduler differ by less; an img2img run starts far below.
