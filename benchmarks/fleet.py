@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from speedlab.plans.sweep import turned  # noqa: E402
+from speedlab.plans.in_turn import turned  # noqa: E402
 from speedlab_tools.bench.results import report_ids, shown_pictures  # noqa: E402
 from speedlab_tools.client.client import ComfyClient  # noqa: E402
 from speedlab_tools.client.files import demo_checkpoint, link_model  # noqa: E402
@@ -116,7 +116,7 @@ def one_server(args: argparse.Namespace, checkpoint: Path, prompts: Path, base: 
 def one_fleet(args: argparse.Namespace, checkpoint: Path, prompts: Path, out: Path, workers: int) -> Result:
     """The prompts on a fleet, read from its manifest."""
     line = [
-        sys.executable, "-m", "speedlab_tools.fleet", SCENARIO, "--prompts", str(prompts), "--out", str(out),
+        sys.executable, "-m", "speedlab_tools", "fleet", SCENARIO, "--prompts", str(prompts), "--out", str(out),
         "--workers", str(workers), "--threads", str(args.threads), "--checkpoint", str(checkpoint),
         "--width", str(args.size), "--height", str(args.size), "--steps", str(args.steps),
         "--seed", str(SEED), "--negative", "",

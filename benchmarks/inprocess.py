@@ -32,11 +32,14 @@ def start(base: Path) -> ModuleType:
     base.mkdir(parents=True, exist_ok=True)
     # A script of this folder (`accelerate.py`) must not stand for a package of the same name.
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(__file__).resolve().parent)]
-    for name in ("speedlab", "speedlab_tools"):
-        load_package(name, ROOT / name)
     from speedlab_tools.host import inprocess
 
     return inprocess.start(Path(comfyui), base)
+
+
+for _name in ("speedlab", "speedlab_tools"):
+    if _name not in sys.modules:
+        load_package(_name, ROOT / _name)
 
 
 def result_name(what: str, device: str, torch_version: str, date: str) -> str:

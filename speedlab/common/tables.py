@@ -10,14 +10,23 @@ QUALITY = ("PSNR", "SSIM")
 NOTHING = "-"
 
 
-def aligned(lines: Sequence[Sequence[str]], *, numbers: bool = False) -> list[str]:
-    """The lines with their cells in columns; `numbers`: all columns but the first stand to the right."""
+def aligned(lines: Sequence[Sequence[str]], *, numbers: bool = False, words: int = 0) -> list[str]:
+    """The lines with their cells in columns; `numbers`: all columns but the first and the last `words` stand to the
+    right.
+    """
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
 
     def cell(text: str, column: int) -> str:
-        return text.rjust(widths[column]) if numbers and column else text.ljust(widths[column])
+        to_the_right = numbers and 0 < column < len(widths) - words
+        return text.rjust(widths[column]) if to_the_right else text.ljust(widths[column])
 
     return ["  ".join(cell(text, column) for column, text in enumerate(line)).rstrip() for line in lines]
+
+
+def growing_row(first: str, *rest: object) -> str:
+    """A row of a table that is printed while it grows, so that widths are fixed."""
+    cells = (f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in rest)
+    return f"{first:<32}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def _number(row: Mapping[str, str], name: str) -> float | None:

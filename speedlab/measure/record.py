@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from ..common.errors import ResultsError
 from .peaks import MemoryPeak
@@ -24,17 +24,50 @@ SCHEMA = 2
 OTHERS, UNKNOWN = "others", "unknown"
 RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
-CSV_COLUMNS = (
-    "plan", "max_vram_gb", "time_s", "time_mean_s", "step_time_s", "batch", "width", "height", "steps", "cfg",
-    "sampler", "scheduler", "precision", "accelerators", "repeats", "time_min_s", "time_max_s", "time_std_s",
-    "first_eval_s", "it_per_s", "images_per_min", "peak_rss_gb", "psnr", "ssim", "status", "error", "scenario",
-    "checkpoint", "seed", "device", "torch", "comfyui", "speedlab", "env_hash", "run_id", "timestamp",
-)  # fmt: skip
+# The columns of results.csv and where their values stand in the record; `times` are seconds from text to image over the
+# repeats, and a `_ms` is told in seconds. New columns come last, and a released one is never renamed.
+_CELLS: Mapping[str, str] = {
+    "plan": "request.plan", "max_vram_gb": "memory.overall.peak_allocated_gb", "time_s": "times.median",
+    "time_mean_s": "times.mean", "step_time_s": "summary.step_time_ms", "batch": "request.batch",
+    "width": "request.width", "height": "request.height", "steps": "steps_taken", "cfg": "request.cfg",
+    "sampler": "request.sampler", "scheduler": "request.scheduler", "precision": "precision",
+    "accelerators": "accelerators", "repeats": "summary.repeats", "time_min_s": "times.min",
+    "time_max_s": "times.max", "time_std_s": "times.std", "first_eval_s": "summary.first_eval_ms",
+    "it_per_s": "summary.it_per_s", "images_per_min": "summary.images_per_min",
+    "peak_rss_gb": "memory.overall.peak_rss_gb", "psnr": "psnr", "ssim": "quality.ssim", "status": "status",
+    "error": "error", "scenario": "request.scenario", "checkpoint": "request.checkpoint.name", "seed": "request.seed",
+    "device": "env.device", "torch": "env.torch", "comfyui": "env.comfyui", "speedlab": "env.speedlab",
+    "env_hash": "env_hash", "run_id": "run_id", "timestamp": "timestamp",
+}  # fmt: skip
+CSV_COLUMNS = tuple(_CELLS)
+
+
+class _Precision(TypedDict, total=False):
+    unet: Mapping[str, str | None] | None
+
+
+class _Request(TypedDict, total=False):
+    """What the row in the CSV is computed from; the keys of the settings are free."""
+
+    accelerators: Sequence[str] | None
+    checkpoint: Mapping[str, Any] | None
+    precision: str | Annotated[Mapping[str, Any], _Precision] | None
+
+
+class _Summary(TypedDict, total=False):
+    runs_ms: Sequence[float | None] | None
+    totals_ms: Sequence[float | None] | None
+    step_time_ms: float | None
+    it_per_s: float | None
+    first_eval_ms: float | None
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run of a sampler with all that is known about it; docs/measuring.md says what its fields mean."""
+    """One run of a sampler with all that is known about it; docs/measuring.md says what its fields mean.
+
+    The types that are declared here are those that `from_json` asks of a file.
+    """
 
     run_id: str
     timestamp: str
@@ -42,11 +75,11 @@ class RunRecord:
     error: str | None
     env: Mapping[str, Any]
     env_hash: str
-    request: Mapping[str, Any]
+    request: Annotated[Mapping[str, Any], _Request]
     phases_ms: Mapping[str, float | str | None]
     steps: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any]
-    memory: Mapping[str, Mapping[str, float | None]]
+    summary: Annotated[Mapping[str, Any], _Summary]
+    memory: Mapping[str, Mapping[str, Any]]
     kernels: Sequence[Mapping[str, Any]] = ()
     kernel_profile: Mapping[str, Any] | None = None
     roofline: Mapping[str, Any] | None = None
@@ -71,7 +104,7 @@ def from_json(text: str) -> RunRecord:
     from its steps, and without its time from text to image, which left out the move of weights.
     """
     record = loosely_from_json(text)
-    fault = shape_fault(vars(record))
+    fault = shape_fault(vars(record), RunRecord)
     if fault is not None:
         raise ResultsError(f"not a record: {fault}")
     return record
@@ -157,40 +190,25 @@ def csv_row(record: RunRecord) -> dict[str, str]:
     # A benchmark times every repeat from text to image; a sampler repeats only the sampling.
     runs = summary.get("totals_ms") or [total_ms(phases, ms) for ms in summary.get("runs_ms") or ()]
     times = spread([ms / 1000.0 for ms in runs if ms is not None])
-    overall = record.memory.get("overall", {})
     quality = record.quality or {}
-    values: dict[str, Any] = {
-        **{name: request.get(name) for name in CSV_COLUMNS if name in request},
+    known = {
+        **vars(record),
+        "times": {} if times is None else vars(times),
         # Some schedulers take other than the steps asked for; the rate is that of the steps taken.
-        "steps": summary.get("steps") or request.get("steps"),
-        "max_vram_gb": overall.get("peak_allocated_gb"),
-        "time_s": times and times.median,
-        "time_mean_s": times and times.mean,
-        "time_min_s": times and times.min,
-        "time_max_s": times and times.max,
-        "time_std_s": times and times.std,
-        "step_time_s": _seconds(summary.get("step_time_ms")),
-        "first_eval_s": _seconds(summary.get("first_eval_ms")),
-        "it_per_s": summary.get("it_per_s"),
-        "images_per_min": summary.get("images_per_min"),
-        "repeats": summary.get("repeats"),
+        "steps_taken": summary.get("steps") or request.get("steps"),
         "precision": precision_text(request.get("precision")),
         "accelerators": "+".join(request.get("accelerators") or ()),
-        "checkpoint": (request.get("checkpoint") or {}).get("name"),
-        "peak_rss_gb": overall.get("peak_rss_gb"),
         "psnr": math.inf if quality.get("identical") else quality.get("psnr"),
-        "ssim": quality.get("ssim"),
-        "status": record.status,
-        "error": record.error,
-        "device": record.env.get("device"),
-        "torch": record.env.get("torch"),
-        "comfyui": record.env.get("comfyui"),
-        "speedlab": record.env.get("speedlab"),
-        "env_hash": record.env_hash,
-        "run_id": record.run_id,
-        "timestamp": record.timestamp,
     }
-    return {name: _cell(values.get(name)) for name in CSV_COLUMNS}
+    return {column: _cell(_at(known, place)) for column, place in _CELLS.items()}
+
+
+def _at(known: Mapping[str, Any], place: str) -> Any:
+    """The value at `a.b.c`, None where there is none; milliseconds as seconds."""
+    value: Any = known
+    for name in place.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value / 1000.0 if place.endswith("_ms") and value is not None else value
 
 
 def precision_text(precision: Any) -> str | None:
@@ -216,10 +234,6 @@ def _cell(value: Any) -> str:
 def _encodable(text: str) -> str:
     """Without lone surrogates, which JSON can name and no file can hold."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _seconds(ms: float | None) -> float | None:
-    return None if ms is None else ms / 1000.0
 
 
 def _gb(value: int | None) -> float | None:

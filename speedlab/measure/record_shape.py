@@ -1,30 +1,30 @@
-"""Whether JSON has the shape of a record: which types stand where. A record is a file that anybody may have changed."""
+"""Whether JSON has the types that a class declares. A record is a file that anybody may have changed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+import collections.abc
+import types
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, TypeGuard, Union, get_args, get_origin, get_type_hints
 
 # No time, size or rate of a run is larger.
 _LARGEST = 1e15
 
-Check = Callable[[Any], bool]
 
+def shape_fault(data: Mapping[str, Any], declared: type, place: str = "") -> str | None:
+    """The first field that has not the type which `declared` gives it, in words; None where all have.
 
-def shape_fault(data: Mapping[str, Any]) -> str | None:
-    """What is wrong with a record's fields, in words; None where the record can be computed with."""
-    for name, (check, kind) in _FIELDS.items():
-        if name in data and not check(data[name]):
-            return f"{name} is not {kind}"
-    for place, name, check, kind in _PARTS:
-        value = data[place].get(name)
-        if value is not None and not check(value):
-            return f"{place}.{name} is not {kind}"
-    return None
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
+    What is missing is no fault. Of an object `Annotated` with a class, the parts that this class declares are looked at
+    too, after the fields.
+    """
+    known = {name: hint for name, hint in _hints(declared).items() if name in data}
+    for name, hint in known.items():
+        outer = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        if not _fits(data[name], outer):
+            return f"{place}{name} is not {_kind(outer)}"
+    parts = ((name, get_args(hint)[1]) for name, hint in known.items() if get_origin(hint) is Annotated)
+    return next(filter(None, (shape_fault(data[name], inner, f"{place}{name}.") for name, inner in parts)), None)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -32,60 +32,36 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-def _object(value: Any) -> bool:
-    return isinstance(value, Mapping)
+@cache
+def _hints(declared: type) -> dict[str, Any]:
+    return get_type_hints(declared, include_extras=True)
 
 
-def _or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if hint is float:
+        return is_number(value)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in inner)
+    if origin is Annotated:
+        return _fits(value, inner[0]) and shape_fault(value, inner[1]) is None
+    if origin is collections.abc.Mapping:
+        return isinstance(value, Mapping) and all(_fits(item, inner[1]) for item in value.values())
+    if origin is collections.abc.Sequence:
+        return isinstance(value, (list, tuple)) and all(_fits(item, inner[0]) for item in value)
+    return isinstance(value, hint)
 
 
-def _list_of(check: Check) -> Check:
-    return lambda value: isinstance(value, (list, tuple)) and all(check(item) for item in value)
-
-
-def _object_of(check: Check) -> Check:
-    return lambda value: _object(value) and all(check(item) for item in value.values())
-
-
-def _precision(value: Any) -> bool:
-    return _text(value) or (_object(value) and _or_none(_object_of(_or_none(_text)))(value.get("unet")))
-
-
-_TEXT, _OBJECT = (_text, "a text"), (_object, "an object")
-_OBJECTS = (_list_of(_object), "a list of objects")
-_OPTIONAL = (_or_none(_object), "an object")
-_FIELDS: dict[str, tuple[Check, str]] = {
-    "run_id": _TEXT,
-    "timestamp": _TEXT,
-    "status": _TEXT,
-    "error": (_or_none(_text), "a text"),
-    "env": _OBJECT,
-    "env_hash": _TEXT,
-    "request": _OBJECT,
-    "phases_ms": (
-        _object_of(lambda value: value is None or _text(value) or is_number(value)),
-        "an object of milliseconds",
-    ),
-    "steps": _OBJECTS,
-    "summary": _OBJECT,
-    "memory": (_object_of(_object), "an object of objects"),
-    "kernels": _OBJECTS,
-    "kernel_profile": _OPTIONAL,
-    "roofline": _OPTIONAL,
-    "quality": _OPTIONAL,
-    "artifacts": _OBJECT,
-    "warnings": (_list_of(_text), "a list of texts"),
-}
-_TIMES = (_list_of(_or_none(is_number)), "a list of milliseconds")
-# What the row in the CSV is computed from.
-_PARTS: tuple[tuple[str, str, Check, str], ...] = (
-    ("request", "accelerators", _list_of(_text), "a list of texts"),
-    ("request", "checkpoint", _object, "an object"),
-    ("request", "precision", _precision, "a precision"),
-    ("summary", "runs_ms", *_TIMES),
-    ("summary", "totals_ms", *_TIMES),
-    ("summary", "step_time_ms", is_number, "a number"),
-    ("summary", "it_per_s", is_number, "a number"),
-    ("summary", "first_eval_ms", is_number, "a number"),
-)
+def _kind(hint: Any, *, plural: bool = False) -> str:
+    """`a text`, `an object of numbers`; that it may also be null is left out."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_kind(choice, plural=plural) for choice in inner if choice is not types.NoneType)
+    if origin is Annotated:
+        return _kind(inner[0], plural=plural)
+    names = {float: "number", str: "text", collections.abc.Mapping: "object", collections.abc.Sequence: "list"}
+    noun = names.get(origin or hint, "value")
+    noun = f"a{'n' if noun == 'object' else ''} {noun}" if not plural else f"{noun}s"
+    return noun if not inner or inner[-1] is Any else f"{noun} of {_kind(inner[-1], plural=True)}"

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..common.tables import aligned
 from .record import OTHERS, RunRecord, precision_text
 from .summary import KIND_NAMES, has_median
 
 _PHASE_NAMES = {
     "load": "load checkpoint",
+    "compile": "compiling",
     "text_encode": "text encoding",
     "free": "freeing memory",
     "to_device": "model to device",
@@ -83,31 +85,27 @@ def report_text(record: RunRecord) -> str:
 
 def _phase_table(record: RunRecord) -> list[str]:
     total = record.phases_ms.get("total")
-    rows = [f"{'phase':<18}{'ms':>12}{'share':>8}{'VRAM GB':>10}{'RSS GB':>9}"]
+    rows = [("phase", "ms", "share", "VRAM GB", "RSS GB")]
     for key, name in _PHASE_NAMES.items():
         value = record.phases_ms.get(key)
-        if key in (OTHERS, "free") and value is None:
+        if key in (OTHERS, "free", "compile") and value is None:
             continue
         memory: Mapping[str, Any] = record.memory.get("overall" if key == "total" else key, {})
         counted = isinstance(value, (int, float)) and isinstance(total, (int, float)) and total > 0
-        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "first_eval") else ""  # type: ignore[operator]
-        rows.append(
-            f"{name:<18}{_phase_value(value):>12}{share:>8}{_gb(memory.get('peak_allocated_gb')):>10}"
-            f"{_gb(memory.get('peak_rss_gb')):>9}"
-        )
-    return rows
+        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "compile", "first_eval") else ""  # type: ignore[operator]
+        used = _gb(memory.get("peak_allocated_gb")), _gb(memory.get("peak_rss_gb"))
+        rows.append((name, _phase_value(value), share, *used))
+    return aligned(rows, numbers=True)
 
 
 def _step_table(record: RunRecord) -> list[str]:
-    rows = [f"{'step':>4}{'sigma':>10}{'ms':>11}{'evals':>7}{'cond':>6}{'uncond':>8}  note"]
+    rows: list[tuple[str, ...]] = [("step", "sigma", "ms", "evals", "cond", "uncond", "note")]
     for step in record.steps:
         ms = step["cpu_ms"] if step["gpu_ms"] is None else step["gpu_ms"]
         notes = [n for n, there in (("cached", step["cached"]), (step["model"], step["model"] != "base")) if there]
-        rows.append(
-            f"{step['index'] + 1:>4}{step['sigma']:>10.4f}{ms:>11.2f}{step['evals']:>7}{step['cond_rows']:>6}"
-            f"{step['uncond_rows']:>8}  {' '.join(notes)}".rstrip()
-        )
-    return rows
+        counts = (str(step[name]) for name in ("evals", "cond_rows", "uncond_rows"))
+        rows.append((str(step["index"] + 1), f"{step['sigma']:.4f}", f"{ms:.2f}", *counts, " ".join(notes)))
+    return aligned(rows, numbers=True, words=1)
 
 
 def _memory_line(memory: Mapping[str, Any]) -> str:
@@ -214,29 +212,30 @@ def _flop(value: float) -> str:
 
 
 def _families(profile: Mapping[str, Any]) -> list[str]:
-    lines = [f"{'family':<15}{'calls':>8}{'ms':>11}{'share':>9}"]
-    for family in profile["families"]:
-        lines.append(
-            f"{family['family']:<15}{family['calls']:>8}{family['ms']:>11.2f}{family['share']:>7.1f} %  "
-            f"{family['meaning']}"
-        )
-    return lines
+    rows = [("family", "calls", "ms", "share", "")]
+    rows += [(family["family"], *_figures(family), family["meaning"]) for family in profile["families"]]
+    return aligned(rows, numbers=True, words=1)
+
+
+def _figures(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(row["calls"]), f"{row['ms']:.2f}", f"{row['share']:.1f} %"
 
 
 def _kernels(kernels: Sequence[Mapping[str, Any]], unit: str) -> list[str]:
-    lines = [f"{unit:<{_NAME_WIDTH}}{'calls':>8}{'ms':>11}{'share':>9}"]
-    for row in kernels[:_ROWS]:
-        name = row["name"] if len(row["name"]) < _NAME_WIDTH else row["name"][: _NAME_WIDTH - 4] + "..."
-        lines.append(f"{name:<{_NAME_WIDTH}}{row['calls']:>8}{row['ms']:>11.2f}{row['share']:>7.1f} %")
-        if row.get("reading"):
-            lines.append(f"  {row['reading']}")
-    rest = kernels[_ROWS:]
+    shown, rest = kernels[:_ROWS], kernels[_ROWS:]
+    rows = [(unit, "calls", "ms", "share"), *((_short(row["name"]), *_figures(row)) for row in shown)]
     if rest:
-        lines.append(
-            f"{f'{len(rest)} more':<{_NAME_WIDTH}}{sum(r['calls'] for r in rest):>8}{sum(r['ms'] for r in rest):>11.2f}"
-            f"{sum(r['share'] for r in rest):>7.1f} %"
-        )
+        sums = {name: sum(row[name] for row in rest) for name in ("calls", "ms", "share")}
+        rows.append((f"{len(rest)} more", *_figures(sums)))
+    lines = aligned(rows, numbers=True)
+    for place in reversed(range(len(shown))):
+        if shown[place].get("reading"):
+            lines.insert(place + 2, f"  {shown[place]['reading']}")
     return lines
+
+
+def _short(name: str) -> str:
+    return name if len(name) < _NAME_WIDTH else name[: _NAME_WIDTH - 4] + "..."
 
 
 def _device(device: Mapping[str, Any]) -> list[str]:
@@ -252,10 +251,9 @@ def _device(device: Mapping[str, Any]) -> list[str]:
 
 
 def _runtime(calls: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [f"{'runtime call':<{_NAME_WIDTH}}{'calls':>8}{'ms':>11}"]
-    lines += [f"{row['name'][: _NAME_WIDTH - 1]:<{_NAME_WIDTH}}{row['calls']:>8}{row['ms']:>11.2f}"
-              for row in calls[:_RUNTIME_ROWS]]  # fmt: skip
-    return lines
+    rows = [("runtime call", "calls", "ms")]
+    rows += [(_short(row["name"]), str(row["calls"]), f"{row['ms']:.2f}") for row in calls[:_RUNTIME_ROWS]]
+    return aligned(rows, numbers=True)
 
 
 def _share(value: float | None) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,39 +13,19 @@ from types import FrameType
 from speedlab.common.errors import SpeedLabError
 
 from ..gpu import command as gpu
-from ..host.base import CALLED_FROM, COMFYUI_VARIABLE, cache_root, child_environment, pack_locations, pack_root
+from ..host.base import CALLED_FROM, COMFYUI_VARIABLE, Host, cache_root, child_environment, pack_root
 from ..host.child import INTERRUPTED, run_child
-from ..host.managed import ManagedHost
 from ..host.progress import Reporter
-from ..host.resolve import choose, resolve
+from ..host.resolve import resolve
 from . import nsys
-from .checks import CHECKS, PYTEST, run_checks, size_report
-from .serve import parser as serve_parser
+from .arguments import COMMANDS, UsageError, parse
+from .checks import CHECKS, PYTEST, durations, run_checks, size_report
 from .serve import serve
-
-# Commands of `speedlab_tools`, which reads their arguments.
-BENCH_COMMANDS = {
-    "demo": "stock KSampler and the best plan, side by side, with an image and both table rows",
-    "bench": "run scenarios on a real server and measure them: bench SCENARIO... [--checkpoint FILE]",
-    "scenarios": "list the scenarios, what each needs and whether that is there",
-    "compare": "two results tables: ratio of times with a confidence interval, regressions named",
-}
-OWN_COMMANDS = {
-    "test": "run the tests of every day; --all: all, those of OneDiff too (3 GB more); other arguments go to pytest",
-    "check": "ruff, ruff format, mypy and the layers; name some of them, --fix mends",
-    "serve": "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C",
-    "nsys": "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]",
-    "stress": "broken input, faults and a soak, counted: stress [--inputs N] [--faults N] [--soak N]",
-    "fleet": "prompts or cells over many ComfyUI workers on a Ray cluster: fleet SCENARIO --prompts FILE --out DIR",
-    "gpu": "measure everything on an NVIDIA GPU with full-size random models; --pack for machines without network",
-    "setup": "only set up what the other commands need",
-}
-
 
 _ONEDIFF = "tests/onediff"
 # Two processes, each with whole files: what shares a server or a model stays together. More would not fit 24 GB.
 _EVERYDAY = ("-m", "not full")
-_WHOLE = ("-n", "2", "--dist", "loadfile", "--durations=60")
+_WHOLE = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=60")
 
 
 @dataclass(frozen=True)
@@ -59,10 +38,6 @@ class Call:
     install: bool = False
     managed: bool = False
     help: bool = False
-
-
-class UsageError(SpeedLabError):
-    """The command line makes no sense; the message says what does."""
 
 
 def take_apart(argv: Sequence[str]) -> Call:
@@ -89,9 +64,6 @@ def take_apart(argv: Sequence[str]) -> Call:
     if comfyui is not None and "--managed" in given:
         raise UsageError("--comfyui and --managed exclude each other.")
     command = rest[0] if rest else ""
-    if command and command not in BENCH_COMMANDS and command not in OWN_COMMANDS:
-        known = ", ".join([*BENCH_COMMANDS, *OWN_COMMANDS])
-        raise UsageError(f"run.py has no command {command!r}. It has {known}.")
     return Call(
         command=command,
         arguments=tuple(rest[1:]),
@@ -105,8 +77,7 @@ def take_apart(argv: Sequence[str]) -> Call:
 def usage() -> str:
     """The help text."""
     lines = ["usage: python run.py [--comfyui PATH | --managed] [--install] COMMAND ...", ""]
-    for name, text in {**BENCH_COMMANDS, **OWN_COMMANDS}.items():
-        lines.append(f"  {name:<10} {text}")
+    lines += [f"  {name:<10} {command.text}" for name, command in COMMANDS.items()]
     lines += [
         "",
         f"  --comfyui PATH  use that ComfyUI ({COMFYUI_VARIABLE} does the same) with this Python; nothing is installed",
@@ -139,21 +110,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(call: Call, reporter: Reporter) -> int:
-    if call.help or _help_without_host(call):
+    if call.help:
         reporter.line(usage())
         return 0
-    if call.command == "serve" and set(call.arguments) & {"-h", "--help"}:
-        serve_parser().print_help()
-        return 0
+    options, rest = parse(call.command, call.arguments)
     if call.command == "gpu":
         return gpu.run(call.arguments, call.comfyui, call.install, call.managed, reporter)
     if call.command == "nsys":
-        if set(call.arguments) & {"-h", "--help"}:
-            nsys.parser().print_help()
-            return 0
-        nsys.find_nsys()
         nsys.take_apart(call.arguments)
-    checks = _check_options(call.arguments) if call.command == "check" else None
+        nsys.find_nsys()
+    if call.command == "check":
+        unknown = [name for name in options.checks if name not in CHECKS]
+        if unknown:
+            raise UsageError(f"check has no {', '.join(unknown)}. It has {', '.join(CHECKS)}.")
     want_dev = call.command in ("test", "check")
     host = resolve(call.comfyui, want_dev, install=call.install, managed=call.managed, reporter=reporter)
     if call.command == "setup":
@@ -163,8 +132,8 @@ def _run(call: Call, reporter: Reporter) -> int:
         return serve(host, call.arguments, reporter)
     env = child_environment(host)
     root = pack_root()
-    if checks is not None:
-        codes = run_checks(checks.checks, fix=checks.fix, python=host.python, cwd=root, env=env)
+    if call.command == "check":
+        codes = run_checks(options.checks, fix=options.fix, python=host.python, cwd=root, env=env)
         failed = [name for name, code in codes.items() if code]
         reporter.line(size_report(root))
         reporter.line(f"check: {', '.join(failed)} failed" if failed else f"check: {', '.join(codes)} passed")
@@ -172,50 +141,40 @@ def _run(call: Call, reporter: Reporter) -> int:
     if call.command == "nsys":
         return nsys.run(host, call.arguments, env, reporter)
     if call.command == "test":
-        arguments = pytest_arguments(call.arguments)
-        if set(call.arguments) <= {"--all"}:
-            report = cache_root() / "test-results.xml"
-            everything = "--all" in call.arguments
-            told = "All of about 2,850 tests" if everything else "About 2,700 tests, those of every day,"
-            takes = "40 to 60 minutes" if everything else "15 to 25 minutes; --all runs the slow ones too"
-            reporter.line(
-                f"{told} against the real ComfyUI, by two processes: on two cores {takes}. Times and results go to "
-                f"{report}."
-            )
-            arguments += [*_WHOLE, f"--junitxml={report}", *(() if everything else _EVERYDAY)]
-            env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), **env}
+        arguments = pytest_arguments(rest, everything=options.all)
+        if not rest:
+            return _whole_tier(options.all, arguments, host, env, reporter)
         return run_child([str(host.python), "-c", PYTEST, *arguments], cwd=root, env=env)
-    module = (f"speedlab_tools.{call.command}",) if call.command in OWN_COMMANDS else ("speedlab_tools", call.command)
-    command = [str(host.python), "-m", *module, *call.arguments]
+    command = [str(host.python), "-m", "speedlab_tools", call.command, *call.arguments]
     # Python finds the pack from its root, but file names on the command line are relative to where the user stands.
     return run_child(command, cwd=root, env={**env, CALLED_FROM: str(Path.cwd())})
 
 
-def _help_without_host(call: Call) -> bool:
-    """Whether help of a command is asked for that only a host could give, and there is none yet: never worth 6 GB."""
-    if call.command in ("serve", "nsys", "gpu") or not set(call.arguments) & {"-h", "--help"}:
-        return False
-    if not call.managed and choose(call.comfyui, os.environ, pack_locations()) is not None:
-        return False
-    return bool(ManagedHost(cache_root()).missing())
+def _whole_tier(
+    everything: bool, arguments: Sequence[str], host: Host, env: Mapping[str, str], reporter: Reporter
+) -> int:
+    """All tests, or those of every day. Results and times stay in the cache until the next such run."""
+    report, times = cache_root() / "test-results.xml", cache_root() / "test-durations.txt"
+    for old in (report, times):
+        old.unlink(missing_ok=True)
+    told = "All of about 3,050 tests" if everything else "About 2,900 tests, those of every day,"
+    takes = "40 minutes" if everything else "15 minutes; --all runs the slow ones too"
+    reporter.line(
+        f"{told} against the real ComfyUI, by two processes: on two cores about {takes}. Results go to {report}, the "
+        f"longest times to {times}."
+    )
+    command = [*arguments, *_WHOLE, f"--junitxml={report}", *(() if everything else _EVERYDAY)]
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)), **env}
+    code = run_child([str(host.python), "-c", PYTEST, *command], cwd=pack_root(), env=env)
+    if report.is_file():
+        times.write_text(durations(report), encoding="utf-8")
+    return code
 
 
-def pytest_arguments(arguments: Sequence[str]) -> list[str]:
+def pytest_arguments(arguments: Sequence[str], *, everything: bool) -> list[str]:
     """pytest's arguments. OneDiff's tests fetch 3 GB of their own, so they run only where asked for."""
-    rest = [argument for argument in arguments if argument != "--all"]
-    asked = len(rest) < len(arguments) or any(_ONEDIFF in argument.replace(os.sep, "/") for argument in rest)
-    return rest if asked else [*rest, f"--ignore={_ONEDIFF}"]
-
-
-def _check_options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run.py check")
-    parser.add_argument("checks", nargs="*", metavar="CHECK", help=f"some of {', '.join(CHECKS)} (default: all)")
-    parser.add_argument("--fix", action="store_true", help="let ruff mend what it can, and format")
-    options = parser.parse_args(list(arguments))
-    unknown = [name for name in options.checks if name not in CHECKS]
-    if unknown:
-        raise UsageError(f"check has no {', '.join(unknown)}. It has {', '.join(CHECKS)}.")
-    return options
+    asked = everything or any(_ONEDIFF in argument.replace(os.sep, "/") for argument in arguments)
+    return list(arguments) if asked else [*arguments, f"--ignore={_ONEDIFF}"]
 
 
 def _raise_interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -6,7 +6,6 @@ the domain `speedlab`, which Profile Sampler opens.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from ..host.base import Host, HostError, pack_root
 from ..host.child import run_child
 from ..host.progress import Reporter
+from .arguments import UsageError, parse
 
 REPORTS = ("nvtx_pushpop_sum", "cuda_gpu_kern_sum")
 CAPTURE = "sl/run@speedlab"
@@ -45,25 +45,11 @@ def find_nsys() -> str:
     return found
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of `nsys`; what it does not know goes to `bench`."""
-    result = argparse.ArgumentParser(
-        prog="run.py nsys",
-        usage="run.py nsys SCENARIO... [--whole] [--out DIR] [options of bench]",
-        allow_abbrev=False,
-        description="Run scenarios as 'bench' does, with ComfyUI under Nsight Systems, and print where time went by "
-        "NVTX range and by kernel. Options that are not listed here go to 'bench'.",
-    )
-    result.add_argument("--out", type=Path, metavar="DIR", default=pack_root() / "output", help="folder for results")
-    result.add_argument("--whole", action="store_true", help="record everything, not only the sampling")
-    return result
-
-
 def take_apart(arguments: Sequence[str]) -> NsysCall:
-    """Read the command line. Ends the process with a message and code 2 for one that makes no sense."""
-    options, rest = parser().parse_known_args(list(arguments))
+    """Read the command line. Raises UsageError where no scenario is named."""
+    options, rest = parse("nsys", arguments)
     if not rest or rest[0].startswith("-"):
-        parser().error("name a scenario first, one that 'scenarios' lists")
+        raise UsageError("nsys: name a scenario first, one that 'scenarios' lists")
     out = options.out.expanduser().absolute()
     return NsysCall((*rest, "--out", str(out)), out, options.whole)
 

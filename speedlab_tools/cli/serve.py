@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..host.base import Host, cache_root, pack_root
 from ..host.progress import Reporter
 from ..host.server import ComfyServer
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of `serve`; what it does not know goes to ComfyUI."""
-    result = argparse.ArgumentParser(
-        prog="run.py serve",
-        allow_abbrev=False,
-        description="Start a ComfyUI with this pack on 127.0.0.1 and stay until Ctrl-C. "
-        "Options that are not listed here go to ComfyUI.",
-    )
-    result.add_argument("--port", type=int, default=8188, help="the port (default %(default)s)")
-    result.add_argument("--base", type=Path, help="base directory with models, input, output (default: in the cache)")
-    result.add_argument("--models", type=Path, help="one more models folder, with checkpoints, loras, vae and so on")
-    result.add_argument(
-        "--cpu", action="store_true", default=None, help="use the CPU (default: where torch sees no device)"
-    )
-    return result
+from .arguments import parse
 
 
 def serve(host: Host, arguments: Sequence[str], reporter: Reporter) -> int:
     """Run the server until Ctrl-C, its log on the terminal. Returns 0, or the server's code where that ended first."""
-    options, rest = parser().parse_known_args(list(arguments))
+    options, rest = parse("serve", arguments)
     base = cache_root() / "serve" if options.base is None else options.base
     server = ComfyServer(
         host,

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TextIO
 
+from ..host.progress import Reporter
+
 TEXT_ENCODERS = frozenset({"CLIPTextEncode", "CLIPTextEncodeSDXL", "SpeedLabTextEncode", "SpeedLabPromptQueue"})
 LOADERS = frozenset(
     {
@@ -135,9 +137,7 @@ class ProgressLine:
     def __init__(self, title: str, graph: Mapping[str, Mapping[str, Any]], stream: TextIO | None = None) -> None:
         self.title = title
         self.graph = graph
-        self.stream = stream or sys.stderr
-        self.terminal = self.stream.isatty()
-        self._width = 0
+        self.reporter = Reporter(stream or sys.stderr)
         self._node: str | None = None
         self._started_s = 0.0
         self._quarter = -1
@@ -150,34 +150,23 @@ class ProgressLine:
 
     def done(self) -> None:
         """End the line."""
-        if self.terminal and self._width:
-            self.stream.write("\r" + " " * self._width + "\r")
-            self.stream.flush()
-        self._width = 0
+        self.reporter.clear()
 
     def _class(self, node: str | None) -> str:
         return str(self.graph.get(node or "", {}).get("class_type", ""))
 
     def _enter(self, event: Event) -> None:
         self._node, self._started_s, self._quarter = event.node, event.time_s, -1
-        if self.terminal:
+        if self.reporter.terminal:
             node = self.graph.get(event.node or "", {})
             title = str(node.get("_meta", {}).get("title", ""))
-            self._show(f"{self.title}  {activity(self._class(event.node), title)}")
+            self.reporter.alive(f"{self.title}  {activity(self._class(event.node), title)}")
 
     def _step(self, event: Event) -> None:
         if event.value <= 1:
             self._quarter = -1
         quarter = 4 * event.value // event.maximum
-        if not self.terminal and quarter == self._quarter:
+        if not self.reporter.terminal and quarter == self._quarter:
             return
         self._quarter = quarter
-        self._show(progress_text(self.title, event.value, event.maximum, event.time_s - self._started_s))
-
-    def _show(self, text: str) -> None:
-        if self.terminal:
-            self.stream.write("\r" + text.ljust(self._width))
-            self._width = len(text)
-        else:
-            self.stream.write(text + "\n")
-        self.stream.flush()
+        self.reporter.alive(progress_text(self.title, event.value, event.maximum, event.time_s - self._started_s))

@@ -15,8 +15,9 @@ from typing import Any
 
 from speedlab.common.errors import SpeedLabError
 
+from ..cli.arguments import parse
 from ..host import inprocess
-from ..host.base import CALLED_FROM, from_environment
+from ..host.base import as_called, from_environment
 from ..host.child import INTERRUPTED
 from .options import (
     ALLOCATOR_VARIABLE,
@@ -26,7 +27,6 @@ from .options import (
     OTHER_ALLOCATOR,
     RESULTS,
     WHEELS_VARIABLE,
-    parser,
 )
 
 log = logging.getLogger("speedlab_tools.gpu")
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one call. Returns 0 when it ended in good order, LOST_DEVICE when a new process has to go on, and
     OTHER_ALLOCATOR when one with PyTorch's own memory allocator has to."""
     began = time.monotonic()
-    options = parser().parse_args(arguments)
+    options, _ = parse("gpu", sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # A compiler's folder that the user chose would make every cold figure a warm one.
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
@@ -65,12 +65,12 @@ def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -
     device = importlib.import_module("comfy.model_management").get_torch_device()
     if device.type == "cpu" and not options.small:
         raise SpeedLabError("PyTorch finds no GPU here. `--small` runs the whole suite on a CPU, to try it out.")
-    out = _folder(options.out)
+    out = as_called(options.out)
     settings = {"repeats": options.repeats, "small": options.small}
     is_part = bool(options.only or options.plans)
     try:
         journal = report.open_journal(
-            out, [RESULTS, *map(_folder, options.resume)], environment(device), settings,
+            out, [RESULTS, *map(as_called, options.resume)], environment(device), settings,
             small=options.small, again=options.again and not is_part,
         )  # fmt: skip
         if is_part and options.again:
@@ -118,11 +118,6 @@ def _watch_the_clock(bench: Any) -> None:
         bench.check_time()
 
     importlib.import_module("comfy.utils").set_progress_bar_global_hook(progressed)
-
-
-def _folder(given: Path) -> Path:
-    """A folder of the command line, which is relative to where the user stands."""
-    return (Path(os.environ.get(CALLED_FROM) or Path.cwd()) / given.expanduser()).absolute()
 
 
 def _write_tiny_decoders(base: Path) -> None:

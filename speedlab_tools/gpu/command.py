@@ -14,11 +14,13 @@ from pathlib import Path
 
 from speedlab.plans.plan_text import SweepTextError
 
+from ..cli.arguments import parse
 from ..host import managed as wheel
 from ..host.base import (
     CALLED_FROM,
     Host,
     HostError,
+    as_called,
     cache_root,
     child_environment,
     is_comfyui,
@@ -30,7 +32,7 @@ from ..host.managed import ManagedHost
 from ..host.packages import Pip
 from ..host.progress import Reporter
 from ..host.resolve import choose, resolve
-from .options import ALLOCATOR_VARIABLE, LOST_DEVICE, NATIVE, OTHER_ALLOCATOR, PACK_FOLDER, WHEELS_VARIABLE, parser
+from .options import ALLOCATOR_VARIABLE, LOST_DEVICE, NATIVE, OTHER_ALLOCATOR, PACK_FOLDER, WHEELS_VARIABLE
 from .plan import blocks_of
 
 # What ComfyUI imports beside PyTorch, in pure Python; transformers and what is compiled a bare machine has to bring.
@@ -43,7 +45,7 @@ _MOST_STARTS = 6
 
 def run(arguments: Sequence[str], comfyui: str | None, install: bool, managed: bool, reporter: Reporter) -> int:
     """Do what the command line asks for. Returns the exit code. Raises HostError."""
-    options = parser().parse_args(list(arguments))
+    options, _ = parse("gpu", arguments)
     try:
         blocks = blocks_of(options)
     except (ValueError, SweepTextError) as error:
@@ -53,7 +55,7 @@ def run(arguments: Sequence[str], comfyui: str | None, install: bool, managed: b
             reporter.line(f"{block.id:<36} {block.shows} ({', '.join(variant.name for variant in block.variants)})")
         return 0
     if options.pack is not None:
-        make_pack((Path(os.environ.get(CALLED_FROM) or Path.cwd()) / options.pack).absolute(), reporter)
+        make_pack(as_called(options.pack), reporter)
         return 0
     host, wheels = _host(comfyui, install, managed, reporter)
     env = {**child_environment(host), CALLED_FROM: str(Path.cwd())}

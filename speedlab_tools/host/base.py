@@ -55,6 +55,11 @@ def pack_locations() -> tuple[Path, ...]:
     return tuple(dict.fromkeys((called, pack_root())))
 
 
+def as_called(path: Path) -> Path:
+    """A path of the command line, which is relative to where the user stands, as an absolute one."""
+    return (Path(os.environ.get(CALLED_FROM) or Path.cwd()) / path.expanduser()).absolute()
+
+
 def cache_root(env: Mapping[str, str] | None = None) -> Path:
     """The folder of everything this pack keeps outside its clone: SPEEDLAB_CACHE, else ~/.cache/speedlab."""
     chosen = (os.environ if env is None else env).get(CACHE_VARIABLE, "").strip()

@@ -1,4 +1,7 @@
-"""What a person sees while a long step runs: the stage, a sign of life, and the end. pip's own output goes to a log."""
+"""What a person sees while a long step runs: the stage, a sign of life, and the end. pip's own output goes to a log.
+
+The one display of progress here. Standard library only: `run.py` shows it before anything, tqdm too, is installed.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,12 @@ class Reporter:
             return
         self._write("\r\x1b[K" + text[:118])
         self._open = True
+
+    def clear(self) -> None:
+        """Take the sign of life away."""
+        if self._open:
+            self._write("\r\x1b[K")
+            self._open = False
 
     def _write(self, text: str) -> None:
         try:

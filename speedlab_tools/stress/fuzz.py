@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from speedlab.common.tables import growing_row
+
 from .outcome import Target, judge
 
 Maker = Callable[[Random], Any]
@@ -181,13 +183,11 @@ class Tally:
 
     def line(self) -> str:
         """One line of the printed table."""
-        return (
-            f"{self.target:<22}{self.inputs:>9}{self.counts['fine']:>9}{self.counts['refused']:>9}"
-            f"{self.counts['defect']:>9}{self.seconds:>9.1f}"
-        )
+        counts = (self.counts[outcome] for outcome in ("fine", "refused", "defect"))
+        return growing_row(self.target, self.inputs, *counts, self.seconds)
 
 
-HEADER = f"{'reader':<22}{'inputs':>9}{'fine':>9}{'refused':>9}{'defects':>9}{'seconds':>9}"
+HEADER = growing_row("reader", "inputs", "fine", "refused", "defects", "seconds")
 
 
 def draw(target: Target, index: int, seed: int = SEED) -> object:

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 
 from speedlab.common.errors import ResultsError
+from speedlab.common.tables import growing_row
 from speedlab.measure.record import CSV_COLUMNS
 from speedlab.measure.store import RunStore
 from speedlab.web.library import RunLibrary
@@ -38,12 +39,10 @@ class FaultTally:
 
     def line(self) -> str:
         """One line of the printed table."""
-        return (
-            f"{self.fault:<22}{self.faults:>9}{self.runs:>9}{self.halves:>9}{len(self.broken):>9}{self.seconds:>9.1f}"
-        )
+        return growing_row(self.fault, self.faults, self.runs, self.halves, len(self.broken), self.seconds)
 
 
-FAULT_HEADER = f"{'fault':<22}{'faults':>9}{'runs':>9}{'halves':>9}{'broken':>9}{'seconds':>9}"
+FAULT_HEADER = growing_row("fault", "faults", "runs", "halves", "broken", "seconds")
 
 
 def kill_while_writing(folder: Path, faults: int, rng: Random) -> FaultTally:

@@ -19,7 +19,7 @@ def stress(*arguments, cwd):
     """The command as run.py starts it: from the pack's root, for somebody who stands in `cwd`."""
     comfyui = os.environ.get("SPEEDLAB_COMFYUI") or os.environ.get("COMFYUI_PATH")
     environment = {**os.environ, CALLED_FROM: str(cwd), "SPEEDLAB_COMFYUI": str(comfyui)}
-    command = [sys.executable, "-m", "speedlab_tools.stress", *arguments]
+    command = [sys.executable, "-m", "speedlab_tools", "stress", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 

@@ -11,9 +11,10 @@ import pytest
 from speedlab.common.errors import UnavailableError
 from speedlab.plans.axes import AXES, parse_axis, written_values
 from speedlab_tools.bench.runner import parts_of
+from speedlab_tools.cli.arguments import parse
 from speedlab_tools.fleet import FleetError
-from speedlab_tools.fleet.__main__ import parser, worker_count
 from speedlab_tools.fleet.cluster import Cluster, import_ray
+from speedlab_tools.fleet.command import worker_count
 from speedlab_tools.fleet.tasks import cell_work, prompt_work, read_prompts
 from speedlab_tools.scenarios.catalog import SCENARIOS, find
 from speedlab_tools.scenarios.overrides import MAX_SEED
@@ -162,12 +163,14 @@ def test_a_missing_ray_says_how_to_get_it(monkeypatch):
 )  # fmt: skip
 def test_a_command_line_that_makes_no_sense_is_refused(line, capsys):
     with pytest.raises(SystemExit) as caught:
-        parser().parse_args(line)
+        parse("fleet", line)
     assert caught.value.code == 2
 
 
-def test_the_help_says_what_times_are_worth():
-    text = " ".join(parser().format_help().split())
+def test_the_help_says_what_times_are_worth(capsys):
+    with pytest.raises(SystemExit):
+        parse("fleet", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
     assert "Times of workers that share a machine are not to be compared" in text
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from speedlab.common.errors import ResultsError
 from speedlab.plans.plan_text import parse_stack
+from speedlab_tools.cli.arguments import parse
 from speedlab_tools.gpu import command as gpu
 from speedlab_tools.gpu import options, plan
 from speedlab_tools.gpu.report import COLUMNS, NOT_MEASURED, TARGETS, Journal, open_journal, text
@@ -266,7 +267,7 @@ def test_a_lost_device_is_gone_on_with_by_another_process(
     asked = codes.index(options.OTHER_ALLOCATOR) + 1 if options.OTHER_ALLOCATOR in codes else starts
     assert allocators == [None] * asked + [options.NATIVE] * (starts - asked)
     assert "--again" in commands[0] and not any("--again" in command for command in commands[1:])
-    given = [options.parser().parse_args(command[3:]) for command in commands]
+    given = [parse("gpu", command[3:])[0] for command in commands]
     assert all(0 < one.minutes <= 3 and one.small for one in given)
 
 

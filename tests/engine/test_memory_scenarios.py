@@ -6,8 +6,8 @@ import argparse
 
 import pytest
 
-from speedlab_tools import __main__ as cli
 from speedlab_tools.bench import models
+from speedlab_tools.cli.arguments import parse
 from speedlab_tools.client.errors import BenchError
 from speedlab_tools.client.graph import split_lanes
 from speedlab_tools.scenarios.catalog import SCENARIOS
@@ -95,7 +95,7 @@ def test_a_refiner_goes_to_the_scenarios_that_need_one():
 
 
 def arguments(*more: str) -> argparse.Namespace:
-    return cli.parser().parse_args(["bench", "sdxl-refiner-ensemble", *more])
+    return parse("bench", ["sdxl-refiner-ensemble", *more])[0]
 
 
 def test_a_demo_refiner_is_written_where_none_is_given(monkeypatch, tmp_path):

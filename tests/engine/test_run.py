@@ -11,15 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from speedlab_tools.cli.main import (
-    BENCH_COMMANDS,
-    OWN_COMMANDS,
-    PYTEST,
-    UsageError,
-    pytest_arguments,
-    run_child,
-    take_apart,
-)
+from speedlab_tools.cli.arguments import COMMANDS, parse
+from speedlab_tools.cli.checks import durations
+from speedlab_tools.cli.main import PYTEST, UsageError, pytest_arguments, run_child, take_apart
 from speedlab_tools.host import pack_root
 
 RUN = pack_root() / "run.py"
@@ -33,22 +27,38 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 def test_without_arguments_it_lists_its_commands(tmp_path: Path) -> None:
     answer = run(SPEEDLAB_CACHE=str(tmp_path / "cache"))
     assert answer.returncode == 0 and answer.stderr == ""
-    for name in (*BENCH_COMMANDS, *OWN_COMMANDS):
+    for name in COMMANDS:
         assert f"  {name} " in answer.stdout
     assert run("--help").stdout == run().stdout
     assert not (tmp_path / "cache").exists(), "help sets nothing up"
 
 
-def test_help_of_a_command_sets_nothing_up(tmp_path: Path) -> None:
-    answer = run("--managed", "bench", "--help", SPEEDLAB_CACHE=str(tmp_path / "cache"))
-    assert answer.returncode == 0 and "usage" in answer.stdout and not (tmp_path / "cache").exists()
-    assert "--port" in run("serve", "--help").stdout
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("bench", "--checkpoint"), ("serve", "--port"), ("test", "--all"), ("fleet", "--prompts"), ("stress", "--soak")],
+)
+def test_help_of_a_command_sets_nothing_up(tmp_path: Path, command: str, option: str) -> None:
+    answer = run("--managed", command, "--help", SPEEDLAB_CACHE=str(tmp_path / "cache"))
+    assert answer.returncode == 0 and option in answer.stdout and not (tmp_path / "cache").exists()
+
+
+def test_arguments_are_checked_before_anything_is_set_up(tmp_path: Path) -> None:
+    answer = run("--managed", "bench", "--steps", "many", "a", SPEEDLAB_CACHE=str(tmp_path / "cache"))
+    assert answer.returncode == 2 and "--steps" in answer.stderr and not (tmp_path / "cache").exists()
+
+
+def test_what_a_command_passes_on_keeps_its_order() -> None:
+    options, rest = parse("test", ["tests/engine", "--all", "-k", "store", "-q", "-n", "0"])
+    assert options.all and rest == ["tests/engine", "-k", "store", "-q", "-n", "0"]
+    options, rest = parse("serve", ["--port", "1", "--lowvram", "--output-directory", "x"])
+    assert options.port == 1 and rest == ["--lowvram", "--output-directory", "x"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["fly"], 2, "no command 'fly'"),
+        (["bensh"], 2, "Did you mean bench?"),
         (["--comfyui"], 2, "takes the folder"),
         (["demo", "--managed", "--comfyui", "x"], 2, "exclude"),
         (["check", "spelling"], 2, "check has no spelling"),
@@ -73,7 +83,8 @@ def test_mistakes_are_sentences(arguments: list[str], code: int, words: str) -> 
 )
 def test_onediff_is_tested_only_where_asked_for(arguments: list[str], ignored: bool) -> None:
     """Its environment is 3 GB to fetch: no call fetches that by itself."""
-    given = pytest_arguments(arguments)
+    options, rest = parse("test", arguments)
+    given = pytest_arguments(rest, everything=options.all)
     assert ("--ignore=tests/onediff" in given) is ignored and "--all" not in given
     assert [one for one in given if one != "--ignore=tests/onediff"] == [one for one in arguments if one != "--all"]
 
@@ -143,3 +154,15 @@ def test_ci_runs_the_two_commands() -> None:
     assert "set -euo pipefail" in script and "run.py check" in script and "run.py test" in script
     if sys.platform != "win32":
         assert os.access(pack_root() / ".ci" / "run", os.X_OK)
+
+
+def test_the_longest_tests_are_listed_and_files_added_up(tmp_path: Path) -> None:
+    report = tmp_path / "results.xml"
+    cases = [("tests.a", "short", 0.5), ("tests.b", "long", 4.0), ("tests.a", "other", 1.0)]
+    lines = "".join(f'<testcase classname="{file}" name="{name}" time="{time}"/>' for file, name, time in cases)
+    report.write_text(f"<testsuites><testsuite>{lines}</testsuite></testsuites>")
+    told = [line.split() for line in durations(report, longest=2).splitlines()]
+    assert told == [
+        ["3", "tests,", "5.5", "s"], [], ["4.0", "tests.b", "long"], ["1.0", "tests.a", "other"], [],
+        ["4.0", "tests.b"], ["1.5", "tests.a"],
+    ]  # fmt: skip

@@ -161,7 +161,7 @@ def test_taesd_files_differ_by_name(tmp_path: Path) -> None:
 
 def test_the_command_line_writes_and_reports(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "speedlab_tools.synthetic", *arguments]
+        command = [sys.executable, "-m", "speedlab_tools", "synthetic", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
     target = tmp_path / "lora.safetensors"

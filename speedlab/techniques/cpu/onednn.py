@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...common.timing import MARGIN, least_seconds
+from ...common.timing import MARGIN, apart, least_seconds
 from ...patching.layer_forwards import (
     Replaced,
     casts,
@@ -57,6 +57,7 @@ def why_not() -> str:
 
 
 @cache
+@apart()
 def is_faster_here() -> bool:
     """Whether oneDNN computes linear layers clearly faster than PyTorch's own choice: measured once a process."""
     if why_not():

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ...common.timing import apart
+
 log = logging.getLogger(__name__)
 
 # The exponential function that compiled code calls, by the width of its vectors in bits.
@@ -25,6 +27,7 @@ _FUNCTIONS = {512: "Sleef_expf16_u10", 256: "Sleef_expf8_u10"}
 
 
 @cache
+@apart()
 def known_to_work() -> bool:
     """Whether compiler and PyTorch have all that the widest vectors of this CPU need; False where that cannot
     be told, and inductor's own test decides."""

@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
 
+from ....common.timing import apart, watch_dynamo
 from ...cpu.vectors import known_to_work
 
 Compiler = Callable[[Any, list[Any]], Callable[..., Any]]
@@ -45,7 +47,11 @@ def shared_function(
 ) -> Callable[..., Any]:
     """`call` compiled, one function for each `key`; `compiler` makes a callable of a graph and example inputs."""
     if key not in _functions:
-        _functions[key] = torch.compile(_own_code(call, len(_functions)), backend=_counted(compiler), dynamic=dynamic)
+        with apart():  # the first one loads dynamo
+            _functions[key] = torch.compile(
+                _own_code(call, len(_functions)), backend=_counted(compiler), dynamic=dynamic
+            )
+        watch_dynamo()
     return _functions[key]
 
 
@@ -111,6 +117,7 @@ def limits(
     graphs: int, device: torch.device | None = None, *, freeze: bool = False, folder: Path | None = None
 ) -> Iterator[None]:
     """Let each function have `graphs` graphs, make one more an error, and keep inductor's files in `folder`."""
+    _load()
     import torch._dynamo
     import torch._inductor.config
     from torch.fx.experimental import _config
@@ -139,6 +146,15 @@ def limits(
                 # Inductor would choose a folder for Triton's programs once, and keep it whatever becomes of its own.
                 stack.enter_context(_variable(TRITON_VARIABLE, str(folder / "triton")))
         yield
+
+
+@cache
+@apart()
+def _load() -> None:
+    """Import what compiles, which takes seconds, once."""
+    import torch._dynamo
+    import torch._inductor.config
+    import torch.fx.experimental._config  # noqa: F401
 
 
 @contextmanager
@@ -198,6 +214,7 @@ def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
 def _counted(compiler: Compiler) -> Compiler:
     def backend(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
         COUNT.graphs += 1
-        return compiler(graph, inputs)
+        with apart():  # where this PyTorch does not tell by itself when it compiles
+            return compiler(graph, inputs)
 
     return backend

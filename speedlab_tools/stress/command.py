@@ -1,21 +1,20 @@
-"""Command line: `python run.py stress`. Prints what was tried and what broke, and keeps the figures."""
+"""`run.py stress`: prints what was tried and what broke, and keeps the figures."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from speedlab.common.errors import SpeedLabError
+from speedlab.common.tables import growing_row
 
-from ..host.base import CALLED_FROM, pack_root
-from ..host.child import INTERRUPTED
+from ..cli.arguments import UsageError
 from .faults import run_faults
-from .fuzz import HEADER, SEED, Tally, fuzz, shares
+from .fuzz import HEADER, Tally, fuzz, shares
 from .host import enter_comfyui
 from .outcome import Target
 from .readers import model_targets, pure_targets, trap_springs
@@ -24,62 +23,23 @@ from .soak import LEAST_PROMPTS, SoakTally, run_soak
 from .web_routes import route_targets
 from .writers import FAULT_HEADER, FaultTally
 
-INPUTS, FAULTS, PROMPTS = 100_000, 100, 1000
 
-
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    result = argparse.ArgumentParser(
-        prog="run.py stress",
-        description="Feed broken and hostile input to everything that reads a file or a request, cancel prompts and "
-        "kill writers, soak a server with random prompts, and count what that does. Exit code 1 where something broke.",
-    )
-    result.add_argument("--inputs", type=int, default=INPUTS, metavar="N", help="inputs in all (default %(default)s)")
-    result.add_argument(
-        "--faults", type=int, default=FAULTS, metavar="N", help="faults of each kind (default %(default)s, 0: none)"
-    )
-    result.add_argument(
-        "--soak",
-        type=int,
-        default=PROMPTS,
-        metavar="N",
-        help="random prompts on one server (default %(default)s, 0: none)",
-    )
-    result.add_argument("--seed", type=int, default=SEED, metavar="N", help="another seed makes other inputs")
-    result.add_argument(
-        "--only", metavar="WORD", default="", help="readers whose name holds this word, and nothing else"
-    )
-    result.add_argument(
-        "--out", type=Path, metavar="DIR", default=pack_root() / "benchmarks" / "results", help="folder for the figures"
-    )
-    return result
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code (1: something broke, 2: wrong arguments, 130: interrupted)."""
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """The command: 1 where something broke. Raises UsageError, SpeedLabError."""
     numbers = (options.inputs, options.faults, options.soak)
     if min(numbers) < 0 or not any(numbers):
-        parser().error("--inputs, --faults and --soak take numbers from 0 on, and not 0 all three")
+        raise UsageError("--inputs, --faults and --soak take numbers from 0 on, and not 0 all three")
     if 0 < options.soak < LEAST_PROMPTS:
-        parser().error(f"--soak takes 0 or at least {LEAST_PROMPTS} prompts: fewer tell nothing about growth")
-    # Paths are relative to where the user stands.
-    options.out = Path(os.environ.get(CALLED_FROM, ""), options.out).absolute()
-    logging.basicConfig(level=logging.ERROR)
+        raise UsageError(f"--soak takes 0 or at least {LEAST_PROMPTS} prompts: fewer tell nothing about growth")
+    options.out = options.out.absolute()
+    logging.getLogger().setLevel(logging.ERROR)
     # ComfyUI reads the command line when it is imported.
     sys.argv = sys.argv[:1]
-    try:
-        with tempfile.TemporaryDirectory(prefix="speedlab-stress-") as folder:
-            read = fuzz_all(Path(folder), options.inputs, options.seed, options.only) if options.inputs else []
-            faults = _faults(Path(folder), options) if options.faults and not options.only else []
-            soaked = _soak(Path(folder), options) if options.soak and not options.only else None
-        return _report(read, faults, soaked, options)
-    except (SpeedLabError, OSError) as error:
-        sys.stderr.write(f"stress: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("stress: interrupted; nothing was kept\n")
-        return INTERRUPTED
+    with tempfile.TemporaryDirectory(prefix="speedlab-stress-") as folder:
+        read = fuzz_all(Path(folder), options.inputs, options.seed, options.only) if options.inputs else []
+        faults = _faults(Path(folder), options) if options.faults and not options.only else []
+        soaked = _soak(Path(folder), options) if options.soak and not options.only else None
+    return _report(read, faults, soaked, options)
 
 
 def fuzz_all(folder: Path, inputs: int, seed: int, only: str) -> list[Tally]:
@@ -115,7 +75,7 @@ def _soak(folder: Path, options: argparse.Namespace) -> SoakTally:
     _say(f"{options.soak} random prompts on one server")
     tally = run_soak(folder / "soak", options.soak, options.seed, _say)
     for row in (SOAK_COLUMNS[:5], *soak_rows(tally)):
-        _say(f"{row[0]:<32}" + "".join(f"{cell:>10}" for cell in row[1:]))
+        _say(growing_row(*row))
     for what in tally.broken[:20]:
         _say(f"    {what[:400]}")
     return tally
@@ -145,7 +105,3 @@ def _say(text: str) -> None:
     # A reason may quote letters that no terminal can show.
     sys.stdout.write(text.encode("ascii", "backslashreplace").decode() + "\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
