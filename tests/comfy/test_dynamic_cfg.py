@@ -36,14 +36,21 @@ def deepcache(pack: ModuleType) -> Callable[..., Any]:
 
 
 def _cond_only_from(model: Any, first: int) -> Any:
-    """Stock ComfyUI, which evaluates uncond at every step and from step `first` on does not use it."""
+    """Stock ComfyUI, which evaluates uncond at every step and from step `first` on uses nothing made with it."""
+
+    def is_guided(args: dict) -> bool:
+        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"][:-1]
+        return int((sigmas >= args["sigma"][0] * (1 - 1e-5)).sum()) <= first
 
     def post_cfg(args: dict) -> torch.Tensor:
-        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"][:-1]
-        step = int((sigmas >= args["sigma"][0] * (1 - 1e-5)).sum()) - 1
-        return args["cond_denoised"] if step >= first else args["denoised"]
+        return args["denoised"] if is_guided(args) else args["cond_denoised"]
+
+    def in_guided(function: Callable) -> Callable:
+        return lambda args: function(args) if is_guided(args) else args["conds_out"]
 
     clone = model.clone()
+    before = clone.model_options.get("sampler_pre_cfg_function", [])
+    clone.model_options["sampler_pre_cfg_function"] = [in_guided(function) for function in before]
     clone.set_model_sampler_post_cfg_function(post_cfg, disable_cfg1_optimization=True)
     return clone
 
@@ -291,7 +298,7 @@ def test_rows_of_a_window_of_steps(tiny: TinyUNet, attach: Any) -> None:
     model = attach(tiny.model, start_at=0.25)
     for options, expected in (
         ({"steps": 20}, [1] * 5 + [2] * 10 + [1] * 5),
-        ({"steps": 6, "sampler": "heun"}, [1] * 2 + [2] * 6 + [1] * 3),
+        ({"steps": 6, "sampler": "heun"}, [1] + [2] * 6 + [1] * 4),
         ({"steps": 20, "denoise": 0.5, "latent": torch.randn(1, 4, 8, 8)}, [2] * 10 + [1] * 10),
     ):
         with tiny.counted() as calls:
@@ -373,7 +380,7 @@ def test_a_difference_of_other_conds_is_not_used(tiny: TinyUNet, attach: Any) ->
         tiny.sample(attach(tiny.model, stop_at=1.0, uncond_from=0.0, uncond_interval=8), positive=[*early, *late])
     rows = [number for number, _ in calls]
     assert 0 < changes < 8
-    assert [n for n, number in enumerate(rows) if number == 2] == [0, changes]
+    assert [n for n, number in enumerate(rows) if number == 2] == [0, changes, 7]
 
 
 def test_windows_and_differences_with_deepcache(tiny: TinyUNet, attach: Any, deepcache: Any) -> None:
@@ -591,3 +598,24 @@ def test_node(tiny: TinyUNet, pack: ModuleType, attach: Any) -> None:
 def test_bad_values(tiny: TinyUNet, attach: Any, options: dict) -> None:
     with pytest.raises(ValueError, match=r"it must|choose one of|must be above"):
         attach(tiny.model, **options)
+
+
+def test_differences_with_forecast(tiny: TinyUNet, attach: Any, pack: ModuleType) -> None:
+    """In both orders; Forecast continues no uncond but the model's own, from the last two steps that it evaluated."""
+    module = importlib.import_module("speedlab.techniques.forecast.attach")
+    config, options = module.ForecastConfig(mode="fixed"), {"stop_at": 1.0, "uncond_interval": 2, "uncond_from": 0.0}
+    planned, expected = {4, 6, 8, 9, 11, 12, 14, 15, 17}, []
+    for step in range(20):
+        rows = 2 if step == 0 or step % 2 else 1
+        if step in planned and all(before == 2 or rows == 1 for before in expected[-2:]):
+            continue
+        expected.append(rows)
+    results = []
+    for model in (
+        attach(module.attach_forecast(tiny.model, config), **options),
+        module.attach_forecast(attach(tiny.model, **options), config),
+    ):
+        with tiny.counted() as calls:
+            results.append(tiny.sample(model, steps=20))
+        assert [rows for rows, _ in calls] == expected
+    assert torch.equal(*results)
