@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,16 +11,12 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_package(name: str, folder: Path) -> ModuleType:
-    """Load a folder as a package of that name, without its parent on sys.path."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def engine() -> None:
+    """Make `speedlab` and `speedlab_tools` importable, without the pack's `nodes`, which would stand for ComfyUI's."""
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module("speedlab")
+    importlib.import_module("speedlab_tools")
+    sys.path.remove(str(ROOT))
 
 
 def start(base: Path) -> ModuleType:
@@ -32,8 +27,7 @@ def start(base: Path) -> ModuleType:
     base.mkdir(parents=True, exist_ok=True)
     # A script of this folder (`accelerate.py`) must not stand for a package of the same name.
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(__file__).resolve().parent)]
-    for name in ("speedlab", "speedlab_tools"):
-        load_package(name, ROOT / name)
+    engine()
     from speedlab_tools.host import inprocess
 
     return inprocess.start(Path(comfyui), base)

@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..common.errors import UnavailableError
+from ..common.torch_private import operations_through, storage_id, tensors_in
 from ..models.unet import require_unet
 from ..vae.precision import starting_dtype
 from .placement import Offload
@@ -247,34 +246,35 @@ def _attended(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(query)
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes:
     """Counts the storages that operations inside make: `peak` is the most that was alive at once.
 
-    Tensors that exist before are not counted. `least` leaves out storages that are smaller.
+    Tensors that exist before are not counted.
     """
 
-    def __init__(self, least: int = 0) -> None:
-        super().__init__()
+    def __init__(self) -> None:
         self.alive = self.peak = 0
-        self._least = least
         self._known: set[int] = set()
+        self._operations = operations_through(self._compute)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __enter__(self) -> LiveBytes:
+        self._operations.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._operations.__exit__(*error)
+
+    def _compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         # What is an argument was there before this operation: an operation in place or a view makes nothing new.
-        given = {self._key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and self._key(leaf) not in given:
-                self._count(leaf.untyped_storage())
+        given = {storage_id(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))}
+        result = function(*args, **kwargs)
+        for tensor in tensors_in(result):
+            self._count(tensor.untyped_storage(), given)
         return result
 
-    @staticmethod
-    def _key(tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage()._cdata
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or size < self._least:
+    def _count(self, storage: Any, given: set[int]) -> None:
+        key, size = storage_id(storage), storage.nbytes()
+        if key in self._known or key in given:
             return
         self._known.add(key)
         self.alive += size

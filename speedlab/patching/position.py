@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .schedule import StepTracker
+from .wrappers import Wrapper, state_of
 
 
 class Position(NamedTuple):
@@ -98,6 +99,25 @@ class StepFinder:
             return None
         steps = len(tracker.sigmas) - 1
         return Position(step, steps, self.part or Part(0, steps), reached, tracker.went_back)
+
+
+def counting_steps(key: str, at_end: Callable[[Any, Mapping[str, Any]], None]) -> Wrapper:
+    """A wrapper around the sampler: its callback counts steps for the `finder` of the run's state at `key`, and at the
+    sampler's end `at_end` gets that state and the transformer options.
+    """
+
+    def sampler_sample(
+        executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        options = extra_args.get("model_options", {}).get("transformer_options", {})
+        run = state_of(options, key)
+        heard = callback if run is None else run.finder.listening(callback)
+        result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
+        if run is not None:
+            at_end(run, options)
+        return result
+
+    return sampler_sample
 
 
 class Part(NamedTuple):

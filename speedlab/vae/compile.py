@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..common.errors import UnavailableError, first_line
+from ..common.torch_private import dynamo_failures
 from ..patching.compiled import refusal_of_streaming
 from ..techniques.compile import backends
 from ..techniques.compile.backends import FOR_VAE, MODES, CompileOptions, dynamo
@@ -113,7 +114,7 @@ def _through_graphs(network: Any, backend: ModuleType, options: CompileOptions, 
     ):
         try:
             result = function(network, samples)
-        except dynamo.failures() as error:
+        except dynamo_failures() as error:
             if isinstance(dynamo.cause(error), passing()):
                 raise dynamo.cause(error) from None
             raise _failed(backend, network, dynamo.cause(error)) from error

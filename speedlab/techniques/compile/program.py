@@ -18,6 +18,7 @@ import torch
 
 from ...common.errors import UnavailableError
 from ...models.lora import LORAS
+from ...models.unet import Evaluation, forward_through
 from .attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
 from .run import CompileError, Run, raise_what_passes
 
@@ -41,8 +42,8 @@ class PureNetwork(torch.nn.Module):
         self.attention = dict(attention)
 
     def forward(self, x: Any, timesteps: Any, context: Any, y: Any = None) -> Any:
-        network = self.network
-        return type(network)._forward(network, x, timesteps, context, y, None, dict(self.attention))
+        asked = Evaluation(x, timesteps, context, y, transformer_options=dict(self.attention))
+        return asked.by_comfyui(self.network)
 
 
 @dataclass
@@ -83,7 +84,7 @@ class ProgramEngine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Once an evaluation: the program in place of the network's own forward, and out again."""
-        self.network.__dict__["_forward"] = self._forward
+        self.network.__dict__["_forward"] = forward_through(self._compute)
         try:
             yield
         finally:
@@ -101,29 +102,18 @@ class ProgramEngine:
             self.programs.let_go.clear()
         self.programs.weights = weights
 
-    def _forward(
-        self,
-        x: Any,
-        timesteps: Any = None,
-        context: Any = None,
-        y: Any = None,
-        control: Any = None,
-        transformer_options: dict | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        options = {} if transformer_options is None else transformer_options
-
+    def _compute(self, asked: Evaluation) -> Any:
         def eager() -> Any:
-            return type(self.network)._forward(self.network, x, timesteps, context, y, control, options, **kwargs)
+            return asked.by_comfyui(self.network)
 
         if self.run.eager:
             return eager()
-        reason = _obstacle_of_evaluation(self.run, control, options)
+        reason = _obstacle_of_evaluation(self.run, asked.control, asked.options)
         if reason:
             self.run.fail(type(self.network).__name__, UnavailableError(reason), f"Take that out, or {_OTHER}.")
             return eager()
-        inputs = tuple(tensor for tensor in (x, timesteps, context, y) if tensor is not None)
-        seen = attention_options(options) or {}
+        inputs = tuple(tensor for tensor in asked[:4] if tensor is not None)
+        seen = attention_options(asked.options) or {}
         note_use(seen)
         try:
             program = self._program(inputs, seen)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ...common.timing import MARGIN, least_seconds
+from ...common.torch_private import has_plain_convolution
 from ...patching.layer_forwards import (
     Replaced,
     casts,
@@ -103,9 +104,7 @@ def _size_of_result(layer: Any, x: torch.Tensor) -> list[int]:
 
 
 def _is_plain(part: Any) -> bool:
-    if not computes_as(part, torch.nn.Conv2d) or "_conv_forward" in part.__dict__:
-        return False
-    return type(part)._conv_forward is torch.nn.Conv2d._conv_forward
+    return computes_as(part, torch.nn.Conv2d) and has_plain_convolution(part)
 
 
 def _suits(layer: Any, x: Any) -> bool:

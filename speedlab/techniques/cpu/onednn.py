@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from ...common.timing import MARGIN, least_seconds
+from ...common.torch_private import has_onednn_linear, linear_functions, onednn_linear
 from ...patching.layer_forwards import (
     Replaced,
     casts,
@@ -49,11 +50,8 @@ def why_not() -> str:
     """Why this PyTorch cannot compute linear layers with oneDNN; empty where it can."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
-    try:
-        torch.ops.mkldnn._linear_pointwise  # noqa: B018
-    except (AttributeError, RuntimeError):
-        return f"PyTorch {torch.__version__} has no linear layer on oneDNN for plain weights"
-    return ""
+    missing = f"PyTorch {torch.__version__} has no linear layer on oneDNN for plain weights"
+    return "" if has_onednn_linear() else missing
 
 
 @cache
@@ -76,8 +74,7 @@ def is_faster_here() -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear` by oneDNN. The weight has to lie in rows."""
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return result
+    return onednn_linear(x, weight, bias)
 
 
 def may_gain(network: torch.nn.Module) -> bool:
@@ -168,7 +165,7 @@ def use_onednn(graph: torch.fx.GraphModule) -> int:
 
 
 def _is_linear(node: torch.fx.Node) -> bool:
-    if node.op != "call_function" or node.target not in (torch.nn.functional.linear, torch._C._nn.linear):
+    if node.op != "call_function" or node.target not in linear_functions():
         return False
     return all(_is_fp32_on_cpu(value) for value in _arguments(*node.args, **node.kwargs)[:2])
 

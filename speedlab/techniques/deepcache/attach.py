@@ -18,7 +18,7 @@ import torch
 from ...models.unet import require_unet
 from ...patching.cond_identity import with_unique_uuids
 from ...patching.notes import report_cached, report_note, report_ran, warn
-from ...patching.position import Position, StepFinder
+from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
 from .features import Run, chunk_keys
 from .forward import keeping, largest_branch, partial_forward, reusing
@@ -80,7 +80,7 @@ def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wra
 
     return {
         Site.OUTER_SAMPLE: outer_sample,
-        Site.SAMPLER_SAMPLE: _sampler_sample,
+        Site.SAMPLER_SAMPLE: counting_steps(KEY, _tell_unused),
         Site.PREDICT_NOISE: _predict_noise,
         Site.CALC_COND_BATCH: _calc_cond_batch,
         Site.APPLY_MODEL: _apply_model,
@@ -88,18 +88,11 @@ def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wra
     }
 
 
-def _sampler_sample(
-    executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Around the sampler: its callback counts steps, and at its end the record hears of a run without a cached one."""
-    told = extra_args.get("model_options", {}).get("transformer_options", {})
-    run: Run | None = state_of(told, KEY)
-    heard = callback if run is None else run.finder.listening(callback)
-    result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
-    if run is not None and not run.reused:
-        report_note(told, "DeepCache: no step of this run was cached; all were evaluated in full.")
-        report_ran(told, "deepcache", None)
-    return result
+def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
+    """At the sampler's end the record hears of a run without a cached step."""
+    if not run.reused:
+        report_note(options, "DeepCache: no step of this run was cached; all were evaluated in full.")
+        report_ran(options, "deepcache", None)
 
 
 def _predict_noise(

@@ -22,7 +22,7 @@ from ...common.errors import UnavailableError
 from ...models.unet import require_unet
 from ...patching.compiled import is_compiled
 from ...patching.notes import report_note, report_ran, warn
-from ...patching.position import StepFinder
+from ...patching.position import StepFinder, counting_steps
 from ...patching.schedule import steps_before
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
 from ..cpu.conv_as_matmul import few_pixels_as_products, may_gain
@@ -118,24 +118,17 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
 
     return {
         Site.OUTER_SAMPLE: outer_sample,
-        Site.SAMPLER_SAMPLE: _sampler_sample,
+        Site.SAMPLER_SAMPLE: counting_steps(KEY, _tell_unused),
         Site.PREDICT_NOISE: _predict_noise,
     }
 
 
-def _sampler_sample(
-    executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Around the sampler: its callback counts steps, and at its end the record hears of a run that left out nothing."""
-    told = extra_args.get("model_options", {}).get("transformer_options", {})
-    run: Run | None = state_of(told, KEY)
-    heard = callback if run is None else run.finder.listening(callback)
-    result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
-    if run is not None and not run.left_out:
-        report_ran(told, "dynamic_cfg", None)
+def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
+    """At the sampler's end the record hears of a run that left out nothing."""
+    if not run.left_out:
+        report_ran(options, "dynamic_cfg", None)
         if not run.stepped_aside:
-            report_note(told, f"Dynamic CFG: it left out nothing in this run, because {_why_not(run)}.")
-    return result
+            report_note(options, f"Dynamic CFG: it left out nothing in this run, because {_why_not(run)}.")
 
 
 def _why_not(run: Run) -> str:

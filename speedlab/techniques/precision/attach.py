@@ -17,6 +17,7 @@ import torch
 
 from ...common.dtypes import cpu_computes_bf16, torch_dtype
 from ...common.errors import UnavailableError, first_line
+from ...common.torch_private import is_on
 from ...patching.notes import report_note, report_ran
 from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare
 from ..cpu import conv_as_matmul, onednn
@@ -151,7 +152,7 @@ def _check_autocast(word: Autocast, device: torch.device) -> None:
             f"Precision cannot autocast to {word} on {device.type}: {first_line(error)}. "
             "Set autocast to off, or to the other type."
         ) from error
-    if not context._enabled:  # where PyTorch only warns and goes on without
+    if not is_on(context):
         raise UnavailableError(
             f"Precision cannot autocast to {word}: PyTorch does not support it on {device.type}. "
             "Set autocast to off, or to the other type."
