@@ -65,7 +65,7 @@ def run_chart(record: RunRecord, wanted: Sequence[str] = OF_SAMPLER) -> Any:
         MEMORY: bool(_memory_lines(record)),
         KERNELS: bool(record.kernels),
     }
-    return torch.cat([_picture(record, _DRAWINGS[name]) for name in wanted if drawable[name]])
+    return torch.cat([_image(record, _DRAWINGS[name]) for name in wanted if drawable[name]])
 
 
 def chart_or_blank(record: RunRecord, wanted: Sequence[str] = OF_SAMPLER) -> Any:
@@ -229,7 +229,7 @@ def _step_ms(step: Any) -> float:
     return float(step["cpu_ms"] if step["gpu_ms"] is None else step["gpu_ms"])
 
 
-def _picture(record: RunRecord, draw: Callable[[Axes, RunRecord], None]) -> Any:
+def _image(record: RunRecord, draw: Callable[[Axes, RunRecord], None]) -> Any:
     figure = new_figure(9.0, 5.2)
     axes = figure.subplots()
     axes.set_title(_title(record), fontsize=10, loc="left")

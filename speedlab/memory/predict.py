@@ -75,7 +75,7 @@ class Prediction:
         return max(self.phases, key=lambda phase: phase.total)
 
 
-def parts_of(model: Any, clip: Any | None, vae: Any | None, size: PictureSize) -> tuple[Part, ...]:
+def parts_of(model: Any, clip: Any | None, vae: Any | None, size: ImageSize) -> tuple[Part, ...]:
     """Count weights by their dtypes and activations for `size`. A part on another device than the UNet needs nothing.
 
     Sampling is counted with guidance: cond and uncond of all images in one forward.
@@ -154,7 +154,7 @@ _PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
-class PictureSize:
+class ImageSize:
     """Pixels of one image, and how many are made at once."""
 
     width: int
@@ -167,7 +167,7 @@ class PictureSize:
         return self.height // _PIXELS_PER_LATENT, self.width // _PIXELS_PER_LATENT
 
 
-def sampling_bytes(model: Any, size: PictureSize) -> int:
+def sampling_bytes(model: Any, size: ImageSize) -> int:
     """Bytes of one evaluation of a MODEL with guidance: cond and uncond of all images in one forward.
 
     Networks other than image UNets are not counted; for them it is ComfyUI's own estimate.
@@ -181,7 +181,7 @@ def sampling_bytes(model: Any, size: PictureSize) -> int:
     return unet_bytes(model.model, size, rows)
 
 
-def unet_bytes(base: Any, size: PictureSize, rows: int) -> int:
+def unet_bytes(base: Any, size: ImageSize, rows: int) -> int:
     """Bytes of one forward of a diffusion model (ComfyUI's BaseModel) on `rows` latents, cond and uncond counted."""
     network = on_meta(base.diffusion_model)
     dtype = base.manual_cast_dtype or base.get_dtype()
@@ -204,7 +204,7 @@ def unet_bytes(base: Any, size: PictureSize, rows: int) -> int:
     return forward + latent.nbytes + context.nbytes + 6 * size.batch * 4 * height * width * 4
 
 
-def decode_bytes(vae: Any, size: PictureSize, dtype: torch.dtype | None = None) -> int:
+def decode_bytes(vae: Any, size: ImageSize, dtype: torch.dtype | None = None) -> int:
     """Bytes of decoding `size.batch` images in one piece with a ComfyUI VAE, in `dtype` or its own.
 
     A VAE for video or sound is not counted; for that it is ComfyUI's own estimate.
@@ -219,9 +219,9 @@ def decode_bytes(vae: Any, size: PictureSize, dtype: torch.dtype | None = None) 
         if hasattr(part, "optimized_attention"):
             part.optimized_attention = _attended
     latent = torch.empty((size.batch, vae.latent_channels, *size.latent), dtype=dtype, device="meta")
-    picture = size.batch * 3 * size.width * size.height * 4
+    image = size.batch * 3 * size.width * size.height * 4
     # The image is scaled and clamped in fp32 after it was made: two copies beside the decoder's own output.
-    return max(peak_bytes(lambda: decoder.decode(latent)), 2 * picture)
+    return max(peak_bytes(lambda: decoder.decode(latent)), 2 * image)
 
 
 def text_bytes(clip: Any) -> int:

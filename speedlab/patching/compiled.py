@@ -15,7 +15,7 @@ from .wrappers import Site
 
 
 def refusal_of_streaming() -> UnavailableError:
-    """Compiled code guards the device of each weight: it would be compiled anew at every layer."""
+    """Compiled code guards the device of each weight: it would be compiled again at every layer."""
     return UnavailableError(
         "Memory Plan's sequential offload and compiled code (Compile Model, Compile VAE, TorchCompileModel) exclude "
         "each other: compiled code holds on to where its weights are. Set offload to model, or take the compile node "

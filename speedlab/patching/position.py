@@ -134,7 +134,7 @@ _LAST = 0.00101
 
 
 def part_of(sigmas: torch.Tensor) -> Part:
-    """The place of `sigmas` [steps + 1] in the schedule behind it; a schedule of its own where none can be told."""
+    """The place of `sigmas` [steps + 1] in the schedule behind it; a schedule of its own where none is found."""
     own = Part(0, len(sigmas) - 1)
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas.stride(0) != 1:
         return own

@@ -16,8 +16,7 @@ from ..cli.arguments import UsageError
 from ..host.base import from_environment
 from ..host.inprocess import enter
 from .faults import run_faults
-from .fuzz import HEADER, Tally, fuzz, shares
-from .outcome import Target
+from .fuzz import HEADER, Tally, Target, fuzz, shares
 from .readers import model_targets, pure_targets, trap_springs
 from .results import SOAK_COLUMNS, soak_rows, write_faults, write_fuzz, write_soak
 from .soak import LEAST_PROMPTS, SoakTally, run_soak

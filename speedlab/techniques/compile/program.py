@@ -1,7 +1,7 @@
 """Programs of tensors: backends that trace or export the whole network, and what they cannot do, refused by name.
 
 What is traced is fixed: it knows neither ControlNet nor patches. Those are refused when they show up in a run, never
-ignored. A program that holds weights of its own is made anew when ComfyUI has patched others into the model.
+ignored. A program that holds weights of its own is made again when ComfyUI has patched others into the model.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ProgramEngine:
         if self.programs.by_key and self.programs.weights != weights:
             self.run.note(
                 f"{self.run.backend.NAME} holds weights of its own, and a LoRA or another patch has changed them: "
-                "it is compiled anew.",
+                "it is compiled again.",
                 logging.INFO,
             )
             self.programs.by_key.clear()

@@ -48,7 +48,7 @@ def most_pixels_here() -> int:
     """
     if why_not():
         return 0
-    most, told = 0, []
+    most, times = 0, []
     with torch.inference_mode():
         layer = torch.nn.utils.skip_init(torch.nn.Conv2d, _CHANNELS, _CHANNELS, 3, padding=1)
         for parameter in layer.parameters():
@@ -58,11 +58,11 @@ def most_pixels_here() -> int:
             ways = {"convolution": partial(layer, x), "product": partial(convolve, layer, x)}
             seconds = least_seconds(ways, rounds=(_ROUNDS, _ROUNDS))
             pixels = rows * side * side
-            told.append(f"{pixels} pixels {1e3 * seconds['convolution']:.1f} and {1e3 * seconds['product']:.1f} ms")
+            times.append(f"{pixels} pixels {1e3 * seconds['convolution']:.1f} and {1e3 * seconds['product']:.1f} ms")
             if seconds["product"] > MARGIN * seconds["convolution"]:
                 break
             most = pixels
-    log.info("Convolutions of %d channels on this CPU, as they are and as products: %s.", _CHANNELS, ", ".join(told))
+    log.info("Convolutions of %d channels on this CPU, as they are and as products: %s.", _CHANNELS, ", ".join(times))
     return most
 
 

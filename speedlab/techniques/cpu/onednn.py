@@ -67,8 +67,8 @@ def is_faster_here() -> bool:
             for name, best in least_seconds(ways).items():
                 seconds[name] += best
     faster = seconds["oneDNN"] <= MARGIN * seconds["PyTorch"]
-    told = ", ".join(f"{name} {1e3 * total:.2f} ms" for name, total in seconds.items())
-    log.info("Precision: linear layers go to %s (%s).", "oneDNN" if faster else "PyTorch's own library", told)
+    times = ", ".join(f"{name} {1e3 * total:.2f} ms" for name, total in seconds.items())
+    log.info("Precision: linear layers go to %s (%s).", "oneDNN" if faster else "PyTorch's own library", times)
     return faster
 
 
@@ -137,13 +137,13 @@ def onednn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     scaled = q.float() * (size**-0.5 if scale is None else scale)
     # Tokens first, as the layer behind reads it.
     out = torch.empty(batch, queries, heads, width, dtype=q.dtype, device=q.device)
-    for picture in range(batch):
+    for image in range(batch):
         for head in range(heads):
-            query, key = scaled[picture, head].contiguous(), k[picture, head].float().contiguous()
-            value = v[picture, head].float().t().contiguous()
+            query, key = scaled[image, head].contiguous(), k[image, head].float().contiguous()
+            value = v[image, head].float().t().contiguous()
             for start in range(0, queries, rows):
                 part = slice(start, start + rows)
-                out[picture, part, head] = linear(torch.softmax(linear(query[part], key), dim=-1), value)
+                out[image, part, head] = linear(torch.softmax(linear(query[part], key), dim=-1), value)
     return out.transpose(1, 2)
 
 

@@ -1,6 +1,6 @@
 """Whether compiled code may use the CPU's vector units, without the larger part of inductor's test of it.
 
-Inductor builds a library for each set of instructions and loads each in a new Python process, anew in every process
+Inductor builds a library for each set of instructions and loads each in a new Python process, again in every process
 that compiles. Its concern is a PyTorch built without the vector functions, or a compiler that does not know the
 instructions; both can be asked directly. Its further tests, of single instructions such as those for bf16, remain.
 """
@@ -28,7 +28,7 @@ _FUNCTIONS = {512: "Sleef_expf16_u10", 256: "Sleef_expf8_u10"}
 @cache
 def known_to_work() -> bool:
     """Whether compiler and PyTorch have all that the widest vectors of this CPU need; False where that cannot
-    be told, and inductor's own test decides."""
+    be known, and inductor's own test decides."""
     if not sys.platform.startswith("linux"):
         return False
     try:

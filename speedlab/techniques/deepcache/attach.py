@@ -103,34 +103,36 @@ def _predict_noise(
     if run is None or run.stepped_aside:
         return executor(x, timestep, model_options, *args, **kwargs)
     position = run.finder.locate(model_options, timestep)
-    told = model_options.get("transformer_options", {})
+    options = model_options.get("transformer_options", {})
     if position is None:
         run.stepped_aside = True
         run.clear()
         rest = "the rest of this run" if run.reused else "this run"
-        warn(told, f"DeepCache: {run.finder.why_not()}; nothing is cached in {rest}.")
+        warn(options, f"DeepCache: {run.finder.why_not()}; nothing is cached in {rest}.")
         return executor(x, timestep, model_options, *args, **kwargs)
     if not run.warned:
         run.warned = True
-        _tell(run, position, told)
+        _tell(run, position, options)
     if position.went_back:
-        report_note(told, "DeepCache: this sampler goes back to steps that it had left, and evaluates there in full.")
+        report_note(
+            options, "DeepCache: this sampler goes back to steps that it had left, and evaluates there in full."
+        )
     with run.evaluating(position):
         return executor(x, timestep, model_options, *args, **kwargs)
 
 
-def _tell(run: Run, position: Position, told: Mapping[str, Any]) -> None:
+def _tell(run: Run, position: Position, options: Mapping[str, Any]) -> None:
     """Say what this run does in place of what was asked for: once, at its first evaluation."""
     config = run.config
     if run.clamped is not None:  # the log had it when the model was patched
-        report_note(told, run.clamped)
-        report_ran(told, "deepcache", _options(config))
+        report_note(options, run.clamped)
+        report_ran(options, "deepcache", _options(config))
     if run.finder.is_lost and (config.start > 0.0 or config.end < 1.0):
-        warn(told, run.finder.lost_text("DeepCache", "its window"))
+        warn(options, run.finder.lost_text("DeepCache", "its window"))
     uniform = fallback(config, position.steps, position.part)
     if uniform is not None:
-        warn(told, uniform)
-        report_ran(told, "deepcache", _options(replace(config, schedule="uniform")))
+        warn(options, uniform)
+        report_ran(options, "deepcache", _options(replace(config, schedule="uniform")))
 
 
 def _calc_cond_batch(executor: Any, model: Any, conds: list, *args: Any, **kwargs: Any) -> Any:

@@ -78,9 +78,9 @@ class Run(SharedState):
     def step_aside(self, reason: str, model_options: Mapping[str, Any]) -> None:
         """Keep uncond for the rest of the run, and say why, once."""
         if not self.stepped_aside:
-            told = model_options.get("transformer_options", {})
+            options = model_options.get("transformer_options", {})
             rest = "the rest of this run" if self.left_out else "this run"
-            warn(told, f"Dynamic CFG: uncond stays on in {rest}, because {reason}.")
+            warn(options, f"Dynamic CFG: uncond stays on in {rest}, because {reason}.")
         self.stepped_aside = True
 
     def tell_of_part(self, model_options: Mapping[str, Any]) -> None:
@@ -140,8 +140,8 @@ def _why_not(run: Run) -> str:
 
 
 def _refuse_easy_cache(model_options: Mapping[str, Any]) -> None:
-    """ComfyUI's EasyCache starts anew when the batch loses uncond, with a rate of change of 0: it would then skip every
-    evaluation to the end of its window.
+    """ComfyUI's EasyCache starts again when the batch loses uncond, with a rate of change of 0: it would then skip
+    every evaluation to the end of its window.
     """
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
     if wrappers.get(Site.DIFFUSION_MODEL.value, {}).get("easycache"):
@@ -183,7 +183,7 @@ def _at_half_the_time(run: Run, guider: Any, model_options: Mapping[str, Any]) -
     """For an evaluation of half the rows: convolutions that would take as long as with all, in another way."""
     network, patcher = guider.inner_model.diffusion_model, guider.model_patcher
     if run.may_gain is None:
-        # Compiled code would notice other layers than before, and be compiled anew.
+        # Compiled code would notice other layers than before, and be compiled again.
         run.may_gain = patcher.load_device.type == "cpu" and not is_compiled(patcher) and may_gain(network)
     if not run.may_gain:
         yield

@@ -193,16 +193,16 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
     ) -> torch.Tensor:
         network, device = model_wrap.inner_model.diffusion_model, model_wrap.model_patcher.load_device
 
-        told = extra_args.get("model_options", {}).get("transformer_options", {})
+        options = extra_args.get("model_options", {}).get("transformer_options", {})
 
         def say(text: str, level: int = logging.WARNING) -> None:
             logging.log(level, text)
-            report_note(told, text)
+            report_note(options, text)
 
         # Said when the node was attached: by the log, which no record keeps.
         idle = _of_another_device(config, device)
         if idle:
-            report_note(told, f"Precision: {', '.join(sorted(idle))} had no effect on {device.type}.")
+            report_note(options, f"Precision: {', '.join(sorted(idle))} had no effect on {device.type}.")
         with ExitStack() as stack:
             on_cpu = device.type == "cpu"
             if config.memory == "reuse" and on_cpu:
@@ -222,7 +222,7 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
                     idle.add(name)
             if idle:
                 left = {name: value for name, value in config.changes.items() if name not in idle}
-                report_ran(told, "precision", left or None)
+                report_ran(options, "precision", left or None)
             return result
 
     return sampler_sample

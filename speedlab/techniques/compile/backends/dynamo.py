@@ -115,7 +115,7 @@ def without_gradients(module: torch.nn.Module) -> Iterator[None]:
     """Switch `requires_grad` off for a while.
 
     A weight that ComfyUI patches a LoRA into has it off and the others have it on; as graphs differ by it, each mix of
-    the two would be compiled anew.
+    the two would be compiled again.
     """
     changed = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in changed:
