@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import accelerate_limits
 import inprocess
 from accelerate_jobs import Bench, Plan, prepare
-from in_turn import Job, Series, write
+from jobs import Job, Rows, write
 
 EVERYTHING_OFF = Plan()
 SAMPLING = {
@@ -93,7 +93,7 @@ def picture_jobs(bench: Bench, size: int, rounds: int) -> list[Job]:
     return [Job("picture", name, size, steps, run, rounds) for name, run in from_here.items()]
 
 
-def easy_cache(series: Series, bench: Bench, search_size: int, size: int) -> None:
+def easy_cache(series: Rows, bench: Bench, search_size: int, size: int) -> None:
     """Core's EasyCache at the latent error of our `RIVAL`: the threshold is searched where a run is short."""
     target = series.median("picture", RIVAL, search_size, "latent_error")
     if target is None:
@@ -116,7 +116,7 @@ def _with_easy_cache(bench: Bench, threshold: float, size: int) -> Callable[[], 
     return lambda: bench.stock_picture(size, PICTURE_STEPS, bench.easy_cache(threshold))
 
 
-def figures(series: Series, bench: Bench, sizes: dict[int, tuple[int, int]], size: int, small: int) -> Iterator[tuple]:
+def figures(series: Rows, bench: Bench, sizes: dict[int, tuple[int, int]], size: int, small: int) -> Iterator[tuple]:
     """(figure, measured, limit or None, target or None): what the rows say."""
     for where in sizes:
         cost = accelerate_limits.count(bench.stock[0].model.diffusion_model, where)
@@ -140,13 +140,13 @@ def figures(series: Series, bench: Bench, sizes: dict[int, tuple[int, int]], siz
         yield _ratio(series, "picture", RIVAL, size, 1.0, rival)
 
 
-def _ratio(series: Series, part: str, job: str, size: int, target: float | None, over: str = "stock") -> tuple:
+def _ratio(series: Rows, part: str, job: str, size: int, target: float | None, over: str = "stock") -> tuple:
     theirs, ours = series.median(part, over, size), series.median(part, job, size)
     ratio = None if theirs is None or ours is None else theirs / ours
     return f"{part} {size}x{size}: {job}, speed-up over {over}", ratio, None, target
 
 
-def pictures(series: Series, bench: Bench, small: int, large: int, rounds: int) -> None:
+def pictures(series: Rows, bench: Bench, small: int, large: int, rounds: int) -> None:
     """Text to image at both sizes, attention alone between them, and the rivals."""
     series.all_in_turn(picture_jobs(bench, small, 1))
     bench.forget("diffusers_unet")
@@ -189,7 +189,7 @@ def main() -> None:
     def result(what: str) -> Path:
         return args.results / inprocess.result_name(what, device, torch.__version__, time.strftime("%Y-%m-%d"))
 
-    series = Series(result("accelerate-runs"), facts, args.minutes)
+    series = Rows(result("accelerate-runs"), facts, args.minutes)
     sizes = dict(zip((args.size, args.small), zip(args.steps, args.rounds, strict=True), strict=True))
     with torch.inference_mode():
         bench = Bench(pack, args.base)

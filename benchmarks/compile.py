@@ -28,7 +28,7 @@ from typing import Any
 
 import inprocess
 from accelerate_jobs import Bench, Plan, prepare
-from in_turn import Job, Series, write
+from jobs import Job, Rows, write
 
 EAGER, CORE = "eager SDPA", "TorchCompileModel"
 FP32 = {
@@ -138,7 +138,7 @@ def first_in_process(bench: CompileBench, name: str, size: int) -> float:
     return seconds[0] - statistics.median(seconds[1:])
 
 
-def first_pictures(series: Series, size: int, rounds: int, base: Path) -> None:
+def first_pictures(series: Rows, size: int, rounds: int, base: Path) -> None:
     """Compile times, each in a process of its own with an empty cache."""
     for number in range(rounds):
         for name in (CORE, "inductor"):
@@ -180,7 +180,7 @@ def tour(bench: CompileBench, sizes: tuple[int, int]) -> Iterator[tuple]:
         yield f"tour: graphs that LoRAs and sizes add, {name}", float(graphs - first), None, None
 
 
-def figures(series: Series) -> Iterator[tuple]:
+def figures(series: Rows) -> Iterator[tuple]:
     """(figure, measured, limit, target) of each part and size that has rows."""
     known = sorted({(row["part"], int(row["size"])) for row in series.rows})
     for size in sorted({size for part, size in known if part == "first"}):
@@ -202,16 +202,16 @@ def figures(series: Series) -> Iterator[tuple]:
             yield f"{part} {size}x{size}: {name}, latent error", error, None, None
 
 
-def _seconds(series: Series, part: str, job: str, size: int) -> dict[int, float]:
+def _seconds(series: Rows, part: str, job: str, size: int) -> dict[int, float]:
     rows = (row for row in series.rows if (row["part"], row["job"], row["size"]) == (part, job, str(size)))
     return {int(row["round"]): float(row["seconds"]) for row in rows}
 
 
-def _cold(series: Series, part: str, job: str, size: int) -> float | None:
+def _cold(series: Rows, part: str, job: str, size: int) -> float | None:
     return _seconds(series, part, job, size).get(0)
 
 
-def _warm(series: Series, part: str, job: str, size: int) -> float | None:
+def _warm(series: Rows, part: str, job: str, size: int) -> float | None:
     warm = [seconds for number, seconds in _seconds(series, part, job, size).items() if number > 0]
     return statistics.median(warm) if warm else None
 
@@ -254,8 +254,8 @@ def main() -> None:
     def result(what: str) -> Path:
         return args.results / inprocess.result_name(what, device, torch.__version__, time.strftime("%Y-%m-%d"))
 
-    def series() -> Series:
-        return Series(result("compile-runs"), facts, args.minutes)
+    def series() -> Rows:
+        return Rows(result("compile-runs"), facts, args.minutes)
 
     with torch.inference_mode():
         if args.one_first is not None:

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from speedlab.plans.sweep import turned  # noqa: E402
+from speedlab.plans.in_turn import turned  # noqa: E402
 from speedlab_tools.bench.results import report_ids, shown_images  # noqa: E402
 from speedlab_tools.client.client import ComfyClient  # noqa: E402
 from speedlab_tools.client.files import demo_checkpoint, link_model  # noqa: E402

@@ -11,14 +11,6 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def engine() -> None:
-    """Make `speedlab` and `speedlab_tools` importable, without the pack's `nodes`, which would stand for ComfyUI's."""
-    sys.path.insert(0, str(ROOT))
-    importlib.import_module("speedlab")
-    importlib.import_module("speedlab_tools")
-    sys.path.remove(str(ROOT))
-
-
 def start(base: Path) -> ModuleType:
     """Import ComfyUI with `base` as base directory and return the pack. Needs COMFYUI_PATH or SPEEDLAB_COMFYUI."""
     comfyui = os.environ.get("SPEEDLAB_COMFYUI") or os.environ.get("COMFYUI_PATH")
@@ -27,10 +19,16 @@ def start(base: Path) -> ModuleType:
     base.mkdir(parents=True, exist_ok=True)
     # A script of this folder (`accelerate.py`) must not stand for a package of the same name.
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, Path(__file__).resolve().parent)]
-    engine()
     from speedlab_tools.host import inprocess
 
     return inprocess.start(Path(comfyui), base)
+
+
+# The engine, without the pack's `nodes` beside it, which would stand for ComfyUI's.
+sys.path.insert(0, str(ROOT))
+for _name in ("speedlab", "speedlab_tools"):
+    importlib.import_module(_name)
+sys.path.remove(str(ROOT))
 
 
 def result_name(what: str, device: str, torch_version: str, date: str) -> str:

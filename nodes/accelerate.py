@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..speedlab.techniques.deepcache.attach import DeepCacheConfig, attach_deepcache
+from ..speedlab.techniques.forecast.attach import ForecastConfig, attach_forecast
 from ..speedlab.techniques.guidance.dynamic_cfg import DynamicCFGConfig, attach_dynamic_cfg
 
 _CATEGORY = "SpeedLab/accelerate"
@@ -178,4 +179,83 @@ class DynamicCFG:
         return (attach_dynamic_cfg(model, DynamicCFGConfig(mode=mode, stop_at=stop_at, similarity=similarity)),)
 
 
-NODES = (DeepCache, DynamicCFG)
+class Forecast:
+    """Continue the denoised latent over some steps in place of evaluating the model."""
+
+    NODE_ID = "SpeedLabForecast"
+    DISPLAY_NAME = "Forecast (SpeedLab)"
+    CATEGORY = _CATEGORY
+    DESCRIPTION = (
+        "Leaves out whole steps of the model: their denoised latent is continued from the steps before, and the "
+        "sampler goes on with that. Lossy: check the result with Compare Images. Does nothing at 9 steps and fewer. For "
+        "any model that ComfyUI samples with a CFG guider, compiled or not; works together with Dynamic CFG."
+    )
+    RETURN_TYPES = ("MODEL",)
+    RETURN_NAMES = ("model",)
+    OUTPUT_TOOLTIPS = (_PATCHED,)
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "A diffusion model of any kind."}),
+                "mode": (
+                    ["fixed", "adaptive"],
+                    {
+                        "default": "adaptive",
+                        "tooltip": "adaptive: a step is left out while the measured error stays within tolerance. "
+                        "fixed: always the same steps, 9 of 20.",
+                    },
+                ),
+                "tolerance": (
+                    "FLOAT",
+                    {
+                        "default": 0.02,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.005,
+                        "tooltip": "adaptive only: how much of the latent the steps left out in a row may get wrong. "
+                        "0.05 is faster; 0 is off.",
+                    },
+                ),
+                "max_skip": (
+                    "INT",
+                    {
+                        "default": 3,
+                        "min": 0,
+                        "max": 10,
+                        "tooltip": "The most steps left out in a row (fixed: never more than 2); 0 is off.",
+                    },
+                ),
+                "start_percent": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Share of the steps before which none is left out.",
+                    },
+                ),
+                "end_percent": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Share of the steps after which none is left out any more.",
+                    },
+                ),
+            },
+        }
+
+    def apply(
+        self, model: Any, mode: Any, tolerance: float, max_skip: int, start_percent: float, end_percent: float
+    ) -> tuple[Any]:
+        config = ForecastConfig(mode=mode, tolerance=tolerance, max_skip=max_skip, start=start_percent, end=end_percent)
+        return (attach_forecast(model, config),)
+
+
+NODES = (DeepCache, DynamicCFG, Forecast)

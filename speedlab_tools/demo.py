@@ -1,6 +1,4 @@
-"""`demo`: ComfyUI's own nodes and the best plan side by side, same prompt and seed, timed from outside alike.
-
-The two graphs of `demo`: ComfyUI's own nodes, and the best plan; the same sampler, prompt and seed in both.
+"""`demo`: ComfyUI's own nodes and the best plan in turn, same sampler, prompt and seed, timed from outside alike.
 
 Profile Sampler stands in KSampler's place on both sides: it calls KSampler's own function and tells its step times,
 which nobody can see from outside, where messages arrive in bursts.
@@ -10,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from speedlab.common.tables import format_table
 from speedlab.measure.record import RunRecord, csv_row
 from speedlab.measure.store import RunStore
-from speedlab.plans.sweep import turned
+from speedlab.plans.in_turn import Series, turns
 
 from .bench.models import ModelChoice, choose_models, server_checkpoint
 from .bench.outside import outside_record, sampled, server_env, watch
@@ -57,19 +54,49 @@ class DemoRun:
         return float(self.record.phases_ms["total"] or 0.0) / 1000.0
 
 
-def middle(runs: Sequence[DemoRun]) -> DemoRun:
-    """The run with the median time; of an even number the faster of the two in the middle."""
-    return sorted(runs, key=lambda run: run.total_s)[(len(runs) - 1) // 2]
+@dataclass
+class PlanRuns(Series[DemoRun]):
+    """One of the two plans with its run of each round."""
+
+    plan: Plan
 
 
-def _with_picture(chosen: DemoRun, first: DemoRun) -> DemoRun:
+@dataclass(frozen=True)
+class Result:
+    """Both runs of the round with the median ratio, and how many rounds there were."""
+
+    stock: DemoRun
+    best: DemoRun
+    rounds: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as stock the best plan is: what both rows of the table say too."""
+        return self.stock.total_s / self.best.total_s
+
+    @property
+    def of_rounds(self) -> str:
+        """What the ratio is of."""
+        if self.rounds == 1:
+            return "one round, which shows no spread"
+        return f"{'median' if self.rounds % 2 else 'lower median'} of {self.rounds} rounds"
+
+
+def result_of(stock: Sequence[DemoRun], best: Sequence[DemoRun]) -> Result:
+    """The round with the median ratio, with the images of the first one; of an even number the lower of both."""
+    rounds = sorted((Result(a, b, len(stock)) for a, b in zip(stock, best, strict=True)), key=lambda one: one.ratio)
+    middle = rounds[(len(rounds) - 1) // 2]
+    return replace(middle, stock=_with_pictures(middle.stock, stock[0]), best=_with_pictures(middle.best, best[0]))
+
+
+def _with_pictures(chosen: DemoRun, first: DemoRun) -> DemoRun:
     artifacts = {"images": [path.name for path in first.pictures]}
     return DemoRun(chosen.plan, chosen.record.changed(artifacts=artifacts), first.pictures)
 
 
 def demo_scenario() -> Scenario:
     """What the demo needs, as a scenario: the plain image, with a Tiny VAE."""
-    return dataclasses.replace(find(BASE), plan=TINY_VAE)
+    return replace(find(BASE), plan=TINY_VAE)
 
 
 def settings_of(args: argparse.Namespace, on_cpu: bool) -> DemoSettings:
@@ -90,11 +117,11 @@ def settings_of(args: argparse.Namespace, on_cpu: bool) -> DemoSettings:
 def warm_up_settings(settings: DemoSettings, on_cpu: bool) -> DemoSettings:
     """Another text and seed, so that no node of the timed run comes from the server's cache; few steps."""
     steps, seed = min(WARM_UP_STEPS, settings.steps), (settings.seed + 1) % 2**32
-    warm_up = dataclasses.replace(settings, text="warm up", negative="cold", seed=seed, steps=steps)
+    warm_up = replace(settings, text="warm up", negative="cold", seed=seed, steps=steps)
     if not on_cpu:
         return warm_up
     width, height = min(WARM_UP_SIDE, settings.width), min(WARM_UP_SIDE, settings.height)
-    return dataclasses.replace(warm_up, width=width, height=height)
+    return replace(warm_up, width=width, height=height)
 
 
 def _graph(settings: DemoSettings, checkpoint: str, plan: Plan) -> ApiGraph:
@@ -155,38 +182,26 @@ class Demo:
             print(f"The sampler's own records stay: {error}", flush=True)
         return DemoRun(plan, record, tuple(pictures))
 
-    async def in_turn(self, plans: Sequence[Plan]) -> list[DemoRun]:
-        """Measure the plans in turn, as many rounds as there is time for, and keep the middle run of each.
-
-        Whatever else the machine does then hits all plans alike; of two runs the faster one counts.
-        """
-        rounds: list[list[DemoRun]] = []
+    async def in_turn(self, best: Plan) -> Result:
+        """Measure stock and the plan in turn, as many rounds as there is time for."""
         started = time.monotonic()
-        while len(rounds) < MOST_ROUNDS:
-            measured = {}
-            for plan in turned(plans, len(rounds)):
-                measured[plan.name] = await self.measure(plan, with_picture=not rounds)
-                # The next one must not be measured beside this one's models.
-                await self.client.free()
-            rounds.append([measured[plan.name] for plan in plans])
-            spent_s = time.monotonic() - started
-            if spent_s * (len(rounds) + 1) / len(rounds) > ROUNDS_SECONDS:
-                break
-        print(f"{len(rounds)} round{'s' if len(rounds) > 1 else ''} in turn.", flush=True)
-        if len(rounds) == 1:
-            print("One round shows no spread: the ratio below is of a single run each.", flush=True)
-        return [_with_picture(middle(runs), runs[0]) for runs in zip(*rounds, strict=True)]
+        both = (PlanRuns(STOCK), PlanRuns(best))
+        for turn in turns(
+            both, MOST_ROUNDS, goes_on=lambda done: (time.monotonic() - started) * (done + 1) / done < ROUNDS_SECONDS
+        ):
+            turn.keep(await self.measure(turn.series.plan, with_picture=turn.number == 0))
+            # The next one must not be measured beside this one's models.
+            await self.client.free()
+        return result_of(*(runs.repeats for runs in both))
 
-    async def compare(self, runs: Sequence[DemoRun]) -> str:
-        """How far the second run's image is from the first one's, in words."""
-        reference, picture = [await self.client.upload(run.pictures[0]) for run in runs]
+    async def compare(self, found: Result) -> str:
+        """How far the best plan's image is from stock's, in words."""
+        reference, picture = [await self.client.upload(run.pictures[0]) for run in (found.stock, found.best)]
         result = await self.client.run(compare_graph(picture, reference).to_api())
         return "\n".join(text for shown in result.outputs.values() for text in shown.get("text", []))
 
 
-async def _both(
-    target: Target, args: argparse.Namespace, choice: ModelChoice, out: Path
-) -> tuple[list[DemoRun], str | None]:
+async def _both(target: Target, args: argparse.Namespace, choice: ModelChoice, out: Path) -> tuple[Result, str | None]:
     async with ComfyClient(target.url) as client:
         env = server_env(await client.system_stats())
         settings = settings_of(args, env["device_type"] == "cpu")
@@ -197,24 +212,24 @@ async def _both(
         )
         checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())
         demo = Demo(client, target.pid, env, settings, checkpoint, out)
-        runs = await demo.in_turn((STOCK, best_plan(await client.object_info())))
+        found = await demo.in_turn(best_plan(await client.object_info()))
         # Two images of noise have nothing to compare.
-        return runs, (await demo.compare(runs) if args.checkpoint is not None else None)
+        return found, (await demo.compare(found) if args.checkpoint is not None else None)
 
 
-def report(runs: list[DemoRun], comparison: str | None, out: Path) -> None:
+def report(found: Result, comparison: str | None, out: Path) -> None:
     """Write both records, print both rows, the ratio and every file."""
     store = RunStore(out)
-    records = []
-    for run in runs:
-        records.append(store.json_path(store.keep(run.record).run_id))
-    stock, best = runs
+    runs = (found.stock, found.best)
+    records = [store.json_path(store.keep(run.record).run_id) for run in runs]
     print("\n" + format_table([csv_row(run.record) for run in runs]))
-    ratio = stock.total_s / best.total_s
     for warning in dict.fromkeys(text for run in runs for text in run.record.warnings):
         print(f"note: {warning}")
-    ran = best.record.request["plan"]
-    print(f"\n{ran}: {ratio:.2f} times as fast as stock, from text to saved image, model loading apart.")
+    ran = found.best.record.request["plan"]
+    print(
+        f"\n{ran}: {found.ratio:.2f} times as fast as stock ({found.of_rounds}), from text to saved image, model "
+        "loading apart."
+    )
     if comparison is not None:
         print(f"{ran} against stock: {comparison}")
     for run, record in zip(runs, records, strict=True):
@@ -234,10 +249,10 @@ def run(args: argparse.Namespace) -> int:
         print(note)
     with open_server(ServerOptions(args.server, args.port, out), choice.files) as target:
         try:
-            runs, comparison = asyncio.run(_both(target, args, choice, out))
+            found, comparison = asyncio.run(_both(target, args, choice, out))
         except ServerGone as error:
             raise BenchError("\n".join(filter(None, (str(error), target.tail())))) from error
-    report(runs, comparison, out)
+    report(found, comparison, out)
     return 0
 
 

@@ -7,12 +7,13 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_TAESD = ROOT.parent / "shared" / "models" / "vae_approx"
@@ -41,6 +42,14 @@ hypothesis.settings.register_profile("speedlab", deadline=None, suppress_health_
 hypothesis.settings.load_profile("speedlab")
 
 
+# Two processes take whole files in this order: what is long goes first, so that neither waits at the end.
+_LONGEST_FIRST = ("onediff", "server", "browser", "comfy", "engine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONGEST_FIRST.index(item.path.parent.name))
+
+
 def comfyui_path() -> Path:
     path = os.environ.get("SPEEDLAB_COMFYUI") or os.environ.get("COMFYUI_PATH")
     if not path:
@@ -52,8 +61,8 @@ def comfyui_path() -> Path:
 def cache_dir() -> Path:
     """Generated model files, kept between runs; every file is keyed by what it is made from."""
     root = Path(os.environ.get("SPEEDLAB_CACHE") or Path.home() / ".cache" / "speedlab")
-    folder = root / "test-models"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = root / "demo-models"  # those of `bench` and `demo`: 5 GB are written once
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -92,19 +101,27 @@ def pack(comfy: ModuleType) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def demo_checkpoint(cache_dir: Path) -> Path:
-    """The small SD 1.5 checkpoint: real layout, random weights."""
+def small_checkpoint(cache_dir: Path) -> Callable[[str], Path]:
+    """The small checkpoint of a family: real layout, random weights. One process writes it, others wait."""
     synthetic = importlib.import_module("speedlab_tools.synthetic")
-    spec = synthetic.CheckpointSpec(family="sd15", size="small")
-    return synthetic.write_checkpoint(cache_dir / DEMO_CHECKPOINT, spec)
+
+    def written(family: str) -> Path:
+        path = cache_dir / "checkpoints" / f"speedlab_demo_{family}.safetensors"
+        with FileLock(cache_dir / f"{family}.lock"):
+            return synthetic.write_checkpoint(path, synthetic.CheckpointSpec(family=family, size="small"))
+
+    return written
 
 
 @pytest.fixture(scope="session")
-def vega_checkpoint(cache_dir: Path) -> Path:
+def demo_checkpoint(small_checkpoint: Callable[[str], Path]) -> Path:
+    return small_checkpoint("sd15")
+
+
+@pytest.fixture(scope="session")
+def vega_checkpoint(small_checkpoint: Callable[[str], Path]) -> Path:
     """The smallest layout of the SDXL family."""
-    synthetic = importlib.import_module("speedlab_tools.synthetic")
-    spec = synthetic.CheckpointSpec(family="vega", size="small")
-    return synthetic.write_checkpoint(cache_dir / "speedlab_demo_vega.safetensors", spec)
+    return small_checkpoint("vega")
 
 
 @pytest.fixture(scope="session")
@@ -112,8 +129,9 @@ def taesd_files(cache_dir: Path) -> Path:
     """A folder with encoder and decoder of taesd and taesdxl: their layout, random weights."""
     synthetic = importlib.import_module("speedlab_tools.synthetic")
     folder = cache_dir / "vae_approx"
-    for name in ("taesd", "taesdxl"):
-        synthetic.write_taesd(folder, name)
+    with FileLock(cache_dir / "taesd.lock"):
+        for name in ("taesd", "taesdxl"):
+            synthetic.write_taesd(folder, name)
     return folder
 
 

@@ -1,12 +1,19 @@
-"""Which of several ways to compute the same thing is fastest here: least time of each, measured in turns."""
+"""Which of several ways to compute the same thing is fastest here: least time of each, measured in turns.
+
+Work that is done once and that no repeat pays again, told to whoever measures the work around it.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from .errors import first_line
+from .torch_private import compile_callbacks, is_dynamo_loaded
 
 # Another way must beat the usual one by this factor: two that are equally fast must not change places by chance, for
 # then the same seed would give images that differ in the last bits.
@@ -51,3 +58,70 @@ def least_seconds(
         if not running or (may_be_dropped and len(running) < 2) or (turn + 1 >= least and clock() - began > budget_s):
             break
     return best
+
+
+M = TypeVar("M")
+
+
+class _Watches(threading.local):
+    """Who measures in this thread, and how deep this thread is in work that is done once."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[Callable[[], Any], list[tuple[Any, Any]]]] = []
+        self.depth = 0
+        self.begun: list[tuple[Callable[[], Any], list[tuple[Any, Any]], Any]] = []
+
+
+_watches = _Watches()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Around work that no repeat does again, which stands apart in a record: compiling, tracing, timing of ways."""
+    _begin()
+    try:
+        yield
+    finally:
+        _end()
+
+
+@contextmanager
+def watching(mark: Callable[[], M], spans: list[tuple[M, M]]) -> Iterator[None]:
+    """Gather in `spans` when work of `apart`, and torch.compile's, began and ended in this thread, as `mark` says."""
+    watch = (mark, spans)
+    if not _watches.open:
+        _watches.depth, _watches.begun = 0, []
+    _watches.open.append(watch)
+    watch_dynamo()
+    try:
+        yield
+    finally:
+        _watches.open.remove(watch)
+
+
+def watch_dynamo() -> None:
+    """Have torch.compile, which compiles in the middle of a call, tell when it does; where it is in use at all."""
+    handler = compile_callbacks()
+    # `torch._dynamo.reset` forgets them.
+    if handler is not None and _begin not in handler.start_callbacks:
+        handler.register_start_callback(_begin)
+        handler.register_end_callback(_end)
+
+
+def tells_of_dynamo() -> bool:
+    """Whether this PyTorch tells when torch.compile compiles, or nobody has compiled with it yet."""
+    return not is_dynamo_loaded() or compile_callbacks() is not None
+
+
+def _begin(*_: Any) -> None:
+    _watches.depth += 1
+    if _watches.depth == 1:
+        _watches.begun = [(mark, spans, mark()) for mark, spans in _watches.open]
+
+
+def _end(*_: Any) -> None:
+    _watches.depth = max(_watches.depth - 1, 0)
+    if _watches.depth == 0:
+        begun, _watches.begun = _watches.begun, []
+        for mark, spans, start in begun:
+            spans.append((start, mark()))

@@ -28,6 +28,17 @@ def is_dynamo_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def load_compiler() -> None:
+    """Import dynamo and inductor, which takes seconds."""
+    import torch._dynamo
+    import torch._inductor.config  # noqa: F401
+
+
+def compile_callbacks() -> Any:
+    """`torch._dynamo.callback.callback_handler` (2.12): tells when torch.compile compiles. None without it."""
+    return getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+
+
 def is_dynamo_off() -> bool:
     """`torch._dynamo.config.disable` (2.4-2.12)."""
     import torch._dynamo

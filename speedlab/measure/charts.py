@@ -25,6 +25,7 @@ _KIND_COLOURS = {FULL: "#3b7dd8", CACHED: "#4caf7d", FORECAST: "#b07cc6", CFG_OF
 _FIRST = "#9aa5b1"
 _PHASE_COLOURS = {
     "load": "#9aa5b1",
+    "compile": "#5f6b78",
     "text_encode": "#b07cc6",
     "free": "#7d8aa5",
     "to_device": "#c9c2b8",

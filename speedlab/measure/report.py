@@ -14,6 +14,7 @@ from .summary import KIND_NAMES, has_median
 
 _PHASE_NAMES = {
     "load": "load checkpoint",
+    "compile": "compiling",
     "text_encode": "text encoding",
     "free": "freeing memory",
     "to_device": "model to device",
@@ -87,11 +88,11 @@ def _phase_table(record: RunRecord) -> list[str]:
     rows = [("phase", "ms", "share", "VRAM GB", "RSS GB")]
     for key, name in _PHASE_NAMES.items():
         value = record.phases_ms.get(key)
-        if key in (OTHERS, "free") and value is None:
+        if key in (OTHERS, "free", "compile") and value is None:
             continue
         memory: Mapping[str, Any] = record.memory.get("overall" if key == "total" else key, {})
         counted = isinstance(value, (int, float)) and isinstance(total, (int, float)) and total > 0
-        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "first_eval") else ""  # type: ignore[operator]
+        share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "compile", "first_eval") else ""  # type: ignore[operator]
         used = _gb(memory.get("peak_allocated_gb")), _gb(memory.get("peak_rss_gb"))
         rows.append((name, _phase_value(value), share, *used))
     return aligned(rows, numbers=True)

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..common.timing import watching
 from . import nvtx
-from .clock import synchronize
+from .clock import HostClock, Mark, host_ms
 from .peaks import MemoryPeak, measure_peak
 
 # `between` carries only memory: the peak of whatever ran between two measured blocks of a prompt, such as core nodes.
@@ -36,6 +37,8 @@ class PhaseEntry:
     info: dict[str, Any] = field(default_factory=dict)
     list_index: int | None = None
     end_ns: int = 0
+    # Compiling in it, which is not in `ms`: no repeat compiles again.
+    apart_ms: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,11 @@ def note_between(peak: MemoryPeak) -> None:
 
 @dataclass
 class Block:
-    """A measured block of work: filled when it ends well. Times in milliseconds."""
+    """A measured block of work: filled when it ends well. Times in milliseconds; `ms` is without `apart_ms`."""
 
     info: dict[str, Any] = field(default_factory=dict)
     ms: float = 0.0
+    apart_ms: float = 0.0
     end_ns: int = 0
     peak: MemoryPeak = field(default_factory=MemoryPeak)
     before: MemoryPeak = field(default_factory=MemoryPeak)
@@ -115,16 +119,18 @@ class Block:
 @contextmanager
 def measured(name: Phase, device: Any = "cpu") -> Iterator[Block]:
     """Time a block and its memory peaks, synchronised at both ends, under the phase's NVTX range."""
-    block = Block()
-    synchronize(device)
-    with measure_peak(device) as reading:
+    block, clock = Block(), HostClock(device)
+    apart: list[tuple[Mark, Mark]] = []
+    clock.settle()
+    with measure_peak(device) as reading, watching(clock.mark, apart):
         block.before = reading.before
-        start = time.perf_counter_ns()
+        start = clock.mark()
         with nvtx.nvtx_range(nvtx.emitter(name in _RANGES), _RANGES.get(name, nvtx.RUN)):
             yield block
-            synchronize(device)
-        block.end_ns = time.perf_counter_ns()
-    block.ms, block.peak = (block.end_ns - start) / 1e6, reading.peak
+            end = clock.mark()
+    block.end_ns, block.peak = end.host_ns, reading.peak
+    block.apart_ms = sum(host_ms(*span) for span in apart)
+    block.ms = max(host_ms(start, end) - block.apart_ms, 0.0)
 
 
 @contextmanager
@@ -144,5 +150,5 @@ def phase(
     now = executing()
     items = [now.list_index if list_index is None else list_index] if shared_by is None else range(shared_by)
     for item in items:
-        ms = block.ms / len(items)
-        note(PhaseEntry(name, now.node_id, ms, block.peak, block.info, item, block.end_ns))
+        ms, apart_ms = block.ms / len(items), block.apart_ms / len(items)
+        note(PhaseEntry(name, now.node_id, ms, block.peak, block.info, item, block.end_ns, apart_ms))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from ..patching.notes import REPORT_CACHED, REPORT_NOTE, REPORT_RAN
@@ -20,8 +21,8 @@ from .environment import Conditions, conditions_now
 
 KEY = "speedlab.profile"
 _NO_PLACE = (
-    "The sampler evaluates at sigmas to which its schedule, which neither falls nor rises all the way, does not lead "
-    "there; these evaluations count with the step that it had come to."
+    "The sampler evaluates at sigmas that do not tell their step, because its schedule neither falls nor rises all "
+    "the way; these evaluations count with the step that it had come to."
 )
 
 
@@ -88,6 +89,8 @@ class SamplingTrace:
     called: Mark | None = None
     returned: Mark | None = None
     moves: list[tuple[Mark, Mark]] = field(default_factory=list)
+    # When something was compiled or timed that no repeat compiles or times again; of all parts of the run.
+    apart: list[tuple[Mark, Mark]] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     start: Mark | None = None
     end: Mark | None = None
@@ -113,8 +116,9 @@ class SamplingTrace:
     def follow(self, model_role: str, first_step: int) -> SamplingTrace:
         """A trace for the part of the run that another model goes on with."""
         self.then = SamplingTrace(
-            self.clock, self.emitter, model_role, on_step=self.on_step, first_step=first_step, observer=self.observer
-        )
+            self.clock, self.emitter, model_role, apart=self.apart, on_step=self.on_step, first_step=first_step,
+            observer=self.observer,
+        )  # fmt: skip
         return self.then
 
     def begin(self, sigmas: Sequence[float]) -> None:
@@ -260,11 +264,12 @@ def _observed(callback: Callable[..., Any] | None, trace: SamplingTrace) -> Call
 
 
 def sampling_ms(trace: SamplingTrace) -> float | None:
-    """Milliseconds inside the sampler; None if it never started or never ended. Call after the clock settled."""
+    """Milliseconds inside the sampler without what a repeat does not do again; None if it never started or never ended.
+    Call after the clock settled."""
     spans = [(part.start, part.end) for part in trace.parts()]
     if any(start is None or end is None for start, end in spans):
         return None
-    return sum(_span_ms(trace.clock, start, end) for start, end in spans if start is not None and end is not None)
+    return sum(_net_ms(trace, start, end) for start, end in spans if start is not None and end is not None)
 
 
 def to_device_ms(trace: SamplingTrace) -> float:
@@ -272,7 +277,12 @@ def to_device_ms(trace: SamplingTrace) -> float:
 
     Device time where there is one: a copy that goes on after its call returned belongs to the move.
     """
-    return sum(_span_ms(part.clock, start, end) for part in trace.parts() for start, end in part.moves)
+    return sum(_net_ms(part, start, end) for part in trace.parts() for start, end in part.moves)
+
+
+def compile_ms(trace: SamplingTrace) -> float:
+    """Milliseconds of compiling and timing alternatives, which no repeat pays again. Call after the clock settled."""
+    return sum(_span_ms(trace.clock, start, end) for start, end in trace.apart)
 
 
 def around_ms(trace: SamplingTrace) -> float | None:
@@ -281,7 +291,7 @@ def around_ms(trace: SamplingTrace) -> float | None:
     sampling = sampling_ms(trace)
     if trace.called is None or trace.returned is None or sampling is None:
         return None
-    return max(_span_ms(trace.clock, trace.called, trace.returned) - sampling - to_device_ms(trace), 0.0)
+    return max(_net_ms(trace, trace.called, trace.returned) - sampling - to_device_ms(trace), 0.0)
 
 
 def first_eval_ms(trace: SamplingTrace) -> float | None:
@@ -297,7 +307,7 @@ def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
 
 
 def part_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
-    """`step_rows` of one part of the run alone."""
+    """`step_rows` of one part of the run alone, without what a repeat does not do again."""
     if trace.start is None or trace.end is None or len(trace.sigmas) < 2:
         return ()
     owners = evaluation_steps(trace)
@@ -307,14 +317,14 @@ def part_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
     rows = []
     for index, sigma in enumerate(trace.sigmas[:-1]):
         mine = [n for n, owner in enumerate(owners) if owner == index]
-        device = [trace.clock.device_ms(starts[n], ends[n]) for n in mine] if trace.clock.has_device_time else None
+        device = [_net_ms(trace, starts[n], ends[n]) for n in mine] if trace.clock.has_device_time else None
         evaluations = [trace.evaluations[n] for n in mine]
         rows.append(
             StepRow(
                 index=trace.first_step + index,
                 sigma=sigma,
-                gpu_ms=None if device is None else sum(ms for ms in device if ms is not None),
-                cpu_ms=sum(host_ms(starts[n], ends[n]) for n in mine),
+                gpu_ms=None if device is None else sum(device),
+                cpu_ms=sum(_net_ms(trace, starts[n], ends[n], host_ms) for n in mine),
                 evals=len(mine),
                 cond_rows=sum(e.cond_rows for e in evaluations),
                 uncond_rows=sum(e.uncond_rows for e in evaluations),
@@ -352,3 +362,12 @@ def _host_sigmas(evaluations: Sequence[Evaluation]) -> list[float]:
 def _span_ms(clock: Clock, start: Mark, end: Mark) -> float:
     device = clock.device_ms(start, end)
     return host_ms(start, end) if device is None else device
+
+
+def _net_ms(
+    trace: SamplingTrace, start: Mark, end: Mark, distance: Callable[[Mark, Mark], float] | None = None
+) -> float:
+    """Milliseconds between two marks without what was done between them that no repeat does again."""
+    between = distance or partial(_span_ms, trace.clock)
+    inside = [(a, b) for a, b in trace.apart if a.host_ns >= start.host_ns and b.host_ns <= end.host_ns]
+    return max(between(start, end) - sum(between(a, b) for a, b in inside), 0.0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..patching.compiled import is_compiled_in_place, refusal_of_streaming
+from ..patching.dynamic_vram import is_dynamic
 from ..patching.wrappers import SharedState
 from .streaming import ModelStream, networks
 
@@ -176,12 +177,6 @@ def _planned_class(base: type) -> type:
     if base not in _classes:
         _classes[base] = type(f"Planned{base.__name__}", (_Planned, base), {"unplanned": base})
     return _classes[base]
-
-
-def is_dynamic(patcher: Any) -> bool:
-    """Whether ComfyUI itself pages this model's weights in and out (its dynamic VRAM)."""
-    probe = getattr(patcher, "is_dynamic", None)
-    return bool(probe()) if callable(probe) else False
 
 
 def planned(patcher: Any, placement: Placement) -> Any:

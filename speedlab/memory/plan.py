@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args
 
 from ..common.errors import SpeedLabError, UnavailableError
 from ..patching.compiled import has_compile_wrapper, refusal_of_streaming
+from ..patching.dynamic_vram import is_dynamic
 from ..patching.wrappers import Accelerator, Site, accelerators, attach, declare
 from ..vae.decode import require_vae
 from ..vae.variants import is_compiled_vae
 from .out_of_memory import clip_with_advice, settling, vae_with_advice, with_advice_in_sampling
-from .placement import Group, Offload, Placement, is_dynamic, is_planned, planned, unplanned
+from .placement import Group, Offload, Placement, is_planned, planned, unplanned
 from .predict import OFFLOADS, ImageSize, Prediction, is_measured, parts_of, predict
 
 log = logging.getLogger(__name__)

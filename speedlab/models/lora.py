@@ -32,13 +32,17 @@ class LoraChoice:
 
 @dataclass(frozen=True)
 class LoraMatch:
-    """How much of a LoRA found its place: modules, and `unread` tensors that core reads from no LoRA, by name."""
+    """How much of a LoRA found its place: modules, and `unread` tensors that core reads from no LoRA, by name.
+
+    `unsure`: of the matched modules those whose weights are packed, in another size by what they say of themselves.
+    """
 
     name: str
     strength: float
     matched: int
     total: int
     unread: tuple[str, ...] = ()
+    unsure: int = 0
 
     def describe(self) -> str:
         """Name, strength and counts, for the record."""
@@ -50,6 +54,11 @@ class LoraMatch:
         if self.matched < self.total:
             notes.append(
                 f"LoRA {self.name}: {self.matched} of {self.total} modules match this model; the rest has no effect."
+            )
+        if self.unsure:
+            notes.append(
+                f"LoRA {self.name}: {self.unsure} of its modules change quantised weights that seem to have another "
+                "size. Where the image looks as without the LoRA, it was made for another model family."
             )
         if self.unread:
             notes.append(
@@ -150,7 +159,7 @@ def _apply(model: Any, clip: Any | None, choice: LoraChoice) -> tuple[Any, Any |
         converted = comfy.lora_convert.convert_lora(dict(weights))
         content = content_of(converted)
         total = len(content.modules)
-        matched, foreign = _count_matches(model, clip, converted)
+        matched, unsure, foreign = _count_matches(model, clip, converted)
         if foreign:
             raise ModelFileError(
                 f"LoRA {path.name} was made for another model family: it changes {foreign}, but in another size than "
@@ -162,7 +171,7 @@ def _apply(model: Any, clip: Any | None, choice: LoraChoice) -> tuple[Any, Any |
                 "model family, or it is no LoRA: choose one for this checkpoint, or set the line to None."
             )
         new_model, new_clip = comfy.sd.load_lora_for_models(model, clip, weights, choice.strength, choice.strength)
-    match = LoraMatch(choice.name, choice.strength, matched, total, content.unread)
+    match = LoraMatch(choice.name, choice.strength, matched, total, content.unread, unsure)
     for warning in match.warnings():
         log.warning("SpeedLab: %s", warning)
     if matched == total:
@@ -171,31 +180,54 @@ def _apply(model: Any, clip: Any | None, choice: LoraChoice) -> tuple[Any, Any |
     return new_model, new_clip, match
 
 
-def _count_matches(model: Any, clip: Any | None, weights: dict[str, Any]) -> tuple[int, str | None]:
+def _count_matches(model: Any, clip: Any | None, weights: dict[str, Any]) -> tuple[int, int, str | None]:
     """Modules of the (converted) file that fit a weight of the UNet or the text encoder, by core's own key maps.
 
-    Beside the count the name of a cross-attention weight that has another size: its width is the family's.
+    Beside the count how many of them nobody can be sure of, and the name of a cross-attention weight that has another
+    size: its width is the family's.
     """
     import comfy.lora
 
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
-    present = {key: tuple(value.shape) for key, value in model.model.state_dict().items()}
+    present = _weights_of(model.model)
     if clip is not None:
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, key_map)
-        present |= {key: tuple(value.shape) for key, value in clip.cond_stage_model.state_dict().items()}
+        present |= _weights_of(clip.cond_stage_model)
     found = comfy.lora.load_lora(weights, key_map, log_missing=False)
     # A layer's weight and bias are one module; parts of one weight (offsets) are a module each.
     matched: set[tuple[Any, ...]] = set()
+    unsure: set[tuple[Any, ...]] = set()
     foreign = None
     for key, patch in found.items():
         target = key if isinstance(key, str) else key[0]
         if target not in present:
             continue
-        if isinstance(key, str) and not _fits(patch, present[target]):
-            foreign = target if "attn2" in target else foreign
-            continue
-        matched.add((_layer(target), *(() if isinstance(key, str) else key[1:])))
-    return len(matched), foreign
+        module = (_layer(target), *(() if isinstance(key, str) else key[1:]))
+        if isinstance(key, str) and not _fits(patch, logical_shape(present[target])):
+            if _says_its_size(present[target]):
+                foreign = target if "attn2" in target else foreign
+                continue
+            unsure.add(module)
+        matched.add(module)
+    return len(matched), len(unsure), foreign
+
+
+def _weights_of(network: Any) -> dict[str, Any]:
+    """What core may patch, by name. The parameters themselves: a state dict shows what packed ones are stored as."""
+    return {**network.state_dict(), **dict(network.named_parameters())}
+
+
+def logical_shape(weight: Any) -> tuple[int, ...]:
+    """The shape of what a weight stands for: quantised ones may be stored as bytes, two values in each."""
+    state = getattr(weight, "quant_state", None)  # bitsandbytes keeps it apart
+    return tuple(getattr(state, "shape", None) or weight.shape)
+
+
+def _says_its_size(weight: Any) -> bool:
+    """Whether a weight is a plain tensor of numbers, which has as many of them as its shape says."""
+    import torch
+
+    return type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point()
 
 
 def _fits(patch: Any, shape: tuple[int, ...]) -> bool:

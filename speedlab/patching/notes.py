@@ -47,3 +47,17 @@ def report_cached(transformer_options: Mapping[str, Any]) -> None:
     report = transformer_options.get(REPORT_CACHED)
     if report is not None:
         report()
+
+
+# In `transformer_options`: whether the predictions of the evaluation that is running were forecast, not evaluated.
+_IS_FORECAST = "speedlab_is_forecast"
+
+
+def mark_forecast(transformer_options: dict[str, Any], is_forecast: bool) -> None:
+    """Tell techniques that look at predictions whether the model made those of this evaluation."""
+    transformer_options[_IS_FORECAST] = is_forecast
+
+
+def is_forecast(transformer_options: Mapping[str, Any]) -> bool:
+    """Whether the predictions of the evaluation that is running say nothing new about the model."""
+    return bool(transformer_options.get(_IS_FORECAST))

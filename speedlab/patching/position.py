@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .schedule import StepTracker
+from .schedule import StepTracker, steps_before
 from .wrappers import Wrapper, state_of
 
 
 class Position(NamedTuple):
     """Step `step` of a run of `steps` steps, which is a `part` of a schedule.
 
-    `reached` is the step that the sampler has come to, before which it evaluates no more unless it `went_back`.
+    `reached` is the step that the sampler has come to, before which it evaluates no more unless it `went_back`. `sigma`
+    is the evaluation's own.
     """
 
     step: int
@@ -29,6 +30,7 @@ class Position(NamedTuple):
     part: Part
     reached: int
     went_back: bool
+    sigma: float
 
 
 @dataclass
@@ -78,15 +80,15 @@ class StepFinder:
         if self._tracker is None:
             return "this sampler gives no schedule of sigmas"
         return (
-            "this sampler evaluates at a sigma to which its schedule, which neither falls nor rises all the way, does "
-            "not lead there, so that the step is not known"
+            "this sampler evaluates at a sigma that does not tell its step, because the schedule neither falls nor "
+            "rises all the way"
         )
 
     def locate(self, model_options: Mapping[str, Any], timestep: Any) -> Position | None:
         """Where the evaluation at `timestep` (a tensor of sigmas, one a latent) stands.
 
         None where ComfyUI gave no schedule of at least one step, as a guider of another pack may do, and where a
-        schedule that turns or repeats sigmas does not lead through this one.
+        schedule that turns or repeats sigmas does not tell the step of this one.
         """
         if self._tracker is None:
             schedule = model_options.get("transformer_options", {}).get("sample_sigmas")
@@ -94,11 +96,22 @@ class StepFinder:
                 return None
             self._tracker = StepTracker(tuple(schedule.detach().float().cpu().tolist()))
         tracker = self._tracker
-        reached, step = tracker.reached, tracker.locate(float(timestep.detach().reshape(-1)[0]))
+        sigma = float(timestep.detach().reshape(-1)[0])
+        reached, step = tracker.reached, tracker.locate(sigma)
         if step is None:
             return None
         steps = len(tracker.sigmas) - 1
-        return Position(step, steps, self.part or Part(0, steps), reached, tracker.went_back)
+        return Position(step, steps, self.part or Part(0, steps), reached, tracker.went_back, sigma)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The run's sigmas once an evaluation was located, one more than there are steps."""
+        return () if self._tracker is None else self._tracker.sigmas
+
+    @property
+    def falls(self) -> bool:
+        """Whether each sigma is below the one before it."""
+        return self._tracker is not None and self._tracker.order == "falls"
 
 
 def counting_steps(key: str, at_end: Callable[[Any, Mapping[str, Any]], None]) -> Wrapper:
@@ -125,6 +138,16 @@ class Part(NamedTuple):
 
     first: int
     total: int
+
+
+def window(start: float, end: float, steps: int, part: Part | None) -> tuple[int, int]:
+    """The first step of a window and the step behind its last one, as steps of a run of `steps` steps.
+
+    `start` and `end` are shares of the whole schedule, of which the run is a `part`; without it the run is the whole.
+    """
+    part = part or Part(0, steps)
+    first, last = (min(max(steps_before(share, part.total) - part.first, 0), steps) for share in (start, end))
+    return first, last
 
 
 # The largest sigma of a model and the first one of a scheduler differ by less; an img2img run starts far below.

@@ -61,6 +61,11 @@ class StepTracker:
     _last_index: int | None = None
     # Whether the step that the sampler has come to was evaluated since the last callback.
     _visited: bool = False
+    # Evaluations of the step before it since then, and how many a step has there; None before one has shown it.
+    _behind: int = 0
+    _usual: int | None = None
+    # Whether one at a sigma that stands twice in a row was located before that was known.
+    _guessed: bool = False
 
     def __post_init__(self) -> None:
         if len(self.sigmas) < 2:
@@ -86,14 +91,23 @@ class StepTracker:
     def reach(self, done: int) -> None:
         """As if `done` steps had been reported."""
         if done != self.done:
-            self.done, self._visited = done, False
+            if 0 < self.done < len(self.sigmas):
+                ends = self.sigmas[self.done - 1 : self.done + 1]
+                if min(ends) > 0.0 and not self._equals(self.done, ends[0]):
+                    self._usual = max(self._usual or 0, self._behind)
+            self.done, self._visited, self._behind = done, False, 0
 
     def locate(self, sigma: float) -> int | None:
-        """The step of the evaluation at `sigma`; None where a mixed schedule does not lead through it near here."""
+        """The step of the evaluation at `sigma`; None where a mixed schedule does not lead through it near here.
+
+        None, too, from where a sampler turns out to evaluate between two sigmas, after it did so at a sigma that
+        stands twice in a row: that evaluation was taken for the next step's.
+        """
         at = self._at
         step = step_of(sigma, self.sigmas) if self.order != "mixed" else self._nearby(sigma, at)
-        if step is None:
+        if step is None or (self._guessed and self._usual):
             return None
+        self._behind += step == self.done - 1
         left = self.done - 1 if self.done else step + 1
         self.went_back = self._last is not None and step < min(self._last, left)
         self._last = step
@@ -102,6 +116,10 @@ class StepTracker:
 
     def _nearby(self, sigma: float, at: int) -> int | None:
         if self._is(at, sigma):
+            # A sampler that evaluates between two sigmas, after its callback, does so at their own where they are one.
+            if self.done and not self._visited and self._equals(at - 1, sigma):
+                self._guessed = self._guessed or self._usual is None
+                return at - 1 if self._behind < (self._usual or 0) else at
             return at
         # Behind its callback a step goes on until the next one's sigma is evaluated; from there a sampler looks ahead.
         around = (

@@ -143,7 +143,7 @@ def _peaks(cell: Cell, known: Sequence[CellRuns]) -> dict[int, int]:
     same = [pair for pair in cell.labels if pair[0] != "batch"]
     peaks: dict[int, int] = {}
     for runs in known:
-        peak = runs.first and runs.first.record.memory.get("overall", {}).get("peak_rss_gb")
+        peak = runs.first and runs.first[0].record.memory.get("overall", {}).get("peak_rss_gb")
         if peak and same == [pair for pair in runs.cell.labels if pair[0] != "batch"]:
             peaks[runs.cell.settings.batch] = int(peak * 1e9)
     return peaks

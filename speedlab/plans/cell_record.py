@@ -9,7 +9,7 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,21 +28,18 @@ from ..sampling.complete import merge_memory
 from ..vae.variants import COMPILED, derivations_of
 from .axes import Cell
 from .cell import OneRun, Prompt
+from .in_turn import Series
 from .techniques import Parts, of_core
 
 
 @dataclass
-class CellRuns:
-    """What a cell gathered. `first` is its very first run, where compilation shows; `repeats` the measured ones."""
+class CellRuns(Series[tuple[OneRun, ...]]):
+    """What a cell gathered; each run holds one of each prompt."""
 
     cell: Cell
     run_id: str
     baseline: Cell | None = None
-    first: OneRun | None = None
-    repeats: list[tuple[OneRun, ...]] = field(default_factory=list)
     quality: Quality | None = None
-    status: str = "ok"
-    error: str | None = None
     was_tried: bool = True
     difference: str | None = None
     record: RunRecord | None = None
@@ -75,7 +72,7 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     totals = runs.totals_ms()
     sampling = [statistics.fmean(run.sample_ms for run in repeat) for repeat in runs.repeats]
     rows = [rows_of(run.record.steps) for run in every]
-    begin = runs.first or first
+    begin = runs.first[0] if runs.first else first
     begun = rows_of(begin.record.steps)
     summary = summarise(sampling, rows, begin.record.summary.get("first_eval_ms"), begun[0].ms if begun else None)
     median = statistics.median(totals)
@@ -83,7 +80,7 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     summary |= {
         **speed(phases["sample"], summary["steps"]),
         "totals_ms": [round(ms, 3) for ms in totals],
-        "first_run_ms": round(begin.total_ms, 3),
+        "first_run_ms": round(begin.total_ms + begin.compile_ms, 3),
         "images_per_min": round(60000.0 * runs.cell.settings.batch / median, 4) if median > 0 else None,
     }
     memory: Mapping[str, Any] = first.record.memory
@@ -103,7 +100,11 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         status=runs.status,
         error=runs.error,
         request=_as_it_ran({**request, **_request(runs, facts, carried)}, runs.cell),
-        phases_ms={**phases, "first_eval": first.record.summary.get("first_eval_ms")},
+        phases_ms={
+            **phases,
+            "compile": _compile_ms(begin, every),
+            "first_eval": first.record.summary.get("first_eval_ms"),
+        },
         summary=summary,
         memory=with_growth(memory, _growths(runs)),
         quality=_quality(runs),
@@ -116,7 +117,7 @@ def _growths(runs: CellRuns) -> list[float | None]:
     """Of the measured runs but for the cell's first one, which loads weights, unless there is no other."""
     every = [run.rss_growth_gb for repeat in runs.repeats for run in repeat]
     # Runs before the measured ones have loaded what there is to load.
-    warm = runs.first is not None and runs.first.record.run_id != runs.repeats[0][0].record.run_id
+    warm = runs.first is not runs.repeats[0]
     return every if warm else every[1:] or every
 
 
@@ -215,6 +216,12 @@ def _phases(middle: Sequence[OneRun], total: float) -> dict[str, float | None]:
         "save": mean([run.save_ms for run in middle]),
         "total": round(total, 3),
     }
+
+
+def _compile_ms(begin: OneRun, every: Sequence[OneRun]) -> float | None:
+    """Of the cell's very first run and all measured ones."""
+    others = [run for run in every if run.record.run_id != begin.record.run_id]
+    return round(begin.compile_ms + sum(run.compile_ms for run in others), 3) or None
 
 
 def _quality(runs: CellRuns) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ MAIN_OPTION: Mapping[str, str] = {
     "compile_vae": "backend",
     "deepcache": "cache_interval",
     "dynamic_cfg": "stop_at",
+    "forecast": "tolerance",
     "memory_plan": "offload",
     "tiny": "decoder",
     "weights": "precision",

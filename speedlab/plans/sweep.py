@@ -1,22 +1,19 @@
-"""Runs a sweep: cells in turn, round after round, so that drift hits them all alike (A B C, B C A).
+"""Runs a sweep: its cells are measured in turn.
 
 What a table cannot show, in sentences: what failed, the largest batch, where throughput saturates, overhead.
 
 How far a sweep is: ComfyUI's bar over all steps, and a line with the time left.
-
-The order of what is measured in turn. Pure.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ..common.core import output_directory
 from ..common.errors import ResultsError
@@ -29,6 +26,7 @@ from .axes import MOST_IMAGES, Axis, Cell, CellSettings, baseline_of, make_cell,
 from .batch_search import BatchSearch, NotTriedError, refuse_too_large, saturation_point
 from .cell import OneRun, Prepared, Prompt, Reloader, check_sampler, prepare, run_once
 from .cell_record import CellRuns, SweepFacts, failed_record, measured_record, quality_of
+from .in_turn import Turn, own_failure, turns
 from .plan_text import parse_plan
 from .sheet import keep_image, thumbnail
 from .techniques import NodeTable, Parts, check_techniques
@@ -114,55 +112,43 @@ class Sweep:
         return runs.cell.settings.steps * len(self.request.prompts) * (self.request.warmup + self.request.repeats)
 
     def _rounds(self, cells: Sequence[CellRuns]) -> None:
-        rounds = self.request.warmup + self.request.repeats
-        for index in range(rounds):
-            # Warm-up and the first measured round are in the given order, in which baselines come first.
-            for runs in turned(cells, max(index - self.request.warmup, 0)):
-                if runs.status == "ok":
-                    what = "warm-up" if index < self.request.warmup else f"repeat {index + 1 - self.request.warmup}"
-                    self.progress.begin(f"{runs.cell.name}: {what} of {self.request.repeats}")
-                    self._measure(runs, index)
-                if index == rounds - 1 or runs.status != "ok":
-                    self._write(runs)
+        # Warm-up and the first measured round are in the given order, in which baselines come first.
+        for turn in turns(cells, self.request.repeats, self.request.warmup):
+            self.progress.begin(f"{turn.series.cell.name}: {turn.text}")
+            self._measure(turn)
+            if turn.left == 1 or turn.series.status != "ok":
+                self._write(turn.series)
 
-    def _measure(self, runs: CellRuns, index: int) -> None:
+    def _measure(self, turn: Turn[CellRuns]) -> None:
         """One round of one cell. What goes wrong is the cell's row, not the end of the sweep."""
-        import comfy.model_management as mm
-
-        self._running = runs
-        try:
+        self._running = runs = turn.series
+        settings = runs.cell.settings
+        with own_failure(lambda error: self._failed(turn, error)):
             refuse_too_large(runs.cell, self.result.cells, self.parts.model.load_device, self._start_rss)
             prepared = self._prepare(runs.cell)
             made: list[OneRun] = []
             for prompt in self.request.prompts:
-                batch = runs.cell.settings.batch
+                first_picture = len(made) * settings.batch
                 run = run_once(
-                    prepared, prompt, self.context, self.store, runs.run_id, len(made) * batch, self.progress.step
+                    prepared, prompt, self.context, self.store, runs.run_id, first_picture, self.progress.step
                 )
-                self.progress.finished(runs.cell.settings.steps)
-                self._measured_ms += run.total_ms
-                runs.first = runs.first or _light(run)
+                self.progress.finished(settings.steps)
+                self._measured_ms += run.total_ms + run.compile_ms
                 made.append(run)
-            if index >= self.request.warmup:
-                if not runs.repeats:
-                    self._look(runs, made)
-                runs.repeats.append(tuple(_light(run) for run in made))
-        except (mm.InterruptProcessingException, KeyboardInterrupt, SystemExit, ResultsError):
-            raise
-        except Exception as error:
-            # Whatever a cell raises, a shape error deep in a library too, belongs into its row.
-            runs.status, runs.error = failure_status(error), failure_message(error)
-            runs.was_tried = not isinstance(error, NotTriedError)
-            log.warning("SpeedLab: %s ended with %s: %s", runs.cell.name, runs.status, runs.error)
-            self.progress.more(-self._steps(runs) * (self.request.repeats - len(runs.repeats)) // self._rounds_a_cell())
-            self._prepared.pop((runs.cell.x, runs.cell.y), None)
-        if runs.status != "ok":
-            # Not inside the handler: there the error's frames still hold what did not fit.
-            _free_memory(runs.status == "oom")
+            if turn.counts and not runs.repeats:
+                self._look(runs, made)
+            # Only the first repeat's images are looked at.
+            turn.keep(tuple(replace(run, pictures=None) for run in made))
         self._running = None
 
-    def _rounds_a_cell(self) -> int:
-        return self.request.warmup + self.request.repeats
+    def _failed(self, turn: Turn[CellRuns], error: Exception) -> str:
+        runs = turn.series
+        runs.status, runs.error = failure_status(error), failure_message(error)
+        runs.was_tried = not isinstance(error, NotTriedError)
+        log.warning("SpeedLab: %s ended with %s: %s", runs.cell.name, runs.status, runs.error)
+        self.progress.more(-turn.left * self._steps(runs) // (self.request.warmup + self.request.repeats))
+        self._prepared.pop((runs.cell.x, runs.cell.y), None)
+        return runs.status
 
     def _prepare(self, cell: Cell) -> Prepared:
         import comfy.model_management as mm
@@ -274,21 +260,6 @@ class Sweep:
                 with suppress(ResultsError):
                     self._write(runs)
             raise
-
-
-def _light(run: OneRun) -> OneRun:
-    """A run without its images, of which only the first repeat's are looked at."""
-    return replace(run, pictures=None)
-
-
-def _free_memory(everything: bool) -> None:
-    """Give back what a failed cell held, before the next one starts."""
-    import comfy.model_management as mm
-
-    gc.collect()
-    if everything:
-        mm.unload_all_models()
-    mm.soft_empty_cache()
 
 
 _REPEATS = 2
@@ -405,15 +376,3 @@ class SweepProgress:
 def _duration(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60}:{whole % 60:02d} min"
-
-
-T = TypeVar("T")
-
-
-def turned(items: Sequence[T], number: int) -> list[T]:
-    """The items in the order of round `number`: A B C, B C A, C A B, and again.
-
-    In a fixed order whatever recurs with each round, a GPU that is cold at its start say, would be the first one's.
-    """
-    begin = number % len(items) if items else 0
-    return [*items[begin:], *items[:begin]]

@@ -32,6 +32,7 @@ TECHNIQUES: Mapping[str, Known] = {
     "compile_vae": Known("SpeedLabCompileVAE"),
     "deepcache": Known("SpeedLabDeepCache"),
     "dynamic_cfg": Known("SpeedLabDynamicCFG"),
+    "forecast": Known("SpeedLabForecast"),
     "freeu": Known("FreeU"),
     "memory_plan": Known("SpeedLabMemoryPlan"),
     "precision": Known("SpeedLabPrecision"),

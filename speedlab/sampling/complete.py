@@ -73,6 +73,9 @@ def _with_decode(record: RunRecord, has_images: bool, reached_ns: int, context: 
     memory = merge_memory(record.memory, "decode", memory_dict(peak)) if decodes else dict(record.memory)
     phases = dict(record.phases_ms)
     phases["decode"] = round(sum(e.ms for e in decodes), 3) if decodes else None
+    sampler_ms, apart_ms = phases.get("compile"), sum(e.apart_ms for e in decodes)
+    if apart_ms:
+        phases["compile"] = round(apart_ms + (sampler_ms if isinstance(sampler_ms, (int, float)) else 0.0), 3)
     warnings = [info["warning"] for info in infos if "warning" in info]
     completed = record.changed(
         request=request,

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from ..common.core import core_nodes, is_out_of_memory, output_directory
 from ..common.dtypes import unet_dtypes
 from ..common.errors import ResultsError, SpeedLabError, UnavailableError, first_line
+from ..common.timing import tells_of_dynamo, watching
 from ..measure import nvtx, timeline
 from ..measure.clock import clock_for
 from ..measure.context import NodeContext
@@ -29,6 +30,7 @@ from ..measure.trace import (
     SamplingTrace,
     StepRow,
     around_ms,
+    compile_ms,
     first_eval_ms,
     part_rows,
     sampling_ms,
@@ -39,13 +41,14 @@ from ..measure.trace import (
 from ..models.latent_mark import marked
 from ..models.loading import HASHED, SOURCE, CheckpointSource, sampled_hash
 from ..models.lora import LORAS
-from ..patching.compiled import CompileCounts, compile_counts
+from ..patching.compiled import CompileCounts, compile_counts, counts_between
 from ..patching.wrappers import Accelerator, accelerators
 
 log = logging.getLogger(__name__)
 
 _PIXELS_PER_LATENT = 8
 _NOTABLE_SHARE = 0.01
+_NOTABLE_EXCESS, _NOTABLE_EXCESS_MS = 0.1, 50.0
 # For each network the patches that it sampled with last; a network that is gone is forgotten.
 _sampled_with: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -138,6 +141,7 @@ class _Session:
     error: str | None = None
     feed: Feed | None = None
     first_use: bool = False
+    compiled_unseen: bool = False
 
 
 def profile_sampling(
@@ -196,6 +200,8 @@ def profile_run(
                 timeline.note_between(reading.before)
             compiled = compile_counts()
             out = _run_all(model, options, session, sample)
+            compilations = counts_between(compiled, compile_counts())["compilations"]
+            session.compiled_unseen = bool(compilations) and not tells_of_dynamo()
         if observe is not None and options.detail != TIMING:
             session.kernel_profile = _look_closer(model, observe, options, session, store, compiled)
     except BaseException as error:
@@ -251,7 +257,8 @@ def _run_all(model: Any, options: ProfileOptions, session: _Session, sample: Sam
             trace.observer = None if session.feed is None else session.feed.run(index)
             trace.called = trace.clock.mark()
             try:
-                result = sample(trace)
+                with watching(trace.clock.mark, trace.apart):
+                    result = sample(trace)
             except BaseException:
                 # Events of a cancelled run cannot be read either before the device has come to them. A device that
                 # failed refuses to be waited for; why the run failed is the error to show.
@@ -305,6 +312,7 @@ def _record(
     run = summary["run"]
     phases: dict[str, float | str | None] = {
         "load": context.phase_ms("load", entries, now.list_index),
+        "compile": _compile_ms(session),
         "text_encode": context.phase_ms("text_encode", entries, now.list_index),
         "free": context.phase_ms("free", entries, now.list_index),
         "to_device": _to_device_ms(session),
@@ -331,7 +339,7 @@ def _record(
             phases_ms=phases,
             steps=tuple(step_dict(row) for row in rows[0]) if rows else (),
             summary=summary,
-            warnings=_warnings(model, session, phases),
+            warnings=_warnings(model, session, phases, summary["first_step_excess_ms"]),
             memory=_memory(entries, context.concerning(entries), session.peak),
             kernels=session.kernel_profile.kernels,
             kernel_profile=session.kernel_profile.profile,
@@ -341,7 +349,9 @@ def _record(
     )
 
 
-def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | None]) -> tuple[str, ...]:
+def _warnings(
+    model: Any, session: _Session, phases: Mapping[str, float | str | None], excess_ms: float | None
+) -> tuple[str, ...]:
     notes = [note for trace in session.traces for part in trace.parts() for note in part.notes]
     notes += session.kernel_profile.notes
     if any(not trace.clock.is_synchronised for trace in session.traces):
@@ -357,7 +367,12 @@ def _warnings(model: Any, session: _Session, phases: Mapping[str, float | str | 
             "ComfyUI had the encoded text, or a part of it, in its cache, so the time from text to image is not "
             "known. Change the texts to have it measured."
         )
-    notes += _first_move(session, phases)
+    if session.compiled_unseen:
+        notes.append(
+            "torch.compile compiled in this run, and PyTorch here does not tell how long that took: it is "
+            "part of the sampling time and of the time from text to image. Set warmup to 1, or queue the prompt again."
+        )
+    notes += [*_first_move(session, phases), *_first_step(session, phases, excess_ms)]
     return tuple(dict.fromkeys(notes))
 
 
@@ -371,6 +386,20 @@ def _first_move(session: _Session, phases: Mapping[str, float | str | None]) -> 
     return [
         f"This prompt is the first that sampled with this model and its LoRAs: {moved:.0f} ms of the time from text to "
         "image moved its weights to the device. Queue the prompt again, with other texts, for the time of a repeat."
+    ]
+
+
+def _first_step(session: _Session, phases: Mapping[str, float | str | None], excess_ms: float | None) -> list[str]:
+    """What to say where the first step did more than compile that no repeat does again."""
+    sampled = phases.get("sample")
+    if not session.first_use or len(session.traces) > 1 or excess_ms is None or not isinstance(sampled, (int, float)):
+        return []
+    if excess_ms < max(_NOTABLE_EXCESS * sampled, _NOTABLE_EXCESS_MS):
+        return []
+    return [
+        f"This prompt is the first that sampled with this model and its LoRAs: its first step took {excess_ms:.0f} ms "
+        "longer than later ones, which is part of the sampling time. Set warmup to 1, or queue the prompt again with "
+        "other texts, for the time of a repeat."
     ]
 
 
@@ -405,6 +434,11 @@ def _to_device_ms(session: _Session) -> float | None:
     place.
     """
     return round(to_device_ms(session.traces[0]), 3) if session.traces else None
+
+
+def _compile_ms(session: _Session) -> float | None:
+    """Compiling and timing of alternatives in all runs, warm-up included; None where there was none."""
+    return round(sum(compile_ms(trace) for trace in session.traces), 3) or None
 
 
 def _prepare_ms(session: _Session) -> float | None:

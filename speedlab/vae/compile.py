@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from ..common.errors import UnavailableError, first_line
+from ..common.timing import apart
 from ..common.torch_private import dynamo_failures
 from ..patching.compiled import refusal_of_streaming
+from ..patching.dynamic_vram import loaded_whole
 from ..techniques.compile import backends
 from ..techniques.compile.backends import FOR_VAE, MODES, CompileOptions, dynamo
 from ..techniques.compile.graphs import kind_of
@@ -62,6 +64,7 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
     placement = placement_of(vae)
     if placement is not None and placement.streams:
         raise refusal_of_streaming()
+    vae = _loaded_whole(vae)
     network = getattr(vae.first_stage_model, "speedlab_original", vae.first_stage_model)
     if getattr(vae, "latent_dim", 2) != 2 or not isinstance(vae.upscale_ratio, int):
         raise UnavailableError(
@@ -76,6 +79,17 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
     described = f"compile_vae(backend={backend_name}{'' if mode == 'default' else f',mode={mode}'})"
     set_derivation(compiled, COMPILED, Derivation(described, lambda other: compile_vae(other, backend_name, mode)))
     return compiled
+
+
+def _loaded_whole(vae: Any) -> Any:
+    """`vae` itself, or under dynamic VRAM a second VAE object on weights that ComfyUI does not page."""
+    patcher = loaded_whole(vae.patcher, "Compile VAE")
+    if patcher is vae.patcher:
+        return vae
+    second = copy.copy(vae)
+    # Core builds it anew in the type that it would choose, and keeps weights in the type of the file until it loads.
+    second.patcher, second.first_stage_model = patcher, patcher.model.to(vae.vae_dtype)
+    return second
 
 
 def _decoder(network: Any, backend: ModuleType, options: CompileOptions) -> Callable[..., torch.Tensor]:
@@ -125,7 +139,7 @@ def _program(network: Any, backend: ModuleType, options: CompileOptions, samples
     log.info("SpeedLab: %s compiles the VAE's decoder", backend.NAME)
     given = replace(options, example=(samples,), changing=((0, 2, 3),), dtype=samples.dtype)
     try:
-        with torch.no_grad():
+        with apart(), torch.no_grad():
             return backend.compile(PureDecoder(network), given)
     except Exception as error:  # exporters raise whatever their layers raise
         raise_what_passes(error)

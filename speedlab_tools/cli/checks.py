@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 from ..host.child import run_child
 
@@ -43,3 +44,20 @@ def size_report(root: Path) -> str:
         lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
         halves.append(f"{half}/: {len(files)} files, {lines:,} lines")
     return "; ".join(halves)
+
+
+def durations(report: Path, longest: int = 60) -> str:
+    """Seconds of the longest tests, set-up of fixtures included, then of each file, from a JUnit report."""
+    cases = [(float(case.get("time", 0)), case) for case in ElementTree.parse(report).iter("testcase")]
+    files: dict[str, float] = {}
+    for seconds, case in cases:
+        file = str(case.get("classname"))
+        files[file] = files.get(file, 0.0) + seconds
+    slow = sorted(((seconds, f"{case.get('classname')} {case.get('name')}") for seconds, case in cases), reverse=True)
+    lines = [f"{len(cases)} tests, {sum(files.values()):.1f} s", ""]
+    by_file = sorted(((seconds, name) for name, seconds in files.items()), reverse=True)
+    return "\n".join([*lines, *_rows(slow[:longest]), "", *_rows(by_file), ""])
+
+
+def _rows(times: Sequence[tuple[float, str]]) -> list[str]:
+    return [f"{seconds:8.1f} {name}" for seconds, name in times]

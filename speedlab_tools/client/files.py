@@ -6,6 +6,8 @@ The ComfyUI that a command talks to: one it starts itself, or one that runs alre
 from __future__ import annotations
 
 import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
@@ -125,6 +127,12 @@ def link_model(source: Path, folder: Path) -> str:
 
 
 def _synthetic(*arguments: str) -> None:
+    if "torch" in sys.modules:
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = importlib.import_module("speedlab_tools.synthetic.__main__").main(arguments)
+        if code != 0:
+            raise BenchError(f"writing the demo model failed (exit code {code}); the reason stands above")
+        return
     # A process of its own: it needs torch, whose memory this one would keep while the server is measured.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "speedlab_tools", "synthetic", *arguments]

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,13 @@ class Ready:
 
 @dataclass(frozen=True)
 class Done:
-    """Images as they were saved, records as JSON, and the seconds that ComfyUI took."""
+    """Images as they were saved, records as JSON, and the seconds that ComfyUI took. `cold`: its ComfyUI had made no
+    image before."""
 
     images: tuple[bytes, ...]
     records: tuple[str, ...]
     seconds: float
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,12 @@ class Worker:
         self.server: ComfyServer | None = None
         self.base: Path | None = None
         self.stopped = False
+        self.cold = True
 
     async def start(self) -> Ready:
         """Start ComfyUI, in place of an earlier one, and wait until it answers."""
         await self._end()
+        self.cold = True
         try:
             server = await asyncio.to_thread(self._start)
         except (SpeedLabError, OSError) as error:
@@ -123,6 +127,8 @@ class Worker:
         if _code(server) is not None and not isinstance(answer, Done):
             tail = "\n".join(f"  {line}" for line in server.tail(_TAIL)) or "  (nothing)"
             raise RuntimeError(f"ComfyUI ended with exit code {_code(server)}; its log ends with\n{tail}")
+        if isinstance(answer, Done):
+            answer, self.cold = replace(answer, cold=self.cold), False
         if isinstance(answer, (Done, Failed)):
             return answer
         raise RuntimeError(answer or "its ComfyUI was stopped")

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from speedlab.common.errors import ResultsError
-from speedlab.measure.record import from_json
+from speedlab.measure.record import UNKNOWN, RunRecord, from_json
 from speedlab.measure.store import RunStore, cannot_write, run_ids_in, write_atomically
 
 from ..client.files import prepare_output
@@ -32,6 +32,10 @@ from .worker import Done
 OK, ERROR, LOST = "ok", "error", "lost"
 _IMAGES = "pictures"
 _SHOWN = 60
+_COLD = (
+    "This was the first prompt of its worker, which brought the weights to the device: how long a repeat takes from "
+    "text to image is not known."
+)
 # Behind the name of an image that is on its way to another place.
 _MOVING = ".moving"
 _STRICT = ConfigDict(strict=True, extra="forbid")
@@ -166,6 +170,7 @@ class Writer:
         note = f"{attempt.shared} workers of a fleet shared this machine while it ran: its times compare with nothing"
         notes = [note] if attempt.shared > 1 else []
         records = [record.changed(artifacts=artifacts, warnings=[*record.warnings, *notes]) for record in records]
+        records = [_without_cold_time(record) if answer.cold else record for record in records]
         for record in records:
             self.store.write(record)
         row = self._keep(
@@ -286,6 +291,16 @@ class Writer:
             except ResultsError:  # somebody took it away or changed it since
                 continue
             self.store.add_row(record)
+
+
+def _without_cold_time(record: RunRecord) -> RunRecord:
+    """The record of a worker's first prompt without a time from text to image; a benchmark has its own warm-up."""
+    if record.phases_ms.get("total") is None or record.summary.get("totals_ms"):
+        return record
+    phases = {**record.phases_ms, "to_device": UNKNOWN, "total": None}
+    return record.changed(
+        phases_ms=phases, summary={**record.summary, "images_per_min": None}, warnings=(*record.warnings, _COLD)
+    )
 
 
 def _image_name(task: Task, number: int) -> str:

@@ -75,3 +75,30 @@ def tiny(comfy: ModuleType) -> SimpleNamespace:
         return {"samples": torch.zeros(batch, 4, height, width)}
 
     return SimpleNamespace(model=patcher, cond=cond, latent=latent)
+
+
+@pytest.fixture(scope="session")
+def parts(pack: ModuleType, model_files: Any) -> Any:
+    """Model and text encoder of the demo checkpoint."""
+    import torch
+
+    with torch.inference_mode():
+        return pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]().load(
+            "speedlab_demo_sd15.safetensors", "auto", "contiguous"
+        )[:2]
+
+
+@pytest.fixture
+def written(model_files: Any) -> Any:
+    """Writes tensors as a LoRA and gives its name; the file goes again after the test."""
+    from safetensors.torch import save_file
+
+    path = model_files / "loras" / "format.safetensors"
+
+    def write(tensors: Any) -> str:
+        path.parent.mkdir(exist_ok=True)
+        save_file(tensors, path)
+        return path.name
+
+    yield write
+    path.unlink(missing_ok=True)

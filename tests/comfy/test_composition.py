@@ -268,7 +268,7 @@ def known(tiny: TinyUNet, techniques: dict[str, Technique]) -> Known:
 
 def _tier(pair: tuple[str, str]) -> Any:
     """Generated code takes long: every day one pair with a compiler, with `--all` the others."""
-    full = "TorchCompileModel" in pair and pair != ("DeepCache", "TorchCompileModel")
+    full = "TorchCompileModel" in pair and pair != ("TorchCompileModel", "LoRA")
     return pytest.param(*pair, marks=pytest.mark.full if full else ())
 
 

@@ -245,8 +245,15 @@ def test_a_block_that_is_never_done_in_time_is_given_up(engine: Any, bench: Any,
     assert "no result in its time, twice" in bench.journal.rows["slow/variant"]["error"] and bench.journal.started == {}
 
 
-@pytest.mark.parametrize("end", ["OutOfTimeError", "LostDeviceError"])
-@pytest.mark.parametrize(("rounds", "kept"), [(2, False), (3, True)])
+@pytest.mark.parametrize(
+    ("rounds", "kept", "end"),
+    [
+        (2, False, "OutOfTimeError"),
+        (3, True, "LostDeviceError"),
+        pytest.param(2, False, "LostDeviceError", marks=pytest.mark.full),
+        pytest.param(3, True, "OutOfTimeError", marks=pytest.mark.full),
+    ],
+)
 def test_what_ends_between_rounds_keeps_what_is_enough(
     engine: Any, bench: Any, monkeypatch: Any, rounds: int, kept: bool, end: str
 ) -> None:

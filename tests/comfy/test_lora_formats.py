@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-DEMO = "speedlab_demo_sd15.safetensors"
-
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 CORE_BLOCK = "input_blocks.1.1.transformer_blocks.0"
 LAYERS = ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "attn2.to_v")
@@ -94,30 +92,6 @@ BESIDE = {
     "bundled embedding": ("bundle_emb.cat.string_to_param.*", "bundle_emb.dog.clip_l"),
     "magnitude of peft": (core_name("attn1.to_q") + ".lora_magnitude_vector",),
 }
-
-
-@pytest.fixture(scope="session")
-def parts(pack, model_files):
-    import torch
-
-    with torch.inference_mode():
-        return pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]().load(DEMO, "auto", "contiguous")[:2]
-
-
-@pytest.fixture
-def written(model_files):
-    """Writes tensors as a LoRA and gives its name; the file goes again after the test."""
-    from safetensors.torch import save_file
-
-    path = model_files / "loras" / "format.safetensors"
-
-    def write(tensors):
-        path.parent.mkdir(exist_ok=True)
-        save_file(tensors, path)
-        return path.name
-
-    yield write
-    path.unlink(missing_ok=True)
 
 
 def file_of(kind, model, clip, strange=0):

@@ -18,6 +18,7 @@ from .tiny_unet import TinyUNet, build
 
 # Real runs of a model: a few examples each, from the values that samplers meet.
 few = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NO_PLACE = ("DeepCache: this sampler evaluates", "Dynamic CFG: uncond stays on", "The sampler evaluates at sigmas")
 SIGMAS = (0.03, 0.2, 0.7, 1.5, 3.0, 5.0, 9.0, 14.6)
 
 
@@ -113,7 +114,7 @@ def test_every_step_has_its_evaluations_or_the_record_says_so(tiny, techniques, 
     assert sum(row.evals for row in rows) == len(calls)
     if sampler == "heunpp2" and len(set(sigmas)) < len(sigmas):
         return  # Heun++ tells its last steps by their sigma, and leaves out what looks ahead where that stands twice
-    if any("to which its schedule" in note for note in notes):
+    if any("do not tell their step" in note for note in notes):
         return
     if sampler != "dpm_2":  # whose middle may be the very sigma of another step
         expected = Counter(step for step, row in enumerate(rows) for _ in range(row.evals) if step % interval == 0)
@@ -223,12 +224,40 @@ def test_a_sampler_that_leaves_a_mixed_schedule_is_told_of(tiny, techniques, run
     """dpm_fast takes first and last sigma alone, and goes its own way between them."""
     calls, rows, notes = run(techniques(tiny.model, 2, stop_at=0.5), [14.6, 1.0, 9.0, 0.5, 5.0, 0.03], "dpm_fast")
     assert sum(row.evals for row in rows) == len(calls)
-    for name in (
-        "DeepCache: this sampler evaluates",
-        "Dynamic CFG: uncond stays on",
-        "The sampler evaluates at sigmas",
-    ):
+    for name in NO_PLACE:
         assert sum(note.startswith(name) for note in notes) == 1, (name, notes)
+
+
+# Evaluations a step; the last, to 0, has one. Where the second one is at the next sigma it is the next step's.
+REPEATED = {
+    "euler": [1, 1, 1, 1, 1, 1],
+    "heun": [1, 2, 2, 2, 2, 2],
+    "dpm_2": [2, 2, 2, 2, 2, 1],
+    "dpm_2_ancestral": [1, 2, 2, 2, 2, 2],
+    "dpmpp_2s_ancestral": [1, 2, 2, 2, 2, 2],
+    "dpmpp_sde": [2, 2, 2, 2, 2, 1],
+    "seeds_2": [2, 2, 2, 2, 2, 1],
+    "seeds_3": [3, 3, 3, 3, 3, 1],
+    "dpmpp_2m": [1, 1, 1, 1, 1, 1],
+}
+
+
+@pytest.mark.parametrize("sampler", REPEATED)
+def test_a_sigma_twice_in_a_row(tiny, techniques, run, sampler) -> None:
+    """As where two schedules are joined of which one ends at the sigma that the other begins with."""
+    evals = REPEATED[sampler]
+    model = techniques(tiny.model, 2, stop_at=0.5)
+    calls, rows, notes = run(model, [14.6, 9.0, 5.0, 5.0, 2.0, 0.5, 0.0], sampler)
+    assert [row.evals for row in rows] == evals and not notes
+    assert [row.cached for row in rows] == [step % 2 > 0 for step in range(6)]
+    assert len(deep(calls)) == sum(evals[0::2])
+    assert [row.uncond_rows for row in rows] == [*evals[:3], 0, 0, 0]
+    # In its first step a sampler has not shown yet whether it evaluates between two sigmas.
+    calls, rows, notes = run(model, [9.0, 9.0, 5.0, 2.0, 0.5, 0.0], sampler)
+    within = evals[0] > 1
+    assert sum(row.evals for row in rows) == len(calls)
+    for name in NO_PLACE:
+        assert sum(note.startswith(name) for note in notes) == within, (name, notes)
 
 
 def test_sigmas_that_repeat_for_many_steps(tiny, techniques, run, whole) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,6 @@ from speedlab_tools.synthetic import (
     build_state_dict,
     lora_state_dict,
     shapes,
-    write_checkpoint,
     write_taesd,
 )
 from speedlab_tools.synthetic.checkpoint import UNET_PREFIX
@@ -81,21 +80,14 @@ def sd15(comfy: ModuleType, demo_checkpoint: Path) -> Iterator[Loaded]:
     comfy.model_management.unload_all_models()
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "vega", "sdxl_refiner"])
+@pytest.mark.parametrize(
+    "family", ["sd15", "vega", *(pytest.param(name, marks=pytest.mark.full) for name in ("sd21", "sdxl_refiner"))]
+)
 def test_small_files_load_whole_and_sample(
-    comfy: ModuleType,
-    cache_dir: Path,
-    request: pytest.FixtureRequest,
-    caplog: pytest.LogCaptureFixture,
-    family: str,
+    comfy: ModuleType, small_checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture, family: str
 ) -> None:
-    fixture = {"sd15": "demo_checkpoint", "vega": "vega_checkpoint"}.get(family)
-    if fixture:
-        path = request.getfixturevalue(fixture)
-    else:
-        path = write_checkpoint(cache_dir / f"speedlab_demo_{family}.safetensors", CheckpointSpec(family))  # type: ignore[arg-type]
     with caplog.at_level(logging.DEBUG):
-        loaded = load(comfy, path)
+        loaded = load(comfy, small_checkpoint(family))
     assert type(loaded.model.model.model_config).__name__ == DETECTED[family]
     assert loaded.model.model.model_type == comfy.model_base.ModelType.EPS
     complaints = [

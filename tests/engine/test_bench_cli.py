@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import struct
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from speedlab.common.tables import format_table, seconds
+from speedlab.measure.store import new_run_id
 from speedlab_tools import __main__ as cli
 from speedlab_tools import demo as cmd_demo
 from speedlab_tools.bench.models import choose_models
@@ -18,7 +20,7 @@ from speedlab_tools.client import errors, files
 from speedlab_tools.client.events import Event, ProgressLine, progress_text
 from speedlab_tools.scenarios.catalog import find
 from speedlab_tools.scenarios.overrides import Overrides, adapt
-from speedlab_tools.scenarios.scenario import STOCK
+from speedlab_tools.scenarios.scenario import STOCK, TINY_VAE
 
 
 def safetensors(path, *, extra: int = 0, header: bytes | None = None):
@@ -292,7 +294,24 @@ def test_failures_name_node_title_and_reason():
     assert error.trace == "ab"
 
 
-@pytest.mark.parametrize(("totals", "expected"), [([5.0], 5.0), ([9.0, 4.0], 4.0), ([9.0, 4.0, 6.0], 6.0)])
-def test_the_demo_keeps_the_middle_run(make_record, totals, expected):
-    runs = [cmd_demo.DemoRun(STOCK, make_record(phases_ms={"total": seconds * 1000.0}), ()) for seconds in totals]
-    assert cmd_demo.middle(runs).total_s == expected
+@pytest.mark.parametrize(
+    ("stock", "best", "ratio", "rounds"),
+    [
+        ([6.0], [3.0], 2.0, "one round, which shows no spread"),
+        ([6.0, 9.0], [3.0, 3.0], 2.0, "lower median of 2 rounds"),
+        ([6.0, 9.0, 4.0], [3.0, 3.0, 1.6], 2.5, "median of 3 rounds"),
+    ],
+)
+def test_the_demo_tells_the_median_round(make_record, tmp_path, capsys, stock, best, ratio, rounds):
+    def runs(plan, totals):
+        times = [seconds * 1000.0 for seconds in totals]
+        made = [make_record(run_id=new_run_id(), phases_ms={"total": ms}, summary={"totals_ms": [ms]}) for ms in times]
+        return [cmd_demo.DemoRun(plan, record, (tmp_path / f"{plan.name}.png",)) for record in made]
+
+    found = cmd_demo.result_of(runs(STOCK, stock), runs(TINY_VAE, best))
+    assert found.ratio == pytest.approx(ratio) and found.of_rounds == rounds
+    cmd_demo.report(found, None, tmp_path)
+    assert f"{ratio:.2f} times as fast as stock ({rounds})" in capsys.readouterr().out
+    with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["time_s"]) / float(rows[1]["time_s"]) == pytest.approx(ratio), "the table says the same"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from speedlab.measure.record import CSV_COLUMNS
-from speedlab.plans.sweep import turned
+from speedlab.plans.in_turn import turned
 from speedlab_tools import __main__ as cli
 from speedlab_tools.bench import command as cmd_bench
 from speedlab_tools.compare import command as cmd_compare

@@ -251,3 +251,18 @@ def test_records_of_workers_on_one_machine_say_so(tmp_path, make_record):
     (warning,) = kept.warnings
     assert kept.artifacts == {"images": ["pictures/00001.png"]}
     assert "2 workers of a fleet shared this machine" in warning
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_a_workers_first_prompt_tells_no_time_of_a_repeat(tmp_path, make_record, cold):
+    task, record = tasks_of("a")[0], make_record(run_id=f"20260102-030406-0000000{int(cold)}")
+    with Writer(tmp_path) as writer:
+        opened(writer, [task])
+        writer.done(task, Done((b"x",), (record.to_json(),), 1.0, cold), ATTEMPT)
+        kept = writer.store.read(record.run_id)
+        with writer.store.csv_path.open(newline="") as file:
+            (row,) = csv.DictReader(file)
+    assert (row["time_s"] == "", row["images_per_min"] == "") == (cold, cold)
+    assert kept.phases_ms["total"] == (None if cold else 2500.0)
+    assert row["it_per_s"] == "10", "sampling is what a repeat pays"
+    assert any("first prompt of its worker" in warning for warning in kept.warnings) == cold

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from speedlab_tools.cli.arguments import COMMANDS, parse
+from speedlab_tools.cli.checks import durations
 from speedlab_tools.cli.main import PYTEST, UsageError, pytest_arguments, run_child, take_apart
 from speedlab_tools.host import pack_root
 
@@ -153,3 +154,15 @@ def test_ci_runs_the_two_commands() -> None:
     assert "set -euo pipefail" in script and "run.py check" in script and "run.py test" in script
     if sys.platform != "win32":
         assert os.access(pack_root() / ".ci" / "run", os.X_OK)
+
+
+def test_the_longest_tests_are_listed_and_files_added_up(tmp_path: Path) -> None:
+    report = tmp_path / "results.xml"
+    cases = [("tests.a", "short", 0.5), ("tests.b", "long", 4.0), ("tests.a", "other", 1.0)]
+    lines = "".join(f'<testcase classname="{file}" name="{name}" time="{time}"/>' for file, name, time in cases)
+    report.write_text(f"<testsuites><testsuite>{lines}</testsuite></testsuites>")
+    told = [line.split() for line in durations(report, longest=2).splitlines()]
+    assert told == [
+        ["3", "tests,", "5.5", "s"], [], ["4.0", "tests.b", "long"], ["1.0", "tests.a", "other"], [],
+        ["4.0", "tests.b"], ["1.5", "tests.a"],
+    ]  # fmt: skip

@@ -102,15 +102,34 @@ def test_a_look_at_the_next_sigma_belongs_to_the_next_step_in_any_schedule(sigma
 
 @given(any_schedules())
 def test_an_evaluation_in_the_middle_of_a_step_belongs_to_it_in_any_schedule(sigmas):
-    """As DPM-Solver-2 evaluates; the middle of a step that leads nowhere or to 0 is left out, as samplers do."""
+    """As DPM-Solver-2 evaluates; the middle of a step that leads to 0 is left out, as samplers do."""
     pairs = list(itertools.pairwise(sigmas))
-    middles = [[(a * b) ** 0.5] if b > 0 and a != b else [] for a, b in pairs]
+    middles = [[(a * b) ** 0.5] if b > 0 else [] for a, b in pairs]
     found, _ = run_through(sigmas, lambda i: ([sigmas[i]], middles[i]))
     expected = [step for i, middle in enumerate(middles) for step in [i] * (1 + len(middle))]
     # A middle that is the very sigma of the step behind cannot be told from a look ahead.
     unclear = {i for i, middle in enumerate(middles) if middle and any(abs(middle[0] - s) < 1e-4 * s for s in sigmas)}
     if not unclear:
         assert found == expected
+
+
+@given(any_schedules(), st.integers(1, 2))
+def test_evaluations_within_a_step_are_its_own_where_a_sigma_follows_itself_or_the_step_is_unknown(sigmas, count):
+    """As DPM-Solver-2 and SEEDS evaluate, in a schedule that falls but for sigmas that stand twice in a row."""
+    falling = sorted({*sigmas, 20.0}, reverse=True)
+    sigmas = tuple(itertools.chain(*([sigma] * (1 + (n % 3 == len(sigmas) % 3)) for n, sigma in enumerate(falling))))
+    within = [
+        [a ** (1 - k / (count + 1)) * b ** (k / (count + 1)) for k in range(1, count + 1)] if b > 0 else []
+        for a, b in itertools.pairwise(sigmas)
+    ]
+    found, _ = run_through(sigmas, lambda i: ([sigmas[i]], within[i]))
+    expected = [i for i, some in enumerate(within) for _ in range(1 + len(some))]
+    if len(set(sigmas[:2])) == 2:
+        assert found == expected
+    else:  # nothing had shown yet what the sampler does, and what it does next shows that it was misunderstood
+        known = [step for step in found if step is not None]
+        assert found == known + [None] * (len(found) - len(known))
+        assert len(known) <= 1 + 2 * (1 + count)
 
 
 def ahead(sigmas, index):

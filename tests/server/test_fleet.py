@@ -235,7 +235,9 @@ def test_a_fleet_that_is_interrupted_and_whose_workers_are_killed_loses_nothing(
     with (out / "speedlab" / "results.csv").open(newline="") as file:
         written = [row["run_id"] for row in csv.DictReader(file)]
     assert sorted(written) == sorted(run_id for row in rows for run_id in row["run_ids"])
-    loads = [json.loads(path.read_text())["phases_ms"]["load"] for path in (out / "speedlab" / "runs").glob("*.json")]
+    phases = [json.loads(path.read_text())["phases_ms"] for path in (out / "speedlab" / "runs").glob("*.json")]
+    loads = [entry["load"] for entry in phases]
+    assert all(entry["total"] is None for entry in phases), "the first prompts are cold, and the others' texts cached"
     assert len(loads) == len(PROMPTS)
     assert sum(load != "cached" for load in loads) <= len(first.ready) + len(second.ready)
     assert "cached" in loads, "a worker loads its models once"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...common.timing import MARGIN, least_seconds
+from ...common.timing import MARGIN, apart, least_seconds
 
 PREFERRED = "sdpa"
 _ROUNDS = (5, 10)
@@ -92,7 +92,8 @@ class ChoiceTable:
             return Choice(PREFERRED)
         known = self._choices.get(shape)
         if known is None:
-            known = self._choices[shape] = pick(measure(runners()))
+            with apart():
+                known = self._choices[shape] = pick(measure(runners()))
             times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in known.seconds.items())
             logging.info("Attention Backend: auto picked %s for %s on %s (%s).", known.name, shape, shape.device, times)
         return known

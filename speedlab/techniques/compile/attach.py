@@ -18,6 +18,7 @@ import torch
 
 from ...common.errors import UnavailableError
 from ...models.unet import require_unet
+from ...patching.dynamic_vram import is_dynamic, loaded_whole
 from ...patching.wrappers import (
     Accelerator,
     SharedState,
@@ -70,7 +71,8 @@ def attach_compile(model: Any, config: CompileConfig) -> Any:
     """A clone of MODEL `model` that runs compiled as `config` says; `model` itself stays eager.
 
     Raises UnavailableError for a model that is no image UNet, for settings that the backend does not have, and, unless
-    `on_failure` is eager, for a backend that cannot run here, with what to install.
+    `on_failure` is eager, for a backend that cannot run here, with what to install. Under ComfyUI's dynamic VRAM the
+    clone is on weights of its own that are loaded whole; a model that cannot be loaded again is refused likewise.
     """
     require_unet(model, "Compile Model")
     backend = backends.load(config.backend)
@@ -81,6 +83,13 @@ def attach_compile(model: Any, config: CompileConfig) -> Any:
     warning = known_loss(config, model.load_device) if able else ""
     if warning:
         log.warning("SpeedLab: Compile Model: %s", warning)
+    if able:
+        try:
+            model = loaded_whole(model, "Compile Model")
+        except UnavailableError as error:
+            if config.on_failure == "error":
+                raise
+            able, reason = False, str(error).removesuffix(".")
     clone = attach(model, KEY, _wrappers(config, backend, "" if able else reason))
     declare(clone, Accelerator("compile", _described(config)))
     return clone
@@ -133,10 +142,17 @@ def _wrappers(config: CompileConfig, backend: ModuleType, unavailable: str) -> M
         if unavailable:
             run.eager = unavailable
             run.note(f"{config.backend} cannot run here: {unavailable}. The run is uncompiled, as on_failure asks.")
+        elif is_dynamic(executor.class_obj.model_patcher):
+            run.fail("this model", UnavailableError(_PAGED), "Put Compile Model behind the node that did it.")
         with run_state(executor.class_obj, KEY, _State(config, run)):
             return executor(*args, **kwargs)
 
     return {Site.OUTER_SAMPLE: outer_sample, Site.SAMPLER_SAMPLE: _sampler_sample, Site.APPLY_MODEL: _apply_model}
+
+
+_PAGED = (
+    "a node behind Compile Model has put it under ComfyUI's dynamic VRAM again, which moves the weights all the time"
+)
 
 
 class _State(SharedState):

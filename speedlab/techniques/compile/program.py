@@ -17,8 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ...common.errors import UnavailableError
+from ...common.timing import apart
 from ...models.lora import LORAS
 from ...models.unet import Evaluation, forward_through
+from ...patching.dynamic_vram import is_paged
 from .attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
 from .run import CompileError, Run, raise_what_passes
 
@@ -145,7 +147,7 @@ class ProgramEngine:
             )
         log.info("SpeedLab: %s compiles the network for %s; this can take minutes", backend.NAME, _words(inputs[0]))
         given = replace(options, example=inputs, changing=_changing(inputs), result=(self.network.out_channels, 1))
-        with torch.no_grad():
+        with apart(), torch.no_grad():
             program = backend.compile(PureNetwork(self.network, seen), given)
         known[key] = program
         self.run.graphs += 1
@@ -177,8 +179,14 @@ def _obstacle_of_model(run: Run, patcher: Any) -> str:
     inside = [key for key in getattr(patcher, "object_patches", ()) if str(key).startswith("diffusion_model")]
     if inside:
         return f"{name} cannot follow what another node put in the place of {inside[0]}"
-    if any(getattr(part, attribute, None) for part in patcher.model.diffusion_model.modules() for attribute in _CASTS):
+    network = patcher.model.diffusion_model
+    if any(getattr(part, attribute, None) for part in network.modules() for attribute in _CASTS):
         return f"{name} needs the whole model on the device, and ComfyUI has loaded it only in part"
+    if is_paged(network):
+        return f"{name} needs weights that lie still, and ComfyUI's dynamic VRAM pages them in and out"
+    kind = next((type(weight) for weight in network.parameters() if type(weight) not in _PLAIN), None)
+    if kind is not None:
+        return f"{name} takes plain tensors for weights, and this model's are quantised ({kind.__name__})"
     if patcher.patches and getattr(run.backend, "REFUSES_LORA", False):
         loras = ", ".join(match.name for match in patcher.get_attachment(LORAS) or ()) or "a LoRA or other weight patch"
         return f"{name} builds an engine for fixed weights and takes no LoRA, and this model carries {loras}"
@@ -186,6 +194,7 @@ def _obstacle_of_model(run: Run, patcher: Any) -> str:
 
 
 _CASTS = ("weight_function", "bias_function")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _obstacle_of_evaluation(run: Run, control: Any, options: Mapping[str, Any]) -> str:

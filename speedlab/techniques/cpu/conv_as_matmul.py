@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ...common.timing import MARGIN, least_seconds
+from ...common.timing import MARGIN, apart, least_seconds
 from ...common.torch_private import has_plain_convolution
 from ...patching.layer_forwards import (
     Replaced,
@@ -41,6 +41,7 @@ _ROUNDS = 3
 
 
 @cache
+@apart()
 def most_pixels_here() -> int:
     """Up to how many pixels, over all rows, a product is clearly faster at 1280 channels; 0 where it never is.
 

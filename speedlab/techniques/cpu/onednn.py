@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...common.timing import MARGIN, least_seconds
+from ...common.timing import MARGIN, apart, least_seconds
 from ...common.torch_private import has_onednn_linear, linear_functions, onednn_linear
 from ...patching.layer_forwards import (
     Replaced,
@@ -55,6 +55,7 @@ def why_not() -> str:
 
 
 @cache
+@apart()
 def is_faster_here() -> bool:
     """Whether oneDNN computes linear layers clearly faster than PyTorch's own choice: measured once a process."""
     if why_not():

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ...common.timing import apart
 from ...common.torch_private import run_cpp_compiler, widest_vectors
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ _FUNCTIONS = {512: "Sleef_expf16_u10", 256: "Sleef_expf8_u10"}
 
 
 @cache
+@apart()
 def known_to_work() -> bool:
     """Whether compiler and PyTorch have all that the widest vectors of this CPU need; False where that cannot
     be known, and inductor's own test decides."""

@@ -8,8 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ...patching.position import Part
-from ...patching.schedule import steps_before
+from ...patching.position import Part, window
 
 Schedule = Literal["uniform", "nonuniform"]
 _POWER_DECREMENT = 0.02
@@ -60,7 +59,7 @@ def sources(config: DeepCacheConfig, steps: int, part: Part | None = None) -> tu
     evaluated in full without keeping anything. The run's first step in the window is always its own source. `part` is
     the run's place in the whole schedule; without it the run is the whole.
     """
-    first, end = window(config, steps, part)
+    first, end = window(config.start, config.end, steps, part)
     if config.interval == 1 or first >= end:
         return (None,) * steps
     full = full_steps(config, first, end)
@@ -82,7 +81,7 @@ def full_steps(config: DeepCacheConfig, first: int, end: int) -> frozenset[int]:
 
 def fallback(config: DeepCacheConfig, steps: int, part: Part | None = None) -> str | None:
     """Why a run of `steps` steps has uniform full steps though others were asked for; None where it has those."""
-    first, end = window(config, steps, part)
+    first, end = window(config.start, config.end, steps, part)
     if config.schedule == "uniform" or first >= end or _spread(config, first, end) is not None:
         return None
     if config.power <= 1.0:
@@ -93,15 +92,6 @@ def fallback(config: DeepCacheConfig, steps: int, part: Part | None = None) -> s
         why = f"no non-uniform schedule has {count} full steps of {end - first} around step {config.center}"
         remedy = "Another center or a larger cache_interval has one."
     return f"DeepCache: {why}; the uniform one is used. {remedy}"
-
-
-def window(config: DeepCacheConfig, steps: int, part: Part | None) -> tuple[int, int]:
-    """First step of the window and the step behind its last one, as steps of the run."""
-    part = part or Part(0, steps)
-    first, end = (
-        min(max(steps_before(fraction, part.total) - part.first, 0), steps) for fraction in (config.start, config.end)
-    )
-    return first, end
 
 
 def _spread(config: DeepCacheConfig, first: int, end: int) -> tuple[int, ...] | None:

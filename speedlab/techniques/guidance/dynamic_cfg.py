@@ -21,7 +21,7 @@ import torch
 from ...common.errors import UnavailableError
 from ...models.unet import require_unet
 from ...patching.compiled import is_compiled
-from ...patching.notes import report_note, report_ran, warn
+from ...patching.notes import is_forecast, report_note, report_ran, warn
 from ...patching.position import StepFinder, counting_steps
 from ...patching.schedule import steps_before
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
@@ -215,6 +215,8 @@ def _compare(run: Run, predictions: Mapping[str, Any]) -> None:
 
     The noise prediction is the input minus the denoised latent, up to a factor that the cosine does not see.
     """
+    if is_forecast(predictions["model_options"].get("transformer_options", {})):
+        return
     noisy = predictions["input"]
     cond = (noisy - predictions["cond_denoised"]).flatten(1).float()
     uncond = (noisy - predictions["uncond_denoised"]).flatten(1).float()

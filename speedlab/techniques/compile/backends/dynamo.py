@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ....common.timing import apart, watch_dynamo
 from ....common.torch_private import (
     FxCompiler,
     dynamo_limits,
@@ -24,6 +25,7 @@ from ....common.torch_private import (
     inductor_folder,
     inductor_settings,
     is_dynamo_off,
+    load_compiler,
 )
 from ...cpu.vectors import known_to_work
 
@@ -52,7 +54,11 @@ def shared_function(
 ) -> Callable[..., Any]:
     """`call` compiled, one function for each `key`; `compiler` makes a callable of a graph and example inputs."""
     if key not in _functions:
-        _functions[key] = torch.compile(_own_code(call, len(_functions)), backend=_counted(compiler), dynamic=dynamic)
+        with apart():  # the first one loads dynamo
+            _functions[key] = torch.compile(
+                _own_code(call, len(_functions)), backend=_counted(compiler), dynamic=dynamic
+            )
+        watch_dynamo()
     return _functions[key]
 
 
@@ -98,6 +104,8 @@ def limits(
     graphs: int, device: torch.device | None = None, *, freeze: bool = False, folder: Path | None = None
 ) -> Iterator[None]:
     """Let each function have `graphs` graphs, make one more an error, and keep inductor's files in `folder`."""
+    with apart():
+        load_compiler()
     on_cpu = device is not None and device.type == "cpu"
     with ExitStack() as stack:
         stack.enter_context(dynamo_limits(graphs))
@@ -160,6 +168,7 @@ def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
 def _counted(compiler: FxCompiler) -> FxCompiler:
     def backend(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
         COUNT.graphs += 1
-        return compiler(graph, inputs)
+        with apart():  # where this PyTorch does not tell by itself when it compiles
+            return compiler(graph, inputs)
 
     return backend

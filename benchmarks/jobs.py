@@ -1,4 +1,4 @@
-"""Jobs that are timed in turn, each run kept in a CSV when it ends, and the table of figures at the end."""
+"""Jobs that the scripts of this folder time in turn: each run is a row of a CSV when it ends; figures at the end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import inprocess  # noqa: F401 - it makes the pack's packages importable
+
+from speedlab.plans.in_turn import Series, own_failure, turns
+from speedlab.sampling.profiled import failure_message, failure_status
 
 COLUMNS = ["part", "job", "size", "steps", "round", "seconds", "latent_error", "threshold", "device", "torch"]
 FIGURES = ["figure", "measured", "limit", "share_of_limit", "target", "reached", "device", "torch", "date"]
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass
+class Job(Series[float]):
     """One timed call. `run` gives a latent, which is compared with the latent of `against`, a job of the same part.
 
     `warm` is called untimed before the first run in this process, unless that run is the cold one, round 0.
@@ -31,7 +37,7 @@ class Job:
     warm: Callable[[], Any] | None = None
 
 
-class Series:
+class Rows:
     """Runs jobs in turn, keeps each result on disk, and leaves out what is there already."""
 
     def __init__(self, path: Path, facts: dict[str, str], minutes: float) -> None:
@@ -85,12 +91,11 @@ class Series:
         print(f"{job.part} {job.size}: {job.name}, round {number}: {seconds:.2f} s, latent error {error or '-'}")
 
     def all_in_turn(self, jobs: list[Job]) -> None:
-        """Round by round, so that a drift of the machine meets all jobs alike."""
-        for number in range(max(job.rounds for job in jobs)):
-            turned = jobs[number % len(jobs) :] + jobs[: number % len(jobs)] if number else jobs
-            for job in turned:
-                if number < job.rounds:
-                    self.run(job, number)
+        """Round by round; a job that fails leaves the others alone, and the same call tries it again."""
+        for turn in turns(jobs, max(job.rounds for job in jobs)):
+            job = turn.series
+            with own_failure(partial(_failed, job)):
+                self.run(job, turn.number)
 
     def median(self, part: str, job: str, size: int, column: str = "seconds") -> float | None:
         values = [
@@ -99,6 +104,12 @@ class Series:
             if (row["part"], row["job"], row["size"]) == (part, job, str(size)) and row[column]
         ]
         return statistics.median(values) if values else None
+
+
+def _failed(job: Job, error: Exception) -> str:
+    job.status, job.error = failure_status(error), failure_message(error)
+    print(f"{job.part} {job.size}: {job.name}: {job.status}: {job.error}")
+    return job.status
 
 
 def relative_error(latent: Any, reference: Any) -> float:

@@ -1,0 +1,134 @@
+"""One sampling run with forecasts: which of its steps are forecast, and what is said about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...patching.notes import report_note, warn
+from ...patching.position import Position, StepFinder
+from ...patching.wrappers import SharedState
+from .history import Evaluation, Histories
+from .plan import FEWEST_STEPS, ForecastConfig, fixed_plan, open_steps
+
+# A sampler that follows its schedule begins a step at the step's sigma; for flow models some begin just below 1.
+_BEGINS_WITHIN = 0.01
+
+
+@dataclass
+class Run(SharedState):
+    """State of one run, reachable through `patching.state_of` until the run ends."""
+
+    config: ForecastConfig
+    finder: StepFinder = field(default_factory=StepFinder)
+    histories: Histories = field(default_factory=Histories)
+    current: Evaluation | None = None
+    is_forecast: bool = False
+    # Why no step of this run was forecast, where that is known before its end.
+    reason: str | None = None
+    stepped_aside: bool = False
+    # Whether an evaluation of this run was answered by a forecast.
+    answered: bool = False
+    _steps: int | None = None
+    _open: range = range(0)
+    _plan: frozenset[int] = frozenset()
+    _decided: dict[int, bool] = field(default_factory=dict)
+    _spent: float = 0.0
+    _told_of_numbers: bool = False
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no evaluation of this run was located yet."""
+        return self._steps is None
+
+    def step_aside(self, reason: str, told: Mapping[str, Any]) -> None:
+        """Evaluate the rest of the run in full, and say why."""
+        self.stepped_aside = True
+        self.histories.clear()
+        rest = "the rest of this run" if self.answered else "this run"
+        warn(told, f"Forecast: {reason}; nothing is forecast in {rest}.")
+
+    def obstacle(self, position: Position | None) -> str | None:
+        """Why the place of an evaluation in the run is not sound enough to forecast anything from here on."""
+        if position is None:
+            return self.finder.why_not()
+        if not self.finder.falls:
+            return "the sigmas of this schedule do not fall from step to step"
+        if position.went_back:
+            return "this sampler goes back to steps that it had left"
+        begins = self.finder.sigmas[position.step]
+        if position.step not in self._decided and abs(position.sigma - begins) > _BEGINS_WITHIN * begins:
+            return "this sampler takes steps of its own, not those of its schedule"
+        return None
+
+    @contextmanager
+    def evaluating(self, position: Position, cfg: float | None, told: Mapping[str, Any]) -> Iterator[None]:
+        """Everything inside belongs to the step at `position`."""
+        if self._steps is None:
+            self._steps = position.steps
+            self._open = open_steps(self.config, position.steps, position.part)
+            self._plan = fixed_plan(self.config, position.steps, position.part)
+            self.reason = self._nothing_to_do(position.steps)
+        step = position.step
+        self.histories.forget_before(min(step, position.reached))
+        if step not in self._decided:
+            self._decided[step] = self._wants_forecast(step, told)
+        outer = self.current, self.is_forecast
+        self.current, self.is_forecast = Evaluation(step, position.sigma, cfg), self._decided[step]
+        try:
+            yield
+        finally:
+            self.current, self.is_forecast = outer
+
+    def _nothing_to_do(self, steps: int) -> str | None:
+        if steps < FEWEST_STEPS:
+            return f"it does nothing in runs of fewer than {FEWEST_STEPS} steps, and this one has {steps}"
+        if not self._open:
+            return "no step but the first four and the last two lies between start_percent and end_percent"
+        return None
+
+    def _wants_forecast(self, step: int, told: Mapping[str, Any]) -> bool:
+        """The first decision about a step. What the device computed of the last full step is read here, where the
+        device has just been waited for, to know the step."""
+        if step not in self._open:
+            return False
+        if not self.histories.are_finite():
+            self.histories.clear()
+            if not self._told_of_numbers:
+                self._told_of_numbers = True
+                warn(told, "Forecast: a prediction of the model held NaN or infinity; nothing is forecast from it.")
+            return False
+        if self.config.mode == "fixed":
+            return step in self._plan
+        wanted = self._stays_within_tolerance(step)
+        self._spent = wanted if wanted is not None else 0.0
+        return wanted is not None
+
+    def _stays_within_tolerance(self, step: int) -> float | None:
+        """What forecasts since the last full step will have added to the latent with this step's; None: too much.
+
+        An error of the denoised latent enters the latent with 1 - next sigma / sigma. It grows with the square of the
+        distance, for the slope is right to the first order.
+        """
+        backtest, full = self.histories.backtest, [known for known in self.histories.full if known < step]
+        if backtest is None or not full or backtest.step != full[-1] or step - full[-1] > self.config.max_skip:
+            return None
+        sigmas = self.finder.sigmas
+        error = max(float(error) for error in backtest.errors)
+        distance = self.histories.distance(full[-1], sigmas[step]) / backtest.reach
+        spent = self._spent if step - full[-1] > 1 else 0.0
+        spent += (1.0 - sigmas[step + 1] / sigmas[step]) * error * distance**2
+        return spent if spent <= self.config.tolerance else None
+
+    def end(self, told: Mapping[str, Any]) -> bool:
+        """Whether anything was forecast; if not, the record hears why."""
+        if not self.answered and not self.stepped_aside:
+            reason = self.reason or (
+                "no forecast would have stayed within tolerance"
+                if self.config.mode == "adaptive" and self.histories.full
+                else "predictions never went on from one full step to the next"
+            )
+            report_note(told, f"Forecast: no step of this run was forecast, because {reason}.")
+        return self.answered
