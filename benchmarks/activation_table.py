@@ -148,7 +148,7 @@ def _unet(engine: Any, family: str, dtype: str, side: int, rows: int, device: An
         base = chosen.get_model({}, "", device=device)
         _filled(base.diffusion_model)
     activations = engine("memory.predict")
-    size = activations.PictureSize(side, side, max(1, rows // 2))
+    size = activations.ImageSize(side, side, max(1, rows // 2))
     options = {"optimized_attention_override": lambda _f, *a, **k: attention.attention_pytorch(*a, **k)}
 
     def forward(pixels: int) -> Any:
@@ -171,7 +171,7 @@ def _vae(engine: Any, family: str, dtype: str, side: int, rows: int, device: Any
     vae = comfy.sd.VAE(sd=weights, dtype=_dtype(dtype))
     del weights
     activations = engine("memory.predict")
-    counted = activations.decode_bytes(vae, activations.PictureSize(side, side, rows))
+    counted = activations.decode_bytes(vae, activations.ImageSize(side, side, rows))
     return lambda pixels: vae.decode(torch.randn(rows, 4, pixels // 8, pixels // 8)), counted
 
 

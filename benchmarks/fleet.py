@@ -30,7 +30,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from speedlab.plans.in_turn import turned  # noqa: E402
-from speedlab_tools.bench.results import report_ids, shown_pictures  # noqa: E402
+from speedlab_tools.bench.results import report_ids, shown_images  # noqa: E402
 from speedlab_tools.client.client import ComfyClient  # noqa: E402
 from speedlab_tools.client.files import demo_checkpoint, link_model  # noqa: E402
 from speedlab_tools.fleet.tasks import prompt_work, read_prompts  # noqa: E402
@@ -96,7 +96,7 @@ def one_server(args: argparse.Namespace, checkpoint: Path, prompts: Path, base: 
                 payload, start = work.build(task), time.perf_counter()
                 result = await client.run(payload.graph, extra_data=payload.extra)
                 seconds = time.perf_counter() - start
-                for image in shown_pictures(result):
+                for image in shown_images(result):
                     await client.view(image)
                 assert report_ids(result)
                 made.append((time.perf_counter(), seconds))

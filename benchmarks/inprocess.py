@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_package(name: str, folder: Path) -> ModuleType:
-    """Load a folder as a package of that name, without its parent on sys.path."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def start(base: Path) -> ModuleType:
@@ -37,9 +24,11 @@ def start(base: Path) -> ModuleType:
     return inprocess.start(Path(comfyui), base)
 
 
+# The engine, without the pack's `nodes` beside it, which would stand for ComfyUI's.
+sys.path.insert(0, str(ROOT))
 for _name in ("speedlab", "speedlab_tools"):
-    if _name not in sys.modules:
-        load_package(_name, ROOT / _name)
+    importlib.import_module(_name)
+sys.path.remove(str(ROOT))
 
 
 def result_name(what: str, device: str, torch_version: str, date: str) -> str:

@@ -100,7 +100,6 @@ def main() -> None:
 
 def write_models(base: Path) -> None:
     """The VAE, checkpoint and tiny decoders that the cells need, with random weights unless real ones lie there."""
-    inprocess.load_package("speedlab", inprocess.ROOT / "speedlab")
     from speedlab_tools import synthetic
 
     synthetic.write_vae(base / "models" / "vae" / VAE)

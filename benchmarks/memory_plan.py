@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, family: str, offload: str, side: int, batc
     with torch.inference_mode():
         model, clip, vae, _ = nodes["SpeedLabCheckpointLoader"]().load(name, "auto", "contiguous")
         plans, activations = engine("memory.predict"), engine("memory.predict")
-        parts = plans.parts_of(model, clip, vae, activations.PictureSize(side, side, batch))
+        parts = plans.parts_of(model, clip, vae, activations.ImageSize(side, side, batch))
         model, clip, vae, _ = nodes["SpeedLabMemoryPlan"]().plan(model, offload, 0.0, clip, vae, latent)["result"]
         (model,) = nodes["SpeedLabAttention"]().apply(model, "sdpa")
         device = model.load_device

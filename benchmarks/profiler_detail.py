@@ -10,8 +10,6 @@ time less its measured sampling.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import statistics
 import sys
 import time
@@ -19,47 +17,20 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import inprocess
+from profiler_runs import AS_NODE, Rows, measured
 
-CHECKPOINT = "speedlab_demo_sd15.safetensors"
 DETAILS = ("timing", "kernels", "trace")
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--rounds", type=int, default=10)
-    options.add_argument("--steps", type=int, default=10)
-    options.add_argument("--size", type=int, default=256)
-    options.add_argument("--base", type=Path, default=Path.home() / ".cache" / "speedlab" / "benchmarks")
-    options.add_argument("--results", type=Path, default=inprocess.ROOT / "benchmarks" / "results")
-    args = options.parse_args()
-    pack = inprocess.start(args.base)
+def measure(nodes: Any, settings: dict[str, Any], rounds: int) -> Rows:
+    """Profile Sampler with each detail in turn."""
     import torch
 
-    with torch.inference_mode():
-        rows = measure(pack, args)
-    write(rows, args)
-
-
-def measure(pack: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
-    import torch
-
-    from speedlab_tools import synthetic
-
-    spec = synthetic.CheckpointSpec(family="sd15", size="small")
-    synthetic.write_checkpoint(args.base / "models" / "checkpoints" / CHECKPOINT, spec)
-    nodes = pack.NODE_CLASS_MAPPINGS
-    model, clip, _, _ = nodes["SpeedLabCheckpointLoader"]().load(CHECKPOINT, "auto", "contiguous")
-    positive, negative = (nodes["SpeedLabTextEncode"]().encode(clip, text)[0] for text in ("a tree", ""))
     sampler = nodes["SpeedLabProfileSampler"]()
-    settings = {"model": model, "seed": 1, "steps": args.steps, "cfg": 8.0, "sampler_name": "euler",
-                "scheduler": "normal", "positive": positive, "negative": negative,
-                "latent_image": {"samples": torch.zeros(1, 4, args.size // 8, args.size // 8)}}  # fmt: skip
-    prompt = {"5": {"class_type": "SpeedLabProfileSampler", "inputs": {}}}
 
     def run(detail: str) -> dict[str, Any]:
         start = time.perf_counter()
-        latent, record = sampler.sample(**settings, detail=detail, prompt=prompt, unique_id="5")["result"][:2]
+        latent, record = sampler.sample(**settings, detail=detail, **AS_NODE)["result"][:2]
         wall = time.perf_counter() - start
         sampling = record.phases_ms["sample"] / 1000.0
         return {"detail": detail, "step_ms": record.summary["step_time_ms"], "sample_s": sampling,
@@ -67,33 +38,20 @@ def measure(pack: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     reference = run("timing").pop("latent")
     rows = []
-    for index in range(args.rounds):
+    for index in range(rounds):
         first = index % len(DETAILS)
         for detail in (*DETAILS[first:], *DETAILS[:first]):
             row = run(detail)
             if not torch.equal(row.pop("latent"), reference):
                 sys.exit(f"detail {detail} made another latent")
             rows.append({"round": index, **row})
-        print(f"round {index + 1} of {args.rounds}")
+        print(f"round {index + 1} of {rounds}")
     timing = {row["round"]: row["step_ms"] for row in rows if row["detail"] == "timing"}
     return [{**row, "step_ratio": row["step_ms"] / timing[row["round"]]} for row in rows]
 
 
-def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    import torch
-
-    from speedlab.measure.environment import device_name
-
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    name = inprocess.result_name("profiler-detail", device_name(device), torch.__version__, time.strftime("%Y-%m-%d"))
-    facts = {"size": args.size, "steps": args.steps, "device": device_name(device), "torch": torch.__version__}
-    args.results.mkdir(parents=True, exist_ok=True)
-    with (args.results / name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows(
-            {**{k: round(v, 5) if isinstance(v, float) else v for k, v in r.items()}, **facts} for r in rows
-        )
+def main() -> None:
+    rows, path = measured(str(__doc__), ("rounds", 10), "profiler-detail", measure)
     for detail in DETAILS:
         mine = [row for row in rows if row["detail"] == detail]
         ratios = [row["step_ratio"] for row in mine]
@@ -102,7 +60,7 @@ def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             f"{statistics.median(ratios):.4f} (min {min(ratios):.4f}, max {max(ratios):.4f}), "
             f"{statistics.median(row['extra_s'] for row in mine):.2f} s beside the measured sampling"
         )
-    print(f"written to {args.results / name}")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

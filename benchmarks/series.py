@@ -175,7 +175,7 @@ def main() -> int:
     facts = {"reruns": reruns, "overhead": harness, "minutes": (time.monotonic() - started) / 60.0}
     (args.out / f"{args.name}_series.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     for outcome in done.values():
-        for picture in outcome.pictures:
+        for picture in outcome.images:
             shutil.copy2(picture, args.out / f"{args.name}_{picture.name}")
     print(json.dumps(facts, indent=1))
     failed = [outcome.name for outcome in done.values() if outcome.error]

@@ -80,7 +80,7 @@ class CompileModel:
                     {
                         "default": False,
                         "tooltip": "Fold the weights into the program: faster on CPUs, needs the memory of the "
-                        "weights once more, and each change of a LoRA compiles anew. For inductor and jit_trace.",
+                        "weights once more, and each change of a LoRA compiles again. For inductor and jit_trace.",
                     },
                 ),
             },

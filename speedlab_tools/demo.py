@@ -21,7 +21,7 @@ from speedlab.plans.in_turn import Series, turns
 
 from .bench.models import ModelChoice, choose_models, server_checkpoint
 from .bench.outside import outside_record, sampled, server_env, watch
-from .bench.results import fetch_pictures
+from .bench.results import fetch_images
 from .client.client import ComfyClient, RunResult
 from .client.errors import BenchError, ServerGone
 from .client.events import ProgressLine
@@ -171,7 +171,7 @@ class Demo:
             result = await _queue(self.client, _graph(self.settings, self.checkpoint, plan), plan.name)
         seen.vram = tuning.vram
         name = "demo_stock" if plan is STOCK else "demo_best"
-        pictures = await fetch_pictures(self.client, result, self.out, name) if with_picture else []
+        pictures = await fetch_images(self.client, result, self.out, name) if with_picture else []
         record = outside_record(
             result, request=_request(self.settings, plan, self.checkpoint), env=self.env, memory=seen
         )

@@ -70,24 +70,20 @@ def _text_encoder_dtypes(clip: Any) -> dict[str, str | None]:
 @lru_cache(maxsize=1)
 def cpu_computes_bf16() -> bool:
     """Whether this CPU has bf16 instructions (AVX512-BF16, AMX, Arm BF16), asked of oneDNN."""
-    import torch
+    from .torch_private import has_avx512_bf16, onednn_computes
 
-    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    if probe is None or not torch.backends.mkldnn.is_available() or not probe():
+    if not onednn_computes("bf16"):
         return False
     # oneDNN emulates bf16 on CPUs with AVX512 alone, which is slower than fp32.
-    if hasattr(torch.cpu, "_is_avx512_bf16_supported") and _is_x86():
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    return True
+    return not _is_x86() or has_avx512_bf16() is not False
 
 
 @lru_cache(maxsize=1)
 def cpu_computes_fp16() -> bool:
     """Whether this CPU has fp16 instructions (AVX512-FP16, AMX-FP16, Arm FP16), asked of oneDNN."""
-    import torch
+    from .torch_private import onednn_computes
 
-    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
-    return probe is not None and torch.backends.mkldnn.is_available() and bool(probe())
+    return onednn_computes("fp16")
 
 
 def _is_x86() -> bool:

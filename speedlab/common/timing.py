@@ -6,7 +6,6 @@ Work that is done once and that no repeat pays again, told to whoever measures t
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from .errors import first_line
+from .torch_private import compile_callbacks, is_dynamo_loaded
 
 # Another way must beat the usual one by this factor: two that are equally fast must not change places by chance, for
 # then the same seed would give images that differ in the last bits.
@@ -101,7 +101,7 @@ def watching(mark: Callable[[], M], spans: list[tuple[M, M]]) -> Iterator[None]:
 
 def watch_dynamo() -> None:
     """Have torch.compile, which compiles in the middle of a call, tell when it does; where it is in use at all."""
-    handler = _dynamo_handler()
+    handler = compile_callbacks()
     # `torch._dynamo.reset` forgets them.
     if handler is not None and _begin not in handler.start_callbacks:
         handler.register_start_callback(_begin)
@@ -110,11 +110,7 @@ def watch_dynamo() -> None:
 
 def tells_of_dynamo() -> bool:
     """Whether this PyTorch tells when torch.compile compiles, or nobody has compiled with it yet."""
-    return "torch._dynamo" not in sys.modules or _dynamo_handler() is not None
-
-
-def _dynamo_handler() -> Any:
-    return getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+    return not is_dynamo_loaded() or compile_callbacks() is not None
 
 
 def _begin(*_: Any) -> None:

@@ -231,7 +231,7 @@ def _step_ms(step: Any) -> float:
 
 
 def figure_of(record: RunRecord, name: str) -> Figure:
-    """One of the pictures of OF_REPORT, drawn. Raises UnavailableError without matplotlib."""
+    """One of the images of OF_REPORT, drawn. Raises UnavailableError without matplotlib."""
     figure = new_figure(9.0, 5.2)
     axes = figure.subplots()
     axes.set_title(_title(record), fontsize=10, loc="left")

@@ -2,7 +2,7 @@
 
 The prompt is plain JSON from the user, so everything here is optional and nothing in it is trusted to have a type.
 
-What the nodes of a graph do, told by the types of their inputs and outputs as ComfyUI's table of nodes has them.
+What the nodes of a graph do, as seen from the types of their inputs and outputs as ComfyUI's table of nodes has them.
 
 Names of nodes are without end, types are few: what takes a model and gives latents or images has sampled.
 """
@@ -144,8 +144,8 @@ class NodeContext:
 
     def is_plan_as_named(self) -> bool:
         """Whether the graph still is what its plan was named for; False where nothing tells."""
-        told = self._given_plan()[1]
-        return told is not None and still_made_of(self.prompt, self.node_id or "", told)
+        made_of = self._given_plan()[1]
+        return made_of is not None and still_made_of(self.prompt, self.node_id or "", made_of)
 
     def _places(self) -> list[Any]:
         """Where a name may stand: from a client, in a workflow, and at the node itself."""
@@ -163,9 +163,9 @@ class NodeContext:
             for place in places:
                 plan = _path(place, *keys)
                 if isinstance(plan, str) and plan:
-                    told = _path(place, "made_of")
-                    told = told.get(node_id) if isinstance(told, Mapping) else told
-                    return plan, told if isinstance(told, str) else None
+                    given = _path(place, "made_of")
+                    given = given.get(node_id) if isinstance(given, Mapping) else given
+                    return plan, given if isinstance(given, str) else None
         return None, None
 
     def workflow_id(self) -> str | None:
@@ -246,7 +246,7 @@ _OWN_SAMPLERS = frozenset({"SpeedLabProfileSampler", "SpeedLabEnsembleSampler", 
 _CORE_SAMPLERS = frozenset({"KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced"})
 _CORE_TEXT = frozenset({"CLIPTextEncode", "CLIPTextEncodeSDXL", "CLIPTextEncodeSDXLRefiner"})
 _CORE_DECODERS = frozenset({"VAEDecode", "VAEDecodeTiled"})
-_PICTURES = frozenset({"LATENT", "IMAGE"})
+_OF_IMAGES = frozenset({"LATENT", "IMAGE"})
 _SAMPLING = frozenset({"MODEL", "GUIDER", "SAMPLER"})
 # Types that no network comes in by: a node that takes nothing else resizes, cuts or mixes, in next to no time.
 _PLAIN = frozenset({
@@ -265,7 +265,7 @@ def samples(graph: Graph, node_id: str) -> bool:
     if name in _CORE_SAMPLERS:
         return True
     taken = _taken(graph, node_id)
-    return bool(_given(name) & _PICTURES) and (bool(taken & _SAMPLING) or any("PIPE" in kind for kind in taken))
+    return bool(_given(name) & _OF_IMAGES) and (bool(taken & _SAMPLING) or any("PIPE" in kind for kind in taken))
 
 
 def encodes_text(graph: Graph, node_id: str) -> bool:
@@ -294,7 +294,7 @@ def works(graph: Graph, node_id: str) -> bool:
         return name in _OWN_SAMPLERS
     if samples(graph, node_id) or decodes(graph, node_id):
         return True
-    return bool(_given(name) & _PICTURES) and bool(_taken(graph, node_id) - _PLAIN)
+    return bool(_given(name) & _OF_IMAGES) and bool(_taken(graph, node_id) - _PLAIN)
 
 
 def class_of(node: Any) -> str:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..common.errors import first_line
+from ..common.torch_private import cpu_operators, is_dynamo_loaded
 from ..patching.wrappers import Site, Wrapper, attach
 from .trace import KEY, Evaluation
 
@@ -127,7 +127,6 @@ def attention_flops(q: Any, k: Any, v: Any) -> int:
 
 
 def _flop_counter() -> Any:
-    import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     def sdpa(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -137,11 +136,8 @@ def _flop_counter() -> Any:
         return 2 * math.prod(x) * int(weight[0])
 
     # torch knows the fused attention of CUDA alone, and of oneDNN's operators none.
-    operators = {
-        getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None): sdpa,
-        getattr(torch.ops.mkldnn, "_linear_pointwise", None): product,
-    }
-    known = {operator: count for operator, count in operators.items() if operator is not None}
+    counts = zip(cpu_operators(), (sdpa, product), strict=True)
+    known = {operator: count for operator, count in counts if operator is not None}
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
@@ -155,7 +151,7 @@ def can_count_compiled() -> bool:
 @contextmanager
 def _eager() -> Iterator[None]:
     """Compiled modules run their Python code meanwhile: inside a compiled graph nothing can be counted."""
-    if "torch._dynamo" not in sys.modules or not can_count_compiled():
+    if not is_dynamo_loaded() or not can_count_compiled():
         yield
         return
     import torch

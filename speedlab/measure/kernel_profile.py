@@ -129,8 +129,8 @@ def _with_compile_counts(
     if kernel_profile.profile is None:
         return kernel_profile
     counts = counts_between(before, after)
-    told = counts if any(counts.values()) or is_compiled(model) else None
-    return dataclasses.replace(kernel_profile, profile={**kernel_profile.profile, "compile": told})
+    counted = counts if any(counts.values()) or is_compiled(model) else None
+    return dataclasses.replace(kernel_profile, profile={**kernel_profile.profile, "compile": counted})
 
 
 def _with_roofline(
@@ -193,7 +193,7 @@ def _reported(what: str, notes: list[str]) -> Iterator[None]:
         yield
     except mm.InterruptProcessingException:
         raise
-    except Exception as error:  # profiler, driver and model raise types of their own, and each must be told
+    except Exception as error:  # profiler, driver and model raise types of their own, and each must be reported
         note = f"{what}: {type(error).__name__}: {first_line(error)}"
         log.error("SpeedLab: %s", note, exc_info=True)
         notes.append(note)

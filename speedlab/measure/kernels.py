@@ -3,7 +3,7 @@
 Kernel and operator names in plain language: which family of work it is, and what the parts of a name say.
 
 Names are the libraries' own and change between versions, so this reads words that have been stable for years and says
-nothing where it knows nothing. A family is told from the words alone.
+nothing where it knows nothing. A family follows from the words alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Memory peaks of a phase: the device allocator's counters, and the process's resident set.
 
 Where ComfyUI keeps weights in pages of its own (dynamic VRAM), PyTorch's counters do not see them: what its models hold
-there is added to the peaks, and told apart as `outside`. Pages stay until others need their room, so their most is
+there is added to the peaks, and kept apart as `outside`. Pages stay until others need their room, so their most is
 taken from the two ends of a block.
 
 Sizes are bytes here; the record turns them into GB of 10^9 bytes. A number that the platform does not have is None.

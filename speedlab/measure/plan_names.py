@@ -51,16 +51,16 @@ def _parsed(part: str) -> tuple[str, dict[str, str]]:
 def _nodes_of(prompt: Mapping[str, Any], node_id: str) -> Iterator[tuple[str, dict[str, str]]]:
     seen = {node_id}
 
-    def told(node_ids: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    def entries(node_ids: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
         for current in node_ids:
             if current not in seen:
                 seen.add(current)
                 yield _class_of(prompt.get(current)), _options_of(prompt.get(current))
 
-    yield from told(_walk([node_id], lambda current: _sources(prompt.get(current), _TO_SAMPLER)))
+    yield from entries(_walk([node_id], lambda current: _sources(prompt.get(current), _TO_SAMPLER)))
     before = _walk([node_id], lambda current: _sources(prompt.get(current)))
-    yield from told(node for node in before if "FreeMemory" in _class_of(prompt.get(node)))
-    yield from told(_walk(_behind(prompt, node_id), lambda current: _sources(prompt.get(current), _TO_NEXT)))
+    yield from entries(node for node in before if "FreeMemory" in _class_of(prompt.get(node)))
+    yield from entries(_walk(_behind(prompt, node_id), lambda current: _sources(prompt.get(current), _TO_NEXT)))
 
 
 def _behind(prompt: Mapping[str, Any], node_id: str) -> list[str]:

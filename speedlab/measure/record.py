@@ -25,7 +25,7 @@ OTHERS, UNKNOWN = "others", "unknown"
 RUN_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
 # The columns of results.csv and where their values stand in the record; `times` are seconds from text to image over the
-# repeats, and a `_ms` is told in seconds. New columns come last, and a released one is never renamed.
+# repeats, and a `_ms` is given in seconds. New columns come last, and a released one is never renamed.
 _CELLS: Mapping[str, str] = {
     "plan": "request.plan", "max_vram_gb": "memory.overall.peak_allocated_gb", "time_s": "times.median",
     "time_mean_s": "times.mean", "step_time_s": "summary.step_time_ms", "batch": "request.batch",

@@ -46,11 +46,11 @@ def summary_text(record: RunRecord) -> str:
     ]
     kinds = summary.get("step_kinds") or {}
     if kinds:
-        told = (
+        by_kind = (
             f"{its['steps']} {KIND_NAMES[kind]}, {'median ' if has_median(its) else ''}{_ms(its['median_ms'])}"
             for kind, its in kinds.items()
         )
-        lines.append(f"steps by kind: {'; '.join(told)}")
+        lines.append(f"steps by kind: {'; '.join(by_kind)}")
     if summary.get("repeats", 1) > 1:
         lines.append(
             f"{summary['repeats']} runs: sampling min {_s(run.get('min'))}, max {_s(run.get('max'))}, "
@@ -166,7 +166,7 @@ def depth_lines(record: RunRecord) -> list[str]:
 
 
 def kernel_table(record: RunRecord) -> list[str]:
-    """Everything that the profiled steps told; empty without a profile."""
+    """Everything that is known of the profiled steps; empty without a profile."""
     profile = record.kernel_profile
     if not profile or not record.kernels:
         return []

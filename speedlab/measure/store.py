@@ -297,10 +297,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def write_picture(path: Path, picture: Any, **options: Any) -> None:
+def write_image(path: Path, image: Any, **options: Any) -> None:
     """Write a PIL image as PNG; on failure nothing of it is left. Raises ResultsError naming the path."""
     data = io.BytesIO()
-    picture.save(data, "PNG", **options)
+    image.save(data, "PNG", **options)
     try:
         path.write_bytes(data.getvalue())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Out of memory, explained: what is held is freed, and the message names the next plan to try."""
+"""Advice where memory runs out: what is held is freed, and the message names the next plan to try."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OutOfMemoryError(SpeedLabError):
 
 
 @contextmanager
-def explained(phase: str, offload: Offload, group: Group) -> Iterator[None]:
+def advice(phase: str, offload: Offload, group: Group) -> Iterator[None]:
     """Turn an out-of-memory of the block into an OutOfMemoryError, after the plan's models left the device."""
     reason = None
     try:
@@ -54,14 +54,14 @@ def explained(phase: str, offload: Offload, group: Group) -> Iterator[None]:
         )
 
 
-def explaining_out_of_memory(offload: Offload, group: Group) -> Callable[..., Any]:
+def with_advice_in_sampling(offload: Offload, group: Group) -> Callable[..., Any]:
     """An OUTER_SAMPLE wrapper."""
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         transformer_options = executor.class_obj.model_options.get("transformer_options", {})
         if offload == "sequential" and has_compile_wrapper(transformer_options.get("wrappers", {})):
             raise refusal_of_streaming()
-        with explained("sampling", offload, group):
+        with advice("sampling", offload, group):
             return executor(*args, **kwargs)
 
     return outer_sample
@@ -84,14 +84,14 @@ def settling(group: Group) -> Callable[..., Any]:
 _classes: dict[type, type] = {}
 
 
-def _explained_class(base: type, phase: str, methods: tuple[str, ...]) -> type:
-    """A class of ComfyUI's with some methods explained; the plan lies on the object."""
+def _advising_class(base: type, phase: str, methods: tuple[str, ...]) -> type:
+    """A class of ComfyUI's with some methods that advise; the plan lies on the object."""
     if base in _classes:
         return _classes[base]
 
     def wrapped(name: str) -> Callable[..., Any]:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with explained(phase, *self.speedlab_plan):
+            with advice(phase, *self.speedlab_plan):
                 return getattr(base, name)(self, *args, **kwargs)
 
         method.__name__ = name
@@ -99,35 +99,35 @@ def _explained_class(base: type, phase: str, methods: tuple[str, ...]) -> type:
 
     def clone(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The plan goes along: nodes behind it clone, to add a LoRA or to leave out a layer."""
-        return _explained(base.clone(self, *args, **kwargs), phase, methods, *self.speedlab_plan)  # type: ignore[attr-defined]
+        return _with_advice(base.clone(self, *args, **kwargs), phase, methods, *self.speedlab_plan)  # type: ignore[attr-defined]
 
     methods_of = {name: wrapped(name) for name in methods if hasattr(base, name)}
     if hasattr(base, "clone"):
         methods_of["clone"] = clone
-    _classes[base] = type(f"Explained{base.__name__}", (base,), {"plain": base, **methods_of})
+    _classes[base] = type(f"Advising{base.__name__}", (base,), {"plain": base, **methods_of})
     return _classes[base]
 
 
-def _explained(thing: Any, phase: str, methods: tuple[str, ...], offload: Offload, group: Group) -> Any:
+def _with_advice(thing: Any, phase: str, methods: tuple[str, ...], offload: Offload, group: Group) -> Any:
     base = getattr(type(thing), "plain", type(thing))
-    thing.__class__ = _explained_class(base, phase, methods)
+    thing.__class__ = _advising_class(base, phase, methods)
     thing.speedlab_plan = (offload, group)
     return thing
 
 
-def explained_clip(clip: Any, patcher: Any, offload: Offload, group: Group) -> Any:
+def clip_with_advice(clip: Any, patcher: Any, offload: Offload, group: Group) -> Any:
     """A clone of a CLIP on another patcher of the same weights."""
     clone = clip.clone()
     clone.patcher = patcher
-    return _explained(clone, "text encoding", ("encode_from_tokens", "encode_from_tokens_scheduled"), offload, group)
+    return _with_advice(clone, "text encoding", ("encode_from_tokens", "encode_from_tokens_scheduled"), offload, group)
 
 
-def explained_vae(vae: Any, patcher: Any, offload: Offload, group: Group) -> Any:
+def vae_with_advice(vae: Any, patcher: Any, offload: Offload, group: Group) -> Any:
     """A second VAE object on another patcher; the network is shared, and nothing of the first one is changed."""
     second = copy.copy(vae)
     second.patcher = patcher
     set_derivation(second, "memory_plan", _derivation(patcher.placement) if is_planned(patcher) else None)
-    return _explained(second, "decoding", ("decode", "decode_tiled", "encode", "encode_tiled"), offload, group)
+    return _with_advice(second, "decoding", ("decode", "decode_tiled", "encode", "encode_tiled"), offload, group)
 
 
 def _derivation(placement: Placement) -> Derivation:
@@ -135,6 +135,6 @@ def _derivation(placement: Placement) -> Derivation:
 
     def planned_too(other: Any) -> Any:
         placement.group.add(other.first_stage_model)
-        return explained_vae(other, planned(other.patcher, placement), placement.offload, placement.group)
+        return vae_with_advice(other, planned(other.patcher, placement), placement.offload, placement.group)
 
     return Derivation(f"memory_plan(offload={placement.offload})", planned_too)

@@ -19,9 +19,9 @@ from ..patching.dynamic_vram import is_dynamic
 from ..patching.wrappers import Accelerator, Site, accelerators, attach, declare
 from ..vae.decode import require_vae
 from ..vae.variants import is_compiled_vae
-from .out_of_memory import explained_clip, explained_vae, explaining_out_of_memory, settling
+from .out_of_memory import clip_with_advice, settling, vae_with_advice, with_advice_in_sampling
 from .placement import Group, Offload, Placement, is_planned, planned, unplanned
-from .predict import OFFLOADS, PictureSize, Prediction, is_measured, parts_of, predict
+from .predict import OFFLOADS, ImageSize, Prediction, is_measured, parts_of, predict
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def plan_memory(
     """
     if vae is not None:
         require_vae(vae)
-    size = picture_size(model, latent)
+    size = image_size(model, latent)
     parts = parts_of(model, clip, vae, size)
     predictions = {offload: predict(parts, offload) for offload in OFFLOADS}
     budget = config.budget_gb * GB or free_bytes(model, clip, vae)
@@ -89,16 +89,16 @@ def plan_memory(
     return Planned(out[0], out[1], out[2], text, predictions[chosen])
 
 
-def picture_size(model: Any, latent: Any | None) -> PictureSize:
+def image_size(model: Any, latent: Any | None) -> ImageSize:
     """The size that `latent` has, else the one that the model was made for. Raises UnavailableError for video."""
     if latent is not None:
         samples = latent["samples"]
         if getattr(samples, "is_nested", False) or samples.ndim != 4:
             raise UnavailableError("Memory Plan predicts for images; this latent is a video, or several in one.")
-        return PictureSize(samples.shape[3] * 8, samples.shape[2] * 8, samples.shape[0])
+        return ImageSize(samples.shape[3] * 8, samples.shape[2] * 8, samples.shape[0])
     name = type(model.model).__name__
     side = 1024 if name.startswith("SDXL") else 768 if type(model.model.model_config).__name__ == "SD20" else 512
-    return PictureSize(side, side)
+    return ImageSize(side, side)
 
 
 def free_bytes(model: Any, clip: Any | None, vae: Any | None) -> int:
@@ -172,13 +172,13 @@ def _attach(
         return planned(patcher, Placement(chosen if alike else "model", group))
 
     options = {"offload": chosen, **({"budget_gb": config.budget_gb} if config.budget_gb else {})}
-    wrappers = {Site.OUTER_SAMPLE: explaining_out_of_memory(chosen, group), Site.APPLY_MODEL: settling(group)}
+    wrappers = {Site.OUTER_SAMPLE: with_advice_in_sampling(chosen, group), Site.APPLY_MODEL: settling(group)}
     out = attach(place(model), KEY, wrappers)
     declare(out, Accelerator("memory_plan", options))
     return (
         out,
-        None if clip is None else explained_clip(clip, place(clip.patcher), chosen, group),
-        None if vae is None else explained_vae(vae, place(vae.patcher), chosen, group),
+        None if clip is None else clip_with_advice(clip, place(clip.patcher), chosen, group),
+        None if vae is None else vae_with_advice(vae, place(vae.patcher), chosen, group),
     )
 
 
@@ -205,14 +205,14 @@ def gigabytes(nbytes: float) -> str:
 
 
 def plan_text(
-    predictions: Mapping[Offload, Any], chosen: Offload, size: PictureSize, budget: float, given: bool,
+    predictions: Mapping[Offload, Any], chosen: Offload, size: ImageSize, budget: float, given: bool,
     device_type: str, dynamic: bool, measured: bool, fused: bool,
 ) -> str:  # fmt: skip
     """Every phase of the chosen plan, the peaks of the others, and what the numbers leave out."""
     plan = predictions[chosen]
-    pictures = "1 image" if size.batch == 1 else f"{size.batch} images"
+    images = "1 image" if size.batch == 1 else f"{size.batch} images"
     limit = f"budget {gigabytes(budget)}" if given else f"{gigabytes(budget)} free"
-    lines = [f"Memory plan: {chosen} ({_WORDS[chosen]}), for {pictures} of {size.width}x{size.height}; {limit}"]
+    lines = [f"Memory plan: {chosen} ({_WORDS[chosen]}), for {images} of {size.width}x{size.height}; {limit}"]
     lines += [
         f"  {phase.name}: {gigabytes(phase.total)} = weights {gigabytes(phase.weights)} "
         f"+ activations {gigabytes(phase.activations)}"

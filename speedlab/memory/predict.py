@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..common.errors import UnavailableError
+from ..common.torch_private import operations_through, storage_id, tensors_in
 from ..models.unet import require_unet
 from ..vae.precision import starting_dtype
 from .placement import Offload
@@ -76,7 +75,7 @@ class Prediction:
         return max(self.phases, key=lambda phase: phase.total)
 
 
-def parts_of(model: Any, clip: Any | None, vae: Any | None, size: PictureSize) -> tuple[Part, ...]:
+def parts_of(model: Any, clip: Any | None, vae: Any | None, size: ImageSize) -> tuple[Part, ...]:
     """Count weights by their dtypes and activations for `size`. A part on another device than the UNet needs nothing.
 
     Sampling is counted with guidance: cond and uncond of all images in one forward.
@@ -155,7 +154,7 @@ _PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
-class PictureSize:
+class ImageSize:
     """Pixels of one image, and how many are made at once."""
 
     width: int
@@ -168,7 +167,7 @@ class PictureSize:
         return self.height // _PIXELS_PER_LATENT, self.width // _PIXELS_PER_LATENT
 
 
-def sampling_bytes(model: Any, size: PictureSize) -> int:
+def sampling_bytes(model: Any, size: ImageSize) -> int:
     """Bytes of one evaluation of a MODEL with guidance: cond and uncond of all images in one forward.
 
     Networks other than image UNets are not counted; for them it is ComfyUI's own estimate.
@@ -182,7 +181,7 @@ def sampling_bytes(model: Any, size: PictureSize) -> int:
     return unet_bytes(model.model, size, rows)
 
 
-def unet_bytes(base: Any, size: PictureSize, rows: int) -> int:
+def unet_bytes(base: Any, size: ImageSize, rows: int) -> int:
     """Bytes of one forward of a diffusion model (ComfyUI's BaseModel) on `rows` latents, cond and uncond counted."""
     network = on_meta(base.diffusion_model)
     dtype = base.manual_cast_dtype or base.get_dtype()
@@ -205,7 +204,7 @@ def unet_bytes(base: Any, size: PictureSize, rows: int) -> int:
     return forward + latent.nbytes + context.nbytes + 6 * size.batch * 4 * height * width * 4
 
 
-def decode_bytes(vae: Any, size: PictureSize, dtype: torch.dtype | None = None) -> int:
+def decode_bytes(vae: Any, size: ImageSize, dtype: torch.dtype | None = None) -> int:
     """Bytes of decoding `size.batch` images in one piece with a ComfyUI VAE, in `dtype` or its own.
 
     A VAE for video or sound is not counted; for that it is ComfyUI's own estimate.
@@ -220,9 +219,9 @@ def decode_bytes(vae: Any, size: PictureSize, dtype: torch.dtype | None = None) 
         if hasattr(part, "optimized_attention"):
             part.optimized_attention = _attended
     latent = torch.empty((size.batch, vae.latent_channels, *size.latent), dtype=dtype, device="meta")
-    picture = size.batch * 3 * size.width * size.height * 4
+    image = size.batch * 3 * size.width * size.height * 4
     # The image is scaled and clamped in fp32 after it was made: two copies beside the decoder's own output.
-    return max(peak_bytes(lambda: decoder.decode(latent)), 2 * picture)
+    return max(peak_bytes(lambda: decoder.decode(latent)), 2 * image)
 
 
 def text_bytes(clip: Any) -> int:
@@ -247,34 +246,35 @@ def _attended(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(query)
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes:
     """Counts the storages that operations inside make: `peak` is the most that was alive at once.
 
-    Tensors that exist before are not counted. `least` leaves out storages that are smaller.
+    Tensors that exist before are not counted.
     """
 
-    def __init__(self, least: int = 0) -> None:
-        super().__init__()
+    def __init__(self) -> None:
         self.alive = self.peak = 0
-        self._least = least
         self._known: set[int] = set()
+        self._operations = operations_through(self._compute)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __enter__(self) -> LiveBytes:
+        self._operations.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._operations.__exit__(*error)
+
+    def _compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         # What is an argument was there before this operation: an operation in place or a view makes nothing new.
-        given = {self._key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and self._key(leaf) not in given:
-                self._count(leaf.untyped_storage())
+        given = {storage_id(tensor.untyped_storage()) for tensor in tensors_in((args, kwargs))}
+        result = function(*args, **kwargs)
+        for tensor in tensors_in(result):
+            self._count(tensor.untyped_storage(), given)
         return result
 
-    @staticmethod
-    def _key(tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage()._cdata
-
-    def _count(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known or size < self._least:
+    def _count(self, storage: Any, given: set[int]) -> None:
+        key, size = storage_id(storage), storage.nbytes()
+        if key in self._known or key in given:
             return
         self._known.add(key)
         self.alive += size

@@ -27,7 +27,7 @@ def marked(latent: Mapping[str, Any], model: Any, run_id: str) -> dict[str, Any]
     mark = {
         "latent_format": type(model.get_model_object("latent_format")).__name__,
         "run_id": run_id,
-        "pictures": tuple(_fingerprints(latent["samples"])),
+        "images": tuple(_fingerprints(latent["samples"])),
     }
     return {**latent, KEY: mark}
 
@@ -35,7 +35,7 @@ def marked(latent: Mapping[str, Any], model: Any, run_id: str) -> dict[str, Any]
 def mark_of(latent: Mapping[str, Any]) -> LatentMark | None:
     """The mark of a LATENT, where every image in it is one that the mark was made for; else None."""
     mark = latent.get(KEY)
-    made_for = mark.get("pictures") if isinstance(mark, Mapping) else None
+    made_for = mark.get("images") if isinstance(mark, Mapping) else None
     if not isinstance(mark, Mapping) or not isinstance(made_for, (tuple, list)):
         return None
     if not set(_fingerprints(latent["samples"])) <= {name for name in made_for if isinstance(name, str)}:
@@ -48,13 +48,13 @@ def _fingerprints(samples: Any) -> list[str]:
     if getattr(samples, "is_nested", False):
         samples = samples.unbind()
     parts = samples if isinstance(samples, (list, tuple)) else [samples]
-    return [_fingerprint(picture) for part in parts for picture in part]
+    return [_fingerprint(image) for part in parts for image in part]
 
 
-def _fingerprint(picture: Any) -> str:
+def _fingerprint(image: Any) -> str:
     import torch
 
-    values = picture.detach().to("cpu").contiguous()
+    values = image.detach().to("cpu").contiguous()
     digest = hashlib.blake2b(f"{tuple(values.shape)} {values.dtype}".encode(), digest_size=16)
     digest.update(values.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

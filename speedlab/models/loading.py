@@ -109,7 +109,7 @@ def readable(path: Path, what: str) -> Iterator[None]:
                 f"Out of memory while {path.name} ({size_mb:.1f} MB) was loaded as a {what}; the file is not to blame. "
                 "Put Free Memory (SpeedLab) before it, close other programs, or choose a smaller precision."
             ) from error
-        raise ModelFileError(_explain(path, what, size_mb, error)) from error
+        raise ModelFileError(_failure_text(path, what, size_mb, error)) from error
 
 
 def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: str) -> LoadedCheckpoint:
@@ -244,7 +244,7 @@ def vae_in(vae: Any, dtype: Any) -> Any:
 
 
 def family_of(model: Any) -> str:
-    """A name that users know for the model's architecture, told from ComfyUI's own detection."""
+    """A name that users know for the model's architecture, taken from ComfyUI's own detection."""
     config = type(model.model.model_config).__name__
     return {
         "SD15": "SD 1.x",
@@ -360,7 +360,7 @@ def _format_note(path: Path) -> str:
     return "pickle (loaded without running code from it; safetensors is safer, and faster to load, so convert it)"
 
 
-def _explain(path: Path, what: str, size_mb: float, error: Exception) -> str:
+def _failure_text(path: Path, what: str, size_mb: float, error: Exception) -> str:
     text, kind = str(error), type(error).__name__
     name = f"{path} ({size_mb:.1f} MB)"
     if size_mb == 0:

@@ -50,22 +50,22 @@ class LoraMatch:
 
     def warnings(self) -> list[str]:
         """What a user should know about a LoRA of which a part has no effect."""
-        told = []
+        notes = []
         if self.matched < self.total:
-            told.append(
+            notes.append(
                 f"LoRA {self.name}: {self.matched} of {self.total} modules match this model; the rest has no effect."
             )
         if self.unsure:
-            told.append(
+            notes.append(
                 f"LoRA {self.name}: {self.unsure} of its modules change quantised weights that seem to have another "
                 "size. Where the image looks as without the LoRA, it was made for another model family."
             )
         if self.unread:
-            told.append(
+            notes.append(
                 f"LoRA {self.name}: ComfyUI reads {len(self.unread)} of its tensors from no LoRA ({self.unread[0]} for "
                 "one), so they have no effect. Embeddings belong in models/embeddings."
             )
-        return told
+        return notes
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ How often torch.compile broke a graph or compiled again during a run, from dynam
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import UnavailableError
+from ..common.torch_private import compilation_log, dynamo_counters, is_dynamo_loaded, is_module_compiled, uncompiled
 from .wrappers import Site
 
 
 def refusal_of_streaming() -> UnavailableError:
-    """Compiled code guards the device of each weight: it would be compiled anew at every layer."""
+    """Compiled code guards the device of each weight: it would be compiled again at every layer."""
     return UnavailableError(
         "Memory Plan's sequential offload and compiled code (Compile Model, Compile VAE, TorchCompileModel) exclude "
         "each other: compiled code holds on to where its weights are. Set offload to model, or take the compile node "
@@ -30,7 +30,7 @@ def has_compile_wrapper(wrappers: Mapping[str, Mapping[str, Any]]) -> bool:
 
 def is_compiled_in_place(network: Any) -> bool:
     """Whether a module of `network` was compiled where it stands."""
-    return any(getattr(part, "_compiled_call_impl", None) is not None for part in network.modules())
+    return any(map(is_module_compiled, network.modules()))
 
 
 def is_compiled(model: Any) -> bool:
@@ -38,12 +38,12 @@ def is_compiled(model: Any) -> bool:
     by_site: Mapping[str, Mapping[str, Any]] = getattr(model, "wrappers", {}) or {}
     if any("compile" in str(key) and wrappers for keys in by_site.values() for key, wrappers in keys.items()):
         return True
-    if "torch._dynamo" not in sys.modules:
+    if not is_dynamo_loaded():
         return False
     patches = getattr(model, "object_patches", {}) or {}
     network: Any = getattr(model.model, "diffusion_model", None)
     parts = [*patches.values(), *(network.modules() if hasattr(network, "modules") else ())]
-    return any(getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "_orig_mod") for part in parts)
+    return any(is_module_compiled(part) or uncompiled(part) is not part for part in parts)
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,14 @@ class CompileCounts:
 
 def compile_counts() -> CompileCounts:
     """Read the counters; all zero where nothing has been compiled yet. Dynamo is never imported for it."""
-    utils: Any = sys.modules.get("torch._dynamo.utils")
-    counters = getattr(utils, "counters", None)
+    counters = dynamo_counters()
     if counters is None:
         return CompileCounts()
-    log = getattr(utils, "get_compilation_metrics", list)
     return CompileCounts(
         frames=int(counters.get("frames", {}).get("total", 0)),
         graphs=int(counters.get("stats", {}).get("unique_graphs", 0)),
         breaks=sum(int(count) for count in counters.get("graph_break", {}).values()),
-        known=tuple(log()),
+        known=compilation_log(),
     )
 
 

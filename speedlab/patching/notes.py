@@ -1,6 +1,6 @@
 """How a technique tells the record of the run that is being profiled what it did, without knowing the profiler.
 
-A sentence is for the reader. What a technique did in place of what it was asked for is told as data besides, so that
+A sentence is for the reader. What a technique did in place of what it was asked for is given as data too, so that
 the record credits what ran.
 
 How a technique tells a profiler, without knowing it, that a model evaluation was answered from a cache.

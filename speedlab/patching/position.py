@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .schedule import StepTracker, steps_before
+from .wrappers import Wrapper, state_of
 
 
 class Position(NamedTuple):
@@ -113,6 +114,25 @@ class StepFinder:
         return self._tracker is not None and self._tracker.order == "falls"
 
 
+def counting_steps(key: str, at_end: Callable[[Any, Mapping[str, Any]], None]) -> Wrapper:
+    """A wrapper around the sampler: its callback counts steps for the `finder` of the run's state at `key`, and at the
+    sampler's end `at_end` gets that state and the transformer options.
+    """
+
+    def sampler_sample(
+        executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        options = extra_args.get("model_options", {}).get("transformer_options", {})
+        run = state_of(options, key)
+        heard = callback if run is None else run.finder.listening(callback)
+        result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
+        if run is not None:
+            at_end(run, options)
+        return result
+
+    return sampler_sample
+
+
 class Part(NamedTuple):
     """The run's first step is step `first` of the `total` steps of the whole schedule."""
 
@@ -137,7 +157,7 @@ _LAST = 0.00101
 
 
 def part_of(sigmas: torch.Tensor) -> Part:
-    """The place of `sigmas` [steps + 1] in the schedule behind it; a schedule of its own where none can be told."""
+    """The place of `sigmas` [steps + 1] in the schedule behind it; a schedule of its own where none is found."""
     own = Part(0, len(sigmas) - 1)
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas.stride(0) != 1:
         return own

@@ -1,4 +1,4 @@
-"""Where an evaluation stands in a sampler's schedule, told from sigmas and never from counting evaluations.
+"""Where an evaluation stands in a sampler's schedule, found from sigmas and never from counting evaluations.
 
 Samplers such as Heun and DPM++ SDE evaluate the model more than once a step, and cond and uncond may come together or
 apart, so a call counter drifts. A schedule that falls all the way, or rises all the way (noise inversion), names a step

@@ -191,8 +191,8 @@ def parse_axis(name: str, text: str) -> Axis:
     if name == "batch" and texts and (ending := _OPEN_END.fullmatch(texts[-1])):
         open_end, most = True, int(ending[1]) if ending[1] else None
         texts = texts[:-1] or ["1"]
-        if most is not None and not 1 <= most <= MOST_PICTURES:
-            raise SweepTextError(f"max@{most}: choose a limit of 1 to {MOST_PICTURES} images.")
+        if most is not None and not 1 <= most <= MOST_IMAGES:
+            raise SweepTextError(f"max@{most}: choose a limit of 1 to {MOST_IMAGES} images.")
     if not texts:
         raise SweepTextError(f"The axis {name} has no values: write them one a line or between commas.")
     marked = [index for index, part in enumerate(texts) if part.startswith(BASELINE_MARK)]
@@ -225,7 +225,7 @@ def _value(name: str, text: str) -> AxisValue:
     return value
 
 
-MOST_PICTURES = 4096
+MOST_IMAGES = 4096
 _LARGEST_SIDE, _MOST_STEPS, _HIGHEST_CFG = 16384, 10000, 100.0
 
 
@@ -252,7 +252,7 @@ class CellSettings:
             value = getattr(self, name)
             if not 64 <= value <= _LARGEST_SIDE or value % 8:
                 raise SweepTextError(f"{name} {value}: sizes are multiples of 8 from 64 to {_LARGEST_SIDE}.")
-        for name, most in (("batch", MOST_PICTURES), ("steps", _MOST_STEPS)):
+        for name, most in (("batch", MOST_IMAGES), ("steps", _MOST_STEPS)):
             if not 1 <= getattr(self, name) <= most:
                 raise SweepTextError(f"{name} {getattr(self, name)}: choose 1 to {most}.")
         if not 0.0 <= self.cfg <= _HIGHEST_CFG:
@@ -399,8 +399,8 @@ def make_cell(base: CellSettings, axis_x: Axis, axis_y: Axis, x: int, y: int) ->
 
 
 def _labelled(plan: str, labels: Iterable[tuple[str, str]]) -> str:
-    told = [f"{axis}={label}" for axis, label in labels if axis not in OWN_COLUMN and axis != "plan"]
-    return ", ".join([*([] if plan == STOCK and told else [plan]), *told])
+    named = [f"{axis}={label}" for axis, label in labels if axis not in OWN_COLUMN and axis != "plan"]
+    return ", ".join([*([] if plan == STOCK and named else [plan]), *named])
 
 
 def baseline_of(cell: Cell, axis_x: Axis, axis_y: Axis) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from .axes import whole_number
 from .cell import Prompt
 from .cell_record import CellRuns
 from .plot import sweep_plot
-from .sheet import contact_sheet, save_picture
+from .sheet import contact_sheet, keep_image
 from .sweep import SweepResult
 
 _LARGEST_SEED = 2**64 - 1
@@ -43,8 +43,8 @@ def write_output(result: SweepResult, store: RunStore) -> SweepOutput:
     plot = sweep_plot(result)
     sheet = contact_sheet(result.cells, result.thumbnails, result.axis_x, result.axis_y)
     files = [
-        save_picture(store, "charts", f"{result.sweep_id}_plot.png", plot),
-        save_picture(store, "images", f"{result.sweep_id}_sheet.png", sheet),
+        keep_image(store, "charts", f"{result.sweep_id}_plot.png", plot),
+        keep_image(store, "images", f"{result.sweep_id}_sheet.png", sheet),
     ]
     path = store.root / "charts" / f"{result.sweep_id}_table.md"
     try:
@@ -147,8 +147,8 @@ def _lpips(runs: CellRuns) -> str:
 def _status(record: RunRecord) -> str:
     """The status, its error, and what was asked for where something else ran."""
     label = record.request.get("label")
-    told = record.status if label is None else f"{record.status}, asked for {label}"
-    return told if record.error is None else f"{told}: {record.error}"
+    text = record.status if label is None else f"{record.status}, asked for {label}"
+    return text if record.error is None else f"{text}: {record.error}"
 
 
 def _time(text: str) -> str:

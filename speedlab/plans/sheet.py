@@ -7,7 +7,7 @@ from typing import Any
 
 from ..measure.peaks import GROWTH
 from ..measure.record import csv_row
-from ..measure.store import RunStore, write_picture
+from ..measure.store import RunStore, write_image
 from ..sampling.complete import to_bytes
 from .axes import Axis
 from .cell_record import CellRuns
@@ -18,17 +18,17 @@ _INK, _PAPER, _FAILED = (32, 32, 32), (255, 255, 255), (225, 225, 225)
 _MOST_PIXELS = 16000
 
 
-def thumbnail(pictures: Any) -> Any:
+def thumbnail(images: Any) -> Any:
     """Up to four images [B, H, W, 3] side by side in a square of 256 pixels, as a PIL image."""
     from PIL import Image, ImageOps
 
-    pixels = to_bytes(pictures[:4])
+    pixels = to_bytes(images[:4])
     columns = 1 if len(pixels) == 1 else 2
     side = SIDE // columns
     sheet = Image.new("RGB", (SIDE, SIDE if len(pixels) != 2 else side), _PAPER)
     for index, array in enumerate(pixels):
-        picture = ImageOps.contain(Image.fromarray(array), (side, side))
-        sheet.paste(picture, (index % columns * side, index // columns * side))
+        image = ImageOps.contain(Image.fromarray(array), (side, side))
+        sheet.paste(image, (index % columns * side, index // columns * side))
     return sheet
 
 
@@ -56,12 +56,12 @@ def contact_sheet(
             draw.multiline_text((_PAD, top), f"{axis_y.name}\n{_short(value.label, 14)}", fill=_INK, font=font)
     for runs in cells:
         x, y = left + runs.cell.x * box_width + _PAD, _TITLE + runs.cell.y * box_height
-        picture = thumbnails.get((runs.cell.x, runs.cell.y))
-        if picture is None:
+        image = thumbnails.get((runs.cell.x, runs.cell.y))
+        if image is None:
             draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), fill=_FAILED)
             draw.text((x + 12, y + SIDE // 2), runs.status, fill=_INK, font=font)
         else:
-            sheet.paste(picture, (x, y))
+            sheet.paste(image, (x, y))
         draw.multiline_text((x, y + SIDE + 4), "\n".join(caption(runs)), fill=_INK, font=font, spacing=3)
     if max(sheet.size) > _MOST_PIXELS:
         sheet.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
@@ -77,8 +77,8 @@ def caption(runs: CellRuns) -> list[str]:
     spread = f" ±{float(row['time_std_s']):.2f}" if int(row["repeats"] or 1) > 1 else ""
     memory = row["max_vram_gb"] or runs.record.memory.get("overall", {}).get(GROWTH)
     kind = "VRAM" if row["max_vram_gb"] else "more RAM"
-    told = "memory unknown" if memory is None else f"{float(memory):.2f} GB {kind}"
-    lines = [f"{float(row['time_s']):.2f} s{spread}", told]
+    used = "memory unknown" if memory is None else f"{float(memory):.2f} GB {kind}"
+    lines = [f"{float(row['time_s']):.2f} s{spread}", used]
     if runs.quality is not None:
         lpips = "" if runs.quality.lpips is None else f", LPIPS {runs.quality.lpips:.3f}"
         lines.append(f"PSNR {runs.quality.psnr:.1f} dB, SSIM {runs.quality.ssim:.3f}{lpips}")
@@ -87,12 +87,12 @@ def caption(runs: CellRuns) -> list[str]:
     return lines
 
 
-def save_picture(store: RunStore, folder: str, name: str, image: Any) -> str:
+def keep_image(store: RunStore, folder: str, name: str, image: Any) -> str:
     """Save one IMAGE [1, H, W, 3] under the results; returns the path below ComfyUI's output. Raises ResultsError."""
     from PIL import Image
 
     path = store.folder(folder) / name
-    write_picture(path, Image.fromarray(to_bytes(image)[0]))
+    write_image(path, Image.fromarray(to_bytes(image)[0]))
     return path.relative_to(store.root.parent).as_posix()
 
 

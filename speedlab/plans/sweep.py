@@ -22,13 +22,13 @@ from ..measure.context import NodeContext
 from ..measure.peaks import rss_bytes
 from ..measure.store import RunStore, new_run_id
 from ..sampling.profiled import failure_message, failure_status
-from .axes import MOST_PICTURES, Axis, Cell, CellSettings, baseline_of, make_cell, make_cells, parse_axis, with_batch
+from .axes import MOST_IMAGES, Axis, Cell, CellSettings, baseline_of, make_cell, make_cells, parse_axis, with_batch
 from .batch_search import BatchSearch, NotTriedError, refuse_too_large, saturation_point
 from .cell import OneRun, Prepared, Prompt, Reloader, check_sampler, prepare, run_once
 from .cell_record import CellRuns, SweepFacts, failed_record, measured_record, quality_of
 from .in_turn import Turn, own_failure, turns
 from .plan_text import parse_plan
-from .sheet import save_picture, thumbnail
+from .sheet import keep_image, thumbnail
 from .techniques import NodeTable, Parts, check_techniques
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Sweep:
             runs.quality = quality_of(pictures, reference)
             if runs.quality is not None:
                 name = f"{runs.run_id}_difference.png"
-                runs.difference = save_picture(self.store, "images", name, runs.quality.difference[:1])
+                runs.difference = keep_image(self.store, "images", name, runs.quality.difference[:1])
 
     def _search_batches(self) -> None:
         """Double and halve the batch along the open axis, once for each value of the other one."""
@@ -206,7 +206,7 @@ class Sweep:
 
     def _search_batch(self, other: int, most: int | None) -> BatchSearch:
         """The search for one value of the other axis. It ends at the first cell that fails for another reason."""
-        search = BatchSearch(most=min(most or MOST_PICTURES, MOST_PICTURES), limited=most is not None)
+        search = BatchSearch(most=min(most or MOST_IMAGES, MOST_IMAGES), limited=most is not None)
         for runs in self.result.cells:
             if (runs.cell.y if self.result.axis_x.open_end else runs.cell.x) == other:
                 search.note(runs.cell.settings.batch, runs.status, runs.was_tried)

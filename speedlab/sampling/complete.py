@@ -16,7 +16,7 @@ from ..measure.context import NodeContext, of_item
 from ..measure.peaks import MemoryPeak, measure_peak
 from ..measure.plan_names import plan_of
 from ..measure.record import RunRecord, memory_dict, total_ms
-from ..measure.store import RunStore, new_run_id, write_picture
+from ..measure.store import RunStore, new_run_id, write_image
 from .profiled import with_others, with_rates
 
 _MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "device_used_gb", "outside_torch_gb")
@@ -226,7 +226,7 @@ def _with_chart(record: RunRecord, chart: Any, store: RunStore) -> RunRecord:
     from PIL import Image
 
     path = store.folder("charts") / f"{record.run_id}.png"
-    write_picture(path, Image.fromarray(to_bytes(chart)[0]))
+    write_image(path, Image.fromarray(to_bytes(chart)[0]))
     relative = path.relative_to(store.root.parent).as_posix()
     return record.changed(artifacts={**record.artifacts, "chart": relative})
 
@@ -239,7 +239,7 @@ def save_pngs(images: Any, run_id: str, context: NodeContext, store: RunStore, f
     paths, folder = [], store.folder("images")
     for index, pixels in enumerate(to_bytes(images), start=first):
         path = folder / f"{run_id}_{index:03d}.png"
-        write_picture(path, Image.fromarray(pixels), pnginfo=_metadata(PngInfo(), context), compress_level=4)
+        write_image(path, Image.fromarray(pixels), pnginfo=_metadata(PngInfo(), context), compress_level=4)
         paths.append(path)
     return paths
 

@@ -1,6 +1,6 @@
 """Decode with a VAE in the way asked for, and where memory runs out in smaller and smaller pieces.
 
-Core's own decode does the same behind the caller's back, with tiles of one size; here every retry is told, and the
+Core's own decode does the same behind the caller's back, with tiles of one size; here every retry is reported, and the
 pieces shrink until they fit.
 
 Tiles of an image: where they lie and how their overlaps blend into each other without an edge.
@@ -98,7 +98,7 @@ def decode_fitting(vae: Any, samples: Any, way: Way, report: Callable[[str], str
 
 def smaller_way(way: Way, samples: Any, scale: int = _PIXELS_PER_LATENT) -> Way | None:
     """The next smaller way for latents [B, C, h, w], or None when the tiles are as small as they may be."""
-    if not is_picture(samples):
+    if not is_image(samples):
         return None
     if samples.shape[0] > 1 and not way.slicing and not way.tile_size:
         return replace(way, slicing=True)
@@ -108,7 +108,7 @@ def smaller_way(way: Way, samples: Any, scale: int = _PIXELS_PER_LATENT) -> Way 
     return replace(way, tile_size=tile) if tile < present else None
 
 
-def is_picture(samples: Any) -> bool:
+def is_image(samples: Any) -> bool:
     """Whether latents are of still images; video and sound have decoders of their own shape."""
     return bool(samples.ndim == 4)
 
@@ -120,7 +120,7 @@ def pixels_per_latent(vae: Any) -> int:
 
 
 def _decode(vae: Any, samples: Any, way: Way) -> tuple[Any, bool]:
-    if not is_picture(samples) or getattr(vae, "latent_dim", 2) != 2 or getattr(vae, "extra_1d_channel", None):
+    if not is_image(samples) or getattr(vae, "latent_dim", 2) != 2 or getattr(vae, "extra_1d_channel", None):
         return _decode_by_core(vae, samples, way)
     if way.tile_size:
         tiles = grid(samples.shape[-2], samples.shape[-1], way.tile_size, way.overlap, pixels_per_latent(vae))
@@ -174,13 +174,13 @@ def _tiled(vae: Any, samples: Any, tiles: Grid) -> tuple[Any, bool]:
     progress = progress_bar(samples.shape[0] * tiles.count)
     images = None
     for index in range(samples.shape[0]):
-        picture = blend(samples[index : index + 1], tiles, decoder, lambda: progress.update(1))
+        image = blend(samples[index : index + 1], tiles, decoder, lambda: progress.update(1))
         if samples.shape[0] == 1:
-            images = picture
+            images = image
             break
         if images is None:
-            images = torch.empty((samples.shape[0], *picture.shape[1:]), dtype=picture.dtype, device=picture.device)
-        images[index] = picture[0]
+            images = torch.empty((samples.shape[0], *image.shape[1:]), dtype=image.dtype, device=image.device)
+        images[index] = image[0]
     assert images is not None
     return images.movedim(1, -1), decoder.finite
 
@@ -285,18 +285,18 @@ def blend(samples: Any, tiles: Grid, decoder: Decoder, after_tile: Callable[[], 
 
     height, width = samples.shape[-2] * tiles.scale, samples.shape[-1] * tiles.scale
     across, down = feather(tiles.columns, tiles.scale), feather(tiles.rows, tiles.scale)
-    picture = None
+    image = None
     for (top, bottom), row_weights in zip(tiles.rows, down, strict=True):
         for (left, right), column_weights in zip(tiles.columns, across, strict=True):
             pixels = decoder(samples[..., top:bottom, left:right])
-            if picture is None:
-                picture = torch.zeros((*pixels.shape[:2], height, width), dtype=pixels.dtype, device=pixels.device)
+            if image is None:
+                image = torch.zeros((*pixels.shape[:2], height, width), dtype=pixels.dtype, device=pixels.device)
             weights = row_weights[:, None] * column_weights
             y, x = top * tiles.scale, left * tiles.scale
-            place = picture[..., y : y + pixels.shape[-2], x : x + pixels.shape[-1]]
+            place = image[..., y : y + pixels.shape[-2], x : x + pixels.shape[-1]]
             place += pixels * weights.to(pixels)
             after_tile()
-    return picture
+    return image
 
 
 def _window(parts: Sequence[Span], index: int, scale: int) -> Any:

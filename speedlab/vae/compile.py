@@ -19,6 +19,7 @@ import torch
 
 from ..common.errors import UnavailableError, first_line
 from ..common.timing import apart
+from ..common.torch_private import dynamo_failures
 from ..patching.compiled import refusal_of_streaming
 from ..patching.dynamic_vram import loaded_whole
 from ..techniques.compile import backends
@@ -127,7 +128,7 @@ def _through_graphs(network: Any, backend: ModuleType, options: CompileOptions, 
     ):
         try:
             result = function(network, samples)
-        except dynamo.failures() as error:
+        except dynamo_failures() as error:
             if isinstance(dynamo.cause(error), passing()):
                 raise dynamo.cause(error) from None
             raise _failed(backend, network, dynamo.cause(error)) from error

@@ -55,7 +55,7 @@ def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded
         raise SpeedLabError(
             f"tile_size is {config.tile_size}: choose {SMALLEST_TILE} pixels or more, or 0 for whole images."
         )
-    samples = picture_latents(latent)
+    samples = image_latents(latent)
     check_latent(vae, samples)
     check_family(vae, latent)
     warnings = [] if is_finite(samples) else [report_bad_latents()]
@@ -110,7 +110,7 @@ def _info(vae: Any, chosen: Any, way: Way, config: DecodeConfig, warnings: list[
     return info
 
 
-def picture_latents(latent: Mapping[str, Any]) -> Any:
+def image_latents(latent: Mapping[str, Any]) -> Any:
     """The latents [B, C, h, w] (or [B, C, t, h, w]) of a LATENT. Raises SpeedLabError for a mixture of sizes."""
     samples = latent["samples"]
     if getattr(samples, "is_nested", False) or isinstance(samples, (list, tuple)):

@@ -28,7 +28,7 @@ from ..common.errors import ModelFileError, SpeedLabError
 from ..models.latent_mark import mark_of
 from ..models.loading import readable, refuse_unsafe
 from .attempts import until_it_fits
-from .decode import FAMILIES, Decoded, check_latent, picture_latents, report, report_bad_latents
+from .decode import FAMILIES, Decoded, check_latent, image_latents, report, report_bad_latents
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
 
     Raises SpeedLabError when `auto` cannot tell the latent's family, ModelFileError for a missing or broken file.
     """
-    samples = picture_latents(latent)
+    samples = image_latents(latent)
     latent_format = _latent_format(latent, model)
     stem = resolve_decoder(config.decoder, latent_format)
     vae = load_tiny_vae(stem, latent_format)

@@ -68,8 +68,8 @@ def open_feed(context: NodeContext, run_id: str, warmup: int, repeats: int) -> L
         client = getattr(server, "client_id", None)
         if context.node_id is None or client is None or not _listeners.has(client) or client not in server.sockets:
             return None
-        told = {"node": context.node_id, "workflow": context.workflow_id(), "run_id": run_id}
-        return LiveFeed(_pump_of(server), client, {**told, "warmup": warmup, "runs": warmup + repeats})
+        info = {"node": context.node_id, "workflow": context.workflow_id(), "run_id": run_id}
+        return LiveFeed(_pump_of(server), client, {**info, "warmup": warmup, "runs": warmup + repeats})
     except Exception as error:
         _warn_once(error)
         return None
@@ -78,11 +78,11 @@ def open_feed(context: NodeContext, run_id: str, warmup: int, repeats: int) -> L
 class LiveFeed:
     """What one node tells one browser about the runs of one call."""
 
-    def __init__(self, pump: _Pump, client_id: str, told: Mapping[str, Any]) -> None:
+    def __init__(self, pump: _Pump, client_id: str, info: Mapping[str, Any]) -> None:
         self.client_id = client_id
         self.waiting = False
         self._pump = pump
-        self._told = told
+        self._info = info
         self._run: LiveRun | None = None
         self._state = "running"
         self._sent_run, self._sent_steps = -1, 0
@@ -112,7 +112,7 @@ class LiveFeed:
         run = self._run
         if run is None:
             nothing = {"run": 0, "total": 0, "first": 0, "steps": [], "summary": speed(None, 0), "queued": False}
-            return {**self._told, "state": self._state, **nothing}
+            return {**self._info, "state": self._state, **nothing}
         if run.index != self._sent_run:
             self._sent_run, self._sent_steps = run.index, 0
         first = self._sent_steps
@@ -120,7 +120,7 @@ class LiveFeed:
         self._sent_steps = first + len(steps)
         if self._sent_steps < len(run.steps):
             self.changed()
-        return {**self._told, "state": self._state, "run": run.index, "total": run.total, "first": first,
+        return {**self._info, "state": self._state, "run": run.index, "total": run.total, "first": first,
                 "steps": [list(step) for step in steps], "summary": run.speed(), "queued": run.queued}  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def report(outcome: Outcome, scenario: Scenario) -> None:
             print(f"{row['plan']}: {row['status']}: {row['error']}")
     for entry in scenario.published:
         print(f"published ({entry.device}): {entry.figure}")
-    for label, paths in (("picture", outcome.pictures), ("record", outcome.records)):
+    for label, paths in (("image", outcome.images), ("record", outcome.records)):
         for path in paths:
             print(f"{label}: {path}")
     if outcome.table is not None:
@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
         print(note)
     series = Series(scenarios, choice, args, overrides)
     if series.journal.done:
-        print(f"Going on with an interrupted series: {len(series.journal.done)} parts are done. --restart begins anew.")
+        print(f"Going on with an interrupted series: {len(series.journal.done)} parts are done. --restart starts over.")
     gone = run_series(series, lambda: open_server(ServerOptions(args.server, args.port, args.out), choice.files))
     outcomes = series.outcomes
     failed = [scenario.id for scenario in scenarios if scenario.id not in outcomes or outcomes[scenario.id].error]

@@ -39,7 +39,7 @@ class Section:
 
     scenario: Scenario
     rows: list[list[str]]
-    pictures: list[tuple[str, str]]
+    images: list[tuple[str, str]]
     error: str | None
     is_small: bool
 
@@ -90,9 +90,9 @@ def environments(outcomes: Sequence[Outcome]) -> list[list[tuple[str, str]]]:
 
 
 def _section(scenario: Scenario, outcome: Outcome) -> Section:
-    pictures = [(path.stem, _inline(path)) for path in outcome.pictures if path.is_file()]
+    images = [(path.stem, _inline(path)) for path in outcome.images if path.is_file()]
     small = any(row.get("scenario", "").endswith(MARK) for row in outcome.rows)
-    return Section(scenario, [_row(row) for row in outcome.rows], pictures, outcome.error, small)
+    return Section(scenario, [_row(row) for row in outcome.rows], images, outcome.error, small)
 
 
 def _row(row: dict[str, str]) -> list[str]:
@@ -114,7 +114,7 @@ def _inline(path: Path) -> str:
             from PIL import Image
 
             smaller = io.BytesIO()
-            with Image.open(path) as picture:
-                picture.convert("RGB").save(smaller, "JPEG", quality=85)
+            with Image.open(path) as image:
+                image.convert("RGB").save(smaller, "JPEG", quality=85)
             data, kind = smaller.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -18,7 +18,7 @@ from speedlab.measure.summary import rows_of, summarise
 
 from ..client.client import ComfyClient, RunResult
 from ..client.errors import BenchError, ServerGone
-from ..client.events import SAVERS, TEXT_ENCODERS, node_spans, nodes_of, text_to_picture_s
+from ..client.events import SAVERS, TEXT_ENCODERS, node_spans, nodes_of, text_to_image_s
 
 SAMPLE_EVERY_S = 0.05
 PROFILER = frozenset({"SpeedLabProfileSampler"})
@@ -111,12 +111,12 @@ def server_env(stats: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampled(result: RunResult) -> dict[str, Any]:
-    """What the Profile Sampler of the graph told about its run. Raises BenchError where it told nothing."""
+    """What the Profile Sampler of the graph reports of its run. Raises BenchError where it reports nothing."""
     for node in nodes_of(result.graph, PROFILER):
-        told = (result.outputs.get(node) or {}).get("speedlab") or []
-        if told and told[0].get("steps") and (told[0].get("summary") or {}).get("runs_ms"):
-            return dict(told[0])
-    raise BenchError("the server's Profile Sampler told no step times: is its SpeedLab of this version?")
+        shown = (result.outputs.get(node) or {}).get("speedlab") or []
+        if shown and shown[0].get("steps") and (shown[0].get("summary") or {}).get("runs_ms"):
+            return dict(shown[0])
+    raise BenchError("the server's Profile Sampler gave no step times: is its SpeedLab of this version?")
 
 
 def phases(result: RunResult) -> dict[str, float | str | None]:
@@ -124,7 +124,7 @@ def phases(result: RunResult) -> dict[str, float | str | None]:
 
     `prepare` is what lies between the others; moving the model to the device is in it.
     """
-    total = text_to_picture_s(result.log, result.graph)
+    total = text_to_image_s(result.log, result.graph)
     if total is None:
         raise BenchError(
             "the run could not be timed: the connection to the server dropped, or nodes came from its cache"
@@ -153,12 +153,12 @@ def outside_record(
     result: RunResult, *, request: Mapping[str, Any], env: Mapping[str, Any], memory: OutsideMemory
 ) -> RunRecord:
     """The record of a run that was timed from outside, with the sampler's own steps and what it says that ran."""
-    spent, told = phases(result), sampled(result)
-    ran = [*told.get("accelerators", ()), *_tiny_decoders(result)]
-    fell_back = told.get("asked") is not None
-    request = {**request, "accelerators": ran, **({"plan": plan_of(ran), "asked": told["asked"]} if fell_back else {})}
+    spent, info = phases(result), sampled(result)
+    ran = [*info.get("accelerators", ()), *_tiny_decoders(result)]
+    fell_back = info.get("asked") is not None
+    request = {**request, "accelerators": ran, **({"plan": plan_of(ran), "asked": info["asked"]} if fell_back else {})}
     total, sample = spent["total"], spent["sample"]
-    rows = rows_of(told["steps"])
+    rows = rows_of(info["steps"])
     assert isinstance(total, float) and isinstance(sample, float)
     return RunRecord(
         run_id=new_run_id(),
@@ -169,14 +169,14 @@ def outside_record(
         env_hash=environment_hash(dict(env)),
         request=request,
         phases_ms=spent,
-        steps=tuple(told["steps"]),
+        steps=tuple(info["steps"]),
         summary={
-            **summarise([sample], [rows], told["summary"].get("first_eval_ms"), rows[0].ms),
+            **summarise([sample], [rows], info["summary"].get("first_eval_ms"), rows[0].ms),
             "totals_ms": [round(total, 3)],
             "images_per_min": 60_000.0 * int(request.get("batch", 1)) / total,
             "timed": "from outside: from the first text encoding to the last image saved, without load",
         },
         memory={"overall": memory.gigabytes()},
         # What the node could not know of its own total is known here: it was timed from outside.
-        warnings=(*(text for text in told.get("warnings", ()) if "from text to image" not in text), SAMPLED),
+        warnings=(*(text for text in info.get("warnings", ()) if "from text to image" not in text), SAMPLED),
     )

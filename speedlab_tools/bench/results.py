@@ -18,7 +18,7 @@ from speedlab.measure.store import RunStore, write_atomically
 
 from ..client.client import ComfyClient, ImageRef, RunResult
 from ..client.errors import BenchError
-from ..client.files import save_picture
+from ..client.files import save_image
 
 REPORT = "SpeedLabProfileReport"
 SWEEP = "SpeedLabBenchmark"
@@ -32,7 +32,7 @@ class Outcome:
 
     name: str
     rows: list[dict[str, str]] = field(default_factory=list)
-    pictures: list[Path] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
     records: list[Path] = field(default_factory=list)
     table: Path | None = None
     error: str | None = None
@@ -72,15 +72,15 @@ async def fetch_records(client: ComfyClient, result: RunResult, out: Path, outco
         outcome.error = failures[0]
 
 
-def shown_pictures(result: RunResult) -> list[ImageRef]:
+def shown_images(result: RunResult) -> list[ImageRef]:
     """What Benchmark, Profile Report, or else Save Image, saved."""
     sheets = [image for image in result.images(SWEEP) if image.type == "output"]
     return sheets or result.images(REPORT) or result.images(SAVE)
 
 
-async def fetch_pictures(client: ComfyClient, result: RunResult, folder: Path, name: str) -> list[Path]:
+async def fetch_images(client: ComfyClient, result: RunResult, folder: Path, name: str) -> list[Path]:
     """Fetch what a run saved, as `<name>.png`, `<name>-1.png` ..."""
-    return [save_picture(folder, name, await client.view(image)) for image in shown_pictures(result)]
+    return [save_image(folder, name, await client.view(image)) for image in shown_images(result)]
 
 
 _KEY_DIGITS = 16
@@ -110,9 +110,9 @@ class Journal:
             # Without a whole journal nothing is known to be done; running again is safe.
             return {}
 
-    def finished(self, part: str, runs: list[str], pictures: list[Path]) -> None:
+    def finished(self, part: str, runs: list[str], images: list[Path]) -> None:
         """Note a part whose rows are written. Raises OSError."""
-        self.done[part] = {"runs": runs, "pictures": [str(path) for path in pictures]}
+        self.done[part] = {"runs": runs, "pictures": [str(path) for path in images]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(self.done, indent=1).encode())
 
@@ -128,7 +128,7 @@ class Journal:
             return False
         outcome.rows += [csv_row(record) for record in records]
         outcome.records += [store.json_path(record.run_id) for record in records]
-        outcome.pictures += [Path(path) for path in entry["pictures"] if _is_file(path)]
+        outcome.images += [Path(path) for path in entry["pictures"] if _is_file(path)]
         outcome.table = store.csv_path
         return True
 

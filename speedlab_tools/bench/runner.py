@@ -22,7 +22,7 @@ from ..client.graph import ApiGraph, split_lanes
 from ..scenarios.overrides import MARK, PROMPTS, shrink
 from ..scenarios.scenario import Scenario
 from ..scenarios.workflows import ui_graph
-from .results import REPORT, SWEEP, Journal, Outcome, fetch_pictures, fetch_records
+from .results import REPORT, SWEEP, Journal, Outcome, fetch_images, fetch_records
 
 
 def parts_of(scenario: Scenario, small: bool = False) -> list[tuple[str, ApiGraph]]:
@@ -55,7 +55,7 @@ async def run_scenario(
             outcome.recalled += 1
             continue
         line = ProgressLine(f"{scenario.id}{f' {number}/{len(parts)}' if len(parts) > 1 else ''}", graph)
-        before = len(outcome.records), len(outcome.pictures)
+        before = len(outcome.records), len(outcome.images)
         try:
             # Times of a small run say nothing, so nothing is done for them.
             if not small and shape_of(graph) != warm:
@@ -65,7 +65,7 @@ async def run_scenario(
                 warm = shape_of(graph)
             asked = graph if small else with_new_texts(graph)
             result = await client.run(asked, extra_data=extra_data(scenario, small), listener=line)
-            outcome.pictures += await fetch_pictures(client, result, out, name)
+            outcome.images += await fetch_images(client, result, out, name)
             await fetch_records(client, result, out, outcome)
         except ServerGone:
             raise
@@ -79,7 +79,7 @@ async def run_scenario(
             line.done()
         if journal is not None and outcome.error is None:
             runs = [path.stem for path in outcome.records[before[0] :]]
-            journal.finished(name, runs, outcome.pictures[before[1] :])
+            journal.finished(name, runs, outcome.images[before[1] :])
     return outcome
 
 
@@ -97,7 +97,7 @@ _ONCE: Mapping[str, Any] = {"warmup": 0, "repeats": 1, "detail": "timing"}
 
 
 def with_new_texts(graph: ApiGraph) -> ApiGraph:
-    """A copy of a graph whose texts the server encodes anew, and with them all that follows; loaders stay cached."""
+    """A copy of a graph whose texts the server encodes again, and with them all that follows; loaders stay cached."""
     mark = uuid.uuid4().hex
     encoders = set(nodes_of(graph, TEXT_ENCODERS))
     return {
@@ -138,7 +138,7 @@ def shape_of(graph: ApiGraph) -> str:
         for node_id, node in graph.items()
     }
     classes = {node_id: node["class_type"] for node_id, node in graph.items()}
-    return repr((sorted(classes.items()), sorted((node_id, sorted(told.items())) for node_id, told in plain.items())))
+    return repr((sorted(classes.items()), sorted((node_id, sorted(given.items())) for node_id, given in plain.items())))
 
 
 async def warm_up(client: ComfyClient, graph: ApiGraph) -> None:
@@ -150,14 +150,14 @@ async def warm_up(client: ComfyClient, graph: ApiGraph) -> None:
 
 
 def _run_ids(result: RunResult) -> list[str]:
-    told = [entry for node in nodes_of(result.graph, SAMPLERS) for entry in _shown(result, node)]
-    return [str(entry["run_id"]) for entry in told if isinstance(entry, Mapping) and "run_id" in entry]
+    shown = [entry for node in nodes_of(result.graph, SAMPLERS) for entry in _shown(result, node)]
+    return [str(entry["run_id"]) for entry in shown if isinstance(entry, Mapping) and "run_id" in entry]
 
 
 def _shown(result: RunResult, node: str) -> list[Any]:
     shown = (result.outputs.get(node) or {}).get("speedlab") or []
     if not isinstance(shown, list):
-        raise BenchError("the server's sampler told nothing that can be read: is its SpeedLab of this version?")
+        raise BenchError("the server's sampler gave nothing that can be read: is its SpeedLab of this version?")
     return shown
 
 

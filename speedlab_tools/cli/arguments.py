@@ -147,7 +147,7 @@ def _fleet(parser: Parser) -> None:
     what.add_argument("--prompts", type=Path, metavar="FILE", help="an image for each of its prompts")
     what.add_argument("--cells", action="store_true", help="the scenario's own prompts, graphs and cells")
     add("--out", type=Path, metavar="DIR", required=True, help="folder for the results")
-    add("--restart", action="store_true", help="begin anew in that folder: its images are deleted")
+    add("--restart", action="store_true", help="start over in that folder: its images are deleted")
     add("--accept-changes", action="store_true",
         help="go on although prompts or settings have changed: results that are still asked for stay")  # fmt: skip
     add = parser.add_argument_group("workers").add_argument
@@ -200,7 +200,7 @@ def _gpu(parser: Parser) -> None:
     add("--dtype", choices=("fp16", "bf16"), default="fp16", help="its dtype (default: fp16)")
     add("--list", action="store_true", help="list the blocks and end")
     add("--small", action="store_true", help="tiny models: to try the suite out, on a CPU too")
-    add("--again", action="store_true", help="measure anew, with --only those blocks alone")
+    add("--again", action="store_true", help="measure again, with --only those blocks alone")
     add("--out", type=Path, default=RESULTS, metavar="DIR", help="folder for results")
     add("--resume", type=Path, nargs="+", default=[], metavar="DIR", help="more places of earlier ones")
     add("--pack", nargs="?", type=Path, const=PACK_FOLDER, metavar="DIR",

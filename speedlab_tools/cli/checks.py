@@ -38,12 +38,12 @@ def run_checks(names: Sequence[str], *, fix: bool, python: Path, cwd: Path, env:
 
 def size_report(root: Path) -> str:
     """Files and lines of Python in each half, for the eye: `speedlab/: 117 files, 17,000 lines; ...`."""
-    told = []
+    halves = []
     for half in ("speedlab", "speedlab_tools", "nodes", "tests"):
         files = sorted((root / half).rglob("*.py"))
         lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
-        told.append(f"{half}/: {len(files)} files, {lines:,} lines")
-    return "; ".join(told)
+        halves.append(f"{half}/: {len(files)} files, {lines:,} lines")
+    return "; ".join(halves)
 
 
 def durations(report: Path, longest: int = 60) -> str:

@@ -51,8 +51,8 @@ def describe_rejection(body: Mapping[str, Any], graph: Mapping[str, Mapping[str,
     error = body.get("error")
     head = str(error.get("message", "")) if isinstance(error, Mapping) else str(error or "")
     lines = [f"the server refused the graph: {head or 'no reason given'}"]
-    for node_id, told in _mapping(body.get("node_errors")).items():
-        node, entry = graph.get(str(node_id), {}), _mapping(told)
+    for node_id, found in _mapping(body.get("node_errors")).items():
+        node, entry = graph.get(str(node_id), {}), _mapping(found)
         class_type = str(entry.get("class_type", node.get("class_type", "?")))
         title = str(node.get("_meta", {}).get("title", class_type))
         for reason in _list(entry.get("errors")):

@@ -78,7 +78,7 @@ def _class(graph: Mapping[str, Mapping[str, Any]], node: str) -> str:
     return str(graph.get(node, {}).get("class_type", ""))
 
 
-def text_to_picture_s(log: EventLog, graph: Mapping[str, Mapping[str, Any]]) -> float | None:
+def text_to_image_s(log: EventLog, graph: Mapping[str, Mapping[str, Any]]) -> float | None:
     """Seconds from the start of the first text encoding to the end of the last image saved, loaders taken out.
 
     None where the log has holes, or where no text was encoded or no image saved in this run (both were cached).

@@ -198,7 +198,7 @@ def prepare_output(folder: Path) -> Path:
     return folder
 
 
-def save_picture(folder: Path, name: str, data: bytes) -> Path:
+def save_image(folder: Path, name: str, data: bytes) -> Path:
     """Write a fetched image under a name that is not taken; returns its path."""
     stem, number = Path(name).stem, 0
     path = folder / f"{stem}.png"

@@ -86,8 +86,8 @@ def _about(label: str, table: Table) -> list[str]:
         )
     environments = dict.fromkeys(run.env for run in table.runs)
     if len(environments) > 1:
-        told = "; ".join(map(str, environments))
-        lines.append(f"{label} holds runs of {len(environments)} environments, each compared with its own: {told}.")
+        listed = "; ".join(map(str, environments))
+        lines.append(f"{label} holds runs of {len(environments)} environments, each compared with its own: {listed}.")
     return lines
 
 

@@ -114,8 +114,8 @@ def setting_name(key: tuple[str, ...], varying: Sequence[str] = ()) -> str:
     """A setting in a few words, and the values of `varying` with it."""
     row = dict(zip(KEY, key, strict=True))
     size = f"{row['width']}x{row['height']} batch {row['batch']}"
-    told = f"{row['scenario'] or '-'}: {row['plan'] or 'stock'}, {size}, {row['steps']} steps, cfg {row['cfg']}"
-    return ", ".join([told, *(f"{name} {row[name] or '-'}" for name in varying)])
+    setting = f"{row['scenario'] or '-'}: {row['plan'] or 'stock'}, {size}, {row['steps']} steps, cfg {row['cfg']}"
+    return ", ".join([setting, *(f"{name} {row[name] or '-'}" for name in varying)])
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -167,15 +167,15 @@ def runs_of(rows: Sequence[Mapping[str, str]], path: Path) -> Table:
             continue
         left_out[reason] = left_out.get(reason, 0) + 1
     if not runs:
-        told = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
-        raise BenchError(f"{path} has no run that can be compared ({told or 'it has no row'})")
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in left_out.items())
+        raise BenchError(f"{path} has no run that can be compared ({reasons or 'it has no row'})")
     return Table(tuple(runs), left_out)
 
 
 def compare(a: Table, b: Table, across: bool = False) -> tuple[list[Comparison], list[str]]:
     """Every setting that both tables have, the worst first, and what there is to say about the rest.
 
-    Runs of one environment are compared with each other. A setting that the tables share in no environment is told
+    Runs of one environment are compared with each other. A setting that the tables share in no environment is reported
     without a verdict, unless `across` says that one machine is meant and only its software differs.
     """
     notes: list[str] = []
@@ -297,19 +297,19 @@ def _mixture(pair: tuple[Environment, Environment], sides: Sequence[Sequence[Run
         return f"{len(both)} runs are in both tables", True
     schemas = [sorted({run.schema for run in side if run.schema is not None}) for side in sides]
     if len(set().union(*schemas)) > 1:
-        told = [" and ".join(map(str, side)) or "unknown" for side in schemas]
-        return f"records of schema {told[0]} in A and {told[1]} in B, whose time_s means something else", True
+        shown = [" and ".join(map(str, side)) or "unknown" for side in schemas]
+        return f"records of schema {shown[0]} in A and {shown[1]} in B, whose time_s means something else", True
     unknown = [any(run.schema is None for run in side) for side in sides]
     if unknown[0] != unknown[1]:
-        told = ["schema not known" if one else f"schema {SCHEMA}" for one in unknown]
-        return f"{told[0]} in A and {told[1]} in B: time_s of schema 1 left out the move of weights", True
+        shown = ["schema not known" if one else f"schema {SCHEMA}" for one in unknown]
+        return f"{shown[0]} in A and {shown[1]} in B: time_s of schema 1 left out the move of weights", True
     if a == b:
         return None, False
     names = [name for name in ("device", *_SOFTWARE) if getattr(a, name) != getattr(b, name)]
     if not names:
         return "another machine, driver, flag or CPU (env_hash differs, all that the table names is equal)", False
-    told = [f"{name} {getattr(a, name) or '-'} in A and {getattr(b, name) or '-'} in B" for name in names]
-    return "; ".join(told), "device" in names
+    differing = [f"{name} {getattr(a, name) or '-'} in A and {getattr(b, name) or '-'} in B" for name in names]
+    return "; ".join(differing), "device" in names
 
 
 def _told(environments: Iterable[Environment]) -> str:

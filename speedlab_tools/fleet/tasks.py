@@ -79,7 +79,7 @@ def order_of(args: argparse.Namespace) -> Order:
     wanted = adapt(scenario, overrides, choice.checkpoints.get(scenario.id), choice.others)
     paths = [(folder, path) for folder, some in choice.files.items() for path in some]
     files = tuple(ModelFile(folder, str(path), path.stat().st_size) for folder, path in paths)
-    # Size and time of change: a file that was written anew is another one.
+    # Size and time of change: a file that was written again is another one.
     models = {f"{folder}/{path.name}": [path.stat().st_size, path.stat().st_mtime_ns] for folder, path in paths}
     asked = {
         "scenario": scenario.id + (MARK if args.small else ""),

@@ -17,7 +17,7 @@ from typing import Any
 
 from speedlab.common.errors import SpeedLabError, first_line
 
-from ..bench.results import RUNS, report_ids, shown_pictures
+from ..bench.results import RUNS, report_ids, shown_images
 from ..client.client import ComfyClient, ImageRef
 from ..client.errors import BenchError, ExecutionFailed, PromptRejected
 from ..client.files import kept_models, link_model
@@ -187,7 +187,7 @@ async def _work(server: ComfyServer, graph: ApiGraph, extra: dict[str, Any], tim
         async with ComfyClient(server.url) as client:
             result = await client.run(graph, extra_data=extra, timeout_s=timeout_s)
             seconds = time.perf_counter() - began
-            images = [await client.view(image) for image in shown_pictures(result)]
+            images = [await client.view(image) for image in shown_images(result)]
             names = [ImageRef(f"{run_id}.json", RUNS, "output") for run_id in report_ids(result)]
             return Done(tuple(images), tuple([(await client.view(name)).decode() for name in names]), seconds)
     except (PromptRejected, ExecutionFailed) as error:
@@ -195,7 +195,7 @@ async def _work(server: ComfyServer, graph: ApiGraph, extra: dict[str, Any], tim
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         return Failed(f"the server's answer makes no sense: {type(error).__name__}: {first_line(error)}")
     finally:
-        # So that no worker's disk fills: what matters was fetched, and ComfyUI makes the folder anew.
+        # So that no worker's disk fills: what matters was fetched, and ComfyUI makes the folder again.
         await asyncio.to_thread(shutil.rmtree, server.base / "output", ignore_errors=True)
 
 

@@ -143,7 +143,7 @@ class Writer:
             raise FleetError(
                 f"{self.out} was begun with something else:\n{listed}\n"
                 "Name another --out; or --accept-changes goes on and keeps every result that is still asked for; or "
-                "--restart begins anew."
+                "--restart starts over."
             )
         try:
             self.rows = self._placed(self._read(), [] if restart else tasks)
@@ -231,7 +231,7 @@ class Writer:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            raise FleetError(f"{self.begun} cannot be read. --restart begins anew, or name another --out.") from error
+            raise FleetError(f"{self.begun} cannot be read. --restart starts over, or name another --out.") from error
         return data if isinstance(data, dict) else {}
 
     def _read(self) -> dict[int, Row]:

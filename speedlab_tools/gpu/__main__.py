@@ -100,13 +100,13 @@ def _measure(pack: Any, options: argparse.Namespace, began: float, base: Path) -
 
 
 def _keep_compiled_code(is_small: bool) -> None:
-    """A call that ran out of time while compiling must not begin anew in the next one."""
+    """A call that ran out of time while compiling must not start over in the next one."""
     if is_small:
         return
     try:
         COMPILED_FOLDER.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        log.warning("%s cannot be made (%s): each call compiles anew", COMPILED_FOLDER, error.strerror)
+        log.warning("%s cannot be made (%s): each call compiles again", COMPILED_FOLDER, error.strerror)
         return
     importlib.import_module("folder_paths").set_user_directory(str(COMPILED_FOLDER))
 

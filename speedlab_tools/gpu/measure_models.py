@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from speedlab.common.torch_private import clear_inductor
 from speedlab.measure.roofline import share_of_peak
 from speedlab.measure.summary import speed
 from speedlab.patching.compiled import compile_counts, counts_between
@@ -224,11 +225,11 @@ def cold(bench: Bench, block: Block) -> None:
         with _forgetting(), bench.into_row(block, variant), _fresh_folder():
             workload = bench.workload(block)
             one = bench.ready(block, variant)
-            _forget()
+            clear_inductor()
             before = compile_counts()
             first = run_image(one, workload)
             counts = counts_between(before, compile_counts())
-            _forget()
+            clear_inductor()
             again = run_image(bench.ready(block, variant), workload)
             lanes = [Lane(Variant(STOCK)), Lane(variant)]
             take_turns(bench, block, lanes)
@@ -274,7 +275,7 @@ def size_tour(bench: Bench, block: Block) -> None:
 def _tour(bench: Bench, block: Block, stages: Callable[[Parts], Iterable[tuple[str, Parts, Workload]]]) -> None:
     for variant in bench.pending(block):
         with _forgetting(), bench.into_row(block, variant), _fresh_folder():
-            _forget()
+            clear_inductor()
             seen: list[dict[str, Any]] = []
             start = compile_counts()
             for name, parts, workload in stages(bench.models.parts(block.model, block.dtype)):
@@ -314,18 +315,8 @@ def _forgetting() -> Iterator[None]:
     try:
         yield
     finally:
-        _forget()
+        clear_inductor()
         release()
-
-
-def _forget() -> None:
-    """Drop what this process has compiled; what lies on disk stays."""
-    import torch._dynamo
-    import torch._inductor.utils
-
-    torch._dynamo.reset()
-    # Loaded programs, which inductor finds again without looking at its folder. Older PyTorch has no such function.
-    getattr(torch._inductor.utils, "clear_caches", lambda: None)()
 
 
 @contextmanager

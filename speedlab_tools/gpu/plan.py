@@ -39,7 +39,7 @@ class Workload:
 class Variant:
     """One thing to measure: a stack of techniques as Benchmark writes them; `stock` is ComfyUI's own nodes alone.
 
-    `whole`: each step computes cond and uncond in full, so operations a second can be told. `prefetch`: whether
+    `whole`: each step computes cond and uncond in full, so operations a second are known. `prefetch`: whether
     streamed weights are copied ahead.
     """
 

@@ -2,7 +2,7 @@
 
 A stage that ended well leaves a stamp with the hash of what it was made from, and runs again only where that changes.
 pip checks versions and hashes of what it installs (`--require-hashes`); nothing here checks them a second time. An
-environment that was damaged afterwards is made anew once its folder is deleted.
+environment that was damaged afterwards is made again once its folder is deleted.
 """
 
 from __future__ import annotations

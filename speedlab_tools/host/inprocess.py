@@ -58,15 +58,23 @@ class _AbsentFinder:
 
 
 def start(comfyui: Path, base: Path, wheels: Path | None = None, native_allocator: bool = False) -> ModuleType:
-    """Import ComfyUI with `base` as its base directory, and this pack, which is returned.
+    """Import ComfyUI as `enter` does, and this pack, which is returned."""
+    enter(comfyui, base, wheels, native_allocator=native_allocator)
+    return load_pack()
+
+
+def enter(
+    comfyui: Path, base: Path, wheels: Path | None = None, *, native_allocator: bool = False, on_cpu: bool = False
+) -> None:
+    """Import ComfyUI with `base` as its base directory; without a GPU, or where `on_cpu` says so, it uses the CPU.
 
     `wheels` is a folder of unpacked packages that stands behind those installed. Torch must not be imported yet, so
     that ComfyUI can choose its allocator as its `main.py` does, unless `native_allocator` asks for PyTorch's own.
     Raises SpeedLabError for packages that are missing.
     """
-    for kind in ("checkpoints", "loras", "vae", "vae_approx"):
+    for kind in ("checkpoints", "loras", "vae", "vae_approx", "controlnet", "embeddings"):
         (base / "models" / kind).mkdir(parents=True, exist_ok=True)
-    for name in ("input", "output", "temp", "user"):
+    for name in ("input", "output", "temp", "user", "custom_nodes"):
         (base / name).mkdir(exist_ok=True)
     # This pack's `nodes/` must not stand for ComfyUI's module of that name.
     kept = [part for part in sys.path if Path(part or ".").resolve() != _ROOT]
@@ -84,10 +92,9 @@ def start(comfyui: Path, base: Path, wheels: Path | None = None, native_allocato
         importlib.import_module("cuda_malloc")
     import torch
 
-    args.cpu = not torch.cuda.is_available()
+    args.cpu = on_cpu or not torch.cuda.is_available()
     importlib.import_module("nodes")
     importlib.import_module("comfy.utils").set_progress_bar_enabled(False)
-    return load_pack()
 
 
 def _require_packages() -> None:

@@ -47,7 +47,7 @@ class Pip:
             pass_fds=self.inherit,
         )
         if code != 0:
-            raise HostError(explain_failure(output, what=what, log=log))
+            raise HostError(failure_text(output, what=what, log=log))
 
 
 def pip_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -64,7 +64,7 @@ def pip_environment(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in result.items() if name not in ("PIP_TARGET", "PIP_PREFIX")}
 
 
-def explain_failure(output: str, *, what: str, log: Path) -> str:
+def failure_text(output: str, *, what: str, log: Path) -> str:
     """pip's failure for the person at the terminal: what could not be had, why, what to do."""
     again = f"Run the same command again: finished stages are kept. pip's output is in {log}."
     if _DISK_FULL.search(output):

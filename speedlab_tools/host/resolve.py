@@ -126,7 +126,7 @@ def _require_packages(host: Host, want_dev: bool, install: bool, reporter: Repor
         return
     command = [str(host.python), "-m", "pip", "install", *lacks]
     if not install:
-        raise HostError(_explain(host, lacks, command))
+        raise HostError(_missing_text(host, lacks, command))
     reporter.line(f"Installing {len(lacks)} packages, as --install says: {quoted(command)}")
     if subprocess.run(command).returncode != 0:
         raise HostError(f"That command failed; pip says why above: {quoted(command)}")
@@ -150,7 +150,7 @@ def _in_words(lacks: Mapping[str, str]) -> str:
     return ", ".join(f"{requirement} ({state})" for requirement, state in lacks.items())
 
 
-def _explain(host: Host, lacks: Mapping[str, str], command: Sequence[str]) -> str:
+def _missing_text(host: Host, lacks: Mapping[str, str], command: Sequence[str]) -> str:
     text = [f"{host.python} cannot run ComfyUI at {host.comfyui} ({host.origin}): it lacks {_in_words(lacks)}."]
     other = own_interpreter(host.comfyui)
     # Not resolved: the python of every environment links to the same base.

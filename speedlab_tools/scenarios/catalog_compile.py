@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .graphs import Rung, side_by_side, sliced_batches, staged_batch, switched_loras, text_to_image, tiled_picture
+from .graphs import Rung, side_by_side, sliced_batches, staged_batch, switched_loras, text_to_image, tiled_image
 from .scenario import NeededFile, Plan, Prompt, Published, Scenario, Settings, Technique
 
 
@@ -206,6 +206,6 @@ def decode_scenarios(checkpoint: NeededFile, settings: Settings) -> Sequence[Sce
             settings=replace(one_prompt, width=4096, height=4096),
             published=(Published("fits where full decode is out of memory", RTX_3090),),
             plan=Plan("VAE tiling"),
-            build=tiled_picture,
+            build=tiled_image,
         ),
     )

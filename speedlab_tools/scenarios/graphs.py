@@ -113,8 +113,8 @@ def text_to_image(scenario: Scenario) -> Graph:
         label = f": {prompt.name}" if several else ""
         conds = encode(graph, loaded.clip, prompt, lane, label)
         sampler = sample(graph, scenario.settings, prompt, loaded.model, conds, latent, lane, label)
-        picture = decode(graph, scenario.plan, sampler["latent"], loaded, lane, label)
-        measure(graph, scenario, sampler["profile"], picture[0], lane, label)
+        image = decode(graph, scenario.plan, sampler["latent"], loaded, lane, label)
+        measure(graph, scenario, sampler["profile"], image[0], lane, label)
     return graph
 
 
@@ -189,8 +189,8 @@ def _finish(
     prompt, settings = scenario.settings.prompts[0], scenario.settings
     sampler = sample(graph, settings, prompt, loaded.model, conds, latent, lane, f": {label}")
     graph.plans[sampler.id] = label
-    picture = decode(graph, scenario.plan, sampler["latent"], loaded, lane, f": {label}")
-    measure(graph, scenario, sampler["profile"], picture[0], lane, f": {label}")
+    image = decode(graph, scenario.plan, sampler["latent"], loaded, lane, f": {label}")
+    measure(graph, scenario, sampler["profile"], image[0], lane, f": {label}")
 
 
 BATCHES = (1, 2, 8, 32)
@@ -219,8 +219,8 @@ def staged_batch(scenario: Scenario) -> Graph:
     sampled = graph.add(
         "SpeedLabFreeMemory", group="Sample", title="Free the UNet", value=sampler["latent"], what="diffusion"
     )
-    pictures = _decode(graph, sampled[0], loaded.vae, 0, "")
-    measure(graph, scenario, sampler["profile"], pictures[0], 0, "")
+    images = _decode(graph, sampled[0], loaded.vae, 0, "")
+    measure(graph, scenario, sampler["profile"], images[0], 0, "")
     return graph
 
 
@@ -238,12 +238,12 @@ def sliced_batches(scenario: Scenario) -> Graph:
         )[0]  # fmt: skip
         conds = encode(graph, loaded.clip, prompt, lane, label)
         sampler = sample(graph, replace(settings, batch=batch), prompt, loaded.model, conds, latent, lane, label)
-        pictures = _decode(graph, sampler["latent"], loaded.vae, lane, label, slicing=True)
-        measure(graph, scenario, sampler["profile"], pictures[0], lane, label)
+        images = _decode(graph, sampler["latent"], loaded.vae, lane, label, slicing=True)
+        measure(graph, scenario, sampler["profile"], images[0], lane, label)
     return graph
 
 
-def tiled_picture(scenario: Scenario) -> Graph:
+def tiled_image(scenario: Scenario) -> Graph:
     """One lane a prompt, decoded in tiles."""
     graph = Graph()
     loaded = load_checkpoint(graph, scenario)
@@ -252,8 +252,8 @@ def tiled_picture(scenario: Scenario) -> Graph:
         label = f": {prompt.name}" if len(scenario.settings.prompts) > 1 else ""
         conds = encode(graph, loaded.clip, prompt, lane, label)
         sampler = sample(graph, scenario.settings, prompt, loaded.model, conds, latent, lane, label)
-        pictures = _decode(graph, sampler["latent"], loaded.vae, lane, label, tile_size=1024, overlap=128)
-        measure(graph, scenario, sampler["profile"], pictures[0], lane, label)
+        images = _decode(graph, sampler["latent"], loaded.vae, lane, label, tile_size=1024, overlap=128)
+        measure(graph, scenario, sampler["profile"], images[0], lane, label)
     return graph
 
 
@@ -351,8 +351,8 @@ def in_variants(variants: tuple[Variant, ...], settings: Settings) -> Callable[[
             conds = encode(graph, loaded.clip, prompt, lane, label)
             sampler = sample(graph, own, prompt, model, conds, latent, lane, label)
             graph.plans[sampler.id] = variant.plan.name
-            picture = decode(graph, variant.plan, sampler["latent"], replace(loaded, model=model), lane, label)
-            measure(graph, scenario, sampler["profile"], picture[0], lane, label)
+            image = decode(graph, variant.plan, sampler["latent"], replace(loaded, model=model), lane, label)
+            measure(graph, scenario, sampler["profile"], image[0], lane, label)
         return graph
 
     return build
@@ -394,9 +394,9 @@ def with_control(scenario: Scenario) -> Graph:
         control_net=net[0], image=edges[0], strength=1.0, start_percent=0.0, end_percent=1.0, vae=loaded.vae,
     )  # fmt: skip
     sampler = sample(graph, settings, prompt, model, (controlled[0], controlled[1]), latent, 0, "")
-    picture = decode(graph, scenario.plan, sampler["latent"], replace(loaded, model=model), 0, "")
-    measure(graph, scenario, sampler["profile"], picture[0], 0, "")
-    row = _beside(graph, _beside(graph, edges[0], truth[0])[0], picture[0])
+    decoded = decode(graph, scenario.plan, sampler["latent"], replace(loaded, model=model), 0, "")
+    measure(graph, scenario, sampler["profile"], decoded[0], 0, "")
+    row = _beside(graph, _beside(graph, edges[0], truth[0])[0], decoded[0])
     graph.add("PreviewImage", group="Measure", title="Control, truth, result", images=row[0])
     return graph
 

@@ -56,8 +56,8 @@ def text_to_image_within(options: PlanOptions) -> Build:
             label = f": {prompt.name}"
             conds = encode(graph, loaded.clip, prompt, lane, label)
             sampler = sample(graph, scenario.settings, prompt, loaded.model, conds, latent, lane, label)
-            picture = decode(graph, scenario.plan, sampler["latent"], loaded, lane, label)
-            measure(graph, scenario, sampler["profile"], picture[0], lane, label)
+            image = decode(graph, scenario.plan, sampler["latent"], loaded, lane, label)
+            measure(graph, scenario, sampler["profile"], image[0], lane, label)
         return graph
 
     return build
@@ -113,8 +113,8 @@ def ensemble(lanes: tuple[RefinerLane, ...]) -> Build:
                 sampler_name=settings.sampler, scheduler=settings.scheduler, handoff=options.handoff,
                 detail=settings.detail,
             )  # fmt: skip
-            picture = decode(graph, scenario.plan, sampler["latent"], base, lane, label)
-            measure(graph, scenario, sampler["profile"], picture[0], lane, label)
+            image = decode(graph, scenario.plan, sampler["latent"], base, lane, label)
+            measure(graph, scenario, sampler["profile"], image[0], lane, label)
         return graph
 
     return build
@@ -145,12 +145,12 @@ def refined(lanes: tuple[RefinerLane, ...], denoise: float) -> Build:
                 "SpeedLabProfileSampler", title=f"Refiner{label}", model=refiner.model, positive=theirs[0],
                 negative=theirs[1], latent_image=drawn["latent"], steps=options.refine, denoise=denoise, **common,
             )  # fmt: skip
-            picture = decode(graph, scenario.plan, finished["latent"], base, lane, label)
+            image = decode(graph, scenario.plan, finished["latent"], base, lane, label)
             graph.add(
                 "SpeedLabProfileReport", group="Measure", lane=lane, title=f"Report of the base{label}",
                 profile=drawn["profile"],
             )  # fmt: skip
-            measure(graph, scenario, finished["profile"], picture[0], lane, label)
+            measure(graph, scenario, finished["profile"], image[0], lane, label)
         return graph
 
     return build

@@ -13,10 +13,10 @@ from speedlab.common.errors import SpeedLabError
 from speedlab.common.tables import growing_row
 
 from ..cli.arguments import UsageError
+from ..host.base import from_environment
+from ..host.inprocess import enter
 from .faults import run_faults
-from .fuzz import HEADER, Tally, fuzz, shares
-from .host import enter_comfyui
-from .outcome import Target
+from .fuzz import HEADER, Tally, Target, fuzz, shares
 from .readers import model_targets, pure_targets, trap_springs
 from .results import SOAK_COLUMNS, soak_rows, write_faults, write_fuzz, write_soak
 from .soak import LEAST_PROMPTS, SoakTally, run_soak
@@ -44,11 +44,13 @@ def run(options: argparse.Namespace) -> int:
 
 def fuzz_all(folder: Path, inputs: int, seed: int, only: str) -> list[Tally]:
     """Every reader with its share of the inputs, printed as it ends. Raises SpeedLabError."""
-    models = enter_comfyui(folder / "base")
+    enter(from_environment().comfyui, folder / "base", on_cpu=True)
     if not trap_springs():
         raise SpeedLabError("The trap for pickles does not work here, so nothing would be proved.")
     with route_targets(folder / "base" / "secret.txt") as routes:
-        targets = [t for t in (*pure_targets(folder), *model_targets(models), *routes) if only in t.name]
+        targets = [
+            t for t in (*pure_targets(folder), *model_targets(folder / "base" / "models"), *routes) if only in t.name
+        ]
         if not targets:
             raise SpeedLabError(f"No reader's name holds '{only}'.")
         return _run(targets, inputs, seed)

@@ -1,13 +1,13 @@
-"""All kinds of faults, with a server of their own where one is needed.
+"""All kinds of faults, with a server of their own where one is needed; afterwards nothing of them may be left.
 
-A server whose output folder lies on a real disk that fills up, or that can only be read.
-
-Prompts then end with a sentence that names the path, and once there is room again they work; every run that was told
-to be written is whole, and none is there twice.
-
-Memory that runs out at a random tensor operation of a prompt on a real server; afterwards nothing may be left.
-
-The prompt ends with an error that says so, or goes on in smaller pieces where a node knows how; its record tells.
+* Writers that are killed, that write at once, or on a disk without room (`writers`).
+* Prompts cancelled at random moments of each phase: loading, encoding, preparing, compiling, the first, a cached and
+  the last step, decoding, writing.
+* Memory that runs out at a random tensor operation of a prompt. The prompt ends with an error that says so, or goes on
+  in smaller pieces where a node knows how; its record tells.
+* An output folder on a real disk that fills up, or that can only be read. Prompts then end with a sentence that names
+  the path, and once there is room again they work; every run that was reported as written is whole, and none is there
+  twice.
 """
 
 from __future__ import annotations
@@ -16,19 +16,31 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from ..client.client import ComfyClient
-from ..client.errors import BenchError, ExecutionFailed
+from ..client.errors import BenchError, ExecutionFailed, ExecutionInterrupted
+from ..client.events import Event
 from ..client.files import demo_checkpoint
-from .cancels import TIMEOUT_S, cancel_at_random, differences, left_on_disk, look, node, stressed
-from .host import stressed_server
+from .server import TIMEOUT_S, compiled, differences, left_on_disk, look, node, stressed, stressed_server
 from .small_disk import NoSmallDiskError, SmallDisk, small_disk
 from .writers import FaultTally, check_written, fill_small_disk, fill_the_disk, kill_while_writing, write_at_once
 
+# Phase -> the node whose start, or the sampler's step whose end, opens it.
+PHASES: dict[str, tuple[str, int | None]] = {
+    "load": ("1", None),
+    "text encoding": ("2", None),
+    "preparing": ("5", None),
+    "compiling": ("5", None),
+    "first step": ("5", 1),
+    "cached step": ("5", 2),
+    "last step": ("5", 7),
+    "decoding": ("6", None),
+    "writing": ("7", None),
+}
 _RUNS_A_WRITER = 50
 _DISK_MB = 64
 # URL, output folder, checkpoint's name, number of faults.
@@ -37,7 +49,7 @@ OnDisk = Callable[[str, SmallDisk, str, int, Random], FaultTally]
 
 
 def run_faults(folder: Path, faults: int, seed: int, say: Callable[[str], None]) -> list[FaultTally]:
-    """So many faults of each kind, told as they end. Raises SpeedLabError where there is no server to stress."""
+    """So many faults of each kind, reported as they end. Raises SpeedLabError where there is no server to stress."""
     kinds: dict[str, Callable[[], FaultTally]] = {
         "kill": lambda: kill_while_writing(folder / "killed", faults, Random(seed)),
         "writers": lambda: write_at_once(folder / "together", 4, _RUNS_A_WRITER),
@@ -54,7 +66,7 @@ def run_faults(folder: Path, faults: int, seed: int, say: Callable[[str], None])
 
 
 def attempt(make: Callable[[], FaultTally], say: Callable[[str], None]) -> FaultTally | None:
-    """One kind of fault, told; None, told as well, where this system has no small disk for it."""
+    """One kind of fault, reported; None, reported as well, where this system has no small disk for it."""
     try:
         tally = make()
     except NoSmallDiskError as error:
@@ -83,6 +95,152 @@ def _on_small_disk(base: Path, make: OnDisk, faults: int, seed: int) -> FaultTal
     models = {"checkpoints": [checkpoint]}
     with small_disk(base / "small", _DISK_MB) as disk, stressed_server(base, models, disk.path) as server:
         return make(server.url, disk, checkpoint.name, faults, Random(seed))
+
+
+_CHECK_EVERY = 10
+_SOON_S = 0.15
+_CANCELLED, _FINISHED, _SURVIVED, _REPORTED = "cancelled", "finished", "went on", "reported"
+# Makes one fault; how the prompt ended.
+Make = Callable[[int], Awaitable[str]]
+
+
+async def _watched(
+    tally: FaultTally,
+    client: ComfyClient,
+    output: Path,
+    checkpoint: str,
+    faults: int,
+    make: Make,
+    good: tuple[str, str],
+) -> FaultTally:
+    """Make so many faults on one server, which has to be as it was before, every few of them and in the end.
+
+    `good` are the ends that are right; `halves` counts those of the first kind.
+    """
+    started, ended = time.perf_counter(), Counter[str]()
+    before = await look(client, checkpoint)
+    for number in range(faults):
+        ended[await make(number)] += 1
+        tally.faults += 1
+        if tally.faults % _CHECK_EVERY == 0 or tally.faults == faults:
+            tally.broken += differences(before, await look(client, checkpoint), tally.faults)
+    tally.broken += [f"{count} prompts ended so: {what}" for what, count in ended.items() if what not in good]
+    tally.halves, tally.runs = ended[good[0]], sum(ended.values())
+    tally.broken += left_on_disk(output)
+    tally.seconds = time.perf_counter() - started
+    return tally
+
+
+def cancel_at_random(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
+    """Cancel so many prompts, the phases in turn. `output` is the server's output folder. Raises BenchError."""
+
+    async def cancel_all() -> FaultTally:
+        async with ComfyClient(url) as client:
+            await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
+            compiling_s = await _time_compiling(client, checkpoint)
+
+            async def cancel(number: int) -> str:
+                phase = list(PHASES)[number % len(PHASES)]
+                if phase == "load":
+                    await client.free()
+                graph, longest_s = stressed(checkpoint, seed=number + 1), _SOON_S
+                if phase == "compiling":
+                    graph, longest_s = compiled(checkpoint, number + 1, _side(rng), _side(rng)), compiling_s
+                return await _cancel(client, graph, phase, rng.uniform(0.0, longest_s))
+
+            ends = (_CANCELLED, _FINISHED)
+            return await _watched(FaultTally("cancelled"), client, output, checkpoint, faults, cancel, ends)
+
+    return asyncio.run(cancel_all())
+
+
+async def _time_compiling(client: ComfyClient, checkpoint: str) -> float:
+    """Seconds from the sampler's start to the end of its first step, for a size that was not compiled before."""
+    graph = compiled(checkpoint, 0, 72, 72)
+    events = (await client.run(graph, timeout_s=TIMEOUT_S)).log.events
+    started = next(event.time_s for event in events if event.kind == "executing" and event.node == "5")
+    return next(event.time_s for event in events if event.kind == "progress" and event.node == "5") - started
+
+
+def _side(rng: Random) -> int:
+    """An image's side: jit_trace compiles every size for itself, and keeps few."""
+    return 64 + 8 * rng.randrange(9)
+
+
+async def _cancel(client: ComfyClient, graph: dict[str, Any], phase: str, delay_s: float) -> str:
+    """Run a prompt and interrupt it so long after its phase began; how it ended."""
+    opening, step = PHASES[phase]
+    reached = asyncio.Event()
+
+    def listen(event: Event) -> None:
+        if event.node == opening and (event.kind == "executing" if step is None else event.value >= step):
+            reached.set()
+
+    async def interrupt() -> None:
+        await reached.wait()
+        await asyncio.sleep(delay_s)
+        await client.interrupt()
+
+    waiting = asyncio.create_task(interrupt())
+    try:
+        await client.run(graph, listener=listen, timeout_s=TIMEOUT_S)
+        return _FINISHED
+    except ExecutionInterrupted:
+        return _CANCELLED
+    except BenchError as error:
+        return f"{phase}: {error}"
+    finally:
+        if reached.is_set():
+            await waiting
+        waiting.cancel()
+
+
+def run_out_of_memory(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
+    """Let the memory run out so many times. `output` is the server's output folder. Raises BenchError."""
+
+    async def all_on_memory() -> FaultTally:
+        async with ComfyClient(url) as client:
+            await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
+            operations = await _count(client, checkpoint)
+
+            async def run_out(number: int) -> str:
+                # A third of them loads again, so that loading and encoding have their share.
+                if number % 3 == 0:
+                    await client.free()
+                await _arm(client, rng.randint(1, operations))
+                how = await _run(client, checkpoint, number + 1)
+                await _arm(client, -1)
+                return how
+
+            ends = (_REPORTED, _SURVIVED)
+            return await _watched(FaultTally("out of memory"), client, output, checkpoint, faults, run_out, ends)
+
+    return asyncio.run(all_on_memory())
+
+
+async def _count(client: ComfyClient, checkpoint: str) -> int:
+    """Tensor operations of a prompt that loads again."""
+    await client.free()
+    await _arm(client, 0)
+    await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
+    return await _arm(client, -1)
+
+
+async def _arm(client: ComfyClient, at: int) -> int:
+    """Let operation `at` of what follows fail (0: none, only count; -1: stop); returns the count until now."""
+    result = await client.run({"1": node("SpeedLabStressMemory", at=at)}, timeout_s=TIMEOUT_S)
+    return int(result.outputs["1"]["text"][0])
+
+
+async def _run(client: ComfyClient, checkpoint: str, seed: int) -> str:
+    try:
+        await client.run(stressed(checkpoint, seed=seed), timeout_s=TIMEOUT_S)
+    except ExecutionFailed as error:
+        says_so = "OutOfMemory" in error.kind or "memory" in error.reason.lower()
+        return _REPORTED if says_so else f"{error.kind}: {error}"
+    except BenchError as error:
+        return f"{type(error).__name__}: {error}"
+    return _SURVIVED
 
 
 # From nothing at all to room for the record but not for the image, or for both but not for the row.
@@ -120,34 +278,34 @@ async def _all(
     around: tuple[Callable[[], None], Callable[[], None]],
 ) -> FaultTally:
     spoil, mend = around
-    told: list[str] = []
+    run_ids: list[str] = []
     started = time.perf_counter()
     ended = Counter[str]()
     async with ComfyClient(url) as client:
-        await _write(client, checkpoint, told)
+        await _write(client, checkpoint, run_ids)
         for _ in range(faults):
             spoil()
             try:
-                ended[await _write(client, checkpoint, told)] += 1
+                ended[await _write(client, checkpoint, run_ids)] += 1
             finally:
                 mend()
             tally.faults += 1
-        after = await _write(client, checkpoint, told)
+        after = await _write(client, checkpoint, run_ids)
     if after:
         tally.broken.append(f"with room again a prompt ends with {after}")
     tally.broken += [f"{count} prompts: {what}" for what, count in ended.items() if not _is_told(what, disk.path)]
     tally.halves = sum(ended.values()) - ended[""]
     tally.seconds = time.perf_counter() - started
-    halves, checked = tally.halves, check_written(tally, disk.path, told)
+    halves, checked = tally.halves, check_written(tally, disk.path, run_ids)
     checked.broken += [f"{path.name} is cut off" for path in disk.path.rglob("*.png") if not _is_whole(path)]
     checked.broken += [f"{checked.halves} rows are no whole rows"] if checked.halves else []
     checked.halves = halves
     return checked
 
 
-async def _write(client: ComfyClient, checkpoint: str, told: list[str]) -> str:
-    """Run a prompt that leaves a record; "" and its run noted in `told`, or how it failed."""
-    graph: dict[str, Any] = stressed(checkpoint, seed=len(told))
+async def _write(client: ComfyClient, checkpoint: str, run_ids: list[str]) -> str:
+    """Run a prompt that leaves a record; "" and its run noted in `run_ids`, or how it failed."""
+    graph: dict[str, Any] = stressed(checkpoint, seed=len(run_ids))
     graph["5"]["inputs"]["steps"] = 2
     try:
         result = await client.run(graph, timeout_s=TIMEOUT_S)
@@ -155,71 +313,13 @@ async def _write(client: ComfyClient, checkpoint: str, told: list[str]) -> str:
         return error.reason.strip()
     except BenchError as error:
         return f"{type(error).__name__}: {error}"
-    told.append(result.outputs["7"]["speedlab"][0]["run_id"])
+    run_ids.append(result.outputs["7"]["speedlab"][0]["run_id"])
     return ""
 
 
-def _is_whole(picture: Path) -> bool:
-    return picture.read_bytes().endswith(_END_OF_PNG)
+def _is_whole(image: Path) -> bool:
+    return image.read_bytes().endswith(_END_OF_PNG)
 
 
 def _is_told(what: str, path: Path) -> bool:
     return not what or ("cannot write to" in what and str(path) in what)
-
-
-_CHECK_EVERY = 10
-_SURVIVED, _TOLD = "went on", "told"
-
-
-def run_out_of_memory(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
-    """Let the memory run out so many times. `output` is the server's output folder. Raises BenchError."""
-    return asyncio.run(_all_on_memory(url, output, checkpoint, faults, rng))
-
-
-async def _all_on_memory(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
-    tally, ended = FaultTally("out of memory"), Counter[str]()
-    started = time.perf_counter()
-    async with ComfyClient(url) as client:
-        await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
-        before = await look(client, checkpoint)
-        operations = await _count(client, checkpoint)
-        for number in range(faults):
-            # A third of them loads anew, so that loading and encoding have their share.
-            if number % 3 == 0:
-                await client.free()
-            await _arm(client, rng.randint(1, operations))
-            ended[await _run(client, checkpoint, number + 1)] += 1
-            tally.faults += 1
-            if tally.faults % _CHECK_EVERY == 0 or tally.faults == faults:
-                await _arm(client, -1)
-                tally.broken += differences(before, await look(client, checkpoint), tally.faults)
-    tally.broken += [f"{count} prompts: {what}" for what, count in ended.items() if what not in (_SURVIVED, _TOLD)]
-    tally.halves, tally.runs = ended[_TOLD], sum(ended.values())
-    tally.broken += left_on_disk(output)
-    tally.seconds = time.perf_counter() - started
-    return tally
-
-
-async def _count(client: ComfyClient, checkpoint: str) -> int:
-    """Tensor operations of a prompt that loads anew."""
-    await client.free()
-    await _arm(client, 0)
-    await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
-    return await _arm(client, -1)
-
-
-async def _arm(client: ComfyClient, at: int) -> int:
-    """Let operation `at` of what follows fail (0: none, only count; -1: stop); returns the count until now."""
-    result = await client.run({"1": node("SpeedLabStressMemory", at=at)}, timeout_s=TIMEOUT_S)
-    return int(result.outputs["1"]["text"][0])
-
-
-async def _run(client: ComfyClient, checkpoint: str, seed: int) -> str:
-    try:
-        await client.run(stressed(checkpoint, seed=seed), timeout_s=TIMEOUT_S)
-    except ExecutionFailed as error:
-        told = "OutOfMemory" in error.kind or "memory" in error.reason.lower()
-        return _TOLD if told else f"{error.kind}: {error}"
-    except BenchError as error:
-        return f"{type(error).__name__}: {error}"
-    return _SURVIVED

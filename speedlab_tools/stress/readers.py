@@ -32,8 +32,7 @@ from ..client.errors import describe_rejection, failure_from_status
 from ..client.files import check_model_file
 from ..compare.csv_tables import compare, read_table, runs_of
 from . import samples as valid
-from .fuzz import Maker, of_bytes, of_json, of_json_text, of_text
-from .outcome import Broken, Target
+from .fuzz import Broken, Maker, Target, of_bytes, of_json, of_json_text, of_text
 
 _executed: list[str] = []
 _TENSORS = ("lora_unet_down_blocks_0_attentions_0.lora_up.weight", "a.b.processor.lora_A.default.weight", "x.hada_w1_a")

@@ -38,7 +38,7 @@ class SmallDisk:
         (self.path / _FILLER).unlink(missing_ok=True)
 
     def set_writable(self, writable: bool) -> None:
-        """Mount it anew for reading alone, or for writing again. Raises NoSmallDiskError."""
+        """Mount it again for reading alone, or for writing again. Raises NoSmallDiskError."""
         _call([*self._prefix, "mount", "-o", f"remount,{'rw' if writable else 'ro'}", str(self.path)])
 
 

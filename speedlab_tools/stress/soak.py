@@ -26,8 +26,7 @@ from ..client.client import ComfyClient
 from ..client.errors import BenchError, ExecutionFailed, PromptRejected, ServerGone
 from ..client.files import demo_checkpoint, demo_lora, demo_tiny_vae, demo_vae
 from ..client.graph import ApiGraph
-from .cancels import TIMEOUT_S, node
-from .host import stressed_server
+from .server import TIMEOUT_S, node, stressed_server
 from .soak_graph import Kit, SoakPrompt, SoakPrompts
 
 Measures = Mapping[str, float]
@@ -109,7 +108,7 @@ LARGE_FROM = 200
 
 
 def run_soak(folder: Path, count: int, seed: int, say: Callable[[str], None]) -> SoakTally:
-    """Soak a server with `count` prompts, told as they run. Raises SpeedLabError where there is no server."""
+    """Soak a server with `count` prompts, reported as they run. Raises SpeedLabError where there is no server."""
     kit, models = demo_kit(large=count >= LARGE_FROM)
     with stressed_server(folder / "soaked", models) as server:
         tally = soak(server.url, kit, count, seed, say)

@@ -181,7 +181,7 @@ class GraphBuilder:
         return latent, {"positive": [text, 0], "negative": [text, 0]}
 
 
-# Prompts in a row that share a checkpoint and its precision: loading one anew takes longer than all that follows.
+# Prompts in a row that share a checkpoint and its precision: loading one again takes longer than all that follows.
 BLOCK = 20
 # What picks by measuring may pick another way in another process, and inductor makes other code for sizes seen before.
 _MEASURED = {
@@ -206,7 +206,7 @@ class SoakPrompt:
 
     @property
     def loads(self) -> tuple[Any, ...]:
-        """What it loads: prompts that agree follow each other without loading anew."""
+        """What it loads: prompts that agree follow each other without loading again."""
         return tuple(
             sorted(str(n["inputs"]) for n in self.graph.values() if n["class_type"] == "SpeedLabCheckpointLoader")
         )

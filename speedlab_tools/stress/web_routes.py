@@ -15,8 +15,7 @@ from urllib.parse import quote
 from speedlab.common.errors import SpeedLabError
 
 from . import samples as valid
-from .fuzz import HOSTILE_TEXTS, of_json_text, random_text
-from .outcome import Broken, Target
+from .fuzz import HOSTILE_TEXTS, Broken, Target, of_json_text, random_text
 
 _PATHS = ("/speedlab/runs", "/speedlab/runs/{0}", "/speedlab/runs/{0}/file/{1}/{2}", "/speedlab/results.csv",
           "/speedlab/delete", "/speedlab/prune", "/speedlab/live")  # fmt: skip
@@ -128,8 +127,8 @@ class _Site:
             if SECRET in data or b"Traceback" in data:
                 raise Broken(f"{request.method} gave away what it must not")
             if answer.status >= 400:
-                told = answer.content_type == "application/json" and data
-                raise RefusedError(json.loads(data)["error"] if told else str(answer.reason))
+                has_error = answer.content_type == "application/json" and data
+                raise RefusedError(json.loads(data)["error"] if has_error else str(answer.reason))
 
     async def stop(self) -> None:
         await self._session.close()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,82 +47,89 @@ FAULT_HEADER = growing_row("fault", "faults", "runs", "halves", "broken", "secon
 
 def kill_while_writing(folder: Path, faults: int, rng: Random) -> FaultTally:
     """SIGKILL a writer at a random moment, again and again in one folder: what it said is written has to be there."""
-    tally, told = FaultTally("killed while writing"), []
+    tally, run_ids = FaultTally("killed while writing"), []
     started = time.perf_counter()
     for _ in range(faults):
         with _child(folder, 10_000) as child:
             _until_ready(child)
             time.sleep(rng.uniform(0.0, 0.1))
             child.kill()
-            told += _ids(child.communicate(timeout=_ENDS_WITHIN_S)[0])
+            run_ids += _ids(child.communicate(timeout=_ENDS_WITHIN_S)[0])
         tally.faults += 1
     tally.seconds = time.perf_counter() - started
-    return check_written(tally, folder, told)
+    return check_written(tally, folder, run_ids)
 
 
 def fill_the_disk(folder: Path, faults: int, rng: Random) -> FaultTally:
     """Writers that may write only so large a file: each ends with a sentence that names the file."""
-    tally, told = FaultTally("disk full"), []
-    started = time.perf_counter()
     table = RunStore(folder).csv_path
-    for _ in range(faults):
-        size = table.stat().st_size if table.is_file() else 0
+
+    def limit() -> int:
         # Now the record is cut, now the row: both are larger than what is let through.
-        limit = size + rng.randrange(1, 4000) if rng.random() < 0.7 else rng.randrange(1, 1500)
-        with _child(folder, 10_000, limit) as child:
-            text = child.communicate(timeout=_ENDS_WITHIN_S)[0]
-        told += _ids(text)
-        last = text.splitlines()[-1] if text.strip() else ""
-        if child.returncode != 3 or "cannot write to" not in last:
-            # A limit below the first probe of the folder is refused before anything is written.
-            tally.broken.append(f"limit {limit}: code {child.returncode}, {last!r}")
-        tally.faults += 1
-    tally.seconds = time.perf_counter() - started
-    return check_written(tally, folder, told)
+        size = table.stat().st_size if table.is_file() else 0
+        return size + rng.randrange(1, 4000) if rng.random() < 0.7 else rng.randrange(1, 1500)
+
+    tally, run_ids = _without_room(FaultTally("disk full"), folder, faults, limit)
+    return check_written(tally, folder, run_ids)
 
 
 def fill_small_disk(disk: SmallDisk, faults: int, rng: Random) -> FaultTally:
     """Writers on a real disk with a little room: each ends with a sentence that names the file."""
-    tally, told = FaultTally("writers, real disk full"), []
     folder = disk.path / "written"
     folder.mkdir(exist_ok=True)
+
+    def no_limit() -> None:
+        disk.fill(rng.randrange(16_384, 65_536))
+
+    tally, run_ids = _without_room(FaultTally("writers, real disk full"), folder, faults, no_limit)
+    disk.empty()
+    return check_written(tally, folder, run_ids)
+
+
+def _without_room(
+    tally: FaultTally, folder: Path, faults: int, limit: Callable[[], int | None]
+) -> tuple[FaultTally, list[str]]:
+    """One writer after another, and the runs that they wrote. `limit` is called before each, and gives the size of file
+    that it may write.
+    """
+    run_ids: list[str] = []
     started = time.perf_counter()
     for _ in range(faults):
-        disk.fill(rng.randrange(16_384, 65_536))
-        with _child(folder, 10_000) as child:
+        most = limit()
+        with _child(folder, 10_000, most) as child:
             text = child.communicate(timeout=_ENDS_WITHIN_S)[0]
-        told += _ids(text)
+        run_ids += _ids(text)
         last = text.splitlines()[-1] if text.strip() else ""
         if child.returncode != 3 or "cannot write to" not in last:
-            tally.broken.append(f"code {child.returncode}, {last!r}")
+            # A limit below the first probe of the folder is refused before anything is written.
+            tally.broken.append(f"limit {most}: code {child.returncode}, {last!r}")
         tally.faults += 1
-    disk.empty()
     tally.seconds = time.perf_counter() - started
-    return check_written(tally, folder, told)
+    return tally, run_ids
 
 
 def write_at_once(folder: Path, writers: int, runs: int) -> FaultTally:
     """Several processes write into one folder: each row stands in the table once."""
-    tally, told = FaultTally("writers at once", faults=writers), []
+    tally, run_ids = FaultTally("writers at once", faults=writers), []
     started = time.perf_counter()
     children = [_start(folder, runs) for _ in range(writers)]
     try:
         for child in children:
-            told += _ids(child.communicate(timeout=_ENDS_WITHIN_S)[0])
+            run_ids += _ids(child.communicate(timeout=_ENDS_WITHIN_S)[0])
     finally:
         for child in children:
             _end(child)
-    if len(told) != writers * runs:
-        tally.broken.append(f"{writers * runs - len(told)} runs were not written")
+    if len(run_ids) != writers * runs:
+        tally.broken.append(f"{writers * runs - len(run_ids)} runs were not written")
     tally.seconds = time.perf_counter() - started
-    return check_written(tally, folder, told)
+    return check_written(tally, folder, run_ids)
 
 
-def check_written(tally: FaultTally, folder: Path, told: Sequence[str]) -> FaultTally:
-    """Every run that was told to be written is whole in its file and once in the table; halves are read past."""
+def check_written(tally: FaultTally, folder: Path, run_ids: Sequence[str]) -> FaultTally:
+    """Every run that was reported as written is whole in its file and once in the table; halves are read past."""
     store = RunStore(folder)
-    tally.runs = len(told)
-    for run_id in told:
+    tally.runs = len(run_ids)
+    for run_id in run_ids:
         try:
             store.read(run_id)
         except ResultsError as error:
@@ -130,7 +137,7 @@ def check_written(tally: FaultTally, folder: Path, told: Sequence[str]) -> Fault
     rows = _rows(store.csv_path) if store.csv_path.is_file() else []
     whole = [row for row in rows if len(row) == len(CSV_COLUMNS) and row[CSV_COLUMNS.index("status")] == "ok"]
     times = Counter(row[CSV_COLUMNS.index("run_id")] for row in whole)
-    tally.broken += [f"{run_id} is {times[run_id]} times in the table" for run_id in told if times[run_id] != 1]
+    tally.broken += [f"{run_id} is {times[run_id]} times in the table" for run_id in run_ids if times[run_id] != 1]
     tally.halves = len(rows) - len(whole)
     page = RunLibrary(store).page(limit=1)
     if page.skipped:

@@ -126,7 +126,7 @@ _BASE, _MULT, _RES_BLOCKS, _LATENT = 128, (1, 2, 4, 4), 2, 4
 # Raw latents have a standard deviation of about 5.5 (SD 1.x) to 7.7 (SDXL).
 _LATENT_STD = 5.5
 # Of a decoded image in -1..1: enough contrast to see, little enough to clip rarely.
-_PICTURE_STD = 0.35
+_IMAGE_STD = 0.35
 
 
 def vae_layout() -> Layout:
@@ -164,7 +164,7 @@ def _decoder(layout: Layout) -> None:
         if level > 0:
             layout.conv(f"decoder.up.{level}.upsample.conv", channels, channels)
     layout.norm("decoder.norm_out", channels)
-    layout.conv("decoder.conv_out", channels, 3, gain=_PICTURE_STD * AFTER_SILU)
+    layout.conv("decoder.conv_out", channels, 3, gain=_IMAGE_STD * AFTER_SILU)
 
 
 def _middle(layout: Layout, name: str, channels: int) -> None:

@@ -15,7 +15,7 @@ TaesdName = Literal["taesd", "taesdxl"]
 _WIDTH = 64
 _BLOCKS_A_LEVEL = 3
 # Bring random images and random latents to about the contrast of real ones.
-_PICTURE_GAIN, _LATENT_GAIN = 0.6, 10.0
+_IMAGE_GAIN, _LATENT_GAIN = 0.6, 10.0
 
 
 def write_taesd(folder: str | Path, name: TaesdName = "taesd", seed: int = 0) -> tuple[Path, Path]:
@@ -76,7 +76,7 @@ def _decoder() -> Layout:
         layout.conv(str(index), _WIDTH, _WIDTH, bias=False)
         index += 1
     _block(layout, str(index))
-    layout.conv(str(index + 1), _WIDTH, 3, gain=_PICTURE_GAIN)
+    layout.conv(str(index + 1), _WIDTH, 3, gain=_IMAGE_GAIN)
     layout[f"{index + 1}.bias"] = Weight((3,), std=0.02, mean=0.5)  # images lie in 0..1
     return layout
 

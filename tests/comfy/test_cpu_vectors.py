@@ -18,7 +18,7 @@ def vectors(engine: Any) -> Any:
 
 
 def test_it_says_what_inductors_own_test_says(vectors: Any) -> None:
-    widest = vectors._widest()
+    widest = vectors.widest_vectors()
     assert vectors.known_to_work() == (widest is not None and sys.platform == "linux")
     if widest is not None:
         assert widest.check_build(type(widest)._avx_code)

@@ -41,7 +41,7 @@ def plan(memory, models, offload: str = "auto", budget: float = 0.0, size: int =
 
 
 def predictions(memory, models, size: int = 64) -> dict[str, Any]:
-    parts = memory.predict.parts_of(models.model, models.clip, models.vae, memory.predict.PictureSize(size, size))
+    parts = memory.predict.parts_of(models.model, models.clip, models.vae, memory.predict.ImageSize(size, size))
     return {offload: memory.predict.predict(parts, offload) for offload in memory.predict.OFFLOADS}
 
 
@@ -89,13 +89,13 @@ def test_settings_out_of_range(memory, offload, budget):
 
 def test_a_video_latent_is_refused(memory, checkpoint):
     with pytest.raises(RuntimeError, match="predicts for images"):
-        memory.plan.picture_size(checkpoint.model, {"samples": torch.zeros(1, 4, 2, 8, 8)})
+        memory.plan.image_size(checkpoint.model, {"samples": torch.zeros(1, 4, 2, 8, 8)})
 
 
 def test_without_a_latent_the_native_size_counts(memory, checkpoint):
-    size = memory.plan.picture_size(checkpoint.model, None)
+    size = memory.plan.image_size(checkpoint.model, None)
     assert (size.width, size.height, size.batch) == (512, 512, 1)
-    size = memory.plan.picture_size(build("sdxl").model, None)
+    size = memory.plan.image_size(build("sdxl").model, None)
     assert (size.width, size.height) == (1024, 1024)
 
 
@@ -370,7 +370,7 @@ def test_the_count_without_memory_is_that_of_a_real_forward(memory, engine, layo
     live = engine("memory.predict")
     attention = importlib.import_module("comfy.ldm.modules.attention")
     tiny = build(layout)
-    size, rows = memory.predict.PictureSize(side, side, batch), 2 * batch
+    size, rows = memory.predict.ImageSize(side, side, batch), 2 * batch
     height, width = size.latent
     options = {"optimized_attention_override": lambda _function, *a, **k: attention.attention_pytorch(*a, **k)}
     adm = tiny.model.model.model_config.unet_config["adm_in_channels"]
@@ -390,7 +390,7 @@ def test_the_count_of_a_decode_is_that_of_a_real_one(memory, engine, checkpoint,
     stage = checkpoint.vae.first_stage_model
     latent = torch.randn(batch, 4, side // 8, side // 8, dtype=checkpoint.vae.vae_dtype)
     measured = live.peak_bytes(lambda: stage.decode(latent))
-    predicted = memory.predict.decode_bytes(checkpoint.vae, memory.predict.PictureSize(side, side, batch))
+    predicted = memory.predict.decode_bytes(checkpoint.vae, memory.predict.ImageSize(side, side, batch))
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
@@ -410,13 +410,13 @@ def test_live_bytes_are_counted_and_forgotten(engine):
 
 def test_counting_a_model_that_streams_or_is_patched_in_use_changes_nothing(memory, engine):
     tiny = build("sd15")
-    before = memory.predict.sampling_bytes(tiny.model, memory.predict.PictureSize(64, 64))
+    before = memory.predict.sampling_bytes(tiny.model, memory.predict.ImageSize(64, 64))
     streamed = memory.plan.plan_memory(tiny.model, None, None, memory.plan.MemoryPlanConfig("sequential")).model
     expected = tiny.sample(streamed)
     in_use = tiny.unet.middle_block[0].in_layers[2]
     in_use.weight_function = [lambda weight: weight.cpu()]
     try:
-        assert memory.predict.sampling_bytes(tiny.model, memory.predict.PictureSize(64, 64)) == before
+        assert memory.predict.sampling_bytes(tiny.model, memory.predict.ImageSize(64, 64)) == before
     finally:
         in_use.weight_function = []
     assert torch.equal(tiny.sample(streamed), expected)
@@ -430,6 +430,6 @@ def test_other_networks_are_predicted_by_comfyuis_own_estimate(memory):
 
     model = tiny.model.clone()
     model.add_object_patch("diffusion_model", Other())
-    size = memory.predict.PictureSize(64, 64, 2)
+    size = memory.predict.ImageSize(64, 64, 2)
     expected = tiny.model.model.memory_required([4, 4, 8, 8])
     assert memory.predict.sampling_bytes(model, size) == int(expected)

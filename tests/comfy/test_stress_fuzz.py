@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from speedlab_tools.stress import readers as traps
-from speedlab_tools.stress.fuzz import fuzz
-from speedlab_tools.stress.outcome import Target, judge
+from speedlab_tools.stress.fuzz import Target, fuzz, judge
 from speedlab_tools.stress.web_routes import SECRET, Request, route_targets
 
 INPUTS = 300

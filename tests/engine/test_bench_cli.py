@@ -142,7 +142,7 @@ def test_an_unwritable_output_folder_is_named(tmp_path):
 
 
 def test_pictures_never_replace_each_other(tmp_path):
-    names = [files.save_picture(tmp_path, "x", b"p").name for _ in range(3)]
+    names = [files.save_image(tmp_path, "x", b"p").name for _ in range(3)]
     assert names == ["x.png", "x-1.png", "x-2.png"]
 
 

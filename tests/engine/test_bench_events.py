@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from speedlab_tools.client.events import Event, EventLog, node_spans, text_to_picture_s
+from speedlab_tools.client.events import Event, EventLog, node_spans, text_to_image_s
 
 GRAPH = {
     "1": {"class_type": "CheckpointLoaderSimple"},
@@ -24,20 +24,20 @@ def log_of(*marks: tuple[float, str | None]) -> EventLog:
 
 def test_text_to_picture_leaves_out_loading_before_and_between():
     log = log_of((0, "1"), (10, "2"), (11, "3"), (12, "4"), (20, "7"), (25, "5"), (27, "6"), (28, None))
-    assert text_to_picture_s(log, GRAPH) == 28 - 10 - 5
+    assert text_to_image_s(log, GRAPH) == 28 - 10 - 5
 
 
 def test_text_to_picture_ends_with_the_last_picture_not_with_later_nodes():
     log = log_of((1, "2"), (2, "4"), (3, "6"), (4, "5"), (9, None))
-    assert text_to_picture_s(log, GRAPH) == 3
+    assert text_to_image_s(log, GRAPH) == 3
 
 
 def test_nothing_is_timed_where_nodes_were_cached_or_the_log_has_holes():
-    assert text_to_picture_s(log_of((1, "4"), (2, "6"), (3, None)), GRAPH) is None
-    assert text_to_picture_s(log_of((1, "2"), (2, "4"), (3, None)), GRAPH) is None
+    assert text_to_image_s(log_of((1, "4"), (2, "6"), (3, None)), GRAPH) is None
+    assert text_to_image_s(log_of((1, "2"), (2, "4"), (3, None)), GRAPH) is None
     broken = log_of((1, "2"), (2, "6"), (3, None))
     broken.complete = False
-    assert text_to_picture_s(broken, GRAPH) is None
+    assert text_to_image_s(broken, GRAPH) is None
 
 
 def test_spans_pair_each_node_with_the_next_mark():

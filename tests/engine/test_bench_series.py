@@ -140,7 +140,7 @@ def test_the_journal_recalls_only_what_is_whole(tmp_path):
     Journal(tmp_path, key).finished("a", [record.run_id], [picture])
     outcome = Outcome("a")
     assert Journal(tmp_path, key).recall("a", tmp_path, outcome)
-    assert outcome.rows == [csv_row(record)] and outcome.pictures == [picture]
+    assert outcome.rows == [csv_row(record)] and outcome.images == [picture]
     assert not Journal(tmp_path, key).recall("b", tmp_path, Outcome("b"))
     assert not Journal(tmp_path, series_key({"ids": ["b"]})).done
     RunStore(tmp_path).json_path(record.run_id).unlink()
@@ -225,10 +225,10 @@ def test_a_large_picture_is_in_the_page_as_jpeg(tmp_path):
     Image.frombytes("RGB", (300, 300), random.Random(0).randbytes(300 * 300 * 3)).save(picture)
     assert picture.stat().st_size > 200_000
     scenario = find("txt2img-default")
-    page = html_page([scenario], [Outcome(scenario.id, pictures=[picture])], [])
+    page = html_page([scenario], [Outcome(scenario.id, images=[picture])], [])
     assert "data:image/jpeg;base64," in page and len(page) < picture.stat().st_size
     picture.write_bytes(b"\x89PNG" + bytes(200_000))
-    assert "data:image/png;base64," in html_page([scenario], [Outcome(scenario.id, pictures=[picture])], [])
+    assert "data:image/png;base64," in html_page([scenario], [Outcome(scenario.id, images=[picture])], [])
 
 
 def test_all_is_every_scenario_once():

@@ -14,7 +14,7 @@ import pytest
 
 from speedlab_tools.host import HostError, managed, packages
 from speedlab_tools.host.environment import Stage, StagedEnvironment, key_of, setup_lock
-from speedlab_tools.host.packages import explain_failure, pip_environment
+from speedlab_tools.host.packages import failure_text, pip_environment
 from speedlab_tools.host.progress import Reporter, pip_status, run_logged
 
 
@@ -193,13 +193,13 @@ def test_pip_failures_in_words(tmp_path: Path) -> None:
     log = tmp_path / "torch.log"
     unfound = "ERROR: No matching distribution found for torch==2.12.1\n"
     gone = f"WARNING: Retrying after connection broken by 'NewConnectionError'\n{unfound}"
-    assert "Could not fetch torch==2.12.1 (for PyTorch): the package index did not answer" in explain_failure(
+    assert "Could not fetch torch==2.12.1 (for PyTorch): the package index did not answer" in failure_text(
         gone, what="PyTorch", log=log
     )
-    unbuilt = explain_failure(unfound, what="PyTorch", log=log)
+    unbuilt = failure_text(unfound, what="PyTorch", log=log)
     assert "torch==2.12.1" in unbuilt and "--comfyui" in unbuilt and str(log) in unbuilt
-    assert "disk is full" in explain_failure("OSError: [Errno 28] No space left on device", what="PyTorch", log=log)
-    assert "ResolutionImpossible" in explain_failure("ResolutionImpossible", what="PyTorch", log=log)
+    assert "disk is full" in failure_text("OSError: [Errno 28] No space left on device", what="PyTorch", log=log)
+    assert "ResolutionImpossible" in failure_text("ResolutionImpossible", what="PyTorch", log=log)
 
 
 def test_pip_keeps_the_users_settings_and_leaves_no_other_packages_in() -> None:

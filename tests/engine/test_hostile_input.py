@@ -120,7 +120,7 @@ def test_a_picture_with_an_impossible_name_is_left_out(tmp_path, make_record):
     journal.finished("a/0", [make_record().run_id], [tmp_path / "a.png", tmp_path / ("9" * 5000)])
     outcome = Outcome("x")
     assert Journal(tmp_path, "series").recall("a/0", tmp_path, outcome)
-    assert [path.name for path in outcome.pictures] == ["a.png"] and len(outcome.rows) == 1
+    assert [path.name for path in outcome.images] == ["a.png"] and len(outcome.rows) == 1
 
 
 @pytest.mark.parametrize("class_type", [["SpeedLabTextEncode"], {"a": 1}, 3, None])

@@ -12,7 +12,7 @@ import pytest
 from speedlab.common.errors import ResultsError
 from speedlab.measure.store import RunStore
 from speedlab.web.library import RunLibrary
-from speedlab_tools.client.files import save_picture
+from speedlab_tools.client.files import save_image
 from speedlab_tools.stress.fuzz import HOSTILE_TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,6 +126,6 @@ def test_no_file_that_a_record_names_leads_out(make_record, tmp_path, name):
 def test_pictures_are_saved_inside_their_folder(tmp_path, name):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    assert save_picture(folder, name, b"x").resolve().parent == folder
-    assert save_picture(folder, name, b"y").resolve().parent == folder
+    assert save_image(folder, name, b"x").resolve().parent == folder
+    assert save_image(folder, name, b"y").resolve().parent == folder
     assert len(list(folder.iterdir())) == 2 and len(list(tmp_path.iterdir())) == 1

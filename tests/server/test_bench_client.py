@@ -15,7 +15,7 @@ import pytest
 from speedlab_tools.bench.outside import OutsideMemory, outside_record, phases, sampled
 from speedlab_tools.client import errors
 from speedlab_tools.client.client import ComfyClient, Follower
-from speedlab_tools.client.events import nodes_of, text_to_picture_s
+from speedlab_tools.client.events import nodes_of, text_to_image_s
 from speedlab_tools.client.graph import signature_from_info, snapshot
 from speedlab_tools.demo import DemoSettings, stock_graph
 from speedlab_tools.scenarios.catalog import SCENARIOS
@@ -55,7 +55,7 @@ def test_core_nodes_are_timed_from_outside(server):
     graph = stock_graph(TINY, CHECKPOINT).to_api()
     result = talk(server.url, lambda client: client.run(graph, timeout_s=600))
     again = talk(server.url, lambda client: client.run(graph, timeout_s=600))
-    total = text_to_picture_s(result.log, graph)
+    total = text_to_image_s(result.log, graph)
     assert total is not None and total > 0
     told = sampled(result)
     assert len(told["steps"]) == TINY.steps
@@ -66,7 +66,7 @@ def test_core_nodes_are_timed_from_outside(server):
     assert TINY.steps / record.summary["it_per_s"] == pytest.approx(spent["sample"] / 1000.0, rel=1e-3)
     assert sum(step["cpu_ms"] for step in told["steps"]) == pytest.approx(spent["sample"], rel=0.01)
     assert set(nodes_of(graph, ["CLIPTextEncode"])) <= again.log.cached
-    assert text_to_picture_s(again.log, graph) is None
+    assert text_to_image_s(again.log, graph) is None
 
 
 def test_the_picture_comes_back_and_can_be_uploaded(server, tmp_path):

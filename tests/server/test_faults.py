@@ -13,12 +13,11 @@ import pytest
 from speedlab.measure.store import RunStore
 from speedlab.web.library import RunLibrary
 from speedlab_tools.client.client import ComfyClient
-from speedlab_tools.stress import cancels, writers
-from speedlab_tools.stress.faults import run_out_of_memory
+from speedlab_tools.stress import faults, server, writers
 
 pytestmark = pytest.mark.server
 CHECKPOINT = "speedlab_demo_sd15.safetensors"
-CANCELS = len(cancels.PHASES) + 2
+CANCELS = len(faults.PHASES) + 2
 
 # What a technique that forgets to undo its work would leave.
 LEAK = """
@@ -45,7 +44,7 @@ NODE_CLASS_MAPPINGS = {"TestLeak": Leak}
 def stressed(start_server, tmp_path_factory):
     """A server with the probe, and with a node that leaks."""
     base = tmp_path_factory.mktemp("stressed")
-    cancels.bring_probe(base)
+    server.bring_probe(base)
     (base / "custom_nodes" / "leak").mkdir(parents=True)
     (base / "custom_nodes" / "leak" / "__init__.py").write_text(LEAK)
     api = start_server(base=base)
@@ -54,14 +53,14 @@ def stressed(start_server, tmp_path_factory):
 
 
 def test_prompts_cancelled_in_every_phase_leave_nothing(stressed):
-    tally = cancels.cancel_at_random(stressed.url, stressed.output, CHECKPOINT, CANCELS, Random(1))
+    tally = faults.cancel_at_random(stressed.url, stressed.output, CHECKPOINT, CANCELS, Random(1))
     assert not tally.broken
     assert tally.faults == tally.runs == CANCELS
     assert tally.halves >= CANCELS / 2, "most of them were cancelled before they had ended"
 
 
 def test_memory_that_runs_out_anywhere_leaves_nothing(stressed):
-    tally = run_out_of_memory(stressed.url, stressed.output, CHECKPOINT, 9, Random(4))
+    tally = faults.run_out_of_memory(stressed.url, stressed.output, CHECKPOINT, 9, Random(4))
     assert not tally.broken
     assert tally.faults == tally.runs == 9
     assert tally.halves >= 3, "most of them ended the prompt with an error that says so"
@@ -72,10 +71,10 @@ def test_what_a_technique_leaves_would_be_seen(stressed):
 
     async def leak():
         async with ComfyClient(stressed.url) as client:
-            before = await cancels.look(client, CHECKPOINT)
+            before = await server.look(client, CHECKPOINT)
             leak = {"class_type": "TestLeak", "inputs": {"model": ["1", 0]}}
-            await client.run({"1": cancels.stock(CHECKPOINT)["1"], "9": leak}, timeout_s=120)
-            return cancels.differences(before, await cancels.look(client, CHECKPOINT), 1)
+            await client.run({"1": server.stock(CHECKPOINT)["1"], "9": leak}, timeout_s=120)
+            return server.differences(before, await server.look(client, CHECKPOINT), 1)
 
     lines = " ".join(asyncio.run(leak()))
     for what in ("model", "flags", "threads", "latents"):

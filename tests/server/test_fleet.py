@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from speedlab_tools.bench.results import shown_pictures
+from speedlab_tools.bench.results import shown_images
 from speedlab_tools.client.client import ComfyClient
 from speedlab_tools.fleet.tasks import prompt_work, read_prompts
 from speedlab_tools.host import pack_root
@@ -177,7 +177,7 @@ def one_machine(url: str, prompts: Path, checkpoint: str) -> list[bytes]:
             for task in work.tasks:
                 payload = work.build(task)
                 result = await client.run(payload.graph, extra_data=payload.extra, timeout_s=300)
-                made += [await client.view(image) for image in shown_pictures(result)]
+                made += [await client.view(image) for image in shown_images(result)]
         return made
 
     return asyncio.run(run())

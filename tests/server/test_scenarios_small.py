@@ -64,7 +64,7 @@ def test_every_scenario_runs_small(server, models, scenario, tmp_path):
         assert "not installed" in outcome.error and "install" in outcome.error
         return
     assert outcome.error is None
-    assert outcome.rows and outcome.pictures
+    assert outcome.rows and outcome.images
     assert [row["error"] for row in outcome.rows if row["status"] != "ok"] == []
     for path in outcome.records:
         assert json.loads(Path(path).read_text())["request"]["scenario"] == f"{scenario.id}@small"
@@ -83,6 +83,6 @@ def test_a_finished_part_is_not_run_again(server, tmp_path):
 
     first, second = asyncio.run(work())
     assert (first.recalled, second.recalled) == (0, 1)
-    assert first.rows == second.rows and first.pictures == second.pictures
+    assert first.rows == second.rows and first.images == second.images
     with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
         assert [row["run_id"] for row in csv.DictReader(file)] == [row["run_id"] for row in first.rows]

@@ -216,7 +216,7 @@ def _runners(shape: Shape, heads: int, device: torch.device) -> dict[str, Callab
 def _predict_noise(
     executor: Any, x: Any, timestep: Any, model_options: dict | None = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Outside of every other technique, so that a repeated evaluation begins anew for all of them."""
+    """Outside of every other technique, so that a repeated evaluation starts over for all of them."""
     options = {} if model_options is None else model_options
     transformer_options = options.get("transformer_options", {})
     run: Run | None = state_of(transformer_options, KEY)
@@ -266,8 +266,8 @@ def _tell_outcome(run: Run, transformer_options: Mapping[str, Any]) -> None:
 
 
 def _tell_set_aside(run: Run, transformer_options: Mapping[str, Any]) -> None:
-    for reason, told in run.set_aside.items():
-        if not told:
+    for reason, reported in run.set_aside.items():
+        if not reported:
             _tell(transformer_options, f"{SAFE} computes some layers in place of {run.backend}, because {reason}")
     run.set_aside.update(dict.fromkeys(run.set_aside, True))
 

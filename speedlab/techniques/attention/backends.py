@@ -76,7 +76,7 @@ def _broadcast(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | 
 def _sdpa_with(kernel: Callable[[], AbstractContextManager], upcasts: bool = False) -> Attention:
     """SDPA with one kernel and no other: where that one cannot run, PyTorch raises RuntimeError.
 
-    The fused kernels sum up in fp32 by themselves; the plain one is told to where the model asks for it.
+    The fused kernels sum up in fp32 by themselves; the plain one does so where the model asks for it.
     """
 
     def run(
@@ -223,8 +223,8 @@ def _tried(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim:
 
 def _reason(error: Exception, hints: Iterable[str], device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     short = str(dtype).removeprefix("torch.")
-    told = [hint for hint in hints if "because" not in hint and "disabled" not in hint] or [first_line(error)]
-    detail = first_line(RuntimeError(told[0])).rstrip(".")
+    reasons = [hint for hint in hints if "because" not in hint and "disabled" not in hint] or [first_line(error)]
+    detail = first_line(RuntimeError(reasons[0])).rstrip(".")
     return f"on {device.type} it does not do {short} with head size {head_dim} ({detail})"
 
 

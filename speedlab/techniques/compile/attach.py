@@ -2,7 +2,7 @@
 
 Scope `blocks` compiles each residual and transformer block, so that caches, ControlNet, patches and offload act around
 compiled code; `model` compiles the network as a whole. What was compiled is kept for the process and found again by
-settings and shapes, so that neither a LoRA nor another checkpoint of the same family compiles anew.
+settings and shapes, so that neither a LoRA nor another checkpoint of the same family compiles again.
 """
 
 from __future__ import annotations

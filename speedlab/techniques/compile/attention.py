@@ -1,7 +1,7 @@
 """Which of a run's options a compiled transformer gets to see: only what its attention needs.
 
 ComfyUI's options hold the step's sigma, the uuids of the conds and other values that change with every evaluation. A
-graph that looked at them would be compiled anew each time.
+graph that looked at them would be compiled again each time.
 """
 
 from __future__ import annotations

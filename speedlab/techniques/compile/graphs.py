@@ -17,6 +17,8 @@ from comfy.ldm.modules.attention import FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
 from ...common.errors import UnavailableError
+from ...common.torch_private import dynamo_failures
+from ...models.unet import Evaluation, forward_through
 from .attention import any_patch, attention_options, not_compilable, transformer_patch
 from .backends import CompileOptions, dynamo
 from .run import Run, passing
@@ -189,22 +191,8 @@ def _feed_forward_swapped(parts: list[Part], run: Run) -> Iterator[None]:
 
 
 def _for_network(part: Part, run: Run) -> Callable[..., Any]:
-    module: Any = part.module
-
-    def forward(
-        x: Any,
-        timesteps: Any = None,
-        context: Any = None,
-        y: Any = None,
-        control: Any = None,
-        transformer_options: dict | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        options = {} if transformer_options is None else transformer_options
-
-        def eager() -> Any:
-            return type(module)._forward(module, x, timesteps, context, y, control, options, **kwargs)
-
+    def compute(asked: Evaluation) -> Any:
+        options, control = asked.options, asked.control
         asking = not_compilable(options)
         if asking and not run.eager:
             reason = UnavailableError(f"Attention Backend's {asking} asks for the free memory, which is no program")
@@ -214,9 +202,10 @@ def _for_network(part: Part, run: Run) -> Callable[..., Any]:
         # forward takes residuals out of them, and an evaluation that fails to compile is done again.
         shown = dict(options) if seen is None else seen
         residuals = None if control is None else {key: list(value) for key, value in control.items()}
-        return _run(part, run, (x, timesteps, context, y, residuals, shown, kwargs), eager)
+        inputs = (*asked[:4], residuals, shown, asked.rest)
+        return _run(part, run, inputs, lambda: asked.by_comfyui(part.module))
 
-    return forward
+    return forward_through(compute)
 
 
 def _run(part: Part, run: Run, inputs: tuple[Any, ...], eager: Callable[[], Any]) -> Any:
@@ -225,7 +214,7 @@ def _run(part: Part, run: Run, inputs: tuple[Any, ...], eager: Callable[[], Any]
     before = dynamo.COUNT.graphs
     try:
         result = part.function(inputs[0])(part.module, *inputs)
-    except dynamo.failures() as error:
+    except dynamo_failures() as error:
         _raise_what_is_no_failure(error)
         run.fail(f"{type(part.module).__name__} {part.name}", dynamo.cause(error), _remedy(error))
         return eager()

@@ -1,7 +1,7 @@
 """Programs of tensors: backends that trace or export the whole network, and what they cannot do, refused by name.
 
 What is traced is fixed: it knows neither ControlNet nor patches. Those are refused when they show up in a run, never
-ignored. A program that holds weights of its own is made anew when ComfyUI has patched others into the model.
+ignored. A program that holds weights of its own is made again when ComfyUI has patched others into the model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from ...common.errors import UnavailableError
 from ...common.timing import apart
 from ...models.lora import LORAS
+from ...models.unet import Evaluation, forward_through
 from ...patching.dynamic_vram import is_paged
 from .attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
 from .run import CompileError, Run, raise_what_passes
@@ -43,8 +44,8 @@ class PureNetwork(torch.nn.Module):
         self.attention = dict(attention)
 
     def forward(self, x: Any, timesteps: Any, context: Any, y: Any = None) -> Any:
-        network = self.network
-        return type(network)._forward(network, x, timesteps, context, y, None, dict(self.attention))
+        asked = Evaluation(x, timesteps, context, y, transformer_options=dict(self.attention))
+        return asked.by_comfyui(self.network)
 
 
 @dataclass
@@ -85,7 +86,7 @@ class ProgramEngine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Once an evaluation: the program in place of the network's own forward, and out again."""
-        self.network.__dict__["_forward"] = self._forward
+        self.network.__dict__["_forward"] = forward_through(self._compute)
         try:
             yield
         finally:
@@ -96,36 +97,25 @@ class ProgramEngine:
         if self.programs.by_key and self.programs.weights != weights:
             self.run.note(
                 f"{self.run.backend.NAME} holds weights of its own, and a LoRA or another patch has changed them: "
-                "it is compiled anew.",
+                "it is compiled again.",
                 logging.INFO,
             )
             self.programs.by_key.clear()
             self.programs.let_go.clear()
         self.programs.weights = weights
 
-    def _forward(
-        self,
-        x: Any,
-        timesteps: Any = None,
-        context: Any = None,
-        y: Any = None,
-        control: Any = None,
-        transformer_options: dict | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        options = {} if transformer_options is None else transformer_options
-
+    def _compute(self, asked: Evaluation) -> Any:
         def eager() -> Any:
-            return type(self.network)._forward(self.network, x, timesteps, context, y, control, options, **kwargs)
+            return asked.by_comfyui(self.network)
 
         if self.run.eager:
             return eager()
-        reason = _obstacle_of_evaluation(self.run, control, options)
+        reason = _obstacle_of_evaluation(self.run, asked.control, asked.options)
         if reason:
             self.run.fail(type(self.network).__name__, UnavailableError(reason), f"Take that out, or {_OTHER}.")
             return eager()
-        inputs = tuple(tensor for tensor in (x, timesteps, context, y) if tensor is not None)
-        seen = attention_options(options) or {}
+        inputs = tuple(tensor for tensor in asked[:4] if tensor is not None)
+        seen = attention_options(asked.options) or {}
         note_use(seen)
         try:
             program = self._program(inputs, seen)

@@ -1,4 +1,4 @@
-"""One run of a compiled model: calls of compiled code, what failed, and what the record is told.
+"""One run of a compiled model: calls of compiled code, what failed, and what goes into the record.
 
 Where compiled code is kept for the next start: a folder of this pack among ComfyUI's user files.
 """

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ...common.timing import MARGIN, apart, least_seconds
+from ...common.torch_private import has_plain_convolution
 from ...patching.layer_forwards import (
     Replaced,
     casts,
@@ -48,7 +49,7 @@ def most_pixels_here() -> int:
     """
     if why_not():
         return 0
-    most, told = 0, []
+    most, times = 0, []
     with torch.inference_mode():
         layer = torch.nn.utils.skip_init(torch.nn.Conv2d, _CHANNELS, _CHANNELS, 3, padding=1)
         for parameter in layer.parameters():
@@ -58,11 +59,11 @@ def most_pixels_here() -> int:
             ways = {"convolution": partial(layer, x), "product": partial(convolve, layer, x)}
             seconds = least_seconds(ways, rounds=(_ROUNDS, _ROUNDS))
             pixels = rows * side * side
-            told.append(f"{pixels} pixels {1e3 * seconds['convolution']:.1f} and {1e3 * seconds['product']:.1f} ms")
+            times.append(f"{pixels} pixels {1e3 * seconds['convolution']:.1f} and {1e3 * seconds['product']:.1f} ms")
             if seconds["product"] > MARGIN * seconds["convolution"]:
                 break
             most = pixels
-    log.info("Convolutions of %d channels on this CPU, as they are and as products: %s.", _CHANNELS, ", ".join(told))
+    log.info("Convolutions of %d channels on this CPU, as they are and as products: %s.", _CHANNELS, ", ".join(times))
     return most
 
 
@@ -104,9 +105,7 @@ def _size_of_result(layer: Any, x: torch.Tensor) -> list[int]:
 
 
 def _is_plain(part: Any) -> bool:
-    if not computes_as(part, torch.nn.Conv2d) or "_conv_forward" in part.__dict__:
-        return False
-    return type(part)._conv_forward is torch.nn.Conv2d._conv_forward
+    return computes_as(part, torch.nn.Conv2d) and has_plain_convolution(part)
 
 
 def _suits(layer: Any, x: Any) -> bool:

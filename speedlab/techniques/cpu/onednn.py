@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from ...common.timing import MARGIN, apart, least_seconds
+from ...common.torch_private import has_onednn_linear, linear_functions, onednn_linear
 from ...patching.layer_forwards import (
     Replaced,
     casts,
@@ -49,11 +50,8 @@ def why_not() -> str:
     """Why this PyTorch cannot compute linear layers with oneDNN; empty where it can."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
-    try:
-        torch.ops.mkldnn._linear_pointwise  # noqa: B018
-    except (AttributeError, RuntimeError):
-        return f"PyTorch {torch.__version__} has no linear layer on oneDNN for plain weights"
-    return ""
+    missing = f"PyTorch {torch.__version__} has no linear layer on oneDNN for plain weights"
+    return "" if has_onednn_linear() else missing
 
 
 @cache
@@ -70,15 +68,14 @@ def is_faster_here() -> bool:
             for name, best in least_seconds(ways).items():
                 seconds[name] += best
     faster = seconds["oneDNN"] <= MARGIN * seconds["PyTorch"]
-    told = ", ".join(f"{name} {1e3 * total:.2f} ms" for name, total in seconds.items())
-    log.info("Precision: linear layers go to %s (%s).", "oneDNN" if faster else "PyTorch's own library", told)
+    times = ", ".join(f"{name} {1e3 * total:.2f} ms" for name, total in seconds.items())
+    log.info("Precision: linear layers go to %s (%s).", "oneDNN" if faster else "PyTorch's own library", times)
     return faster
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`torch.nn.functional.linear` by oneDNN. The weight has to lie in rows."""
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return result
+    return onednn_linear(x, weight, bias)
 
 
 def may_gain(network: torch.nn.Module) -> bool:
@@ -141,13 +138,13 @@ def onednn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     scaled = q.float() * (size**-0.5 if scale is None else scale)
     # Tokens first, as the layer behind reads it.
     out = torch.empty(batch, queries, heads, width, dtype=q.dtype, device=q.device)
-    for picture in range(batch):
+    for image in range(batch):
         for head in range(heads):
-            query, key = scaled[picture, head].contiguous(), k[picture, head].float().contiguous()
-            value = v[picture, head].float().t().contiguous()
+            query, key = scaled[image, head].contiguous(), k[image, head].float().contiguous()
+            value = v[image, head].float().t().contiguous()
             for start in range(0, queries, rows):
                 part = slice(start, start + rows)
-                out[picture, part, head] = linear(torch.softmax(linear(query[part], key), dim=-1), value)
+                out[image, part, head] = linear(torch.softmax(linear(query[part], key), dim=-1), value)
     return out.transpose(1, 2)
 
 
@@ -169,7 +166,7 @@ def use_onednn(graph: torch.fx.GraphModule) -> int:
 
 
 def _is_linear(node: torch.fx.Node) -> bool:
-    if node.op != "call_function" or node.target not in (torch.nn.functional.linear, torch._C._nn.linear):
+    if node.op != "call_function" or node.target not in linear_functions():
         return False
     return all(_is_fp32_on_cpu(value) for value in _arguments(*node.args, **node.kwargs)[:2])
 

@@ -18,7 +18,7 @@ import torch
 from ...models.unet import require_unet
 from ...patching.cond_identity import with_unique_uuids
 from ...patching.notes import report_cached, report_note, report_ran, warn
-from ...patching.position import Position, StepFinder
+from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
 from .features import Run, chunk_keys
 from .forward import keeping, largest_branch, partial_forward, reusing
@@ -80,7 +80,7 @@ def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wra
 
     return {
         Site.OUTER_SAMPLE: outer_sample,
-        Site.SAMPLER_SAMPLE: _sampler_sample,
+        Site.SAMPLER_SAMPLE: counting_steps(KEY, _tell_unused),
         Site.PREDICT_NOISE: _predict_noise,
         Site.CALC_COND_BATCH: _calc_cond_batch,
         Site.APPLY_MODEL: _apply_model,
@@ -88,18 +88,11 @@ def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wra
     }
 
 
-def _sampler_sample(
-    executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Around the sampler: its callback counts steps, and at its end the record hears of a run without a cached one."""
-    told = extra_args.get("model_options", {}).get("transformer_options", {})
-    run: Run | None = state_of(told, KEY)
-    heard = callback if run is None else run.finder.listening(callback)
-    result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
-    if run is not None and not run.reused:
-        report_note(told, "DeepCache: no step of this run was cached; all were evaluated in full.")
-        report_ran(told, "deepcache", None)
-    return result
+def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
+    """At the sampler's end the record hears of a run without a cached step."""
+    if not run.reused:
+        report_note(options, "DeepCache: no step of this run was cached; all were evaluated in full.")
+        report_ran(options, "deepcache", None)
 
 
 def _predict_noise(
@@ -110,34 +103,36 @@ def _predict_noise(
     if run is None or run.stepped_aside:
         return executor(x, timestep, model_options, *args, **kwargs)
     position = run.finder.locate(model_options, timestep)
-    told = model_options.get("transformer_options", {})
+    options = model_options.get("transformer_options", {})
     if position is None:
         run.stepped_aside = True
         run.clear()
         rest = "the rest of this run" if run.reused else "this run"
-        warn(told, f"DeepCache: {run.finder.why_not()}; nothing is cached in {rest}.")
+        warn(options, f"DeepCache: {run.finder.why_not()}; nothing is cached in {rest}.")
         return executor(x, timestep, model_options, *args, **kwargs)
     if not run.warned:
         run.warned = True
-        _tell(run, position, told)
+        _tell(run, position, options)
     if position.went_back:
-        report_note(told, "DeepCache: this sampler goes back to steps that it had left, and evaluates there in full.")
+        report_note(
+            options, "DeepCache: this sampler goes back to steps that it had left, and evaluates there in full."
+        )
     with run.evaluating(position):
         return executor(x, timestep, model_options, *args, **kwargs)
 
 
-def _tell(run: Run, position: Position, told: Mapping[str, Any]) -> None:
+def _tell(run: Run, position: Position, options: Mapping[str, Any]) -> None:
     """Say what this run does in place of what was asked for: once, at its first evaluation."""
     config = run.config
     if run.clamped is not None:  # the log had it when the model was patched
-        report_note(told, run.clamped)
-        report_ran(told, "deepcache", _options(config))
+        report_note(options, run.clamped)
+        report_ran(options, "deepcache", _options(config))
     if run.finder.is_lost and (config.start > 0.0 or config.end < 1.0):
-        warn(told, run.finder.lost_text("DeepCache", "its window"))
+        warn(options, run.finder.lost_text("DeepCache", "its window"))
     uniform = fallback(config, position.steps, position.part)
     if uniform is not None:
-        warn(told, uniform)
-        report_ran(told, "deepcache", _options(replace(config, schedule="uniform")))
+        warn(options, uniform)
+        report_ran(options, "deepcache", _options(replace(config, schedule="uniform")))
 
 
 def _calc_cond_batch(executor: Any, model: Any, conds: list, *args: Any, **kwargs: Any) -> Any:

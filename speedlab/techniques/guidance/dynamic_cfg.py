@@ -27,7 +27,7 @@ from ...models.unet import require_unet
 from ...patching.compiled import is_compiled
 from ...patching.cond_identity import scheduled_hooks
 from ...patching.notes import is_forecast, report_note, report_ran, warn
-from ...patching.position import Position, StepFinder
+from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.schedule import steps_before
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
 from ..cpu.conv_as_matmul import few_pixels_as_products, may_gain
@@ -125,9 +125,9 @@ class Run(SharedState):
     def step_aside(self, reason: str, model_options: Mapping[str, Any]) -> None:
         """Keep uncond for the rest of the run, and say why, once."""
         if not self.stepped_aside:
-            told = model_options.get("transformer_options", {})
+            options = model_options.get("transformer_options", {})
             rest = "the rest of this run" if self.left_out else "this run"
-            warn(told, f"Dynamic CFG: uncond stays on in {rest}, because {reason}.")
+            warn(options, f"Dynamic CFG: uncond stays on in {rest}, because {reason}.")
         self.stepped_aside = True
 
     def keeps(self, reason: str, model_options: Mapping[str, Any]) -> None:
@@ -191,25 +191,18 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
 
     wrappers = {
         Site.OUTER_SAMPLE: outer_sample,
-        Site.SAMPLER_SAMPLE: _sampler_sample,
+        Site.SAMPLER_SAMPLE: counting_steps(KEY, _tell_unused),
         Site.PREDICT_NOISE: _predict_noise,
     }
     return wrappers | ({Site.CALC_COND_BATCH: _calc_cond_batch} if config.uncond_interval > 1 else {})
 
 
-def _sampler_sample(
-    executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Around the sampler: its callback counts steps, and at its end the record hears of a run that left out nothing."""
-    told = extra_args.get("model_options", {}).get("transformer_options", {})
-    run: Run | None = state_of(told, KEY)
-    heard = callback if run is None else run.finder.listening(callback)
-    result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
-    if run is not None and not run.left_out:
-        report_ran(told, "dynamic_cfg", None)
+def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
+    """At the sampler's end the record hears of a run that left out nothing."""
+    if not run.left_out:
+        report_ran(options, "dynamic_cfg", None)
         if not run.stepped_aside and not run.told_of_keeping:
-            report_note(told, f"Dynamic CFG: it left out nothing in this run, because {_why_not(run)}.")
-    return result
+            report_note(options, f"Dynamic CFG: it left out nothing in this run, because {_why_not(run)}.")
 
 
 def _why_not(run: Run) -> str:
@@ -225,8 +218,8 @@ def _why_not(run: Run) -> str:
 
 
 def _refuse_easy_cache(model_options: Mapping[str, Any]) -> None:
-    """ComfyUI's EasyCache starts anew when the batch loses uncond, with a rate of change of 0: it would then skip every
-    evaluation to the end of its window.
+    """ComfyUI's EasyCache starts again when the batch loses uncond, with a rate of change of 0: it would then skip
+    every evaluation to the end of its window.
     """
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
     if wrappers.get(Site.DIFFUSION_MODEL.value, {}).get("easycache"):
@@ -293,7 +286,7 @@ def _at_half_the_time(run: Run, guider: Any, model_options: Mapping[str, Any]) -
     """For an evaluation of half the rows: convolutions that would take as long as with all, in another way."""
     network, patcher = guider.inner_model.diffusion_model, guider.model_patcher
     if run.may_gain is None:
-        # Compiled code would notice other layers than before, and be compiled anew.
+        # Compiled code would notice other layers than before, and be compiled again.
         run.may_gain = patcher.load_device.type == "cpu" and not is_compiled(patcher) and may_gain(network)
     if not run.may_gain:
         yield

@@ -17,6 +17,7 @@ import torch
 
 from ...common.dtypes import cpu_computes_bf16, torch_dtype
 from ...common.errors import UnavailableError, first_line
+from ...common.torch_private import is_on
 from ...patching.notes import report_note, report_ran
 from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare
 from ..cpu import conv_as_matmul, onednn
@@ -151,7 +152,7 @@ def _check_autocast(word: Autocast, device: torch.device) -> None:
             f"Precision cannot autocast to {word} on {device.type}: {first_line(error)}. "
             "Set autocast to off, or to the other type."
         ) from error
-    if not context._enabled:  # where PyTorch only warns and goes on without
+    if not is_on(context):
         raise UnavailableError(
             f"Precision cannot autocast to {word}: PyTorch does not support it on {device.type}. "
             "Set autocast to off, or to the other type."
@@ -192,16 +193,16 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
     ) -> torch.Tensor:
         network, device = model_wrap.inner_model.diffusion_model, model_wrap.model_patcher.load_device
 
-        told = extra_args.get("model_options", {}).get("transformer_options", {})
+        options = extra_args.get("model_options", {}).get("transformer_options", {})
 
         def say(text: str, level: int = logging.WARNING) -> None:
             logging.log(level, text)
-            report_note(told, text)
+            report_note(options, text)
 
         # Said when the node was attached: by the log, which no record keeps.
         idle = _of_another_device(config, device)
         if idle:
-            report_note(told, f"Precision: {', '.join(sorted(idle))} had no effect on {device.type}.")
+            report_note(options, f"Precision: {', '.join(sorted(idle))} had no effect on {device.type}.")
         with ExitStack() as stack:
             on_cpu = device.type == "cpu"
             if config.memory == "reuse" and on_cpu:
@@ -221,7 +222,7 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
                     idle.add(name)
             if idle:
                 left = {name: value for name, value in config.changes.items() if name not in idle}
-                report_ran(told, "precision", left or None)
+                report_ran(options, "precision", left or None)
             return result
 
     return sampler_sample

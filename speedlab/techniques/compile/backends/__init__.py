@@ -35,7 +35,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What a backend is told: the node's settings, the device and type to compute in, and for tensor programs the
+    """What a backend gets: the node's settings, the device and type to compute in, and for tensor programs the
     inputs to trace with, their dimensions that may change, the result's channels and its height and width in units of
     the first input's, and a folder to keep files in."""
 

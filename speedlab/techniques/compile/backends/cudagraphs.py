@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from ....common.core import compute_device
+from ....common.torch_private import cudagraphs_backend
 from . import CompileOptions
 from .dynamo import shared_function, switched_off
 
@@ -34,6 +35,4 @@ def uses_cuda_graphs(_options: CompileOptions) -> bool:
 
 
 def _compile_graph(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
-    import torch._dynamo
-
-    return torch._dynamo.lookup_backend("cudagraphs")(graph, inputs)
+    return cudagraphs_backend()(graph, inputs)

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -19,9 +18,17 @@ from typing import Any
 import torch
 
 from ....common.timing import apart, watch_dynamo
+from ....common.torch_private import (
+    FxCompiler,
+    dynamo_limits,
+    forget_code_of,
+    inductor_folder,
+    inductor_settings,
+    is_dynamo_off,
+    load_compiler,
+)
 from ...cpu.vectors import known_to_work
 
-Compiler = Callable[[Any, list[Any]], Callable[..., Any]]
 # Graphs of one kind of block, at most: batch 1 and more, fixed and changing sizes, another prompt length,
 # another layout or type of the weights, and room.
 GRAPHS_PER_KIND = 16
@@ -43,7 +50,7 @@ _functions: dict[Hashable, Callable[..., Any]] = {}
 
 
 def shared_function(
-    call: Callable[..., Any], key: Hashable, compiler: Compiler, dynamic: bool | None
+    call: Callable[..., Any], key: Hashable, compiler: FxCompiler, dynamic: bool | None
 ) -> Callable[..., Any]:
     """`call` compiled, one function for each `key`; `compiler` makes a callable of a graph and example inputs."""
     if key not in _functions:
@@ -58,29 +65,11 @@ def shared_function(
 def forget(word: Hashable) -> None:
     """Let go of the functions whose kind ends in that word, and of all that was compiled for them."""
     for key in [key for key in _functions if isinstance(key, tuple) and any(_ends_in(part, word) for part in key)]:
-        _let_go(_functions.pop(key))
-
-
-def _let_go(function: Callable[..., Any]) -> None:
-    """Empty the cache at a function's code. Dynamo notes the code of what it made from it, so that neither would ever
-    be freed, nor the weights in it. Older PyTorch cannot; there they stay until the process ends."""
-    import torch._dynamo.eval_frame as eval_frame
-
-    original = getattr(function, "_torchdynamo_orig_callable", None)
-    if original is not None and hasattr(eval_frame, "reset_code"):
-        eval_frame.reset_code(original.__code__)
+        forget_code_of(_functions.pop(key))
 
 
 def _ends_in(part: Hashable, word: Hashable) -> bool:
     return isinstance(part, tuple) and bool(part) and part[-1] == word
-
-
-def failures() -> tuple[type[BaseException], ...]:
-    """The exceptions that mean: not compiled. They come before anything of the graph has run."""
-    import torch._dynamo.exc as exc
-
-    names = ("TorchDynamoException", "BackendCompilerFailed", "FailOnRecompileLimitHit", "FailOnCacheLimitHit")
-    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
 
 
 def cause(error: BaseException) -> BaseException:
@@ -95,9 +84,7 @@ def is_limit(error: BaseException) -> bool:
 
 def switched_off() -> str:
     """Why torch.compile would do nothing in this process; "" where it works."""
-    import torch._dynamo
-
-    if getattr(torch._dynamo.config, "disable", False):
+    if is_dynamo_off():
         return "torch.compile is switched off in this process (TORCHDYNAMO_DISABLE or torch._dynamo.config.disable)"
     return ""
 
@@ -117,29 +104,12 @@ def limits(
     graphs: int, device: torch.device | None = None, *, freeze: bool = False, folder: Path | None = None
 ) -> Iterator[None]:
     """Let each function have `graphs` graphs, make one more an error, and keep inductor's files in `folder`."""
-    _load()
-    import torch._dynamo
-    import torch._inductor.config
-    from torch.fx.experimental import _config
-
-    shapes: Any = _config
-
-    wanted = {
-        _first(torch._dynamo.config, "recompile_limit", "cache_size_limit"): graphs,
-        _first(torch._dynamo.config, "accumulated_recompile_limit", "accumulated_cache_size_limit"): 1 << 20,
-        _first(torch._dynamo.config, "fail_on_recompile_limit_hit", "fail_on_cache_limit_hit"): True,
-        "suppress_errors": False,
-    }
+    with apart():
+        load_compiler()
+    on_cpu = device is not None and device.type == "cpu"
     with ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch({name: value for name, value in wanted.items() if name}))
-        if hasattr(shapes, "use_duck_shape"):
-            # A height that equals the width by chance is no rule: without this a square image has graphs of its own.
-            stack.enter_context(shapes.patch(use_duck_shape=False))
-        if freeze:
-            stack.enter_context(torch._inductor.config.patch(freezing=True))
-        tested = getattr(torch._inductor.config.cpp, "vec_isa_ok", True)
-        if device is not None and device.type == "cpu" and tested is None and known_to_work():
-            stack.enter_context(torch._inductor.config.patch({"cpp.vec_isa_ok": True}))
+        stack.enter_context(dynamo_limits(graphs))
+        stack.enter_context(inductor_settings(freeze=freeze, vectors_work=known_to_work if on_cpu else None))
         if folder is not None:
             stack.enter_context(_variable(CACHE_VARIABLE, str(folder)))
             if device is not None and device.type == "cuda":
@@ -148,21 +118,12 @@ def limits(
         yield
 
 
-@cache
-@apart()
-def _load() -> None:
-    """Import what compiles, which takes seconds, once."""
-    import torch._dynamo
-    import torch._inductor.config
-    import torch.fx.experimental._config  # noqa: F401
-
-
 @contextmanager
 def without_gradients(module: torch.nn.Module) -> Iterator[None]:
     """Switch `requires_grad` off for a while.
 
     A weight that ComfyUI patches a LoRA into has it off and the others have it on; as graphs differ by it, each mix of
-    the two would be compiled anew.
+    the two would be compiled again.
     """
     changed = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in changed:
@@ -193,15 +154,8 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 def _is_inductors_own(folder: Path) -> bool:
     """Inductor sets the variables itself once it has looked at them."""
-    try:
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-    except ImportError:  # an older PyTorch
-        return False
-    return folder.is_relative_to(default_cache_dir())
-
-
-def _first(owner: Any, *names: str) -> str:
-    return next((name for name in names if hasattr(owner, name)), "")
+    default = inductor_folder()
+    return default is not None and folder.is_relative_to(default)
 
 
 def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
@@ -211,7 +165,7 @@ def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
     return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
-def _counted(compiler: Compiler) -> Compiler:
+def _counted(compiler: FxCompiler) -> FxCompiler:
     def backend(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
         COUNT.graphs += 1
         with apart():  # where this PyTorch does not tell by itself when it compiles

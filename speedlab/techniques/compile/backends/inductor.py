@@ -12,6 +12,7 @@ import torch
 
 from ....common.core import compute_device
 from ....common.errors import first_line
+from ....common.torch_private import find_cpp_compiler, has_triton, inductor_code_modules, inductor_compile, innermost
 from ...cpu.onednn import use_onednn
 from . import MODES, CompileOptions
 from .dynamo import shared_function, switched_off
@@ -30,16 +31,10 @@ def available() -> tuple[bool, str]:
 
 def _no_compiler(device: torch.device) -> str:
     if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
         return "" if has_triton() else "Triton is not installed: install triton (on Windows triton-windows)"
     if device.type == "cpu":
         try:
-            from torch._inductor.cpp_builder import get_cpp_compiler
-
-            get_cpp_compiler()
-        except ImportError:  # an older PyTorch looks for the compiler only when it needs one
-            return ""
+            find_cpp_compiler()
         except Exception as error:
             return f"there is no C++ compiler ({first_line(error)}): install one (g++, clang, or MSVC on Windows)"
     return ""
@@ -58,33 +53,15 @@ def uses_cuda_graphs(options: CompileOptions) -> bool:
 
 
 def _compile_graph(options: CompileOptions, graph: Any, inputs: list[Any]) -> Callable[..., Any]:
-    import torch._inductor
-
     use_onednn(graph)
-    settings = dict(torch._inductor.list_mode_options(options.mode, options.dynamic))
-    if _copies_weights(options, inputs):
-        settings["layout_optimization"] = False
-    if not options.freeze:
-        return torch._inductor.compile(graph, inputs, options=settings)
-    before = {id(module) for module in _code_modules()}
-    program: Callable[..., Any] = torch._inductor.compile(graph, inputs, options=settings)
-    made = [module for module in _code_modules() if id(module) not in before]
-    # Inductor keeps the modules of its code until the process ends, and frozen weights are attributes of theirs.
-    weakref.finalize(_innermost(program), _let_go_of_tensors, made).atexit = False
+    keep = _copies_weights(options, inputs)
+    before = {id(module) for module in inductor_code_modules()}
+    program = inductor_compile(graph, inputs, options.mode, options.dynamic, keep_layouts=keep)
+    if options.freeze:
+        made = [module for module in inductor_code_modules() if id(module) not in before]
+        # Inductor keeps the modules of its code until the process ends, and frozen weights are attributes of theirs.
+        weakref.finalize(innermost(program), _let_go_of_tensors, made).atexit = False
     return program
-
-
-def _innermost(function: Any) -> Any:
-    """What dynamo keeps of a function that it has wrapped."""
-    while (inner := getattr(function, "_torchdynamo_orig_callable", None)) is not None:
-        function = inner
-    return function
-
-
-def _code_modules() -> list[ModuleType]:
-    from torch._inductor import codecache
-
-    return list(getattr(getattr(codecache, "PyCodeCache", None), "modules", ()))
 
 
 def _let_go_of_tensors(modules: list[ModuleType]) -> None:
@@ -99,7 +76,5 @@ def _copies_weights(options: CompileOptions, inputs: list[Any]) -> bool:
     On a CPU it computes convolutions channels-last. Frozen weights are converted once, live ones each time, which takes
     longer than the convolution gains.
     """
-    import torch._inductor.config
-
     on_cpu = any(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in inputs)
-    return on_cpu and not options.freeze and hasattr(torch._inductor.config, "layout_optimization")
+    return on_cpu and not options.freeze

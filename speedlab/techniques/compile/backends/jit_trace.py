@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ....common.torch_private import function_of_graph, is_jit_on, optimise_frozen, traced_graph
 from . import CompileOptions
 
 NAME = "jit_trace"
@@ -27,7 +28,7 @@ REMEDY = "Choose inductor, or take the node out."
 
 def available() -> tuple[bool, str]:
     """Whether torch.jit is on."""
-    if not torch.jit._state._enabled:
+    if not is_jit_on():
         return False, "torch.jit is switched off by the environment variable PYTORCH_JIT; remove it"
     return True, ""
 
@@ -46,7 +47,7 @@ def _with_live_weights(target: torch.nn.Module, options: CompileOptions) -> Call
     def weights() -> list[torch.Tensor]:
         return [_read(slot) for slot in slots]
 
-    program = _program(_graph(target, slots, weights(), options.example))
+    program = function_of_graph(_graph(target, slots, weights(), options.example))
     return lambda *inputs: program(*weights(), *inputs)
 
 
@@ -64,30 +65,20 @@ def _frozen(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
         value.replaceAllUsesWith(graph.insertConstant(weight))
     for number in reversed(range(len(weights))):
         graph.eraseInput(number)
-    torch._C._jit_pass_optimize_frozen_graph(graph, True)
-    return _program(graph)
+    optimise_frozen(graph)
+    return function_of_graph(graph)
 
 
 def _graph(
     target: torch.nn.Module, slots: list[Slot], weights: Sequence[torch.Tensor], example: tuple[Any, ...]
 ) -> Any:
-    """One evaluation of `target`: a graph that takes the weights, then the inputs.
-
-    `torch.jit.trace` would put it among the functions of the process, which live as long as that: 26 MB a trace.
-    """
+    """One evaluation of `target`: a graph that takes the weights, then the inputs."""
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         with _in_place(slots, tensors[: len(slots)]):
             return target(*tensors[len(slots) :])
 
-    graph, _ = torch._C._create_graph_by_tracing(call, (*weights, *example), lambda _: "", False, False)
-    return graph
-
-
-def _program(graph: Any) -> Callable[..., Any]:
-    """A function of its own, which owns the graph."""
-    program: Callable[..., Any] = torch._C._create_function_from_graph("traced", graph)
-    return program
+    return traced_graph(call, (*weights, *example))
 
 
 Slot = tuple["weakref.ref[torch.nn.Module]", str]

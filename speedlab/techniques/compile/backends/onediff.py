@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .dynamo import cause, failures
+from ....common.torch_private import dynamo_failures
+from .dynamo import cause
 
 # Words of the modes of nexfort 0.1.dev330, joined by colons.
 MODE_WORDS = (
@@ -50,7 +51,7 @@ def compiled(
     module = onediff_compile(target, backend=backend, options=None if options is None else dict(options))
     try:
         module(*example)
-    except failures() as error:
+    except dynamo_failures() as error:
         inner = cause(error)
         if inner is error:
             raise

@@ -156,11 +156,11 @@ def _kept(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        log.warning("SpeedLab: the graph kept in %s cannot be read (%s); it is exported anew.", path, error)
+        log.warning("SpeedLab: the graph kept in %s cannot be read (%s); it is exported again.", path, error)
         return None
     graph, digest = data[:-_DIGEST], data[-_DIGEST:]
     if hashlib.sha256(graph).digest() != digest:
-        log.warning("SpeedLab: the graph kept in %s is damaged; it is exported anew.", path)
+        log.warning("SpeedLab: the graph kept in %s is damaged; it is exported again.", path)
         return None
     return graph
 
@@ -181,7 +181,7 @@ def _key(target: torch.nn.Module, options: CompileOptions, opset: int) -> str:
     import onnx
     import onnxscript
 
-    told = {
+    identity = {
         "schema": _SCHEMA,
         "opset": opset,
         "versions": [torch.__version__, onnx.__version__, onnxscript.__version__],
@@ -195,7 +195,7 @@ def _key(target: torch.nn.Module, options: CompileOptions, opset: int) -> str:
             for t, c in zip(options.example, options.changing, strict=True)
         ],
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _code_of(target: torch.nn.Module) -> list[str]:

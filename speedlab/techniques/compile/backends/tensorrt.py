@@ -43,7 +43,7 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
 
 
 def _typing(build: Callable[..., Any], types: set[torch.dtype]) -> dict[str, Any]:
-    """How this torch-tensorrt is told to compute in the network's own types.
+    """How this torch-tensorrt is set to compute in the network's own types.
 
     Where it has `use_explicit_typing` it refuses a list of types beside it; the newest has neither and does so anyway.
     """

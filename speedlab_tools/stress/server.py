@@ -1,47 +1,29 @@
-"""Prompts cancelled at random moments of each phase on a real server; afterwards nothing of them may be left.
+"""A server to be stressed: on the CPU, with a probe in its process, and nothing but the models that are given.
 
-The phases: loading, encoding, preparing, compiling, the first, a cached and the last step, decoding, writing.
-
-A stock KSampler on the same loaded model has to give the same latents bit for bit, and a probe in the server's process
-has to see the same wrappers, hooks, torch flags, threads and objects as before.
+A stock KSampler on the model that stressed prompts ran on has to give the same latents bit for bit, and the probe has
+to see the same wrappers, hooks, torch flags, threads and objects as before.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
-import time
-from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from speedlab.measure.store import RunStore
 from speedlab.web.library import RunLibrary
 
 from ..client.client import ComfyClient, ImageRef, RunResult
-from ..client.errors import BenchError, ExecutionInterrupted
-from ..client.events import Event
-from .writers import FaultTally
+from ..client.files import link_model
+from ..host.base import from_environment, pack_root
+from ..host.server import ComfyServer
 
 PROBE = Path(__file__).with_name("probe")
-# Phase -> the node whose start, or the sampler's step whose end, opens it.
-PHASES: dict[str, tuple[str, int | None]] = {
-    "load": ("1", None),
-    "text encoding": ("2", None),
-    "preparing": ("5", None),
-    "compiling": ("5", None),
-    "first step": ("5", 1),
-    "cached step": ("5", 2),
-    "last step": ("5", 7),
-    "decoding": ("6", None),
-    "writing": ("7", None),
-}
-_STEPS = 8
-_CHECK_EVERY = 10
-_SOON_S = 0.15
 TIMEOUT_S = 300.0
+STEPS = 8
 
 
 def bring_probe(base: Path) -> None:
@@ -49,78 +31,17 @@ def bring_probe(base: Path) -> None:
     shutil.copytree(PROBE, base / "custom_nodes" / "speedlab_stress_probe", dirs_exist_ok=True)
 
 
-def cancel_at_random(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
-    """Cancel so many prompts, the phases in turn. `output` is the server's output folder. Raises BenchError."""
-    return asyncio.run(_cancel_all(url, output, checkpoint, faults, rng))
-
-
-async def _cancel_all(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
-    tally, ended = FaultTally("cancelled"), Counter[str]()
-    started = time.perf_counter()
-    async with ComfyClient(url) as client:
-        await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
-        compiling_s = await _time_compiling(client, checkpoint)
-        before = await look(client, checkpoint)
-        for number in range(faults):
-            phase = list(PHASES)[number % len(PHASES)]
-            if phase == "load":
-                await client.free()
-            graph, longest_s = stressed(checkpoint, seed=number + 1), _SOON_S
-            if phase == "compiling":
-                graph, longest_s = compiled(checkpoint, number + 1, _side(rng), _side(rng)), compiling_s
-            ended[await _cancel(client, graph, phase, rng.uniform(0.0, longest_s))] += 1
-            tally.faults += 1
-            if tally.faults % _CHECK_EVERY == 0 or tally.faults == faults:
-                tally.broken += differences(before, await look(client, checkpoint), tally.faults)
-    tally.broken += [f"{count} prompts failed: {what}" for what, count in ended.items() if what not in _GOOD_ENDS]
-    tally.halves, tally.runs = ended["cancelled"], sum(ended.values())
-    tally.broken += left_on_disk(output)
-    tally.seconds = time.perf_counter() - started
-    return tally
-
-
-_GOOD_ENDS = ("cancelled", "finished")
-
-
-async def _time_compiling(client: ComfyClient, checkpoint: str) -> float:
-    """Seconds from the sampler's start to the end of its first step, for a size that was not compiled before."""
-    graph = compiled(checkpoint, 0, 72, 72)
-    events = (await client.run(graph, timeout_s=TIMEOUT_S)).log.events
-    started = next(event.time_s for event in events if event.kind == "executing" and event.node == "5")
-    return next(event.time_s for event in events if event.kind == "progress" and event.node == "5") - started
-
-
-def _side(rng: Random) -> int:
-    """An image's side: jit_trace compiles every size for itself, and keeps few."""
-    return 64 + 8 * rng.randrange(9)
-
-
-async def _cancel(client: ComfyClient, graph: dict[str, Any], phase: str, delay_s: float) -> str:
-    """Run a prompt and interrupt it so long after its phase began; how it ended."""
-    opening, step = PHASES[phase]
-    reached = asyncio.Event()
-
-    def listen(event: Event) -> None:
-        if event.node == opening and (event.kind == "executing" if step is None else event.value >= step):
-            reached.set()
-
-    async def interrupt() -> None:
-        await reached.wait()
-        await asyncio.sleep(delay_s)
-        await client.interrupt()
-
-    waiting = asyncio.create_task(interrupt())
-    try:
-        await client.run(graph, listener=listen, timeout_s=TIMEOUT_S)
-        return "finished"
-    except ExecutionInterrupted:
-        return "cancelled"
-    except BenchError as error:
-        return f"{phase}: {error}"
-    finally:
-        if reached.is_set():
-            await waiting
-        waiting.cancel()
+@contextmanager
+def stressed_server(
+    base: Path, models: Mapping[str, Sequence[Path]], output: Path | None = None
+) -> Iterator[ComfyServer]:
+    """`models`: folder below `models/` -> files. Raises ServerError."""
+    for kind, files in models.items():
+        for file in files:
+            link_model(file, base / "models" / kind)
+    bring_probe(base)
+    with ComfyServer(from_environment(), pack=pack_root(), base=base, output=output, cpu=True) as server:
+        yield server
 
 
 async def look(client: ComfyClient, checkpoint: str) -> dict[str, Any]:
@@ -142,7 +63,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], faults: int) -> l
     for what in before:
         if before[what] != after[what]:
             shown = "" if what == "latents" else f": {before[what]} became {after[what]}"
-            lines.append(f"after {faults} cancels the {what} differ{shown}")
+            lines.append(f"after {faults} faults the {what} differ{shown}")
     return lines
 
 
@@ -175,7 +96,7 @@ def stressed(checkpoint: str, seed: int) -> dict[str, Any]:
         "12": node("SpeedLabAttention", model=["11", 0], backend="sdpa"),
         "13": node("SpeedLabPrecision", model=["12", 0], tf32="on", cudnn_tf32="off", cudnn_benchmark="on",
                     fp16_accumulation="keep", memory_format="keep", autocast="bf16"),
-        "5": node("SpeedLabProfileSampler", model=["13", 0], seed=seed, steps=_STEPS, cfg=5.0, sampler_name="euler",
+        "5": node("SpeedLabProfileSampler", model=["13", 0], seed=seed, steps=STEPS, cfg=5.0, sampler_name="euler",
                    scheduler="normal", positive=["2", 0], negative=["3", 0], latent_image=["4", 0], denoise=1.0,
                    detail="timing", warmup=0, repeats=1, nvtx=True),
         "6": node("SpeedLabVAEDecode", samples=["5", 0], vae=["1", 2], slicing=True, tile_size=0, overlap=64,
