@@ -150,7 +150,7 @@ def keys_of(
 ) -> dict[int, Hashable]:
     """For each group of conds that is there, under what its prediction is kept.
 
-    A key holds all that makes the same group another one: the conds that are active at this sigma and their ControlNets,
+    A key holds all that makes the same group another one: the conds that are active at this sigma, their ControlNets,
     the latents' shape, type and place, the context window, the attention layers that are replaced, and how often this
     evaluation asked for the same before (perturbed attention evaluates the prompt a second time).
     """
