@@ -187,8 +187,8 @@ class Forecast:
     CATEGORY = _CATEGORY
     DESCRIPTION = (
         "Leaves out whole steps of the model: their denoised latent is continued from the steps before, and the "
-        "sampler goes on with that. Lossy: check the result with Compare Images. Does nothing at 9 steps and fewer. For "
-        "any model that ComfyUI samples with a CFG guider, compiled or not; works together with Dynamic CFG."
+        "sampler goes on with that. Lossy: check the result with Compare Images. Does nothing at 9 steps and fewer. "
+        "For any model that ComfyUI samples with a CFG guider, compiled or not; works together with Dynamic CFG."
     )
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)

@@ -71,8 +71,8 @@ def _refuse_rivals(model_options: Mapping[str, Any]) -> None:
     for name, site, key in _RIVALS:
         if wrappers.get(site.value, {}).get(key):
             raise UnavailableError(
-                f"Forecast and {name} cannot work on one model: both leave out evaluations, and Forecast would continue "
-                f"and enlarge the errors of {name}. Take one of the two nodes out of the graph."
+                f"Forecast and {name} cannot work on one model: both leave out evaluations, and Forecast would "
+                f"continue and enlarge the errors of {name}. Take one of the two nodes out of the graph."
             )
 
 
