@@ -391,15 +391,15 @@ def _first_move(session: _Session, phases: Mapping[str, float | str | None]) -> 
 
 def _first_step(session: _Session, phases: Mapping[str, float | str | None], excess_ms: float | None) -> list[str]:
     """What to say where the first step did more than compile that no repeat does again."""
-    sampled = phases.get("sample")
-    if not session.first_use or len(session.traces) > 1 or excess_ms is None or not isinstance(sampled, (int, float)):
+    sampled, is_first = phases.get("sample"), session.first_use or phases.get("compile")
+    if not is_first or len(session.traces) > 1 or excess_ms is None or not isinstance(sampled, (int, float)):
         return []
     if excess_ms < max(_NOTABLE_EXCESS * sampled, _NOTABLE_EXCESS_MS):
         return []
     return [
-        f"This prompt is the first that sampled with this model and its LoRAs: its first step took {excess_ms:.0f} ms "
-        "longer than later ones, which is part of the sampling time. Set warmup to 1, or queue the prompt again with "
-        "other texts, for the time of a repeat."
+        f"This prompt is the first that sampled with this model as it is set up: its first step took {excess_ms:.0f} "
+        "ms longer than later ones, which is part of the sampling time. Set warmup to 1, or queue the prompt again "
+        "with other texts, for the time of a repeat."
     ]
 
 

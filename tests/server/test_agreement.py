@@ -231,7 +231,8 @@ def test_numbers_agree(server: Any, build: Any, overhead_s: float, names: tuple[
     ran = "+".join([*run.plan, *(["tiny_vae(taesd)"] if run.tiny else [])])
     assert row["plan"] == record["request"]["plan"] == shown["plan"] == (ran or "stock")
     assert row["accelerators"] == ran
-    assert any(run.did_nothing in warning for warning in record["warnings"]) == bool(run.did_nothing)
+    if run.did_nothing:
+        assert any(run.did_nothing in warning for warning in record["warnings"])
     assert (record["roofline"] or {}).get("peak_share") is None
 
 
