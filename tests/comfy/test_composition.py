@@ -19,15 +19,21 @@ import pytest
 import torch
 
 from .deepcache_oracle import with_oracle
+from .forecast_oracle import Plain, published_plan, with_forecasts
 from .tiny_unet import TinyUNet, build, fill, relative
 
 Patch = Callable[[Any], Any]
-STEPS, STOP_AT = 8, 0.5
-# One row alone, another kernel or another layout against the same row: rounding, carried through eight steps.
+# Forecast leaves out nothing of fewer steps.
+STEPS, STOP_AT = 10, 0.5
+# One row alone, another kernel or another layout against the same row: rounding, carried through ten steps.
 SAME = 3e-5
 DIFFERENT = 1e-4
-REFUSED = {frozenset({"Dynamic CFG", "EasyCache"})}
-OURS = ("DeepCache", "Dynamic CFG", "Attention", "Precision")
+REFUSED = {
+    frozenset({"Dynamic CFG", "EasyCache"}),
+    frozenset({"Forecast", "DeepCache"}),
+    frozenset({"Forecast", "EasyCache"}),
+}
+OURS = ("DeepCache", "Dynamic CFG", "Forecast", "Attention", "Precision")
 CORE = ("LoRA", "ControlNet", "FreeU", "TorchCompileModel", "EasyCache", "PerturbedAttention")
 ALL = (*OURS, *CORE)
 
@@ -99,7 +105,7 @@ def _merged(tiny: TinyUNet) -> Patch:
     return patch
 
 
-def _control(tiny: TinyUNet) -> Callable[[list], list]:
+def _control(tiny: TinyUNet, window: tuple[float, float] = (0.0, 1.0)) -> Callable[[list], list]:
     import comfy.cldm.cldm
     import comfy.controlnet
 
@@ -112,7 +118,7 @@ def _control(tiny: TinyUNet) -> Callable[[list], list]:
     hint = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(2))
 
     def controlled(cond: list) -> list:
-        applied = net.copy().set_cond_hint(hint, 0.6)
+        applied = net.copy().set_cond_hint(hint, 0.6, window)
         return [[tensor, {**extra, "control": applied, "control_apply_to_uncond": True}] for tensor, extra in cond]
 
     return controlled
@@ -166,6 +172,7 @@ def techniques(tiny: TinyUNet, pack: ModuleType) -> dict[str, Technique]:
         return importlib.import_module(f"speedlab.techniques.{name}")
 
     deepcache, dynamic_cfg = engine("deepcache.attach"), engine("guidance.dynamic_cfg")
+    forecast = engine("forecast.attach")
     attention, precision = engine("attention.attach"), engine("precision.attach")
     backends = engine("attention.backends").BACKENDS
     both = precision.PrecisionConfig(memory_format="channels_last", linear="onednn")
@@ -202,6 +209,10 @@ def techniques(tiny: TinyUNet, pack: ModuleType) -> dict[str, Technique]:
         "Dynamic CFG": Technique(
             lambda model: dynamic_cfg.attach_dynamic_cfg(model, dynamic_cfg.DynamicCFGConfig(stop_at=STOP_AT)),
             _cond_only_later,
+        ),
+        "Forecast": Technique(
+            lambda model: forecast.attach_forecast(model, forecast.ForecastConfig("fixed")),
+            lambda model: with_forecasts(model, Plain(published_plan(STEPS))),
         ),
         "Attention": Technique(
             lambda model: attention.attach_attention(model, attention.AttentionConfig("split")),
@@ -347,6 +358,7 @@ def test_graphs_of_a_compiled_model(tiny: TinyUNet, techniques: dict[str, Techni
             return int(counters["stats"]["unique_graphs"])
 
     assert [graphs(stack[:1]), graphs(stack[1:]), graphs(stack)] == [2, 2, 4]
+    assert graphs([techniques["Forecast"].node]) == graphs([]) == 1
 
 
 def _sdpa(model: Any) -> Any:
@@ -376,7 +388,7 @@ def test_the_matrix_in_the_documents() -> None:
     """It says of each pair what the tests show."""
     page = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
     lines = [line.strip("|").split("|") for line in page.read_text(encoding="utf-8").splitlines()]
-    table = [[cell.strip() for cell in line] for line in lines if len(line) == 10]
+    table = [[cell.strip() for cell in line] for line in lines if len(line) == len(ALL)]
     (header, *rows) = [row for row in table if set(row[1]) - {"-"} or row[0] in ALL]
     said = {
         frozenset({row[0], header[column]}): cell for row in rows for column, cell in enumerate(row) if column and cell

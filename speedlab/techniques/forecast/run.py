@@ -123,10 +123,12 @@ class Run(SharedState):
     def end(self, told: Mapping[str, Any]) -> bool:
         """Whether anything was forecast; if not, the record hears why."""
         if not self.answered and not self.stepped_aside:
-            reason = self.reason or (
-                "no forecast would have stayed within tolerance"
-                if self.config.mode == "adaptive" and self.histories.full
-                else "predictions never went on from one full step to the next"
-            )
-            report_note(told, f"Forecast: no step of this run was forecast, because {reason}.")
+            report_note(told, f"Forecast: no step of this run was forecast, because {self.reason or self._why_not()}.")
         return self.answered
+
+    def _why_not(self) -> str:
+        if not self.histories.full:
+            return "its guider does not evaluate the model by ComfyUI's calc_cond_batch"
+        if self.config.mode == "adaptive":
+            return "no forecast would have stayed within tolerance"
+        return "the prompts or the size changed before anything could be forecast"
