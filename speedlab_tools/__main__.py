@@ -13,6 +13,7 @@ from speedlab.common.errors import SpeedLabError
 
 from . import contract as cmd_contract
 from . import demo as cmd_demo
+from . import locales as cmd_locales
 from .bench import command as cmd_bench
 from .client.files import ROOT
 from .compare import command as cmd_compare
@@ -77,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument("--check", action="store_true", help="only say which committed files differ")
     files.add_argument("--signatures", metavar="URL", help="first renew signatures.json from a running ComfyUI")
     files.set_defaults(run=cmd_tables.run_workflows)
+    texts = commands.add_parser("locales", help="write the English texts of the nodes from their classes")
+    texts.set_defaults(run=cmd_locales.run)
     contract = commands.add_parser("contract", help="at a release: renew what saved workflows may rely on")
     contract.add_argument("url", metavar="URL", help="a running ComfyUI with this pack")
     contract.add_argument("--check", action="store_true", help="only say what of the last release is gone")
