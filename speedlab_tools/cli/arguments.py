@@ -296,6 +296,7 @@ COMMANDS: Mapping[str, Command] = {
     "workflows": Command(
         "write the workflow files from the scenarios", _workflows, "scenarios.workflows:run_workflows"
     ),
+    "locales": Command("write the English texts of the nodes from their classes", runs="locales:run"),
     "contract": Command("at a release: renew what saved workflows may rely on", _contract, "contract:run"),
     "synthetic": Command(
         "write a model file with random weights: checkpoint, controlnet, lora, vae or taesd", _synthetic,

@@ -129,7 +129,7 @@ def link_model(source: Path, folder: Path) -> str:
 def _synthetic(*arguments: str) -> None:
     if "torch" in sys.modules:
         with contextlib.redirect_stdout(io.StringIO()):
-            code = importlib.import_module("speedlab_tools.synthetic.__main__").main(arguments)
+            code = importlib.import_module("speedlab_tools.__main__").main(("synthetic", *arguments))
         if code != 0:
             raise BenchError(f"writing the demo model failed (exit code {code}); the reason stands above")
         return

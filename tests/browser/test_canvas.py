@@ -39,9 +39,12 @@ def fit(canvas, zoom: float = 1.0, node_type: str = "SpeedLabProfileSampler") ->
     canvas.page.wait_for_timeout(600)
 
 
-def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, workflows):
+@pytest.mark.parametrize("templates", [True, pytest.param(False, marks=pytest.mark.full)], ids=["templates", "others"])
+def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, workflows, templates):
     canvas = open_canvas()
     for name, (ui, api) in workflows.items():
+        if (name in TEMPLATES) is not templates:
+            continue
         canvas.drop(ui, name)
         # Not `has_errors`: the newest frontend also marks a loader whose file this server lacks.
         unknown = canvas.evaluate(
@@ -49,7 +52,7 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
             ".filter((type) => !LiteGraph.registered_node_types[type])"
         )
         assert unknown == [], name
-        if name in TEMPLATES:
+        if templates:
             canvas.template_image(name)
         made = canvas.evaluate("async () => (await app.graphToPrompt()).output")
         for node in (*made.values(), *api.values()):

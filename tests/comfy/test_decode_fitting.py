@@ -118,14 +118,14 @@ def test_tiles_of_the_full_vae_have_smooth_borders(decoding, engine, vae):
 def test_out_of_memory_goes_from_all_to_one_to_tiles(decoding, vae, caplog):
     import torch
 
-    samples = latent(2, 16, 12)
+    samples = latent(2, 12, 8)
     expected = decoding.decode(vae, samples, decoding.DecodeConfig(slicing=True)).images
-    with memory_for(vae, 16 * 12) as seen:
+    with memory_for(vae, 12 * 8) as seen:
         sliced = decoding.decode(vae, samples, decoding.DecodeConfig())
     assert torch.equal(sliced.images, expected)
     assert sliced.info["slicing"] is True
     assert [shape[0] for shape in seen] == [2, 1, 1]
-    with memory_for(vae, 100):
+    with memory_for(vae, 8 * 8):
         tiled = decoding.decode(vae, samples, decoding.DecodeConfig())
     assert tiled.info["tile_size"] == 64
     assert tiled.images.shape == expected.shape

@@ -50,6 +50,30 @@ def _regions(tiny: TinyUNet) -> list:
     ]
 
 
+def test_what_is_kept_is_a_copy(pack: ModuleType) -> None:
+    """A CUDA graph overwrites what it returned, and a cached step may write to what it is given."""
+    features = importlib.import_module("speedlab.techniques.deepcache.features")
+    run = features.Run(features.DeepCacheConfig())
+    made = torch.ones(2, 3, 4, 4)
+    run.store(["cond", "uncond"], features.Evaluation(0, 0), made)
+    made.zero_()
+    for _ in range(2):
+        given = run.recall(["cond", "uncond"], features.Evaluation(1, 0))
+        assert torch.equal(given, torch.ones(2, 3, 4, 4))
+        given.zero_()
+
+
+def test_features_from_before_a_sampler_went_back_are_of_another_image(pack: ModuleType) -> None:
+    """Noise came on top: steps 0, 1 and 2 were evaluated, and step 1, a cached one, comes again."""
+    features = importlib.import_module("speedlab.techniques.deepcache.features")
+    position = importlib.import_module("speedlab.patching.position")
+    for went_back in (False, True):
+        run = features.Run(features.DeepCacheConfig(interval=4))
+        run.store(["cond"], features.Evaluation(0, 0), torch.ones(1, 3, 4, 4))
+        with run.evaluating(position.Position(1, 8, position.Part(0, 8), 2, went_back)):
+            assert (run.recall(["cond"], run.current) is None) is went_back
+
+
 CASES: dict[str, Callable[[TinyUNet], dict[str, Any]]] = {
     "euler": lambda tiny: {},
     "ancestral": lambda tiny: {"sampler": "euler_ancestral"},

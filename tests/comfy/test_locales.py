@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
+from speedlab_tools import locales
+
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "zh")
 CJK = re.compile("[\u4e00-\u9fff]")
 # Characters that the frontend's translation library reads as syntax: placeholders, links, plurals.
 MESSAGE_SYNTAX = re.compile(r"[{}@|]")
-NODE_ID = re.compile(r'NODE_ID = "(\w+)"')
-# The widget that ComfyUI's frontend puts behind a seed; it is translated like an input of the node.
-SEED_CONTROL = "control_after_generate"
 
 Leaves = dict[str, str]
 
@@ -28,37 +27,6 @@ Leaves = dict[str, str]
 def inputs_of(cls: Any) -> dict[str, Any]:
     types = cls.INPUT_TYPES()
     return {**types.get("required", {}), **types.get("optional", {})}
-
-
-def english_inputs(cls: Any) -> dict[str, dict[str, str]]:
-    entries: dict[str, dict[str, str]] = {}
-    for name, spec in inputs_of(cls).items():
-        entries[name] = {"name": name, "tooltip": spec[1]["tooltip"]}
-        if spec[1].get(SEED_CONTROL):
-            entries[SEED_CONTROL] = {"name": "control after generate"}
-    return entries
-
-
-def english(pack: ModuleType) -> dict[str, Any]:
-    """What locales/en/nodeDefs.json has to hold: the texts of the registered node classes."""
-    return {
-        node_id: {
-            "display_name": pack.NODE_DISPLAY_NAME_MAPPINGS[node_id],
-            "description": cls.DESCRIPTION,
-            "inputs": english_inputs(cls),
-            "outputs": {
-                str(slot): {"name": name, "tooltip": tooltip}
-                for slot, (name, tooltip) in enumerate(zip(cls.RETURN_NAMES, cls.OUTPUT_TOOLTIPS, strict=True))
-            },
-        }
-        for node_id, cls in pack.NODE_CLASS_MAPPINGS.items()
-    }
-
-
-def written_nodes() -> set[str]:
-    """The ids of all node classes in nodes/, registered or not yet: texts may come before the registration."""
-    sources = (file.read_text(encoding="utf-8") for file in (ROOT / "nodes").glob("*.py"))
-    return {node_id for source in sources for node_id in NODE_ID.findall(source)}
 
 
 def node_defs(language: str) -> dict[str, Any]:
@@ -73,10 +41,6 @@ def scripts() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "js").rglob("*.js")))
 
 
-def registered_defs(pack: ModuleType, language: str) -> dict[str, Any]:
-    return {node_id: entry for node_id, entry in node_defs(language).items() if node_id in pack.NODE_CLASS_MAPPINGS}
-
-
 def leaves(tree: dict[str, Any], prefix: str = "") -> Leaves:
     """Every text under its dotted key."""
     found: Leaves = {}
@@ -85,33 +49,13 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Leaves:
     return found
 
 
-def differences(expected: Leaves, actual: Leaves) -> list[str]:
-    """One line a key: what the file should hold there, as JSON to paste, and what it holds."""
-    lines = []
-    for key in sorted(expected.keys() | actual.keys()):
-        if key not in actual:
-            lines.append(f"{key}: missing, should be {json.dumps(expected[key], ensure_ascii=False)}")
-        elif key not in expected:
-            lines.append(f"{key}: to be removed, the class has no such input or output")
-        elif expected[key] != actual[key]:
-            wanted, held = (json.dumps(side[key], ensure_ascii=False) for side in (expected, actual))
-            lines.append(f"{key}: should be {wanted}, is {held}")
-    return lines
+def test_english_is_what_the_node_classes_say(pack: ModuleType, model_files: Path) -> None:
+    written = locales.file_text(locales.english(pack.NODE_CLASS_MAPPINGS, pack.NODE_DISPLAY_NAME_MAPPINGS))
+    assert locales.ENGLISH.read_text(encoding="utf-8") == written, "python -m speedlab_tools locales writes it anew"
 
 
-def test_english_says_what_the_node_classes_say(pack: ModuleType, model_files: Path) -> None:
-    found = differences(leaves(english(pack)), leaves(registered_defs(pack, "en")))
-    assert not found, "locales/en/nodeDefs.json differs from the node classes:\n" + "\n".join(found)
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_a_language_has_every_text_and_no_leftovers(pack: ModuleType, model_files: Path, language: str) -> None:
-    expected, actual = leaves(english(pack)), leaves(registered_defs(pack, language))
-    missing = [f"{key}: {expected[key]}" for key in expected if key not in actual]
-    assert not missing, f"locales/{language}/nodeDefs.json lacks:\n" + "\n".join(missing)
-    leftover = [key for key in actual if key not in expected]
-    leftover += sorted(node_defs(language).keys() - written_nodes())
-    assert not leftover, f"locales/{language}/nodeDefs.json names what no node has:\n" + "\n".join(leftover)
+def test_chinese_has_every_text_in_the_order_of_the_english_ones() -> None:
+    assert list(leaves(node_defs("zh"))) == list(leaves(node_defs("en")))
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -119,10 +63,6 @@ def test_texts_are_filled_and_plain(language: str) -> None:
     for key, text in leaves(node_defs(language)).items():
         assert text.strip() == text != "", key
         assert not MESSAGE_SYNTAX.search(text), f"{key} holds a character that the frontend reads as syntax: {text}"
-
-
-def test_nodes_and_inputs_keep_one_order_in_all_languages() -> None:
-    assert list(leaves(node_defs("zh"))) == list(leaves(node_defs("en")))
 
 
 def test_chinese_is_translated() -> None:
@@ -193,8 +133,8 @@ def test_chinese_help_pages_have_the_tables_of_the_english_ones(pack: ModuleType
         assert shape(translated) == shape(original), node_id
 
 
-def test_no_help_page_is_left_of_a_removed_node() -> None:
-    docs, known = ROOT / "js" / "docs", written_nodes()
+def test_no_help_page_is_left_of_a_removed_node(pack: ModuleType) -> None:
+    docs, known = ROOT / "js" / "docs", set(pack.NODE_CLASS_MAPPINGS)
     pages = {page.stem for page in docs.glob("*.md")} | {page.parent.name for page in docs.glob("*/*.md")}
     assert pages <= known, sorted(pages - known)
 

@@ -42,9 +42,12 @@ _MINI = {
     "transformer_depth": [1, 1],
     "transformer_depth_output": [1, 1, 1, 1],
 }
+# Both levels of one width: one kind of transformer, so one piece of generated code.
+_FLAT = {**_MINI, "channel_mult": [1, 1]}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("SD15", _SD),
     "mini": ("SD15", _MINI),
+    "flat": ("SD15", _FLAT),
     "inpaint": ("SD15", {**_SD, "in_channels": 9}),
     "sd2": ("SD20", {**_SD, "model_channels": 64, "use_linear_in_transformer": True}),
     "sdxl": ("SDXL", _XL),

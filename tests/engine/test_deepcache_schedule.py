@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speedlab.patching.position import Part
 from speedlab.techniques.deepcache.schedule import DeepCacheConfig, fallback, nonuniform_steps, sources
 
 
@@ -17,6 +18,12 @@ def test_window_counts_steps() -> None:
     config = DeepCacheConfig(interval=2, start=0.25, end=0.75)
     assert sources(config, 8) == (None, None, 2, 2, 4, 4, None, None)
     assert sources(config, 3) == (0, 0, None)
+
+
+def test_a_window_of_the_whole_schedule_in_a_run_that_is_a_part_of_it() -> None:
+    """Steps 5 to 9 of 20; the window is 6 to 14, then 2 to 7."""
+    assert sources(DeepCacheConfig(interval=3, start=0.3, end=0.7), 5, Part(5, 20)) == (None, 1, 1, 1, 4)
+    assert sources(DeepCacheConfig(interval=3, start=0.1, end=0.35), 5, Part(5, 20)) == (0, 0, None, None, None)
 
 
 @pytest.mark.parametrize("config", [DeepCacheConfig(interval=1), DeepCacheConfig(start=0.5, end=0.5)])

@@ -147,5 +147,4 @@ def test_workflows_named_in_the_readme_are_there(name):
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     named = [workflow for row in rows if len(row) == 5 for workflow in re.findall(r"`([\w-]+)`", row[-1])]
     there = {path.stem for path in (ROOT / "workflows").rglob("*.json")}
-    assert len(named) >= 5
-    assert [workflow for workflow in named if workflow not in there] == []
+    assert named and [workflow for workflow in named if workflow not in there] == []

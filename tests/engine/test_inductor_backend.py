@@ -1,29 +1,11 @@
-"""What inductor is told: not to convert live weights of convolutions in every call on a CPU."""
+"""Inductor's code for convolutions of either layout."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 
 from speedlab.techniques.compile.backends import CompileOptions, inductor
-
-
-@pytest.mark.parametrize(
-    ("freeze", "device", "kept"), [(False, "cpu", False), (True, "cpu", True), (False, "meta", True)]
-)
-def test_weights_keep_their_layout_where_they_are_live_and_on_a_cpu(monkeypatch, freeze, device, kept):
-    told: dict[str, Any] = {}
-
-    def compile(_graph, _inputs, options):
-        told.update(options)
-        return lambda *inputs: inputs
-
-    monkeypatch.setattr(torch._inductor, "compile", compile)
-    graph = torch.fx.symbolic_trace(torch.nn.Identity())
-    inductor._compile_graph(CompileOptions(freeze=freeze), graph, [torch.ones(1, device=device), 3])
-    assert told.get("layout_optimization", True) is kept
 
 
 @torch.inference_mode()

@@ -195,6 +195,7 @@ def test_parts_of_a_schedule_run_one_after_another_go_on_counting():
         (0.29, 10, 2),
         (0.5, 7, 3),
         (0.55, 20, 11),
+        (0.58, 50, 29),  # 28.999999999999996
     ],
 )
 def test_fractions_count_whole_steps(fraction, steps, expected):

@@ -54,6 +54,7 @@ def parts_done(out: Path) -> int:
     return max((len(json.loads(p.read_text())) for p in (out / "speedlab" / "series").glob("*.json")), default=0)
 
 
+@pytest.mark.full
 def test_a_series_goes_on_where_its_server_was_killed_and_came_back(restarted, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

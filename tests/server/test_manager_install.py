@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.server
 
 
+@pytest.mark.full
 def test_clone_install_start(tmp_path):
     if not (ROOT / ".git").exists():
         pytest.skip("this copy of the pack is no git clone")

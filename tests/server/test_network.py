@@ -36,13 +36,13 @@ sys.addaudithook(guard)
 """
 
 
-@pytest.fixture
-def guarded(start_server, tmp_path):
+@pytest.fixture(scope="module")
+def guarded(start_server, tmp_path_factory):
     """A server whose process refuses every connection to another machine; `notes` says which were tried."""
-    (tmp_path / "guard").mkdir()
-    (tmp_path / "guard" / "sitecustomize.py").write_text(GUARD)
-    notes = tmp_path / "notes.txt"
-    environment = {"PYTHONPATH": str(tmp_path / "guard"), "SPEEDLAB_TEST_NOTES": str(notes)}
+    guard = tmp_path_factory.mktemp("guard")
+    (guard / "sitecustomize.py").write_text(GUARD)
+    notes = guard / "notes.txt"
+    environment = {"PYTHONPATH": str(guard), "SPEEDLAB_TEST_NOTES": str(notes)}
     api = start_server(env=environment)
     yield api, notes
     api.server.stop()
@@ -62,7 +62,7 @@ def test_the_guard_would_see_a_connection(guarded, tmp_path):
     import sys
 
     notes = tmp_path / "other.txt"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "guard"), "SPEEDLAB_TEST_NOTES": str(notes)}
+    environment = {**os.environ, "PYTHONPATH": str(guarded[1].parent), "SPEEDLAB_TEST_NOTES": str(notes)}
     script = "import socket; socket.create_connection(('192.0.2.1', 80), 2)"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert "Network is unreachable" in done.stderr and "192.0.2.1" in notes.read_text()

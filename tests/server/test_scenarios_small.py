@@ -37,9 +37,9 @@ def models(server, vega_checkpoint, taesd_files) -> ModelChoice:
     return choice
 
 
-# Of every day: each node and technique once.
+# Of every day: each node once. That ComfyUI takes all graphs is shown in tests/comfy/test_scenario_graphs.py.
 EVERYDAY = {
-    "txt2img-default", "profile-nvtx", "sd15-cpu-onnxruntime", "sd15-controlnet", "sd15-lora-stack", "xy-grid",
+    "txt2img-default", "profile-nvtx", "sd15-controlnet", "sd15-lora-stack", "xy-grid",
     "sdxl-fastest-deepcache", "sdxl-under-8gb", "sdxl-vae-tiling", "sdxl-staged-batch", "sdxl-refiner-ensemble",
     "sdxl-tensorrt",
 }  # fmt: skip
