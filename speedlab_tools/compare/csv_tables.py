@@ -187,7 +187,7 @@ def compare(a: Table, b: Table, across: bool = False) -> tuple[list[Comparison],
         if not shared and (len(mine) > 1 or len(theirs) > 1):
             named = setting_name(key)
             notes.append(
-                f"{named}: not compared, for A measured it in {_told(mine)}, and B in {_told(theirs)}. Compare tables "
+                f"{named}: not compared, for A measured it in {_listed(mine)}, and B in {_listed(theirs)}. Compare tables "
                 "of one environment each."
             )
             continue
@@ -305,5 +305,5 @@ def _mixture(pair: tuple[Environment, Environment], sides: Sequence[Sequence[Run
     return "; ".join(differing), "device" in names
 
 
-def _told(environments: Iterable[Environment]) -> str:
+def _listed(environments: Iterable[Environment]) -> str:
     return " and ".join(map(str, environments))
