@@ -130,8 +130,9 @@ class DynamicCFG:
     CATEGORY = _CATEGORY
     DESCRIPTION = (
         "Turns the negative prompt's half of each evaluation off for the last steps, where it changes the image "
-        "least. Works together with DeepCache. Where a sampler or another node needs that half, it stays on and the "
-        "record says why. For SD 1.x, SD 2.x and the SDXL family."
+        "least, or outside a window, or in every second step. Works together with DeepCache and Forecast. Where a "
+        "sampler or another node needs that half, it stays on and the record says why. For SD 1.x, SD 2.x and the SDXL "
+        "family."
     )
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)
@@ -173,10 +174,65 @@ class DynamicCFG:
                     },
                 ),
             },
+            "optional": {
+                "start_at": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Share of the steps before which there is no guidance. Above 0 the composition "
+                        "changes.",
+                    },
+                ),
+                "sigma_low": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1000.0,
+                        "step": 0.01,
+                        "tooltip": "No guidance in steps that begin at this sigma or below; 0 is no limit. 0.28 is a "
+                        "known value for SDXL.",
+                    },
+                ),
+                "sigma_high": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 1000.0,
+                        "step": 0.01,
+                        "tooltip": "No guidance in steps that begin above this sigma; 0 is no limit. 5.42 is a known "
+                        "value for SDXL; it changes the composition.",
+                    },
+                ),
+                "uncond_interval": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 1,
+                        "max": 10,
+                        "tooltip": "Inside the guided steps the negative prompt is evaluated every so many steps; in "
+                        "between its last difference to the prompt stands for it. 1 is every step.",
+                    },
+                ),
+                "uncond_from": (
+                    "FLOAT",
+                    {
+                        "default": 0.25,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Share of the steps from which uncond_interval counts.",
+                    },
+                ),
+            },
         }
 
-    def apply(self, model: Any, mode: Any, stop_at: float, similarity: float) -> tuple[Any]:
-        return (attach_dynamic_cfg(model, DynamicCFGConfig(mode=mode, stop_at=stop_at, similarity=similarity)),)
+    def apply(self, model: Any, **options: Any) -> tuple[Any]:
+        return (attach_dynamic_cfg(model, DynamicCFGConfig(**options)),)
 
 
 class Forecast:
@@ -187,8 +243,8 @@ class Forecast:
     CATEGORY = _CATEGORY
     DESCRIPTION = (
         "Leaves out whole steps of the model: their denoised latent is continued from the steps before, and the "
-        "sampler goes on with that. Lossy: check the result with Compare Images. Does nothing at 9 steps and fewer. For "
-        "any model that ComfyUI samples with a CFG guider, compiled or not; works together with Dynamic CFG."
+        "sampler goes on with that. Lossy: check the result with Compare Images. Does nothing at 9 steps and fewer. "
+        "For any model that ComfyUI samples with a CFG guider, compiled or not; works together with Dynamic CFG."
     )
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)

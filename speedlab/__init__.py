@@ -1,3 +1,3 @@
 """The SpeedLab engine: no node classes, no user interface."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

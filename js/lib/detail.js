@@ -1,7 +1,7 @@
 // One run in full.
 import { legend, StepChart } from "./chart.js";
 import { el } from "./dom.js";
-import { duration, gigabytes, isNumber, rate, recordBars } from "./figures.js";
+import { duration, gigabytes, isNumber, rate, recordBars, stepsText } from "./figures.js";
 import { t } from "./i18n.js";
 import { memoryPeaks, phaseBar, statusBadge } from "./parts.js";
 import { fileUrl, jsonUrl } from "./server.js";
@@ -102,9 +102,9 @@ function links(runId, kind, value) {
   return values.filter((path) => typeof path === "string").map((path, index) => el("a", { class: "sl-button", href: fileUrl(runId, kind, index), target: "_blank", rel: "noopener", title: path, text: values.length > 1 ? `${name} ${index + 1}` : name }));
 }
 
-function settingsLine({ request = {}, env = {} }) {
+function settingsLine({ request = {}, env = {}, summary = {} }) {
   const size = isNumber(request.width) ? `${request.width}×${request.height} ×${request.batch}` : "";
-  return [request.checkpoint?.name, size, request.sampler && `${request.sampler}/${request.scheduler}`, env.device].filter(Boolean).join(" · ");
+  return [request.checkpoint?.name, size, request.sampler && `${request.sampler}/${request.scheduler}`, stepsText(summary.steps ?? request.steps, request.steps), env.device].filter(Boolean).join(" · ");
 }
 
 /** Everything that was set, as [name, text], flat. */

@@ -30,6 +30,12 @@ export const rate = (perSecond) =>
       : `${(1 / perSecond).toFixed(2)} s/it`
     : "–";
 
+/** Steps taken, and those asked for where the scheduler made others of them. */
+export function stepsText(taken, asked) {
+  if (!isNumber(taken)) return "";
+  return isNumber(asked) && asked !== taken ? t("n_steps_of", { n: taken, asked }) : t("n_steps", { n: taken });
+}
+
 export const gigabytes = (value) => (isNumber(value) ? `${value.toFixed(value < 10 ? 2 : 1)} GB` : "–");
 
 export const KINDS = ["full", "cached", "forecast", "cfg_off", "first"];

@@ -74,7 +74,7 @@ class Panel {
     return isOther;
   }
 
-  /** A live state: {run_id, run, runs, warmup, total, steps, summary, state}. */
+  /** A live state: {run_id, run, runs, warmup, total, steps, summary, queued, state}. */
   showLive(state) {
     this.runId = state.run_id;
     const bars = liveBars(state.steps);
@@ -83,7 +83,9 @@ class Panel {
     this.element.dataset.steps = state.steps.length;
     this.element.dataset.state = state.state;
     this.title.textContent = running ? runName(state) : "";
-    this.figure.textContent = rate(state.summary?.it_per_s);
+    // On a GPU these are the times at which the host handed work over; what the GPU took comes with the result.
+    this.figure.textContent = rate(state.summary?.it_per_s) + (state.queued ? ` (${t("queued")})` : "");
+    this.figure.title = state.queued ? t("queued_title") : "";
     const all = state.total * state.runs;
     const done = state.total * state.run + state.steps.length;
     this.progress.style.width = `${all ? Math.min(100, (100 * done) / all) : 0}%`;
@@ -112,6 +114,7 @@ class Panel {
     this.title.replaceChildren(profile.plan ?? "", statusBadge(profile.status) ?? "");
     this.title.title = profile.plan ?? "";
     this.figure.textContent = rate(summary.it_per_s);
+    this.figure.title = "";
     this.progress.style.width = "0";
     this.chart.draw(bars, { stepMs: summary.step_time_ms });
     this.below.replaceChildren(

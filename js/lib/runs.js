@@ -2,7 +2,7 @@
 import { el } from "./dom.js";
 import { compareView } from "./compare.js";
 import { detailView } from "./detail.js";
-import { duration, gigabytes, isNumber, rate } from "./figures.js";
+import { duration, gigabytes, isNumber, rate, stepsText } from "./figures.js";
 import { t } from "./i18n.js";
 import { statusBadge } from "./parts.js";
 import { csvUrl, deleteRuns, listRuns, readRun } from "./server.js";
@@ -103,7 +103,7 @@ export class RunsTab {
     });
     mark.checked = this.picked.includes(run.run_id);
     const size = isNumber(run.width) && isNumber(run.height) ? `${run.width}×${run.height}` : "";
-    const facts = [size, isNumber(run.batch) && run.batch > 1 ? `×${run.batch}` : "", run.sampler, isNumber(run.steps) ? t("n_steps", { n: run.steps }) : ""];
+    const facts = [size, isNumber(run.batch) && run.batch > 1 ? `×${run.batch}` : "", run.sampler, stepsText(run.steps, run.steps_asked)];
     const share = best && run.it_per_s ? (100 * run.it_per_s) / best : 0;
     return el(
       "div",
@@ -120,7 +120,7 @@ export class RunsTab {
         "div",
         { class: "sl-numbers" },
         el("b", { text: rate(run.it_per_s) }),
-        el("span", { text: duration(run.total_ms ?? run.sample_ms) }),
+        timeOf(run),
         el("span", { text: isNumber(run.peak_gb) ? `${gigabytes(run.peak_gb)} ${t(run.peak_kind)}` : "" }),
       ),
     );
@@ -188,6 +188,12 @@ export class RunsTab {
       this.note.textContent = t("failed", { why: error.message });
     }
   }
+}
+
+// The time from text to image; where it is not known the sampling's, which says so.
+function timeOf({ total_ms, sample_ms }) {
+  if (isNumber(total_ms)) return el("span", { title: t("total"), text: duration(total_ms) });
+  return el("span", { text: isNumber(sample_ms) ? `${t("phase_sample")} ${duration(sample_ms)}` : "" });
 }
 
 /** A button that asks before it acts. */

@@ -33,6 +33,12 @@ def missing_input(message: str) -> Any:
     return ExecutionBlocker(message)
 
 
+def is_dynamic(patcher: Any) -> bool:
+    """Whether ComfyUI itself pages the weights of a patcher's model in and out (its dynamic VRAM)."""
+    probe = getattr(patcher, "is_dynamic", None)
+    return bool(probe()) if callable(probe) else False
+
+
 def progress_bar(total: int) -> Any:
     """ComfyUI's progress bar of the executing node."""
     import comfy.utils

@@ -66,7 +66,7 @@ def run_chart(record: RunRecord, wanted: Sequence[str] = OF_SAMPLER) -> Any:
         MEMORY: bool(_memory_lines(record)),
         KERNELS: bool(record.kernels),
     }
-    return torch.cat([_image(record, _DRAWINGS[name]) for name in wanted if drawable[name]])
+    return torch.cat([to_image(figure_of(record, name)) for name in wanted if drawable[name]])
 
 
 def chart_or_blank(record: RunRecord, wanted: Sequence[str] = OF_SAMPLER) -> Any:
@@ -230,14 +230,15 @@ def _step_ms(step: Any) -> float:
     return float(step["cpu_ms"] if step["gpu_ms"] is None else step["gpu_ms"])
 
 
-def _image(record: RunRecord, draw: Callable[[Axes, RunRecord], None]) -> Any:
+def figure_of(record: RunRecord, name: str) -> Figure:
+    """One of the images of OF_REPORT, drawn. Raises UnavailableError without matplotlib."""
     figure = new_figure(9.0, 5.2)
     axes = figure.subplots()
     axes.set_title(_title(record), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    draw(axes, record)
+    _DRAWINGS[name](axes, record)
     figure.tight_layout()
-    return to_image(figure)
+    return figure
 
 
 def new_figure(width: float, height: float) -> Figure:

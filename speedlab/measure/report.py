@@ -67,7 +67,7 @@ def report_text(record: RunRecord) -> str:
         f"SpeedLab run {record.run_id} ({record.status})",
         f"{request.get('plan')} | {(request.get('checkpoint') or {}).get('name') or 'unknown checkpoint'} | "
         f"{request.get('width')}x{request.get('height')} batch {request.get('batch')} | {request.get('sampler')}/"
-        f"{request.get('scheduler')} {request.get('steps')} steps cfg {request.get('cfg')} seed {request.get('seed')}",
+        f"{request.get('scheduler')} {_steps_taken(record)} cfg {request.get('cfg')} seed {request.get('seed')}",
         f"{record.env.get('device')} | torch {record.env.get('torch')} | ComfyUI {record.env.get('comfyui')} | "
         f"{precision_text(request.get('precision')) or 'unknown precision'} | attention {record.env.get('attention')}",
         "",
@@ -81,6 +81,12 @@ def report_text(record: RunRecord) -> str:
     if record.quality:
         body.append(f"quality: {_pairs(record.quality)}")
     return "\n".join([*head, *body])
+
+
+def _steps_taken(record: RunRecord) -> str:
+    """Steps taken, and those asked for where the scheduler made others of them."""
+    asked, taken = record.request.get("steps"), record.summary.get("steps")
+    return f"{asked} steps" if taken in (None, asked) else f"{taken} steps ({asked} asked for)"
 
 
 def _phase_table(record: RunRecord) -> list[str]:

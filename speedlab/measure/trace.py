@@ -67,7 +67,7 @@ class StepRow:
 class Observer(Protocol):
     """Sees a run while it goes on; called in the timed path, so it must return at once."""
 
-    def began(self, steps: int, mark: Mark) -> None: ...
+    def began(self, steps: int, mark: Mark, apart: Sequence[tuple[Mark, Mark]]) -> None: ...
 
     def evaluating(self, evaluation: Evaluation) -> None: ...
 
@@ -128,7 +128,7 @@ class SamplingTrace:
         self.emitter.push(nvtx.SAMPLE, len(self.sigmas) - 1)
         self._push_step(0)
         if self.observer is not None:
-            self.observer.began(len(self.sigmas) - 1, self.start)
+            self.observer.began(len(self.sigmas) - 1, self.start, self.apart)
 
     def finish(self) -> None:
         if self._open_step:

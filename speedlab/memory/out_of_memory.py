@@ -10,6 +10,7 @@ from typing import Any
 from ..common.core import is_out_of_memory
 from ..common.errors import SpeedLabError, first_line
 from ..patching.compiled import has_compile_wrapper, refusal_of_streaming
+from ..patching.wrappers import refuse_work_units
 from ..vae.variants import Derivation, set_derivation
 from .placement import Group, Offload, Placement, is_planned, planned
 
@@ -48,9 +49,14 @@ def advice(phase: str, offload: Offload, group: Group) -> Iterator[None]:
 
         group.unload()
         mm.soft_empty_cache()
+        what_next = f"Its models were taken off the device. {_NEXT[offload]}"
+        if group.is_paged():
+            what_next = (
+                "ComfyUI's dynamic VRAM moves the weights here, and had moved what it can: make the image or the batch "
+                "smaller, or start ComfyUI with a higher --reserve-vram."
+            )
         raise OutOfMemoryError(
-            f"Out of memory while {phase} with offload {offload} ({reason}). Its models were taken off the device. "
-            f"{_NEXT[offload]}{_IN_PHASE[phase]}"
+            f"Out of memory while {phase} with offload {offload} ({reason}). {what_next}{_IN_PHASE[phase]}"
         )
 
 
@@ -59,6 +65,7 @@ def with_advice_in_sampling(offload: Offload, group: Group) -> Callable[..., Any
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         transformer_options = executor.class_obj.model_options.get("transformer_options", {})
+        refuse_work_units(executor.class_obj.model_patcher, "Memory Plan")
         if offload == "sequential" and has_compile_wrapper(transformer_options.get("wrappers", {})):
             raise refusal_of_streaming()
         with advice("sampling", offload, group):

@@ -1,8 +1,9 @@
 """A ModelPatcher that follows a memory plan wherever ComfyUI loads it.
 
 ComfyUI decides when a model is loaded and with how much room; this class steers it through the arguments of its own
-methods. Clones keep the plan. Other patchers of the same weights, without a plan, are not affected: ComfyUI detaches
-this one before it loads another.
+methods. Clones keep the plan, and so do the plain ones that ComfyUI makes of a model under its dynamic VRAM; there the
+plan itself does nothing, for ComfyUI keeps what fits and evicts on demand. Other patchers of the same weights, without
+a plan, are not affected: ComfyUI detaches this one before it loads another.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..common.core import is_dynamic
 from ..patching.compiled import is_compiled_in_place, refusal_of_streaming
-from ..patching.dynamic_vram import is_dynamic
 from ..patching.wrappers import SharedState
 from .streaming import ModelStream, networks
 
@@ -53,6 +54,7 @@ class Group:
         mine = [
             one for one in mm.current_loaded_models
             if _weights(one) is not None and _weights(one) is not but and self.holds(_weights(one))
+            and not is_dynamic(one.model)
             # Beside another model a streamed one may stay: it has nothing on the device, and loading it again would
             # lock all its weights in the host's memory again.
             and (but is None or one.model_loaded_memory() > 0)
@@ -60,6 +62,12 @@ class Group:
         for device in {one.device for one in mine}:
             others = [one for one in mm.current_loaded_models if not any(one is own for own in mine)]
             mm.free_memory(1e30, device, keep_loaded=others)
+
+    def is_paged(self) -> bool:
+        """Whether a model of the group is loaded under ComfyUI's dynamic VRAM, which no plan unloads."""
+        import comfy.model_management as mm
+
+        return any(self.holds(_weights(one)) and is_dynamic(one.model) for one in mm.current_loaded_models)
 
 
 def _weights(loaded: Any) -> Any:
@@ -92,13 +100,15 @@ class _Planned(_Patcher):
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         copy = super().clone(*args, **kwargs)
-        if isinstance(copy, _Planned):
-            copy.placement = self.placement
+        if not isinstance(copy, _Planned):  # some patchers clone to a class of their choice
+            copy.__class__ = _planned_class(type(copy))
+        copy.placement = self.placement
         return copy
 
     def model_patches_models(self) -> Any:
         # The first thing that ComfyUI asks of a model that it is about to load, before it counts the free memory.
-        self.placement.group.unload(but=self.model)
+        if not is_dynamic(self):
+            self.placement.group.unload(but=self.model)
         return super().model_patches_models()
 
     def partially_load(self, device_to: Any, extra_memory: Any = 0, *args: Any, **kwargs: Any) -> Any:
@@ -110,12 +120,17 @@ class _Planned(_Patcher):
         self, device_to: Any = None, lowvram_model_memory: Any = 0, force_patch_weights: bool = False,
         full_load: bool = False, **kwargs: Any,
     ) -> Any:  # fmt: skip
+        # By keyword, as ComfyUI calls it: other packs' patchers take nothing but the device by place.
+        kwargs.update(
+            lowvram_model_memory=lowvram_model_memory, force_patch_weights=force_patch_weights, full_load=full_load
+        )
         if not self._streams():
-            return super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **kwargs)
+            return super().load(device_to, **kwargs)
         if any(map(is_compiled_in_place, networks(self.model))):
             raise refusal_of_streaming()
         # Patches go into the weights at home, once, so that what is streamed is what a loaded model has.
-        result = super().load(device_to, _NO_ROOM, True, False, **kwargs)
+        kwargs.update(lowvram_model_memory=_NO_ROOM, force_patch_weights=True, full_load=False)
+        result = super().load(device_to, **kwargs)
         self._patch_all()
         if self.stream is None:
             keep_cast = bool(getattr(self, "force_cast_weights", False))
@@ -149,7 +164,7 @@ class _Planned(_Patcher):
         return super().unpatch_model(device_to, unpatch_weights)
 
     def _streams(self) -> bool:
-        return self.placement.streams
+        return self.placement.streams and not is_dynamic(self)
 
     def _loaded_by_another(self) -> bool:
         """Whether weights are on the device, or patched in use, as another patcher of this model left them."""
@@ -180,13 +195,8 @@ def _planned_class(base: type) -> type:
 
 
 def planned(patcher: Any, placement: Placement) -> Any:
-    """A clone of `patcher` that is loaded as `placement` says; `patcher` itself is untouched.
-
-    Where ComfyUI's dynamic VRAM streams a model, sequential offload leaves that to it and only takes turns.
-    """
+    """A clone of `patcher` that is loaded as `placement` says; `patcher` itself is untouched."""
     clone = unplanned(patcher)
-    if placement.offload == "sequential" and is_dynamic(clone):
-        placement = Placement("model", placement.group)
     clone.__class__ = _planned_class(type(clone))
     clone.placement = placement
     return clone

@@ -9,13 +9,14 @@ A plan in words and numbers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from ..common.core import is_dynamic
 from ..common.errors import SpeedLabError, UnavailableError
 from ..patching.compiled import has_compile_wrapper, refusal_of_streaming
-from ..patching.dynamic_vram import is_dynamic
+from ..patching.notes import report_note, report_ran
 from ..patching.wrappers import Accelerator, Site, accelerators, attach, declare
 from ..vae.decode import require_vae
 from ..vae.variants import is_compiled_vae
@@ -79,7 +80,7 @@ def plan_memory(
     refused: tuple[Offload, ...] = ("sequential",) if compiled else ()
     chosen = _choose(config, predictions, budget, refused)
     text = plan_text(
-        predictions, chosen, size, budget, config.budget_gb > 0, model.load_device.type, is_dynamic(model),
+        predictions, chosen, size, budget, config.budget_gb > 0, model.load_device.type, _paged(model, clip, vae),
         is_measured(model.load_device.type), is_attention_fused(model),
     )  # fmt: skip
     log.info("SpeedLab: %s", text)
@@ -132,6 +133,12 @@ def _patchers(model: Any, clip: Any | None, vae: Any | None) -> list[Any]:
     return [model, *(part.patcher for part in (clip, vae) if part is not None)]
 
 
+def _paged(model: Any, clip: Any | None, vae: Any | None) -> tuple[str, ...]:
+    """The models of a plan whose weights ComfyUI's dynamic VRAM moves, in words."""
+    named = {"UNet": model, **{name: part.patcher for name, part in (("text encoders", clip), ("VAE", vae)) if part}}
+    return tuple(name for name, patcher in named.items() if is_dynamic(patcher))
+
+
 def _choose(
     config: MemoryPlanConfig, predictions: dict[Offload, Prediction], budget: float, refused: tuple[Offload, ...]
 ) -> Offload:
@@ -172,7 +179,11 @@ def _attach(
         return planned(patcher, Placement(chosen if alike else "model", group))
 
     options = {"offload": chosen, **({"budget_gb": config.budget_gb} if config.budget_gb else {})}
-    wrappers = {Site.OUTER_SAMPLE: with_advice_in_sampling(chosen, group), Site.APPLY_MODEL: settling(group)}
+    wrappers = {
+        Site.OUTER_SAMPLE: with_advice_in_sampling(chosen, group),
+        Site.SAMPLER_SAMPLE: _with_what_is_left_to_core(options),
+        Site.APPLY_MODEL: settling(group),
+    }
     out = attach(place(model), KEY, wrappers)
     declare(out, Accelerator("memory_plan", options))
     return (
@@ -180,6 +191,19 @@ def _attach(
         None if clip is None else clip_with_advice(clip, place(clip.patcher), chosen, group),
         None if vae is None else vae_with_advice(vae, place(vae.patcher), chosen, group),
     )
+
+
+def _with_what_is_left_to_core(options: Mapping[str, Any]) -> Callable[..., Any]:
+    """A SAMPLER_SAMPLE wrapper: the record says where a plan did nothing."""
+
+    def sampler_sample(executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, *args: Any, **kwargs: Any) -> Any:
+        transformer_options = extra_args.get("model_options", {}).get("transformer_options", {})
+        if is_dynamic(model_wrap.model_patcher):
+            report_note(transformer_options, "Memory Plan: ComfyUI's dynamic VRAM moved the weights, and not the plan.")
+            report_ran(transformer_options, "memory_plan", {**options, "left_to": "dynamic_vram"})
+        return executor(model_wrap, sigmas, extra_args, *args, **kwargs)
+
+    return sampler_sample
 
 
 def _refuse_resident(patchers: list[Any]) -> None:
@@ -206,7 +230,7 @@ def gigabytes(nbytes: float) -> str:
 
 def plan_text(
     predictions: Mapping[Offload, Any], chosen: Offload, size: ImageSize, budget: float, given: bool,
-    device_type: str, dynamic: bool, measured: bool, fused: bool,
+    device_type: str, paged: Sequence[str], measured: bool, fused: bool,
 ) -> str:  # fmt: skip
     """Every phase of the chosen plan, the peaks of the others, and what the numbers leave out."""
     plan = predictions[chosen]
@@ -228,10 +252,11 @@ def plan_text(
             "Models run on the CPU: their weights lie in its memory under every plan, and sequential adds two layers. "
             "The numbers are what another device would need."
         )
-    if dynamic:
+    if paged:
         lines.append(
-            "ComfyUI's dynamic VRAM pages weights by itself here: under sequential it streams them, and uses what is "
-            "free. Start ComfyUI with --reserve-vram to keep it below a budget."
+            f"ComfyUI's dynamic VRAM moves the weights of {', '.join(paged)} itself, as it does without a plan: it "
+            "keeps what fits and evicts on demand. There the plan acts only on clones that ComfyUI loads whole, as for "
+            "compiled code and for prompts with hooks. Start ComfyUI with --reserve-vram to keep it below a budget."
         )
     if not measured:
         lines.append(f"Activations are counted from tensors; they were never measured on {device_type}.")

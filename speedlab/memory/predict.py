@@ -27,6 +27,7 @@ import torch
 from ..common.errors import UnavailableError
 from ..common.torch_private import operations_through, storage_id, tensors_in
 from ..models.unet import require_unet
+from ..models.weights import is_plain, logical_shape
 from ..vae.precision import starting_dtype
 from .placement import Offload
 from .streaming import networks, streamed_bytes, weight_bytes
@@ -297,7 +298,7 @@ def on_meta(network: torch.nn.Module) -> torch.nn.Module:
     """A copy of a network's structure on the `meta` device; no weight is copied, no hook comes along."""
     memo: dict[int, Any] = {}
     for weight in network.parameters():
-        memo[id(weight)] = torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        memo[id(weight)] = torch.nn.Parameter(_meta_weight(weight), requires_grad=False)
     for buffer in network.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     for part in network.modules():
@@ -315,6 +316,14 @@ def on_meta(network: torch.nn.Module) -> torch.nn.Module:
         for name in _PAGING:
             part.__dict__.pop(name, None)
     return result
+
+
+def _meta_weight(weight: torch.Tensor) -> torch.Tensor:
+    """What a layer computes with: of a quantised weight the one that it stands for."""
+    if is_plain(weight):
+        return torch.empty_like(weight, device="meta")
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float16
+    return torch.empty(logical_shape(weight), dtype=dtype, device="meta")
 
 
 def peak_bytes(forward: Callable[[], Any]) -> int:

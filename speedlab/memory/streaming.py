@@ -374,7 +374,7 @@ def weight_bytes(module: Any) -> int:
     """Bytes of all parameters and buffers of a module, each counted once, by its dtype."""
     seen: dict[int, int] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        seen[id(tensor)] = tensor.numel() * tensor.element_size()
+        seen[id(tensor)] = tensor.nbytes  # a quantised tensor counts its values, and takes less
     return sum(seen.values())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..common.errors import ModelFileError
 from .loading import find_model_file, readable, refuse_unsafe
+from .weights import is_plain, logical_shape
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def _count_matches(model: Any, clip: Any | None, weights: dict[str, Any]) -> tup
             continue
         module = (_layer(target), *(() if isinstance(key, str) else key[1:]))
         if isinstance(key, str) and not _fits(patch, logical_shape(present[target])):
-            if _says_its_size(present[target]):
+            if is_plain(present[target]):
                 foreign = target if "attn2" in target else foreign
                 continue
             unsure.add(module)
@@ -215,19 +216,6 @@ def _count_matches(model: Any, clip: Any | None, weights: dict[str, Any]) -> tup
 def _weights_of(network: Any) -> dict[str, Any]:
     """What core may patch, by name. The parameters themselves: a state dict shows what packed ones are stored as."""
     return {**network.state_dict(), **dict(network.named_parameters())}
-
-
-def logical_shape(weight: Any) -> tuple[int, ...]:
-    """The shape of what a weight stands for: quantised ones may be stored as bytes, two values in each."""
-    state = getattr(weight, "quant_state", None)  # bitsandbytes keeps it apart
-    return tuple(getattr(state, "shape", None) or weight.shape)
-
-
-def _says_its_size(weight: Any) -> bool:
-    """Whether a weight is a plain tensor of numbers, which has as many of them as its shape says."""
-    import torch
-
-    return type(weight) in (torch.Tensor, torch.nn.Parameter) and weight.is_floating_point()
 
 
 def _fits(patch: Any, shape: tuple[int, ...]) -> bool:

@@ -10,18 +10,12 @@ import weakref
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from ..common.core import is_out_of_memory
+from ..common.core import is_dynamic, is_out_of_memory
 from ..common.errors import UnavailableError, first_line
 
 # The set of weights that is loaded whole, by the module that is paged, and what its patchers share beside it.
 _whole: WeakKeyDictionary[Any, weakref.ref[Any]] = WeakKeyDictionary()
 _shared: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-
-
-def is_dynamic(patcher: Any) -> bool:
-    """Whether ComfyUI itself pages this model's weights in and out."""
-    probe = getattr(patcher, "is_dynamic", None)
-    return bool(probe()) if callable(probe) else False
 
 
 def loaded_whole(patcher: Any, who: str) -> Any:

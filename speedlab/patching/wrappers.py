@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from ..common.errors import UnavailableError
+
 ACCELERATORS = "speedlab.accelerators"
 _RUN_STATES = "speedlab_run_states"
 
@@ -84,6 +86,18 @@ def declare(model: Any, accelerator: Accelerator) -> None:
 def accelerators(model: Any) -> tuple[Accelerator, ...]:
     """The techniques that SpeedLab nodes attached to this model, in the order of the graph."""
     return model.get_attachment(ACCELERATORS) or ()
+
+
+def refuse_work_units(patcher: Any, technique: str) -> None:
+    """Refuse ComfyUI's MultiGPU Work Units: they evaluate conds in threads, each on a model of its own.
+
+    State of a run is for one thread, and so is what is swapped into a model for an evaluation. Raises UnavailableError.
+    """
+    if patcher.get_additional_models_with_key("multigpu"):
+        raise UnavailableError(
+            f"{technique} and MultiGPU Work Units cannot work on one model: those evaluate it on several GPUs at once, "
+            "and it works on one. Take one of the two nodes out of the graph. Fleet uses several GPUs in another way."
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,10 @@ from ..common.errors import SpeedLabError
 from ..measure.context import NodeContext
 from ..measure.peaks import MemoryPeak, growth_gb, rss_to_grow_from
 from ..measure.record import RunRecord, memory_dict
-from ..measure.store import RunStore
 from ..measure.timeline import Block, measured
 from ..models import text as conditioning
 from ..models.loading import SOURCE, VAE_SOURCE, CheckpointSource, family_of, load_checkpoint
-from ..sampling.complete import merge_memory, save_pngs
+from ..sampling.complete import merge_memory
 from ..sampling.ensemble import EnsembleRequest, Expert, sample_ensemble
 from ..sampling.profiled import ProfiledLatent, ProfileOptions, SamplingRequest, profile_sampling
 from ..vae import decode as decoding
@@ -43,22 +42,26 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A cell ready to run: its parts with every technique attached, and the decoder's options."""
+    """A cell ready to run: its parts with every technique attached, and the decoder's options; None is core's own."""
 
     parts: Parts
     settings: CellSettings
-    decoder: dict[str, Any]
+    decoder: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class OneRun:
-    """One image's (or batch's) times in milliseconds. `record` is the sampler's, with memory over all phases."""
+    """One image's (or batch's) times in milliseconds. `record` is the sampler's, with memory over all phases.
+
+    `latent` and the first of the `pictures` are in the host's memory.
+    """
 
     record: RunRecord
     encode_ms: float
     sample_ms: float
     decode_ms: float
     save_ms: float
+    latent: Any
     pictures: Any
     decode_info: dict[str, Any]
     files: tuple[str, ...]
@@ -85,7 +88,10 @@ def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Re
         wanted = options_of(settings.weights, WEIGHTS, nodes)
         parts = reloader.parts_in(wanted.get("precision", "auto"), wanted.get("memory_format"))
     for technique in settings.techniques:
-        parts = attach(parts, technique, nodes)
+        # A VAE that is not used has no place in a memory plan.
+        alone = technique.name == "memory_plan" and settings.decoder.name == "tiny"
+        made = attach(replace(parts, vae=None) if alone else parts, technique, nodes)
+        parts = replace(made, vae=parts.vae) if alone else made
     if settings.decoder.name == "full":
         decoding.require_vae(parts.vae)
     conditioning.require_clip(parts.clip)
@@ -110,42 +116,49 @@ def check_sampler(settings: CellSettings) -> None:
 
 
 def run_once(
-    prepared: Prepared, prompt: Prompt, context: NodeContext, store: RunStore, picture_id: str, first_picture: int,
-    on_step: Callable[[int], None],
+    prepared: Prepared, prompt: Prompt, context: NodeContext, on_step: Callable[[int], None] | None = None,
+    save: Callable[[Any], Iterable[str]] | None = None,
 ) -> OneRun:  # fmt: skip
-    """Make one prompt's images and measure each phase. Images of a later repeat replace those of an earlier one."""
+    """Make one prompt's images and measure each phase; `save` writes them and gives the names of the files."""
     parts, settings = prepared.parts, prepared.settings
-    text = prompt.text
-    if settings.prompt_tokens is not None:
-        text = prompt_of_length(parts.clip, text, settings.prompt_tokens)
     resident = rss_to_grow_from()
     with measured("text_encode", conditioning.device_of(parts.clip)) as encoded:
-        base = _expert(parts.model, parts.clip, text, prompt.negative)
-        refiner = None
-        if settings.handoff is not None:
-            refiner = _expert(parts.refiner, parts.refiner_clip, text, prompt.negative)
-    latent = core_nodes().EmptyLatentImage().generate(settings.width, settings.height, settings.batch)[0]
-    sampled = _sample(base, refiner, latent, prompt.seed, settings, ProfileOptions(part=True, on_step=on_step), context)
+        experts = encode(prepared, prompt)
+    sampled = sample(prepared, experts, prompt.seed, ProfileOptions(part=True, on_step=on_step), context)
     device = taesd.decode_device() if settings.decoder.name == "tiny" else parts.vae.device
     with measured("decode", device) as decoded:
         result = _decode(prepared, sampled.latent)
+    files: Iterable[str] = ()
     with measured("save") as saved:
-        files = save_pngs(result.images, picture_id, context, store, first_picture)
+        if save is not None:
+            files = save(result.images)
     run = (sampled.record.summary.get("run") or {}).get("median")
     return OneRun(
         record=_with_memory(sampled.record, encoded, decoded),
         encode_ms=encoded.ms,
         sample_ms=float(run or 0.0),
         decode_ms=decoded.ms,
-        save_ms=saved.ms,
+        save_ms=0.0 if save is None else saved.ms,
+        latent=sampled.latent["samples"].detach().float().cpu(),
         pictures=result.images[:1].float().cpu(),
         decode_info=dict(result.info),
-        files=tuple(path.relative_to(store.root.parent).as_posix() for path in files),
+        files=tuple(files),
         rss_growth_gb=growth_gb(
             resident, (encoded.peak, decoded.before, decoded.peak), sampled.record.memory.get("sample", {})
         ),
         compile_ms=encoded.apart_ms + float(sampled.record.phases_ms.get("compile") or 0.0) + decoded.apart_ms,
     )
+
+
+def encode(prepared: Prepared, prompt: Prompt) -> tuple[Expert, Expert | None]:
+    """The cell's model with the prompt, and the refiner with it where the cell hands over."""
+    parts, settings, text = prepared.parts, prepared.settings, prompt.text
+    if settings.prompt_tokens is not None:
+        text = prompt_of_length(parts.clip, text, settings.prompt_tokens)
+    base = _expert(parts.model, parts.clip, text, prompt.negative)
+    if settings.handoff is None:
+        return base, None
+    return base, _expert(parts.refiner, parts.refiner_clip, text, prompt.negative)
 
 
 def _expert(model: Any, clip: Any, text: str, negative: str) -> Expert:
@@ -156,11 +169,12 @@ def _expert(model: Any, clip: Any, text: str, negative: str) -> Expert:
     return Expert(model, positive, conditioning.encode(clip, negative))
 
 
-def _sample(
-    base: Expert, refiner: Expert | None, latent: dict[str, Any], seed: int, settings: CellSettings,
-    options: ProfileOptions, context: NodeContext,
-) -> ProfiledLatent:  # fmt: skip
+def sample(
+    prepared: Prepared, experts: tuple[Expert, Expert | None], seed: int, options: ProfileOptions, context: NodeContext
+) -> ProfiledLatent:
     """The base alone, or base and refiner where the cell hands over."""
+    settings, (base, refiner) = prepared.settings, experts
+    latent = core_nodes().EmptyLatentImage().generate(settings.width, settings.height, settings.batch)[0]
     chosen = (seed, settings.steps, settings.cfg, settings.sampler, settings.scheduler)
     if refiner is not None and settings.handoff is not None:
         return sample_ensemble(base, refiner, latent, EnsembleRequest(*chosen, settings.handoff), options, context)
@@ -171,6 +185,8 @@ def _sample(
 
 def _decode(prepared: Prepared, latent: dict[str, Any]) -> decoding.Decoded:
     parts = prepared.parts
+    if prepared.decoder is None:
+        return decoding.Decoded(core_nodes().VAEDecode().decode(parts.vae, latent)[0])
     if prepared.settings.decoder.name == "tiny":
         return taesd.decode_tiny(latent, taesd.TinyDecodeConfig(**prepared.decoder), parts.model)
     return decoding.decode(parts.vae, latent, decoding.DecodeConfig(**prepared.decoder))

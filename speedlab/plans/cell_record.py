@@ -32,7 +32,7 @@ from .in_turn import Series
 from .techniques import Parts, of_core
 
 
-@dataclass
+@dataclass(eq=False)
 class CellRuns(Series[tuple[OneRun, ...]]):
     """What a cell gathered; each run holds one of each prompt."""
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 Run = TypeVar("Run")
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Series(Generic[Run]):
     """What was measured of one variant: `first` is its very first run, where compilation shows, `repeats` those that
     count. A series whose status is no longer `ok` is not measured again.

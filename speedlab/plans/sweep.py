@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..common.core import output_directory
@@ -21,6 +22,7 @@ from ..measure import timeline
 from ..measure.context import NodeContext
 from ..measure.peaks import rss_bytes
 from ..measure.store import RunStore, new_run_id
+from ..sampling.complete import save_pngs
 from ..sampling.profiled import failure_message, failure_status
 from .axes import MOST_IMAGES, Axis, Cell, CellSettings, baseline_of, make_cell, make_cells, parse_axis, with_batch
 from .batch_search import BatchSearch, NotTriedError, refuse_too_large, saturation_point
@@ -128,18 +130,21 @@ class Sweep:
             prepared = self._prepare(runs.cell)
             made: list[OneRun] = []
             for prompt in self.request.prompts:
-                first_picture = len(made) * settings.batch
-                run = run_once(
-                    prepared, prompt, self.context, self.store, runs.run_id, first_picture, self.progress.step
-                )
+                save = partial(self._save, runs.run_id, len(made) * settings.batch)
+                run = run_once(prepared, prompt, self.context, self.progress.step, save)
                 self.progress.finished(settings.steps)
                 self._measured_ms += run.total_ms + run.compile_ms
                 made.append(run)
             if turn.counts and not runs.repeats:
                 self._look(runs, made)
             # Only the first repeat's images are looked at.
-            turn.keep(tuple(replace(run, pictures=None) for run in made))
+            turn.keep(tuple(replace(run, pictures=None, latent=None) for run in made))
         self._running = None
+
+    def _save(self, name: str, first: int, images: Any) -> list[str]:
+        """Images of a later repeat replace those of an earlier one."""
+        paths = save_pngs(images, name, self.context, self.store, first)
+        return [path.relative_to(self.store.root.parent).as_posix() for path in paths]
 
     def _failed(self, turn: Turn[CellRuns], error: Exception) -> str:
         runs = turn.series

@@ -48,6 +48,7 @@ class RunSummary:
     checkpoint: str
     sampler: str
     steps: float | None
+    steps_asked: float | None
     width: float | None
     height: float | None
     batch: float | None
@@ -297,7 +298,9 @@ def _summary_of(path: Path, size: int) -> RunSummary | None:
         scenario=_text(request.get("scenario")),
         checkpoint=_text(_mapping(request.get("checkpoint")).get("name")),
         sampler="/".join(filter(None, (_text(request.get("sampler")), _text(request.get("scheduler"))))),
-        steps=_number(request.get("steps")),
+        # Some schedulers take other than the steps asked for.
+        steps=_number(summary.get("steps")) or _number(request.get("steps")),
+        steps_asked=_number(request.get("steps")),
         width=_number(request.get("width")),
         height=_number(request.get("height")),
         batch=_number(request.get("batch")),

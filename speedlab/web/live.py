@@ -106,11 +106,12 @@ class LiveFeed:
     def message(self) -> dict[str, Any]:
         """The state now: the steps done since the last message of this run, `first` being the first one's index.
 
+        `queued`: the device is behind, so that the times tell when work was handed to it.
         `summary` is of all steps of this run that are done, computed as the record's is.
         """
         run = self._run
         if run is None:
-            nothing = {"run": 0, "total": 0, "first": 0, "steps": [], "summary": speed(None, 0)}
+            nothing = {"run": 0, "total": 0, "first": 0, "steps": [], "summary": speed(None, 0), "queued": False}
             return {**self._info, "state": self._state, **nothing}
         if run.index != self._sent_run:
             self._sent_run, self._sent_steps = run.index, 0
@@ -120,7 +121,7 @@ class LiveFeed:
         if self._sent_steps < len(run.steps):
             self.changed()
         return {**self._info, "state": self._state, "run": run.index, "total": run.total, "first": first,
-                "steps": [list(step) for step in steps], "summary": run.speed()}  # fmt: skip
+                "steps": [list(step) for step in steps], "summary": run.speed(), "queued": run.queued}  # fmt: skip
 
 
 class LiveRun:
@@ -133,10 +134,12 @@ class LiveRun:
     def __init__(self, index: int, feed: LiveFeed) -> None:
         self.index = index
         self.total = 0
+        self.queued = False
         self.steps: list[tuple[float, int]] = []
         self._feed = feed
         self._evaluations: list[Evaluation] = []
         self._start_ns = 0
+        self._apart: Sequence[tuple[Mark, Mark]] = ()
         self._done = False
         # One value, which the server's loop reads while the sampling thread replaces it.
         self._so_far = (0, 0)
@@ -146,9 +149,10 @@ class LiveRun:
         steps, nanoseconds = self._so_far
         return speed(nanoseconds / 1e6, steps)
 
-    def began(self, steps: int, mark: Mark) -> None:
+    def began(self, steps: int, mark: Mark, apart: Sequence[tuple[Mark, Mark]] = ()) -> None:
         # A run that goes on with another model begins again for the steps that are left.
         self.total, self._start_ns = self.total + steps, mark.host_ns
+        self.queued, self._apart = mark.event is not None, apart
         self._feed.changed()
 
     def evaluating(self, evaluation: Evaluation) -> None:
@@ -164,8 +168,10 @@ class LiveRun:
             self._close_step(mark.host_ns)
 
     def _close_step(self, end_ns: int) -> None:
-        self.steps.append((round((end_ns - self._start_ns) / 1e6, 2), _flags(self._evaluations)))
-        self._so_far = (len(self.steps), self._so_far[1] + end_ns - self._start_ns)
+        inside = [(a, b) for a, b in self._apart if a.host_ns >= self._start_ns and b.host_ns <= end_ns]
+        spent_ns = end_ns - self._start_ns - sum(b.host_ns - a.host_ns for a, b in inside)
+        self.steps.append((round(spent_ns / 1e6, 2), _flags(self._evaluations)))
+        self._so_far = (len(self.steps), self._so_far[1] + spent_ns)
         self._evaluations, self._start_ns, self._done = [], end_ns, False
         self._feed.changed()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from speedlab.measure.record import CSV_COLUMNS, RUN_ID
+from speedlab.measure.record import CSV_COLUMNS, RUN_ID, SCHEMA
 
 from ..client.errors import BenchError
 from .drift import TURNS, Session, Span, estimate, span_of, split, turns
@@ -18,6 +18,8 @@ KEY = ("scenario", "plan", "batch", "width", "height", "steps", "cfg", "sampler"
        "accelerators", "seed", "checkpoint")  # fmt: skip
 _NAMED = frozenset({"scenario", "plan", "batch", "width", "height", "steps", "cfg"})
 THRESHOLD = 0.03
+# Rows of earlier versions may be of any schema.
+_FIRST_OF_SCHEMA = (0, 2, 0)
 _MORE = 1.0 + THRESHOLD
 # No run is shorter or longer; beyond that arithmetic would overflow.
 _SHORTEST_S, _LONGEST_S = 1e-9, 1e9
@@ -204,20 +206,21 @@ def compare(a: Table, b: Table, across: bool = False) -> tuple[list[Comparison],
 
 
 def with_schemas(table: Table, path: Path) -> Table:
-    """The table with the schema of every run whose record lies in `runs` beside it, as SpeedLab puts it."""
-    return replace(
-        table, runs=tuple(replace(run, schema=_schema(path.parent / "runs", run.run_id)) for run in table.runs)
-    )
+    """The table with the schema of every run: of its record in `runs` beside the table, else of the version that wrote
+    its row."""
+    return replace(table, runs=tuple(replace(run, schema=_schema(path.parent / "runs", run)) for run in table.runs))
 
 
-def _schema(folder: Path, run_id: str) -> int | None:
-    if not RUN_ID.fullmatch(run_id):
-        return None
+def _schema(folder: Path, run: Run) -> int | None:
+    written_by = tuple(int(part) for part in run.env.speedlab.split(".") if part.isdecimal())
+    of_version = SCHEMA if written_by >= _FIRST_OF_SCHEMA else None
+    if not RUN_ID.fullmatch(run.run_id):
+        return of_version
     try:
-        schema = json.loads((folder / f"{run_id}.json").read_text(encoding="utf-8"))["schema"]
+        schema = json.loads((folder / f"{run.run_id}.json").read_text(encoding="utf-8"))["schema"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # a table may be copied without its records
-    return schema if isinstance(schema, int) else None
+        return of_version  # a table may be copied without its records
+    return schema if isinstance(schema, int) else of_version
 
 
 def _run(row: Mapping[str, str], path: Path) -> Run:
@@ -296,6 +299,10 @@ def _mixture(pair: tuple[Environment, Environment], sides: Sequence[Sequence[Run
     if len(set().union(*schemas)) > 1:
         shown = [" and ".join(map(str, side)) or "unknown" for side in schemas]
         return f"records of schema {shown[0]} in A and {shown[1]} in B, whose time_s means something else", True
+    unknown = [any(run.schema is None for run in side) for side in sides]
+    if unknown[0] != unknown[1]:
+        shown = ["schema not known" if one else f"schema {SCHEMA}" for one in unknown]
+        return f"{shown[0]} in A and {shown[1]} in B: time_s of schema 1 left out the move of weights", True
     if a == b:
         return None, False
     names = [name for name in ("device", *_SOFTWARE) if getattr(a, name) != getattr(b, name)]

@@ -1,6 +1,6 @@
-"""One image from text, timed phase by phase; through core's nodes alone for stock.
+"""The tools of one call: a variant as a cell of Benchmark, one image of it, rows, the clock, errors that become rows.
 
-What every measurement works with: models, rows, the clock of the call, and errors that become rows.
+Images are made and measured by what measures Benchmark's cells, so that a number here is what it is there.
 """
 
 from __future__ import annotations
@@ -13,124 +13,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speedlab.common.core import compute_device, core_nodes, release_unused_memory
-from speedlab.common.errors import ResultsError, SpeedLabError, UnavailableError, first_line
-from speedlab.measure.clock import synchronize
-from speedlab.measure.peaks import MemoryPeak, measure_peak
+from speedlab.common.core import compute_device, core_nodes
+from speedlab.common.errors import SpeedLabError, UnavailableError, first_line
+from speedlab.measure.context import NodeContext
+from speedlab.measure.store import new_run_id
 from speedlab.memory.streaming import NetworkStream
-from speedlab.models import text as conditioning
-from speedlab.plans.axes import CellSettings
-from speedlab.plans.plan_text import parse_stack
-from speedlab.plans.techniques import DECODERS, NodeTable, Parts, attach, check_techniques, options_of
+from speedlab.plans.axes import Cell, CellSettings
+from speedlab.plans.cell import OneRun, Prepared, Prompt, Reloader, prepare, run_once
+from speedlab.plans.cell_record import CellRuns
+from speedlab.plans.in_turn import own_failure
+from speedlab.plans.techniques import Parts, check_techniques
 from speedlab.sampling.profiled import failure_message, failure_status
 from speedlab.techniques.compile.backends.dynamo import graphs_refused
-from speedlab.vae import decode as decoding
-from speedlab.vae import taesd
 
-from .models import Models, release
-from .plan import STOCK, Block, Variant, Workload, workload_of
+from ..scenarios.scenario import LIGHTHOUSE
+from .models import Models
+from .plan import Block, Variant, workload_of
 from .report import Journal
 
+PROMPT = Prompt(LIGHTHOUSE.text, LIGHTHOUSE.negative or "", LIGHTHOUSE.seed)
 
-@dataclass(frozen=True)
-class Ready:
-    """A variant with its techniques attached. `decoder` is core's own where it is None."""
+
+@dataclass(kw_only=True, eq=False)
+class VariantRuns(CellRuns):
+    """A variant of a block and what was measured of it."""
 
     variant: Variant
-    parts: Parts
-    settings: CellSettings
-    decoder: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class ImageRun:
-    """Seconds of each phase of an image; `total_s` from text to pixels in the host's memory, without a file."""
-
-    encode_s: float
-    sampling_s: float
-    decode_s: float
-    total_s: float
-    peak: MemoryPeak
-    latent: Any
-    finite: bool
-    note: str = ""
-
-
-def ready(variant: Variant, parts: Parts, nodes: NodeTable) -> Ready:
-    """Attach the variant's techniques. Raises SpeedLabError for one that cannot run here."""
-    settings = CellSettings().with_stack(parse_stack(variant.stack))
-    check_techniques(settings, nodes)
-    is_tiny = settings.decoder.name == "tiny"
-    made = parts
-    for technique in settings.techniques:
-        # A VAE that is not used has no place in a memory plan.
-        alone = technique.name == "memory_plan" and is_tiny
-        made = attach(replace(made, vae=None) if alone else made, technique, nodes)
-        made = replace(made, vae=parts.vae) if alone else made
-    decoder = None if variant.stack == STOCK else options_of(settings.decoder, DECODERS[settings.decoder.name], nodes)
-    return Ready(variant, made, settings, decoder)
-
-
-def run_image(one: Ready, workload: Workload) -> ImageRun:
-    """Make one image."""
-    import torch
-
-    nodes, parts = core_nodes(), one.parts
-    device = parts.model.load_device
-    with _prefetching(one.variant.prefetch), measure_peak(device) as memory:
-        synchronize(device)
-        began = time.perf_counter()
-        positive, negative = (conditioning.encode(parts.clip, text) for text in (workload.prompt, workload.negative))
-        synchronize(device)
-        encoded = time.perf_counter()
-        latent = nodes.EmptyLatentImage().generate(workload.width, workload.height, workload.batch)[0]
-        sampled = sample(parts.model, workload, positive, negative, latent)
-        synchronize(device)
-        done = time.perf_counter()
-        pictures, note = _decoded(one, sampled)
-        synchronize(device)
-        end = time.perf_counter()
-    kept = sampled["samples"].detach().float().cpu()
-    finite = bool(torch.isfinite(kept).all()) and bool(torch.isfinite(pictures).all())
-    return ImageRun(encoded - began, done - encoded, end - done, end - began, memory.peak, kept, finite, note)
-
-
-def sample(model: Any, workload: Workload, positive: Any, negative: Any, latent: dict[str, Any]) -> dict[str, Any]:
-    """Core's KSampler on a workload."""
-    result = core_nodes().common_ksampler(
-        model,
-        workload.seed,
-        workload.steps,
-        workload.cfg,
-        workload.sampler,
-        workload.scheduler,
-        positive,
-        negative,
-        latent,
-    )
-    return dict(result[0])
-
-
-def _decoded(one: Ready, latent: dict[str, Any]) -> tuple[Any, str]:
-    """Images in the host's memory, and what a decoder of this pack had to do otherwise than asked."""
-    if one.decoder is None:
-        return core_nodes().VAEDecode().decode(one.parts.vae, latent)[0].cpu(), ""
-    if one.settings.decoder.name == "tiny":
-        config = taesd.TinyDecodeConfig(**one.decoder)
-        result = taesd.decode_tiny(latent, config, one.parts.model)
-    else:
-        result = decoding.decode(one.parts.vae, latent, decoding.DecodeConfig(**one.decoder))
-    return result.images.cpu(), str(result.info.get("warning", ""))
-
-
-@contextmanager
-def _prefetching(wanted: bool) -> Iterator[None]:
-    before = NetworkStream.prefetch
-    NetworkStream.prefetch = wanted
-    try:
-        yield
-    finally:
-        NetworkStream.prefetch = before
+    prepared: Prepared | None = None
 
 
 log = logging.getLogger(__name__)
@@ -184,9 +93,9 @@ class Bench:
             return True
         return not graphs_refused(self.device) if block.own_allocator else not self.settings.native
 
-    def workload(self, block: Block) -> Workload:
-        """What a block makes."""
-        return workload_of(block.model, self.settings.small)
+    def workload(self, block: Block, variant: Variant) -> CellSettings:
+        """What a variant makes."""
+        return workload_of(block.model, variant, self.settings.small)
 
     def time_left(self) -> float:
         """Seconds that this call still has."""
@@ -197,16 +106,43 @@ class Bench:
         if self.time_left() <= 0:
             raise OutOfTimeError("the time of this call is over")
 
-    def ready(self, block: Block, variant: Variant) -> Ready:
-        """A variant on the block's model."""
-        return ready(variant, self.models.parts(block.model, block.dtype), self.nodes)
+    def series(self, block: Block, variant: Variant) -> VariantRuns:
+        """A variant of which nothing was measured yet."""
+        return VariantRuns(Cell(0, 0, (), self.workload(block, variant)), new_run_id(), variant=variant)
+
+    def parts(self, block: Block, variant: Variant) -> Parts:
+        """The block's model, and the refiner beside it where the variant hands over."""
+        names = [(block.model, block.dtype)] + ([] if variant.handoff is None else [("refiner", block.dtype)])
+        base, *refiner = self.models.together(names)
+        return replace(base, refiner=refiner[0].model, refiner_clip=refiner[0].clip) if refiner else base
+
+    def ready(self, block: Block, variant: Variant, parts: Parts | None = None) -> Prepared:
+        """A variant's techniques on the block's model, or on `parts`. Raises SpeedLabError for what cannot run here."""
+        parts, workload = parts or self.parts(block, variant), self.workload(block, variant)
+        check_techniques(workload, self.nodes)
+        made = prepare(parts, workload, self.nodes, Reloader(parts))
+        return replace(made, decoder=None) if variant.is_stock else made
+
+    def image(self, prepared: Prepared, prefetch: bool = True) -> OneRun:
+        """Make one image, which is not saved. Raises SpeedLabError for one that is none."""
+        import torch
+
+        before, NetworkStream.prefetch = NetworkStream.prefetch, prefetch
+        try:
+            run = run_once(prepared, PROMPT, NodeContext())
+        finally:
+            NetworkStream.prefetch = before
+        if not all(bool(torch.isfinite(made).all()) for made in (run.latent, run.pictures)):
+            raise SpeedLabError("NaN or Inf in latents or images: the times mean nothing")
+        return replace(run, pictures=None)
 
     def facts(self, block: Block, variant: Variant) -> dict[str, Any]:
         """What a row says of the variant, whatever becomes of it."""
-        workload = self.workload(block)
+        workload = self.workload(block, variant)
         return {
-            "shows": block.shows, "model": block.model, "dtype": block.dtype, "plan": variant.stack,
-            "width": workload.width, "height": workload.height, "batch": workload.batch, "steps": workload.steps,
+            "shows": block.shows, "model": block.model, "dtype": block.dtype, "plan": variant.plan,
+            "asked": variant.plan, "width": workload.width, "height": workload.height, "batch": workload.batch,
+            "steps": workload.steps,
         }  # fmt: skip
 
     def write(self, block: Block, variant: Variant, **fields: Any) -> None:
@@ -215,39 +151,38 @@ class Bench:
         log.info("%s done, %.0f s left", block.row(variant), self.time_left())
 
     @contextmanager
-    def into_row(self, block: Block, variant: Variant) -> Iterator[None]:
+    def into_row(self, block: Block, variant: Variant, series: VariantRuns | None = None) -> Iterator[None]:
         """What goes wrong inside is the variant's row. Raises what ends the call: its time, a cancel, a lost device."""
-        import comfy.model_management as mm
-
-        failure: dict[str, Any] | None = None
+        failed: dict[str, str] = {}
         lost, row = "", block.row(variant)
+
+        def note(error: Exception) -> str | None:
+            nonlocal lost
+            if isinstance(error, LostDeviceError):
+                raise error
+            status = "unavailable" if isinstance(error, UnavailableError) else failure_status(error)
+            failed.update(status=status, error=failure_message(error))
+            if series is not None:
+                series.status, series.error = status, failed["error"]
+            log.warning("%s: %s: %s", row, status, first_line(error))
+            lost = first_line(error) if status != "oom" and is_lost(error) else ""
+            return None if lost else status
+
         outermost = row not in self._open
         if outermost:
             self._open.add(row)
             self.journal.begin(row)
         try:
-            yield
-        except (OutOfTimeError, LostDeviceError, ResultsError, mm.InterruptProcessingException):
-            raise
-        except Exception as error:
-            # Techniques, compilers and drivers raise types of their own; each of them belongs into its row.
-            status = "unavailable" if isinstance(error, UnavailableError) else failure_status(error)
-            failure = {"status": status, "error": failure_message(error)}
-            log.warning("%s: %s: %s", row, status, first_line(error))
-            lost = first_line(error) if status != "oom" and is_lost(error) else ""
+            with own_failure(note):
+                yield
         finally:
             if outermost:
                 self._open.discard(row)
                 self.journal.withdraw(row)
-        if failure is not None:
-            # Not inside the handler: there the error's frames still hold what did not fit.
-            if self.journal.rows.get(row, {}).get("status") != "ok":
-                self.write(block, variant, **failure)
-            if lost:
-                raise LostDeviceError(lost)
-            release_unused_memory()
-            if failure["status"] == "oom":
-                release()
+        if failed and self.journal.rows.get(row, {}).get("status") != "ok":
+            self.write(block, variant, **failed)
+        if lost:
+            raise LostDeviceError(lost)
 
 
 def is_lost(error: BaseException) -> bool:

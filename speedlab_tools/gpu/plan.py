@@ -7,11 +7,11 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from speedlab.plans.plan_text import parse_plan
+from speedlab.plans.axes import CellSettings
+from speedlab.plans.plan_text import STOCK, parse_plan, parse_stack
 
-from ..scenarios.scenario import LIGHTHOUSE, S0_SETTINGS, S1_SETTINGS
+from ..scenarios.scenario import S0_SETTINGS, S1_SETTINGS
 
-STOCK = "stock"
 # Every step is computed in whole, so the images are stock's up to rounding.
 EXACT = "attention(auto)+precision(memory_format=channels_last,cudnn_benchmark=on)+compile(inductor)"
 FASTEST = "compile(inductor)+dynamic_cfg(0.75)+tiny"
@@ -20,33 +20,29 @@ WITHIN = "deepcache(3)+dynamic_cfg(0.75)+memory_plan(auto,budget_gb={budget:g})+
 
 
 @dataclass(frozen=True)
-class Workload:
-    """One image to make. Sizes in pixels; both prompts are encoded for it."""
-
-    width: int
-    height: int
-    steps: int
-    cfg: float
-    batch: int = 1
-    sampler: str = S0_SETTINGS.sampler
-    scheduler: str = S0_SETTINGS.scheduler
-    prompt: str = LIGHTHOUSE.text
-    negative: str = LIGHTHOUSE.negative or ""
-    seed: int = LIGHTHOUSE.seed
-
-
-@dataclass(frozen=True)
 class Variant:
     """One thing to measure: a stack of techniques as Benchmark writes them; `stock` is ComfyUI's own nodes alone.
 
     `whole`: each step computes cond and uncond in full, so operations a second are known. `prefetch`: whether
-    streamed weights are copied ahead.
+    streamed weights are copied ahead. `handoff`: the share of the steps after which the refiner goes on.
     """
 
     name: str
     stack: str = STOCK
     whole: bool = True
     prefetch: bool = True
+    batch: int = 1
+    handoff: float | None = None
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether this is ComfyUI's own nodes alone."""
+        return self.stack == STOCK and self.handoff is None
+
+    @property
+    def plan(self) -> str:
+        """What is asked for."""
+        return self.stack if self.handoff is None else f"ensemble({self.handoff:g})"
 
 
 @dataclass(frozen=True)
@@ -74,11 +70,11 @@ class Block:
 
 
 WORKLOADS = {
-    "sdxl": Workload(1024, 1024, 30, S1_SETTINGS.cfg),
-    "sd15": Workload(512, 512, 30, S0_SETTINGS.cfg),
-    "refiner": Workload(1024, 1024, 30, S1_SETTINGS.cfg),
+    "sdxl": CellSettings(1024, 1024, steps=30, cfg=S1_SETTINGS.cfg),
+    "sd15": CellSettings(512, 512, steps=30, cfg=S0_SETTINGS.cfg),
+    "refiner": CellSettings(1024, 1024, steps=30, cfg=S1_SETTINGS.cfg),
 }
-_SMALL_SCENE = Workload(64, 64, 2, S0_SETTINGS.cfg)
+_SMALL = CellSettings(64, 64, steps=2, cfg=S0_SETTINGS.cfg)
 
 _STOCK = Variant(STOCK)
 _EXACT = Variant("exact", EXACT)
@@ -178,7 +174,8 @@ BLOCKS: tuple[Block, ...] = (
     Block("tour-size", "tour_size", "sizes of a compiled model", (_COMPILED,), needs_s=80.0),
     Block("batch-sdxl", "batches", "images a minute by batch", (_STOCK, _EXACT), needs_s=80.0),
     Block("batch-sd15", "batches", "images a minute by batch", (_STOCK, _EXACT), "sd15", needs_s=80.0),
-    Block("refiner", "ensemble", "base and refiner together", (Variant("ensemble"),), needs_s=40.0),
+    Block("refiner", "pictures", "base and refiner together", (Variant("ensemble", handoff=0.8, whole=False),),
+          apart=True, needs_s=40.0),
     _alone(
         "alone-attention-slow", "attention without a fused kernel, and from packages",
         *_attention("sdpa_math", "sub_quadratic", "split", "xformers", "flash_attn", "sage"),
@@ -210,15 +207,19 @@ def small(blocks: Iterable[Block]) -> tuple[Block, ...]:
     )
 
 
-def workload_of(model: str, is_small: bool) -> Workload:
-    """What is made with a model."""
-    return _SMALL_SCENE if is_small else WORKLOADS[model]
+def workload_of(model: str, variant: Variant, is_small: bool) -> CellSettings:
+    """What a variant makes with a model. Raises SweepTextError."""
+    plain = _SMALL if is_small else WORKLOADS[model]
+    asked = replace(plain, plan=variant.plan, batch=variant.batch, handoff=variant.handoff)
+    return asked.with_stack(parse_stack(variant.stack))
 
 
 def tried(plans: Iterable[str], model: str, dtype: str) -> Block:
     """A block of plans as somebody wrote them, `name=stack`, in turns with stock. Raises SweepTextError."""
     read = [parse_plan(text) for text in plans]
     variants = tuple(Variant(one.name, "+".join(t.words() for t in one.techniques), whole=False) for one in read)
+    for variant in variants:
+        workload_of(model, variant, False)
     graphs = any(_records_graphs(variant.stack) for variant in variants)
     shows = "plans of the command line"
     return Block(f"try-{model}-{dtype}", "pictures", shows, (_STOCK, *variants), model, dtype, own_allocator=graphs)

@@ -95,7 +95,8 @@ class Journal:
 
     def drop_others(self, stacks: Mapping[str, str]) -> None:
         """Forget the rows that were measured with another stack of techniques than the one given for them."""
-        known = {name: row.get("plan") for name, row in self.rows.items()}
+        # The plan is what ran; files of older versions hold what was asked there.
+        known = {name: row.get("asked", row.get("plan")) for name, row in self.rows.items()}
         self.drop([name for name, stack in stacks.items() if name in known and known[name] != stack])
 
     def give_up(self) -> None:

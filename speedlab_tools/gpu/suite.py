@@ -10,7 +10,6 @@ from speedlab.sampling.profiled import failure_message, failure_status
 from speedlab.techniques.compile.backends.dynamo import graphs_refused
 
 from . import measure_device, measure_models
-from . import measure_device as measure_more
 from .bench import Bench, LostDeviceError, OtherAllocatorError, OutOfTimeError, is_lost
 from .plan import Block
 
@@ -28,8 +27,7 @@ RUNNERS: dict[str, Runner] = {
     "compile": measure_models.cold,
     "tour_lora": measure_models.lora_tour,
     "tour_size": measure_models.size_tour,
-    "batches": measure_more.batches,
-    "ensemble": measure_more.ensemble,
+    "batches": measure_device.batches,
 }
 
 

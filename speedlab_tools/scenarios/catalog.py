@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from .catalog_accelerate import ACCELERATE_SCENARIOS
 from .catalog_bench import BENCH_SCENARIOS
-from .catalog_compile import compile_scenarios, decode_scenarios
+from .catalog_compile import COMPILE_SCENARIOS
 from .catalog_memory import MEMORY_SCENARIOS
 from .graphs import text_to_image
 from .scenario import (
@@ -32,51 +32,34 @@ from .scenario import (
 
 _TABLE = (
     Scenario(
-        id="txt2img-default",
-        source="S0",
-        title="Text to image, the plain case",
-        shows="What one image costs: each step, text encoding, decoding and peak memory.",
-        family="sd15",
-        files=(CHECKPOINT_ANY,),
-        settings=S0_SETTINGS,
-        published=(Published("3.72 s, 0.147 s a step, 7.4 GB", A100),),
-        plan=STOCK,
-        build=text_to_image,
+        id="txt2img-default", source="S0", title="Text to image, the plain case",
+        shows="What one image costs: each step, text encoding, decoding and peak memory.", family="sd15",
+        files=(CHECKPOINT_ANY,), settings=S0_SETTINGS, published=(Published("3.72 s, 0.147 s a step, 7.4 GB", A100),),
+        plan=STOCK, build=text_to_image,
     ),
     Scenario(
-        id="profile-nvtx",
-        source="S0",
-        title="Profile of 20 steps with NVTX ranges",
+        id="profile-nvtx", source="S0", title="Profile of 20 steps with NVTX ranges",
         shows="The time of every step as a table and a chart. Each step, evaluation and forward is an NVTX range in "
         "the domain 'speedlab', so that Nsight Systems shows the same steps on its time line.",
-        family="sd15",
-        files=(CHECKPOINT_ANY,),
-        settings=Settings(prompts=(LIGHTHOUSE,), warmup=1, chart=True),
+        family="sd15", files=(CHECKPOINT_ANY,), settings=Settings(prompts=(LIGHTHOUSE,), warmup=1, chart=True),
         published=(Published("20 identical steps; half precision GEMM, fused attention and additions lead", A100),),
-        plan=STOCK,
-        build=text_to_image,
+        plan=STOCK, build=text_to_image,
     ),
     Scenario(
-        id="sdxl-tiny-vae",
-        source="S1",
-        title="SDXL with a Tiny VAE",
+        id="sdxl-tiny-vae", source="S1", title="SDXL with a Tiny VAE",
         shows="Four prompts, decoded by TAESDXL instead of the full VAE: a large saving of memory and time in the "
         "decode at a small loss of detail.",
-        family="sdxl",
-        files=(CHECKPOINT_SDXL, TINY_VAE_SDXL),
-        settings=S1_SETTINGS,
+        family="sdxl", files=(CHECKPOINT_SDXL, TINY_VAE_SDXL), settings=S1_SETTINGS,
         published=(
             Published("a large memory saving (fp16 with the full VAE: about 14 s an image, 11.24 GB)", RTX_3090),
         ),
-        plan=TINY_VAE,
-        build=text_to_image,
+        plan=TINY_VAE, build=text_to_image,
     ),
     *ACCELERATE_SCENARIOS,
     *BENCH_SCENARIOS,
     *MEMORY_SCENARIOS,
-    *decode_scenarios(CHECKPOINT_SDXL, S1_SETTINGS),
-    *compile_scenarios(CHECKPOINT_SDXL, S1_SETTINGS),
-)
+    *COMPILE_SCENARIOS,
+)  # fmt: skip
 
 # What ComfyUI's template browser shows, each with an image: `workflows/<id>.json`. All others are in its `scenarios/`.
 TEMPLATES = (

@@ -160,17 +160,13 @@ def best_plan(available_nodes: Collection[str]) -> Plan:
 
 
 CHECKPOINT_SDXL = NeededFile(
-    kind="checkpoint",
-    folder="models/checkpoints",
-    default="sd_xl_base_1.0.safetensors",
+    kind="checkpoint", folder="models/checkpoints", default="sd_xl_base_1.0.safetensors",
     where="SDXL base 1.0 by Stability AI, on Hugging Face as stabilityai/stable-diffusion-xl-base-1.0",
-)
+)  # fmt: skip
 CHECKPOINT_ANY = NeededFile(
-    kind="checkpoint",
-    folder="models/checkpoints",
-    default="sd_xl_base_1.0.safetensors",
+    kind="checkpoint", folder="models/checkpoints", default="sd_xl_base_1.0.safetensors",
     where="any SD 1.x, SD 2.x or SDXL checkpoint; the published figures were taken with an SDXL one",
-)
+)  # fmt: skip
 CHECKPOINT_SD15 = NeededFile(
     kind="checkpoint",
     folder="models/checkpoints",
@@ -178,11 +174,9 @@ CHECKPOINT_SD15 = NeededFile(
     where="Stable Diffusion 1.5, on Hugging Face as stable-diffusion-v1-5/stable-diffusion-v1-5",
 )
 TINY_VAE_SDXL = NeededFile(
-    kind="tiny_vae",
-    folder="models/vae_approx",
-    default="taesdxl_decoder.safetensors",
+    kind="tiny_vae", folder="models/vae_approx", default="taesdxl_decoder.safetensors",
     where="TAESDXL by madebyollin, on GitHub as madebyollin/taesd",
-)
+)  # fmt: skip
 
 LIGHTHOUSE = Prompt(
     name="lighthouse",

@@ -58,6 +58,15 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
         assert made == api, name
 
 
+SEND_LIVE = """(queued) => {
+  const node = String(app.graph.nodes.find((n) => n.type === 'SpeedLabProfileSampler').id);
+  app.api.dispatchCustomEvent('speedlab.step', {
+    node, run_id: `live-${queued}`, run: 0, runs: 1, warmup: 0, total: 4, first: 0, steps: [[500, 2]], state: 'running',
+    summary: { steps: 1, step_time_ms: 500, it_per_s: 2 }, queued,
+  });
+}"""
+
+
 def record_of(canvas, run_id: str) -> dict:
     return json.loads((canvas.output / "speedlab" / "runs" / f"{run_id}.json").read_text())
 
@@ -119,6 +128,23 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     listed = canvas.evaluate("() => [...document.querySelectorAll('.sl-row')].map((row) => row.dataset.run)")
     assert listed[:2] == [second, first]
     canvas.shot("sidebar")
+    figures = (
+        "(id) => [...document.querySelectorAll(`.sl-row[data-run='${id}'] .sl-numbers > *`)].map((e) => e.textContent)"
+    )
+    for run_id in (second, first):
+        its = record_of(canvas, run_id)
+        assert canvas.evaluate(figures, run_id)[:2] == [rate(its), duration(its["phases_ms"]["total"])]
+    # A run whose whole time is not known shows the sampling's, by name; steps taken are not always those asked for.
+    file = canvas.output / "speedlab" / "runs" / f"{first}.json"
+    known = file.read_text()
+    its = json.loads(known)
+    its["phases_ms"]["total"], its["request"]["steps"] = None, 9
+    file.write_text(json.dumps(its))
+    canvas.page.locator(".sl-tools .pi-refresh").click()
+    canvas.page.wait_for_function(f"() => ({figures})('{first}')[1]?.startsWith('Sampling')")
+    assert canvas.evaluate(figures, first)[1] == f"Sampling {duration(its['phases_ms']['sample'])}"
+    assert "6 steps (9 asked for)" in canvas.page.locator(f".sl-row[data-run='{first}'] .sl-sub").text_content()
+    file.write_text(known)
 
     # As in a benchmark's record: the spread of all samplings is no second sampling time.
     file = canvas.output / "speedlab" / "runs" / f"{second}.json"
@@ -155,6 +181,11 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     canvas.page.wait_for_function("() => !document.querySelector('.sl-row')")
     canvas.page.locator(".sl-filter").fill("64x64 stock")
     canvas.page.locator(f".sl-row[data-run='{first}']").wait_for()
+
+    # What a run on a GPU sends: host times, which are no measured ones.
+    for queued, words in ((True, "2.00 it/s (queued)"), (False, "2.00 it/s")):
+        canvas.evaluate(SEND_LIVE, queued)
+        assert canvas.evaluate(f"() => {PANEL}.querySelector('.sl-figure').textContent") == words
 
 
 def test_the_vue_renderer_on_the_light_theme_and_a_reload(open_canvas, small):

@@ -1,9 +1,9 @@
-"""ComfyUI's dynamic VRAM where it cannot run: a class of the interface of `ModelPatcherDynamic`.
+"""Patchers of other kinds where the real ones cannot run.
 
-The real class needs a GPU, and gives way to ModelPatcher on a CPU. This one was written after reading it in ComfyUI
-0.33.0 (comfy/model_patcher.py): it calls itself dynamic, is cloned as plain patcher on weights that
-`cached_patcher_init` loads again, and loading leaves LoRAs in `weight_lowvram_function` and nothing in
-`weight_function`. It pages nothing.
+DynamicPatcher: ComfyUI's dynamic VRAM. The real class, `ModelPatcherDynamic`, needs a GPU and gives way to ModelPatcher
+on a CPU. This one was written after reading it in ComfyUI 0.33.0 (comfy/model_patcher.py): it calls itself dynamic, is
+cloned as a plain patcher on weights that `cached_patcher_init` loads again, and loading leaves LoRAs in
+`weight_lowvram_function` and nothing in `weight_function`. It pages nothing.
 """
 
 from __future__ import annotations
@@ -102,3 +102,20 @@ def as_whole(patcher: Any) -> Any:
 def is_at_rest(model: torch.nn.Module) -> bool:
     """Whether nobody has put a model under dynamic VRAM."""
     return not any(hasattr(module, "weight_lowvram_function") for module in model.modules())
+
+
+class GgufPatcher(ModelPatcher):
+    """How ComfyUI-GGUF's patcher (its nodes.py, read in November 2026) clones and loads: to its own class whatever that
+    of the one at hand is, and with nothing but the device by place."""
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        mine, self.__class__ = self.__class__, GgufPatcher
+        try:
+            clone = super().clone(*args, **kwargs)
+        finally:
+            self.__class__ = mine
+        clone.__class__ = GgufPatcher
+        return clone
+
+    def load(self, *args: Any, force_patch_weights: bool = False, **kwargs: Any) -> None:
+        super().load(*args, force_patch_weights=True, **kwargs)

@@ -39,7 +39,7 @@ class Plain:
     full: list[int] = field(default_factory=list)
     left_out: set[int] = field(default_factory=set)
     kept: dict[Any, dict[int, tuple[float, torch.Tensor, list[float]]]] = field(default_factory=dict)
-    error: dict[int, tuple[float, float]] = field(default_factory=dict)
+    error: dict[int, tuple[float, float, float]] = field(default_factory=dict)
     spent: float = 0.0
     seen: set[int] = field(default_factory=set)
 
@@ -72,7 +72,8 @@ class Plain:
                 lasts = self.lasting(key, before, place, true)
             self.kept.setdefault(key, {})[step] = (place, true, lasts)
         if len(conds) == 2 and len(guesses) == len(groups):
-            self.measure(step, place - self.kept[keys[0]][before[1]][0], out, guesses)
+            old, new = (self.kept[keys[0]][known][0] for known in before)
+            self.measure(step, place - new, new - old, out, guesses)
         return out
 
     def decides(self, step: int, sigmas: list[float]) -> bool:
@@ -84,10 +85,11 @@ class Plain:
             return False
         if step - last == 1:
             self.spent = 0.0
-        error, reach = self.error[last]
+        error, reach, base = self.error[last]
         newest = max(history[last][0] for history in self.kept.values() if last in history)
-        distance = (-math.log(sigmas[step]) - newest) / reach
-        self.spent += (1 - sigmas[step + 1] / sigmas[step]) * error * distance**2
+        distance = -math.log(sigmas[step]) - newest
+        growth = distance * (distance + reach) / (reach * (reach + base))
+        self.spent += (1 - sigmas[step + 1] / sigmas[step]) * error * growth
         if self.spent <= self.tolerance:
             return True
         self.spent = 0.0
@@ -108,17 +110,17 @@ class Plain:
             old_slope = ((new[row] - old[row]) / (new_place - old_place)).flatten()
             new_slope = ((true[row] - new[row]) / (place - new_place)).flatten()
             size = float(old_slope @ old_slope)
-            found.append(min(max(float(new_slope @ old_slope) / size, 0.0), 1.0) if size else 0.0)
+            found.append(0.8 * min(max(float(new_slope @ old_slope) / size, 0.0), 1.0) if size else 0.0)
         return found
 
-    def measure(self, step: int, reach: float, out: list, guesses: dict[int, torch.Tensor]) -> None:
+    def measure(self, step: int, reach: float, base: float, out: list, guesses: dict[int, torch.Tensor]) -> None:
         def guided(groups: Any) -> torch.Tensor:
             cond = groups[0].double()
             return groups[1].double() + self.cfg * (cond - groups[1].double()) if 1 in guesses else cond
 
         true, guess = guided(out), guided(guesses)
         rows = [float((a - b).norm() / a.norm()) for a, b in zip(true, guess, strict=True)]
-        self.error[step] = (max(rows), reach)
+        self.error[step] = (max(rows), reach, base)
 
 
 def with_forecasts(model: Any, plain: Plain) -> Any:

@@ -36,14 +36,21 @@ def deepcache(pack: ModuleType) -> Callable[..., Any]:
 
 
 def _cond_only_from(model: Any, first: int) -> Any:
-    """Stock ComfyUI, which evaluates uncond at every step and from step `first` on does not use it."""
+    """Stock ComfyUI, which evaluates uncond at every step and from step `first` on uses nothing made with it."""
+
+    def is_guided(args: dict) -> bool:
+        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"][:-1]
+        return int((sigmas >= args["sigma"][0] * (1 - 1e-5)).sum()) <= first
 
     def post_cfg(args: dict) -> torch.Tensor:
-        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"][:-1]
-        step = int((sigmas >= args["sigma"][0] * (1 - 1e-5)).sum()) - 1
-        return args["cond_denoised"] if step >= first else args["denoised"]
+        return args["denoised"] if is_guided(args) else args["cond_denoised"]
+
+    def in_guided(function: Callable) -> Callable:
+        return lambda args: function(args) if is_guided(args) else args["conds_out"]
 
     clone = model.clone()
+    before = clone.model_options.get("sampler_pre_cfg_function", [])
+    clone.model_options["sampler_pre_cfg_function"] = [in_guided(function) for function in before]
     clone.set_model_sampler_post_cfg_function(post_cfg, disable_cfg1_optimization=True)
     return clone
 
@@ -208,10 +215,10 @@ def _swallowing(args: dict) -> torch.Tensor:
         return args["denoised"] * 0.0
 
 
-NEEDS_UNCOND: dict[str, Callable[[Any], Any]] = {
-    "self-attention guidance": _node("nodes_sag", "SelfAttentionGuidance", 0.5, 2.0),
+COMBINE: dict[str, Callable[[Any], Any]] = {
     "mahiro": _node("nodes_mahiro", "Mahiro"),
     "tcfg": _node("nodes_tcfg", "TCFG"),
+    "apg": _node("nodes_apg", "APG", 1.0, 2.0, 0.0),
     "custom cfg function": _custom_cfg,
     "reads it by get": _post_cfg(lambda args: args["denoised"] + 0.1 * args.get("uncond_denoised")),
     "takes arguments apart": _post_cfg(lambda args: _by_name(**args)),
@@ -222,15 +229,168 @@ NEEDS_UNCOND: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])
-@pytest.mark.parametrize("name", NEEDS_UNCOND)
-def test_steps_aside(tiny: TinyUNet, attach: Any, name: str, mode: str, caplog: pytest.LogCaptureFixture) -> None:
-    options = {"stop_at": 0.5} if mode == "fixed" else {"mode": "adaptive", "similarity": -1.0}
-    patch = NEEDS_UNCOND[name]
+@pytest.mark.parametrize("name", COMBINE)
+def test_what_combines_both_predictions_acts_where_both_are(tiny: TinyUNet, attach: Any, name: str, mode: str) -> None:
+    options, first = ({"stop_at": 0.5}, 2) if mode == "fixed" else ({"mode": "adaptive", "similarity": -1.0}, 1)
+    patch = COMBINE[name]
+    stock = tiny.sample(_cond_only_from(patch(tiny.model), first), size=(16, 16), steps=4)
+    for model in (attach(patch(tiny.model), **options), patch(attach(tiny.model, **options))):
+        model, notes = with_notes(model)
+        with tiny.counted() as calls:
+            assert relative(tiny.sample(model, size=(16, 16), steps=4), stock) < SAME
+        assert [rows for rows, _ in calls] == [2] * first + [1] * (4 - first)
+        assert sum("acts in the steps with uncond alone" in note for note in notes) == 1
+
+
+def with_notes(model: Any) -> tuple[Any, list[str]]:
+    """A clone of `model`, and what the record of its runs would be told."""
+    notes: list[str] = []
+    run_notes = importlib.import_module("speedlab.patching.notes")
+    clone = model.clone()
+    clone.model_options["transformer_options"] = {
+        **clone.model_options["transformer_options"],
+        run_notes.REPORT_NOTE: notes.append,
+    }
+    return clone, notes
+
+
+def _own_evaluation(model: Any) -> Any:
+    clone = model.clone()
+    clone.set_model_sampler_calc_cond_batch_function(
+        lambda args: importlib.import_module("comfy.samplers").calc_cond_batch(
+            args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
+        )
+    )
+    return clone
+
+
+@pytest.mark.parametrize(
+    "options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": -1.0}, {"uncond_interval": 2}]
+)
+@pytest.mark.parametrize(
+    "patch", [_node("nodes_sag", "SelfAttentionGuidance", 0.5, 2.0), _own_evaluation], ids=["sag", "own evaluation"]
+)
+def test_steps_aside(tiny: TinyUNet, attach: Any, patch: Any, options: dict, caplog: pytest.LogCaptureFixture) -> None:
     stock = tiny.sample(patch(tiny.model), size=(16, 16), steps=4)
     with caplog.at_level(logging.WARNING):
         ours = tiny.sample(attach(patch(tiny.model), **options), size=(16, 16), steps=4)
     assert torch.equal(ours, stock)
     assert caplog.text.count("uncond stays on") == 1
+
+
+# Guided steps of core's schedulers, counted by hand for SD 1.5's sigmas.
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "both", "lower"),
+    [("karras", 20, 9, 14), ("karras", 30, 15, 22), ("normal", 20, 14, 18), ("simple", 30, 22, 28)],
+)
+def test_rows_of_a_sigma_window(tiny: TinyUNet, attach: Any, scheduler: str, steps: int, both: int, lower: int) -> None:
+    for limits, guided in (({"sigma_low": 0.28, "sigma_high": 5.42}, both), ({"sigma_low": 0.28}, lower)):
+        for mode in ({"stop_at": 1.0}, {"mode": "adaptive", "similarity": 1.0}):
+            with tiny.counted() as calls:
+                tiny.sample(attach(tiny.model, **mode, **limits), steps=steps, scheduler=scheduler)
+            rows = [rows for rows, _ in calls]
+            assert rows.count(2) == guided and len(rows) == steps
+            assert rows.index(2) == (0 if guided == lower else next(n for n, count in enumerate(rows) if count == 2))
+            assert set(rows[rows.index(2) :][:guided]) == {2}
+
+
+def test_rows_of_a_window_of_steps(tiny: TinyUNet, attach: Any) -> None:
+    model = attach(tiny.model, start_at=0.25)
+    for options, expected in (
+        ({"steps": 20}, [1] * 5 + [2] * 10 + [1] * 5),
+        ({"steps": 6, "sampler": "heun"}, [1] + [2] * 6 + [1] * 4),
+        ({"steps": 20, "denoise": 0.5, "latent": torch.randn(1, 4, 8, 8)}, [2] * 10 + [1] * 10),
+    ):
+        with tiny.counted() as calls:
+            tiny.sample(model, **options)
+        assert [rows for rows, _ in calls] == expected, options
+
+
+def _stock_with(model: Any, way_of: Callable[[int], str]) -> Any:
+    """Stock ComfyUI evaluating all, in which uncond is then the earlier difference, or as good as missing."""
+    import comfy.samplers
+
+    kept: dict[str, Any] = {}
+
+    def evaluate(args: dict) -> list[torch.Tensor]:
+        clean = {k: v for k, v in args["model_options"].items() if k != "sampler_calc_cond_batch_function"}
+        cond, uncond = comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"], clean)
+        sigmas = args["model_options"]["transformer_options"]["sample_sigmas"][:-1]
+        sigma = args["sigma"][0]
+        way = way_of(int((sigmas >= sigma * (1 - 1e-5)).sum()) - 1)
+        if way == "full":
+            kept.update(difference=(cond - uncond) / sigma)
+        elif way == "difference":
+            uncond = cond - kept["difference"] * sigma
+        return [cond, cond if way == "none" else uncond]
+
+    clone = model.clone()
+    clone.set_model_sampler_calc_cond_batch_function(evaluate)
+    return clone
+
+
+def _way(step: int, first: int, stop: int, interval: int) -> str:
+    if step >= stop:
+        return "none"
+    return "difference" if step >= first and (step - first + 1) % interval else "full"
+
+
+@pytest.mark.parametrize(("steps", "interval", "rows"), [(20, 2, 30), (30, 2, 44), (20, 3, 28)])
+def test_rows_where_a_difference_stands_for_uncond(
+    tiny: TinyUNet, attach: Any, steps: int, interval: int, rows: int
+) -> None:
+    with tiny.counted() as calls:
+        tiny.sample(attach(tiny.model, stop_at=0.75, uncond_interval=interval), steps=steps)
+    ways = [_way(step, steps // 4, int(steps * 0.75), interval) for step in range(steps)]
+    assert [number for number, _ in calls] == [2 if way == "full" else 1 for way in ways]
+    assert sum(number for number, _ in calls) == rows
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_sde", "uni_pc", "euler_cfg_pp", "euler_ancestral"])
+def test_a_difference_stands_for_uncond(tiny: TinyUNet, attach: Any, sampler: str) -> None:
+    cfg = 1.5 if "cfg_pp" in sampler else 5.0
+    ours = tiny.sample(attach(tiny.model, stop_at=1.0, uncond_interval=2), sampler=sampler, batch=2, cfg=cfg)
+    reference = _stock_with(tiny.model, lambda step: _way(step, 2, 8, 2))
+    assert relative(ours, tiny.sample(reference, sampler=sampler, batch=2, cfg=cfg)) < SAME
+    assert relative(ours, tiny.sample(sampler=sampler, batch=2, cfg=cfg)) > 1e-5
+
+
+def test_cfg_pp_keeps_a_value_behind_stop_at(tiny: TinyUNet, attach: Any) -> None:
+    model, notes = with_notes(attach(tiny.model, stop_at=0.5, uncond_interval=2))
+    with tiny.counted() as calls:
+        tiny.sample(model, sampler="euler_cfg_pp", cfg=1.5)
+    assert [rows for rows, _ in calls] == [2, 2, 1, 2, 1, 1, 1, 1]
+    assert sum("uncond stays on" in note for note in notes) == 1
+
+
+def test_a_difference_of_other_conds_is_not_used(tiny: TinyUNet, attach: Any) -> None:
+    """A prompt for a part of the steps alone: where it comes or goes uncond is evaluated."""
+    import node_helpers
+
+    early, late = (
+        node_helpers.conditioning_set_values(tiny.cond(n), {"start_percent": start, "end_percent": end})
+        for n, start, end in ((1, 0.0, 0.5), (3, 0.5, 1.0))
+    )
+    sigmas = importlib.import_module("comfy.samplers").calculate_sigmas(
+        tiny.model.get_model_object("model_sampling"), "normal", 8
+    )
+    middle = tiny.model.get_model_object("model_sampling").percent_to_sigma(0.5)
+    changes = int((sigmas[:-1] >= middle).sum())
+    with tiny.counted() as calls:
+        tiny.sample(attach(tiny.model, stop_at=1.0, uncond_from=0.0, uncond_interval=8), positive=[*early, *late])
+    rows = [number for number, _ in calls]
+    assert 0 < changes < 8
+    assert [n for n, number in enumerate(rows) if number == 2] == [0, changes, 7]
+
+
+def test_windows_and_differences_with_deepcache(tiny: TinyUNet, attach: Any, deepcache: Any) -> None:
+    options = {"stop_at": 0.9, "start_at": 0.2, "uncond_interval": 2, "uncond_from": 0.3}
+    oracle = tiny.sample(with_oracle(tiny, attach(tiny.model, **options), branch=1), steps=12)
+    for model in (
+        attach(deepcache(tiny.model, branch=1), **options),
+        deepcache(attach(tiny.model, **options), branch=1),
+    ):
+        assert relative(tiny.sample(model, steps=12), oracle) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -407,6 +567,11 @@ def test_the_record_knows_the_options(tiny: TinyUNet, attach: Any, deepcache: An
     notes = patching.accelerators(attach(deepcache(tiny.model), stop_at=0.5))
     assert [note.name for note in notes] == ["deepcache", "dynamic_cfg"]
     assert notes[1].describe() == "dynamic_cfg(mode=fixed, stop_at=0.5)"
+    model = attach(tiny.model, mode="adaptive", start_at=0.1, sigma_high=5.42, uncond_interval=3)
+    assert patching.accelerators(model)[0].describe() == (
+        "dynamic_cfg(mode=adaptive, similarity=0.99, start_at=0.1, sigma_high=5.42, uncond_interval=3, "
+        "uncond_from=0.25)"
+    )
 
 
 def test_node(tiny: TinyUNet, pack: ModuleType, attach: Any) -> None:
@@ -418,7 +583,39 @@ def test_node(tiny: TinyUNet, pack: ModuleType, attach: Any) -> None:
     assert torch.equal(tiny.sample(model), tiny.sample(attach(tiny.model)))
 
 
-@pytest.mark.parametrize("options", [{"mode": "other"}, {"stop_at": 1.5}, {"mode": "adaptive", "similarity": 1.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "other"},
+        {"stop_at": 1.5},
+        {"mode": "adaptive", "similarity": 1.5},
+        {"start_at": -0.1},
+        {"sigma_low": float("nan")},
+        {"sigma_low": 5.42, "sigma_high": 0.28},
+        {"uncond_interval": 0},
+    ],
+)
 def test_bad_values(tiny: TinyUNet, attach: Any, options: dict) -> None:
-    with pytest.raises(ValueError, match=r"it must lie|choose one of"):
+    with pytest.raises(ValueError, match=r"it must|choose one of|must be above"):
         attach(tiny.model, **options)
+
+
+def test_differences_with_forecast(tiny: TinyUNet, attach: Any, pack: ModuleType) -> None:
+    """In both orders; Forecast continues no uncond but the model's own, from the last two steps that it evaluated."""
+    module = importlib.import_module("speedlab.techniques.forecast.attach")
+    config, options = module.ForecastConfig(mode="fixed"), {"stop_at": 1.0, "uncond_interval": 2, "uncond_from": 0.0}
+    planned, expected = {4, 6, 8, 9, 11, 12, 14, 15, 17}, []
+    for step in range(20):
+        rows = 2 if step == 0 or step % 2 else 1
+        if step in planned and all(before == 2 or rows == 1 for before in expected[-2:]):
+            continue
+        expected.append(rows)
+    results = []
+    for model in (
+        attach(module.attach_forecast(tiny.model, config), **options),
+        module.attach_forecast(attach(tiny.model, **options), config),
+    ):
+        with tiny.counted() as calls:
+            results.append(tiny.sample(model, steps=20))
+        assert [rows for rows, _ in calls] == expected
+    assert torch.equal(*results)

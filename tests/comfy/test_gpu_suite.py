@@ -165,7 +165,7 @@ def test_a_failing_measurement_is_a_row_and_the_next_block_runs(engine: Any, ben
     assert ran == ["two"]
 
 
-def test_a_device_lost_outside_of_any_arm_does_not_come_again_for_ever(
+def test_a_device_lost_outside_of_any_variant_does_not_come_again_for_ever(
     engine: Any, bench: Any, monkeypatch: Any
 ) -> None:
     plan, runner = gpu("plan"), gpu("suite")
@@ -291,42 +291,108 @@ def test_a_lost_device_ends_the_process_with_its_row_written(engine: Any, bench:
     assert bench.journal.rows["one/first"]["status"] == "error" and "one/second" not in bench.journal.rows
 
 
-def test_a_capped_card_is_given_back(engine: Any, bench: Any) -> None:
+def test_a_capped_gpu_is_given_back(engine: Any, bench: Any) -> None:
     import comfy.model_management as mm
 
     pictures = gpu("measure_models")
     before = mm.EXTRA_RESERVED_VRAM
-    with pytest.raises(KeyError), pictures._card_of(4.0, bench.device):
+    with pytest.raises(KeyError), pictures._gpu_of(4.0, bench.device):
         raise KeyError
     assert before == mm.EXTRA_RESERVED_VRAM
 
 
-def test_steps_over_the_rate_are_the_sampling_time(engine: Any) -> None:
-    image_run = gpu("bench").ImageRun(0.1, 1.7, 0.2, 2.0, engine("measure.peaks").MemoryPeak(), torch.zeros(1), True)
-    lane = gpu("measure_models").Lane(gpu("plan").Variant("stock"), None, image_run, [image_run])
-    told = gpu("measure_models")._step_time(lane, 30)
-    assert 30 / told["it_per_s"] == pytest.approx(1.7, rel=1e-4) == 30 * told["step_time_s"]
+@pytest.fixture
+def measured(engine: Any, bench: Any, monkeypatch: Any) -> Any:
+    """Measure variants on the tiny model; gives rows by name, with the runs that they are of."""
+    plan, pictures = gpu("plan"), gpu("measure_models")
+    monkeypatch.setattr(bench, "settings", replace(bench.settings, repeats=3))
+    seen: dict[str, Any] = {}
+    real = pictures.fields_of
+    monkeypatch.setattr(
+        pictures,
+        "fields_of",
+        lambda b, block, one, stock: seen.update({one.variant.name: one}) or real(b, block, one, stock),
+    )
+
+    def measure(**stacks: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        variants = tuple(plan.Variant(name, stack) for name, stack in stacks.items())
+        with torch.inference_mode():
+            pictures.run(bench, plan.Block("some", "pictures", "", variants, dtype="fp32"))
+        return {name.partition("/")[2]: row for name, row in bench.journal.rows.items()}, seen
+
+    return measure
+
+
+def test_a_row_tells_the_figures_of_benchmarks_record(engine: Any, measured: Any) -> None:
+    """Steps over the rate is the sampling time, phases add up to the image's time, and sampling ran under a trace."""
+    rows, seen = measured(stock="stock", cached="deepcache(2)")
+    for name, row in rows.items():
+        assert row["status"] == "ok" and row["n"] == 3
+        assert row["steps"] / row["it_per_s"] == pytest.approx(row["sampling_s"], rel=0.01)
+        assert row["steps"] * row["step_time_s"] == pytest.approx(row["sampling_s"], rel=0.01)
+        assert row["picture_min_s"] <= row["picture_s"] <= row["picture_max_s"]
+        records = [run.record for (run,) in seen[name].repeats]
+        assert all(len(record.steps) == row["steps"] for record in records)
+        for sample, record in zip(row["samples"], records, strict=True):
+            moved = sum(record.phases_ms[phase] for phase in ("to_device", "prepare")) / 1000.0
+            parts = moved + sum(sample[phase] for phase in ("encode", "sampling", "decode"))
+            assert parts == pytest.approx(sample["total"], abs=1e-4)
+    assert rows["stock"]["ratio"] == 1.0 and rows["stock"]["relative_error"] == 0.0
+    assert rows["cached"]["ratio"] == pytest.approx(rows["stock"]["picture_s"] / rows["cached"]["picture_s"], rel=0.01)
+    assert rows["cached"]["relative_error"] > 0.0
+
+
+def test_a_row_is_named_by_what_ran_and_says_why(engine: Any, measured: Any) -> None:
+    asked = "deepcache(cache_interval=2,cache_branch_id=32)"
+    row = measured(stock="stock", deep=asked)[0]["deep"]
+    assert row["asked"] == asked != row["plan"] and "deepcache" in row["plan"] and "32" not in row["plan"]
+    assert "cache_branch_id" in row["note"] or "branch" in row["note"]
+
+
+def test_a_variant_that_fails_is_a_row_and_the_others_are_measured_with_their_weights_in_place(
+    engine: Any, bench: Any, measured: Any, monkeypatch: Any
+) -> None:
+    made: list[str] = []
+    tools = gpu("bench")
+    real = tools.run_once
+
+    def noted(prepared: Any, *args: Any) -> Any:
+        made.append(prepared.settings.plan.partition("(")[0])
+        if made[-1] == "dynamic_cfg" and made.count("dynamic_cfg") == 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return real(prepared, *args)
+
+    monkeypatch.setattr(tools, "run_once", noted)
+    rows, _ = measured(stock="stock", large="dynamic_cfg(0.5)", cached="deepcache(2)")
+    assert {name: row["status"] for name, row in rows.items()} == {"stock": "ok", "large": "oom", "cached": "ok"}
+    assert made == [
+        *("stock", "dynamic_cfg", "deepcache"), *("stock", "dynamic_cfg", "deepcache", "deepcache"),
+        *("deepcache", "stock"), *("deepcache", "stock"),
+    ], "in turn, and one image more where the failure had taken the weights away"  # fmt: skip
 
 
 @pytest.mark.parametrize(("peak", "share"), [(4.0, 50.0), (1.0, None)])
 def test_a_share_is_never_above_the_peak(
     engine: Any, bench: Any, monkeypatch: Any, caplog: Any, peak: float, share: float | None
 ) -> None:
-    plan, pictures, image_runs = gpu("plan"), gpu("measure_models"), gpu("bench")
+    plan, pictures = gpu("plan"), gpu("measure_models")
     block = plan.Block("some", "pictures", "", (plan.Variant("stock"),), dtype="fp32")
-    image_run = image_runs.ImageRun(0.1, 1.0, 0.2, 1.3, engine("measure.peaks").MemoryPeak(), torch.zeros(1), True)
-    known = {"flop_per_step": 2e12 / bench.workload(block).steps, "tflops": peak}
+    known = {"flop_per_step": 1e12, "tflops": peak}
     monkeypatch.setattr(bench.journal, "value", lambda row, name: known[name])
-    told = pictures._rates(bench, block, pictures.Lane(plan.Variant("stock"), None, image_run, [image_run]))
+    record = SimpleNamespace(summary={"step_time_ms": 500.0})
+    told = pictures._rates(bench, block, plan.Variant("stock"), record)
     assert told == {"tflops": 2.0, "peak_share": share}
     assert ("above the measured peak" in caplog.text) == (share is None)
 
 
-def test_nan_is_an_error_and_no_time(engine: Any, bench: Any) -> None:
-    image_runs, memory = gpu("bench"), engine("measure.peaks")
-    pictures = gpu("measure_models")
-    good = image_runs.ImageRun(0.1, 1.0, 0.2, 1.3, memory.MemoryPeak(), torch.zeros(1), True)
-    lane = pictures.Lane(gpu("plan").Variant("a"), None, good, [good, replace(good, finite=False)])
-    fields = pictures.timed(lane)
-    assert fields["status"] == "error" and "NaN" in fields["error"]
-    assert pictures.timed(replace(lane, image_runs=[good]))["picture_s"] == 1.3
+def test_nan_is_an_error_and_no_time(engine: Any, measured: Any, monkeypatch: Any) -> None:
+    tools = gpu("bench")
+    real = tools.run_once
+
+    def bad(*args: Any) -> Any:
+        run = real(*args)
+        return replace(run, latent=run.latent * float("nan"))
+
+    monkeypatch.setattr(tools, "run_once", bad)
+    (row,) = measured(stock="stock")[0].values()
+    assert row["status"] == "error" and "NaN" in row["error"] and "picture_s" not in row

@@ -81,7 +81,8 @@ def quantised(model: Any, pack: Any) -> Any:
     """A model of its own whose attention is packed by `pack`, in the state dict too."""
     from comfy.model_patcher import ModelPatcher
 
-    network = copy.deepcopy(model.model)
+    network = copy.copy(model.model)
+    network._modules = {**network._modules, "diffusion_model": copy.deepcopy(network.diffusion_model)}
     for name, layer in network.named_modules():
         if "attn" in name and isinstance(layer, torch.nn.Linear):
             layer._parameters["weight"] = weight = pack(layer.weight.detach())

@@ -280,19 +280,3 @@ def test_a_clone_keeps_the_plan_and_the_original_never_gets_one(memory):
     assert hooks
     assert torch.equal(tiny.sample(), expected)
     assert not [m for m in tiny.unet.modules() if m._forward_pre_hooks or m._forward_hooks], "nothing is left hooked"
-
-
-def test_dynamic_vram_is_left_to_comfyui(memory):
-    model_patcher = importlib.import_module("comfy.model_patcher")
-
-    class Paged(model_patcher.ModelPatcher):
-        def is_dynamic(self) -> bool:
-            return True
-
-    tiny = tiny_unet.build("sd15")
-    expected = tiny.sample()
-    paged = Paged(tiny.model.model, torch.device("cpu"), torch.device("cpu"))
-    model = sequential(memory, paged)
-    assert model.placement.offload == "model"
-    assert torch.equal(tiny.sample(model), expected)
-    assert model.stream is None

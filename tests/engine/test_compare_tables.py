@@ -23,7 +23,7 @@ from speedlab_tools.compare import command as cmd_compare
 from speedlab_tools.compare import csv_tables, drift
 
 BEGIN = datetime(2026, 11, 21, 21, 0, 0, tzinfo=timezone.utc)
-ENV = {"env_hash": "a" * 12, "device": "AMD EPYC", "torch": "2.12.1", "comfyui": "0.3.75", "speedlab": "0.1.0"}
+ENV = {"env_hash": "a" * 12, "device": "AMD EPYC", "torch": "2.12.1", "comfyui": "0.3.75", "speedlab": "0.2.0"}
 HALF_HOUR, STEP = 1800.0, 0.2
 SETTINGS = ("stock", "deepcache", "bf16")
 
@@ -202,7 +202,7 @@ def test_rows_without_times_are_told_as_one_session(command):
 MIXTURES = (
     ({"device": "NVIDIA L4", "env_hash": "b" * 12}, "device AMD EPYC in A and NVIDIA L4 in B", False),
     ({"torch": "2.13.0", "env_hash": "b" * 12}, "torch 2.12.1 in A and 2.13.0 in B", True),
-    ({"speedlab": "0.2.0", "env_hash": "b" * 12}, "speedlab 0.1.0 in A and 0.2.0 in B", True),
+    ({"speedlab": "0.3.0", "env_hash": "b" * 12}, "speedlab 0.2.0 in A and 0.3.0 in B", True),
     ({"env_hash": "b" * 12}, "another machine, driver, flag or CPU", True),
 )
 
@@ -248,13 +248,23 @@ def test_records_of_an_older_schema_are_named(tmp_path, command):
 
 
 def test_rows_without_their_records_are_told_to_be_of_an_unknown_schema(tmp_path, command):
-    a, b = in_turn(2.0, 3.0, 2.02, 2.98, 2.01, 3.02)
+    a, b = in_turn(2.0, 3.0, 2.02, 2.98, 2.01, 3.02, speedlab="0.1.0")
     (tmp_path / "runs").mkdir()
     for one in [*a, *b[1:]]:
         (tmp_path / "runs" / f"{one['run_id']}.json").write_text(json.dumps({"schema": 2}))
-    code, text = command(a, b)
+    code, text = command(a, b, "--strict", "--across")
     assert code == 0 and "B: the records of 1 rows are not in" in text and "their schema is not known" in text
     assert "A: the records" not in text
+    assert "A MIXTURE: schema 2 in A and schema not known in B" in text and "REGRESSION" not in text
+
+
+def test_a_row_of_a_version_without_schema_1_needs_no_record(command):
+    a, b = in_turn(2.0, 3.0, 2.02, 2.98, 2.01, 3.02)
+    code, text = command(a, b, "--strict")
+    assert code == 3 and "schema" not in text
+    old = [{**one, "speedlab": "0.1.0", "env_hash": "b" * 12} for one in a]
+    code, text = command(old, b, "--strict", "--across")
+    assert code == 0 and "A MIXTURE: schema not known in A and schema 2 in B" in text
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from speedlab.common.errors import ResultsError
+from speedlab.plans.axes import CellSettings
 from speedlab.plans.plan_text import parse_stack
 from speedlab_tools.cli.arguments import parse
 from speedlab_tools.gpu import ALLOCATOR_VARIABLE, NATIVE, OTHER_ALLOCATOR, plan
@@ -55,7 +56,7 @@ def test_the_plan_holds_what_is_to_be_measured() -> None:
             "sdxl-fastest",
             "sdxl-fastest-deepcache",
         ]
-        assert plan.WORKLOADS[by_id[name].model] == plan.Workload(1024, 1024, 30, 5.0)
+        assert plan.WORKLOADS[by_id[name].model] == CellSettings(1024, 1024, steps=30, cfg=5.0)
     assert plan.WORKLOADS["sd15"].width == plan.WORKLOADS["sd15"].height == 512
     assert [by_id[f"cap-{gb}gb"].cap_gb for gb in (8, 6, 4)] == [8.0, 6.0, 4.0]
     assert {variant.prefetch for variant in by_id["offload"].variants} == {True, False}

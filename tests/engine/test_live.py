@@ -135,6 +135,19 @@ def test_a_second_evaluation_in_a_step_belongs_to_one_bar(loop, server):
     assert len(run.steps) == 2
 
 
+def test_times_of_a_device_with_a_queue_are_told_as_such_and_compiling_is_in_none(loop, server):
+    feed = live.open_feed(context(), "run", 0, 1)
+    for index, event in enumerate((None, object())):
+        run = feed.run(index)
+        run.began(1, Mark(0, event), [(Mark(1_000_000), Mark(6_000_000))])
+        run.evaluating(Evaluation(None, Mark(0), Mark(0), 1, 1, 1))
+        run.step_done()
+        run.ended(Mark(10_000_000))
+        told = feed.message()
+        assert told["queued"] == (event is not None)
+        assert told["summary"]["step_time_ms"] == told["steps"][0][0] == 5.0
+
+
 def test_nobody_listens_nothing_is_made(loop, server):
     live.listen(CLIENT, False)
     assert live.open_feed(context(), "run", 0, 1) is None

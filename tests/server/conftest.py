@@ -107,8 +107,14 @@ def server(start_server: Callable[..., Api]) -> Api:
 
 
 @pytest.fixture
-def graph() -> Callable[..., dict[str, Any]]:
+def graph(graph_of: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """The main job as an API prompt; keyword arguments override the sampler's inputs."""
+    return graph_of
+
+
+@pytest.fixture(scope="session")
+def graph_of() -> Callable[..., dict[str, Any]]:
+    """What `graph` builds, for fixtures that last longer than a test."""
 
     def build(
         size: int = 64, text: str = "a tree", tiny: bool = True, batch: int = 1, **sampler: Any

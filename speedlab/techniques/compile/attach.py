@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import torch
 
+from ...common.core import is_dynamic
 from ...common.errors import UnavailableError
 from ...models.unet import require_unet
-from ...patching.dynamic_vram import is_dynamic, loaded_whole
+from ...patching.dynamic_vram import loaded_whole
 from ...patching.wrappers import (
     Accelerator,
     SharedState,
@@ -27,6 +28,7 @@ from ...patching.wrappers import (
     attach,
     declare,
     has_wrapper,
+    refuse_work_units,
     run_state,
     state_of,
 )
@@ -137,6 +139,7 @@ def _wrappers(config: CompileConfig, backend: ModuleType, unavailable: str) -> M
     """The closures hold frozen values alone: clones of a model share them, so state lives in the run."""
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_work_units(executor.class_obj.model_patcher, "Compile Model")
         _refuse_pairs(executor.class_obj.model_patcher, config)
         run = Run(backend, _options(config, executor.class_obj.model_patcher), config.on_failure == "eager")
         if unavailable:

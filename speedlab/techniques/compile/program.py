@@ -20,6 +20,7 @@ from ...common.errors import UnavailableError
 from ...common.timing import apart
 from ...models.lora import LORAS
 from ...models.unet import Evaluation, forward_through
+from ...models.weights import is_plain
 from ...patching.dynamic_vram import is_paged
 from .attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
 from .run import CompileError, Run, raise_what_passes
@@ -184,7 +185,7 @@ def _obstacle_of_model(run: Run, patcher: Any) -> str:
         return f"{name} needs the whole model on the device, and ComfyUI has loaded it only in part"
     if is_paged(network):
         return f"{name} needs weights that lie still, and ComfyUI's dynamic VRAM pages them in and out"
-    kind = next((type(weight) for weight in network.parameters() if type(weight) not in _PLAIN), None)
+    kind = next((type(weight) for weight in network.parameters() if not is_plain(weight)), None)
     if kind is not None:
         return f"{name} takes plain tensors for weights, and this model's are quantised ({kind.__name__})"
     if patcher.patches and getattr(run.backend, "REFUSES_LORA", False):
@@ -194,7 +195,6 @@ def _obstacle_of_model(run: Run, patcher: Any) -> str:
 
 
 _CASTS = ("weight_function", "bias_function")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _obstacle_of_evaluation(run: Run, control: Any, options: Mapping[str, Any]) -> str:

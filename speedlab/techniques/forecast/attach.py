@@ -13,7 +13,7 @@ import torch
 from comfy.samplers import CFGGuider
 
 from ...common.errors import UnavailableError
-from ...patching.cond_identity import with_unique_uuids
+from ...patching.cond_identity import scheduled_hooks, with_unique_uuids
 from ...patching.notes import mark_forecast, report_cached, report_ran, warn
 from ...patching.position import StepFinder
 from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
@@ -71,8 +71,8 @@ def _refuse_rivals(model_options: Mapping[str, Any]) -> None:
     for name, site, key in _RIVALS:
         if wrappers.get(site.value, {}).get(key):
             raise UnavailableError(
-                f"Forecast and {name} cannot work on one model: both leave out evaluations, and Forecast would continue "
-                f"and enlarge the errors of {name}. Take one of the two nodes out of the graph."
+                f"Forecast and {name} cannot work on one model: both leave out evaluations, and Forecast would "
+                f"continue and enlarge the errors of {name}. Take one of the two nodes out of the graph."
             )
 
 
@@ -98,7 +98,7 @@ def _predict_noise(
     if run is None or run.stepped_aside:
         return executor(x, timestep, model_options, *args, **kwargs)
     position = run.finder.locate(model_options, timestep)
-    reason = run.obstacle(position) or _scheduled_hooks(executor.class_obj)
+    reason = run.obstacle(position) or scheduled_hooks(executor.class_obj)
     if reason is not None:
         run.step_aside(reason, told)
     if position is None or position.sigma <= 0.0 or run.stepped_aside:
@@ -110,18 +110,6 @@ def _predict_noise(
     cfg = float(guider.cfg) if combines_as_core else None
     with run.evaluating(position, cfg, told):
         return executor(x, timestep, model_options, *args, **kwargs)
-
-
-def _scheduled_hooks(guider: Any) -> str | None:
-    """Why a LoRA that changes its strength during the run forbids forecasts: what follows such a change is not what a
-    line through the steps before leads to."""
-    for conds in (getattr(guider, "conds", None) or {}).values():
-        for cond in conds or ():
-            for hook in getattr(cond.get("hooks"), "hooks", ()):
-                frames = getattr(getattr(hook, "hook_keyframe", None), "keyframes", ())
-                if len(frames) > 1 or any(frame.start_percent > 0.0 for frame in frames):
-                    return "a LoRA hook with keyframes changes the model during the run"
-    return None
 
 
 def _calc_cond_batch(

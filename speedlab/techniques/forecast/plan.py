@@ -63,7 +63,7 @@ def open_steps(config: ForecastConfig, steps: int, part: Part | None = None) -> 
 
 
 def fixed_plan(config: ForecastConfig, steps: int, part: Part | None = None) -> frozenset[int]:
-    """The steps of the run that the fixed plan forecasts. The gap between full steps grows by a half at each of them."""
+    """The steps that the fixed plan forecasts: the gap between full steps grows by a half at each of them."""
     forecast = set()
     half_gaps, in_a_row = 4, 0
     for step in open_steps(config, steps, part):

@@ -109,17 +109,15 @@ class Run(SharedState):
     def _stays_within_tolerance(self, step: int) -> float | None:
         """What forecasts since the last full step will have added to the latent with this step's; None: too much.
 
-        An error of the denoised latent enters the latent with 1 - next sigma / sigma. It grows with the square of the
-        distance, for the slope is right to the first order.
+        An error of the denoised latent enters the latent with 1 - next sigma / sigma.
         """
         backtest, full = self.histories.backtest, [known for known in self.histories.full if known < step]
         if backtest is None or not full or backtest.step != full[-1] or step - full[-1] > self.config.max_skip:
             return None
         sigmas = self.finder.sigmas
-        error = max(float(error) for error in backtest.errors)
-        distance = self.histories.distance(full[-1], sigmas[step]) / backtest.reach
+        error = backtest.error_at(self.histories.distance(full[-1], sigmas[step]))
         spent = self._spent if step - full[-1] > 1 else 0.0
-        spent += (1.0 - sigmas[step + 1] / sigmas[step]) * error * distance**2
+        spent += (1.0 - sigmas[step + 1] / sigmas[step]) * error
         return spent if spent <= self.config.tolerance else None
 
     def end(self, told: Mapping[str, Any]) -> bool:

@@ -1,9 +1,12 @@
 """Dynamic CFG: leave out the unconditional prediction where it changes little, and save its half of an evaluation.
 
 `fixed` drops it after a share of the steps. `adaptive` is Adaptive Guidance (Castillo et al., 2023): it is dropped for
-the rest of the run once both predictions of the noise point the same way. ComfyUI itself skips uncond at CFG 1, so the
-guider's CFG is 1 for such an evaluation and only then. Where something needs uncond, the technique steps aside for the
-run with a warning, and the image is the one without it.
+the rest of the run once both predictions of the noise point the same way. A window of steps or sigmas is left without
+guidance outside (Kynkaanniemi et al., 2024, "Applying Guidance in a Limited Interval"). ComfyUI itself skips uncond at
+CFG 1, so the guider's CFG is 1 for such an evaluation and only then. Where something needs uncond, the technique steps
+aside for the run with a warning, and the image is the one without it.
+
+Inside the window uncond may be evaluated every k-th step alone (`reuse`); guidance goes on in the others.
 
 Half the rows take more than half the time where a layer's work is to read its weights. So on a CPU convolutions with
 many weights and few pixels are matrix products in an evaluation without uncond, where that was measured to be faster.
@@ -11,7 +14,8 @@ many weights and few pixels are matrix products in an evaluation without uncond,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -21,15 +25,19 @@ import torch
 from ...common.errors import UnavailableError
 from ...models.unet import require_unet
 from ...patching.compiled import is_compiled
+from ...patching.cond_identity import scheduled_hooks
 from ...patching.notes import is_forecast, report_note, report_ran, warn
-from ...patching.position import StepFinder, counting_steps
+from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.schedule import steps_before
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
 from ..cpu.conv_as_matmul import few_pixels_as_products, may_gain
-from .rows import UncondReadError, evaluate_without_uncond, is_guided, obstacle, with_observer
+from .reuse import Difference, evaluate_with_difference
+from .rows import evaluate_without_uncond, is_guided, needs_a_value, obstacle, reads_attention, with_observer
 
 KEY = "speedlab.dynamic_cfg"
 Mode = Literal["fixed", "adaptive"]
+# How an evaluation gets its uncond: from the model, from an earlier one's difference to cond, or not at all.
+Way = Literal["full", "difference", "none"]
 
 
 @dataclass(frozen=True)
@@ -38,25 +46,60 @@ class DynamicCFGConfig:
 
     fixed: of the n steps of the whole schedule, step i keeps uncond when i < floor(stop_at * n).
     adaptive: uncond goes once the cosine similarity of the two noise predictions exceeds `similarity`, in every latent
-    of the batch. Raises ValueError for a value out of range.
+    of the batch.
+    Both keep it only from step floor(start_at * n) on, and in steps that begin at a sigma above `sigma_low` and not
+    above `sigma_high` (0: no limit). From step floor(uncond_from * n) on the model evaluates it every
+    `uncond_interval`-th step, and its last difference to cond stands for it in the others. Raises ValueError for a
+    value out of range.
     """
 
     mode: Mode = "fixed"
     stop_at: float = 0.75
     similarity: float = 0.99
+    start_at: float = 0.0
+    sigma_low: float = 0.0
+    sigma_high: float = 0.0
+    uncond_interval: int = 1
+    uncond_from: float = 0.25
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode is {self.mode!r}; choose one of {', '.join(get_args(Mode))}")
-        if not 0.0 <= self.stop_at <= 1.0:
-            raise ValueError(f"stop_at is {self.stop_at}; it must lie between 0 and 1")
+        for name in ("stop_at", "start_at", "uncond_from"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        for name in ("sigma_low", "sigma_high"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (no limit) or more")
+        if 0.0 < self.sigma_high <= self.sigma_low:
+            raise ValueError(
+                f"sigma_high is {self.sigma_high} and sigma_low {self.sigma_low}; sigma_high must be above sigma_low, "
+                "or 0 for no limit"
+            )
+        if self.uncond_interval < 1:
+            raise ValueError(f"uncond_interval is {self.uncond_interval}; it must be 1 (every step) or more")
         if not -1.0 <= self.similarity <= 1.0:
             raise ValueError(f"similarity is {self.similarity}; it must lie between -1 and 1")
 
     @property
     def is_off(self) -> bool:
-        """Whether uncond would be kept at every step of any run."""
-        return self.stop_at >= 1.0 if self.mode == "fixed" else self.similarity >= 1.0
+        """Whether uncond would be evaluated at every step of any run."""
+        stays = self.stop_at >= 1.0 if self.mode == "fixed" else self.similarity >= 1.0
+        return stays and not self.has_window and self.uncond_interval == 1
+
+    @property
+    def has_window(self) -> bool:
+        """Whether uncond is missing at the start of the run, or outside a range of sigmas."""
+        return self.start_at > 0.0 or self.sigma_low > 0.0 or self.sigma_high > 0.0
+
+    def options(self) -> dict[str, Any]:
+        """What the user chose, for the record; of the optional inputs those that act."""
+        options: dict[str, Any] = {"mode": self.mode}
+        options |= {"stop_at": self.stop_at} if self.mode == "fixed" else {"similarity": self.similarity}
+        options |= {name: value for name in ("start_at", "sigma_low", "sigma_high") if (value := getattr(self, name))}
+        if self.uncond_interval > 1:
+            options |= {"uncond_interval": self.uncond_interval, "uncond_from": self.uncond_from}
+        return options
 
 
 @dataclass
@@ -67,9 +110,13 @@ class Run(SharedState):
     finder: StepFinder = field(default_factory=StepFinder)
     converged: bool = False
     stepped_aside: bool = False
-    # Whether an evaluation of this run was made without uncond.
+    # Whether an evaluation of this run was made without uncond, or with another value in its place.
     left_out: bool = False
     guided: bool = False
+    # What stands for uncond in steps that do not evaluate it.
+    difference: Difference = field(default_factory=Difference)
+    told_of_keeping: bool = False
+    told_of_idle: set[str] = field(default_factory=set)
     told_of_part: bool = False
     # Whether evaluations without uncond may compute convolutions as products; None before the first.
     may_gain: bool | None = None
@@ -83,11 +130,33 @@ class Run(SharedState):
             warn(options, f"Dynamic CFG: uncond stays on in {rest}, because {reason}.")
         self.stepped_aside = True
 
+    def keeps(self, reason: str, model_options: Mapping[str, Any]) -> None:
+        """Say once that uncond, or what stands for it, is there where it was to be left out."""
+        if not self.told_of_keeping:
+            self.told_of_keeping = True
+            told = model_options.get("transformer_options", {})
+            warn(told, f"Dynamic CFG: uncond stays on in this run, because {reason}.")
+
     def tell_of_part(self, model_options: Mapping[str, Any]) -> None:
-        """Say once where `stop_at` cannot count the steps of the whole schedule."""
-        if self.finder.is_lost and not self.told_of_part and 0.0 < self.config.stop_at < 1.0:
-            warn(model_options.get("transformer_options", {}), self.finder.lost_text("Dynamic CFG", "stop_at"))
+        """Say once where shares of the steps cannot count those of the whole schedule."""
+        shares = {"start_at": self.config.start_at}
+        if self.config.mode == "fixed":
+            shares["stop_at"] = self.config.stop_at
+        if self.config.uncond_interval > 1:
+            shares["uncond_from"] = self.config.uncond_from
+        counting = [name for name, share in shares.items() if 0.0 < share < 1.0]
+        if self.finder.is_lost and not self.told_of_part and counting:
+            what = " and ".join(counting)
+            warn(model_options.get("transformer_options", {}), self.finder.lost_text("Dynamic CFG", what))
         self.told_of_part = True
+
+    def tell_of_idle(self, names: Iterable[str], model_options: Mapping[str, Any]) -> None:
+        """Say once for each what has no effect in steps without uncond."""
+        for name in names:
+            if name not in self.told_of_idle:
+                self.told_of_idle.add(name)
+                told = model_options.get("transformer_options", {})
+                report_note(told, f"Dynamic CFG: {name} acts in the steps with uncond alone.")
 
 
 def attach_dynamic_cfg(model: Any, config: DynamicCFGConfig) -> Any:
@@ -98,13 +167,13 @@ def attach_dynamic_cfg(model: Any, config: DynamicCFGConfig) -> Any:
     if config.is_off:
         return model
     require_unet(model, "Dynamic CFG")
-    clone = attach(model, KEY, _wrappers(config))
+    # Outside Forecast, which then hears of no uncond that the model did not evaluate.
+    clone = attach(model, KEY, _wrappers(config), outermost=(Site.CALC_COND_BATCH,))
     if model.load_device.type == "cpu":
         may_gain(
             model.model.diffusion_model
         )  # measures once a process: here, and not in a step that is measured itself
-    share = {"stop_at": config.stop_at} if config.mode == "fixed" else {"similarity": config.similarity}
-    declare(clone, Accelerator("dynamic_cfg", {"mode": config.mode, **share}))
+    declare(clone, Accelerator("dynamic_cfg", config.options()))
     return clone
 
 
@@ -113,27 +182,36 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_easy_cache(executor.class_obj.model_options)
-        with run_state(executor.class_obj, KEY, Run(config, StepFinder.of_run(executor.class_obj, *args, **kwargs))):
-            return executor(*args, **kwargs)
+        run = Run(config, StepFinder.of_run(executor.class_obj, *args, **kwargs))
+        try:
+            with run_state(executor.class_obj, KEY, run):
+                return executor(*args, **kwargs)
+        finally:
+            run.difference.clear()
 
-    return {
+    wrappers = {
         Site.OUTER_SAMPLE: outer_sample,
         Site.SAMPLER_SAMPLE: counting_steps(KEY, _tell_unused),
         Site.PREDICT_NOISE: _predict_noise,
     }
+    return wrappers | ({Site.CALC_COND_BATCH: _calc_cond_batch} if config.uncond_interval > 1 else {})
 
 
 def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
     """At the sampler's end the record hears of a run that left out nothing."""
     if not run.left_out:
         report_ran(options, "dynamic_cfg", None)
-        if not run.stepped_aside:
+        if not run.stepped_aside and not run.told_of_keeping:
             report_note(options, f"Dynamic CFG: it left out nothing in this run, because {_why_not(run)}.")
 
 
 def _why_not(run: Run) -> str:
     if not run.guided:
         return "at CFG 1 ComfyUI itself evaluates no uncond"
+    if run.config.uncond_interval > 1:
+        return "none of its steps comes between two that evaluate uncond"
+    if run.config.has_window:
+        return "all of its steps lie inside the window"
     if run.config.mode == "fixed":
         return "all of its steps lie before stop_at"
     return "both predictions never agreed as much as similarity asks for"
@@ -164,18 +242,43 @@ def _predict_noise(
     if reason is not None:
         run.step_aside(reason, options)
         return executor(x, timestep, options, *args, **kwargs)
-    if _keeps_uncond(run, options, timestep):
-        if run.config.mode == "adaptive":
-            options = with_observer(options, lambda predictions: _compare(run, predictions))
-        return executor(x, timestep, options, *args, **kwargs)
-    try:
+    way, position = _way_of(run, options, timestep)
+    if way == "none" and (reason := needs_a_value(options)) is not None:
+        run.keeps(reason, options)
+        way = "difference" if run.config.uncond_interval > 1 else "full"
+    if way == "difference" and (reason := _no_difference(executor.class_obj, options)) is not None:
+        run.keeps(reason, options)
+        way = "full"
+    if way == "none":
         with _at_half_the_time(run, executor.class_obj, options):
-            result = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
-    except UncondReadError as read:
-        run.step_aside(f"the post-CFG function {read} reads it", options)
+            result, idle = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
+        run.tell_of_idle(idle, options)
+        run.left_out = True
+        return result
+    if way == "full" and run.config.mode == "adaptive":
+        options = with_observer(options, lambda predictions: _compare(run, predictions))
+    if position is None:
         return executor(x, timestep, options, *args, **kwargs)
-    run.left_out = True
-    return result
+    with run.difference.evaluating(position, may_stand=way == "difference"):
+        return executor(x, timestep, options, *args, **kwargs)
+
+
+def _no_difference(guider: Any, model_options: Mapping[str, Any]) -> str | None:
+    if needs_a_value(model_options) and reads_attention(model_options):
+        return "a node (such as Self-Attention Guidance) sees its attention"
+    return scheduled_hooks(guider)
+
+
+def _calc_cond_batch(
+    executor: Any, model: Any, conds: list, x: torch.Tensor, timestep: Any, model_options: dict, *args: Any
+) -> Any:
+    told = model_options.get("transformer_options", {})
+    run: Run | None = state_of(told, KEY)
+    if run is None or run.stepped_aside:
+        return executor(model, conds, x, timestep, model_options, *args)
+    out, stood = evaluate_with_difference(run.difference, executor, model, conds, x, timestep, model_options, *args)
+    run.left_out = run.left_out or stood
+    return out
 
 
 @contextmanager
@@ -199,15 +302,25 @@ def _at_half_the_time(run: Run, guider: Any, model_options: Mapping[str, Any]) -
         )
 
 
-def _keeps_uncond(run: Run, model_options: dict, timestep: Any) -> bool:
-    if run.config.mode == "adaptive":
-        return not run.converged
+def _way_of(run: Run, model_options: dict, timestep: Any) -> tuple[Way, Position | None]:
+    """How an evaluation gets its uncond, and where it stands, if that had to be known."""
+    config = run.config
+    if config.mode == "adaptive" and not config.has_window and config.uncond_interval == 1:
+        return "none" if run.converged else "full", None
     position = run.finder.locate(model_options, timestep)
     if position is None:
         run.step_aside(run.finder.why_not(), model_options)
-        return True
+        return "full", None
     run.tell_of_part(model_options)
-    return position.part.first + position.step < steps_before(run.config.stop_at, position.part.total)
+    total, place = position.part.total, position.part.first + position.step
+    # The sigma that the step begins with: of Heun's two evaluations both are guided, or neither is.
+    sigma = run.finder.sigmas[position.step]
+    is_over = place >= steps_before(config.stop_at, total) if config.mode == "fixed" else run.converged
+    outside = sigma <= config.sigma_low > 0.0 or sigma > config.sigma_high > 0.0
+    if is_over or outside or place < steps_before(config.start_at, total):
+        return "none", position
+    behind = place - steps_before(config.uncond_from, total)
+    return "difference" if behind >= 0 and (behind + 1) % config.uncond_interval else "full", position
 
 
 def _compare(run: Run, predictions: Mapping[str, Any]) -> None:

@@ -12,14 +12,14 @@ from comfy.samplers import CFGGuider
 POST_CFG = "sampler_post_cfg_function"
 # What core hands to post-CFG functions that has no true value without uncond.
 _UNCOND_KEYS = frozenset({"uncond", "uncond_denoised"})
-_CUSTOM_GUIDANCE = {
-    "sampler_cfg_function": "a custom CFG function (such as RescaleCFG or Perp-Neg)",
-    "sampler_pre_cfg_function": "a pre-CFG function (such as TCFG, APG or FreSca)",
-    "sampler_calc_cond_batch_function": "a custom evaluation of the conditions (such as Skip Layer Guidance)",
+# What combines the two predictions, and so has nothing to do where there is one.
+_COMBINING = {
+    "sampler_cfg_function": "the custom CFG function (such as RescaleCFG or Perp-Neg)",
+    "sampler_pre_cfg_function": "the pre-CFG function (such as TCFG, APG or FreSca)",
 }
 
 
-class UncondReadError(Exception):
+class _UncondReadError(Exception):
     """A post-CFG function asked for the prediction that was left out."""
 
 
@@ -29,15 +29,26 @@ def is_guided(guider: Any) -> bool:
 
 
 def obstacle(guider: Any, model_options: Mapping[str, Any]) -> str | None:
-    """Why uncond must stay, in words for the user; None where it may go."""
+    """Why neither uncond nor its evaluation may go, in words for the user; None where they may."""
     if _is_custom(guider):
         return f"the guider {type(guider).__name__} combines predictions in a way of its own"
+    if model_options.get("sampler_calc_cond_batch_function"):
+        return (
+            "the model carries a custom evaluation of the conditions (such as Skip Layer Guidance), which needs uncond"
+        )
+    return None
+
+
+def needs_a_value(model_options: Mapping[str, Any]) -> str | None:
+    """Why uncond may not be left out, though another value than the model's own may stand for it; None where it may."""
     if model_options.get("disable_cfg1_optimization", False):
         return "the sampler (a cfg_pp one) or a node (such as Self-Attention Guidance) needs uncond at every step"
-    for option, words in _CUSTOM_GUIDANCE.items():
-        if model_options.get(option):
-            return f"the model carries {words}, which needs uncond"
     return None
+
+
+def reads_attention(model_options: Mapping[str, Any]) -> bool:
+    """Whether a node replaces self-attention, as Self-Attention Guidance does to see that of uncond."""
+    return bool(model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1"))
 
 
 def _is_custom(guider: Any) -> bool:
@@ -46,21 +57,23 @@ def _is_custom(guider: Any) -> bool:
 
 def evaluate_without_uncond(
     executor: Any, x: Any, timestep: Any, model_options: dict, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, list[str]]:
     """One evaluation of a PREDICT_NOISE `executor` at CFG 1, for which ComfyUI itself skips uncond.
 
-    Raises UncondReadError if a post-CFG function reads the uncond prediction; nothing of the result is then used.
+    What combines both predictions is left out with uncond: custom CFG functions, pre-CFG functions, and post-CFG
+    functions that read uncond. Their names are the second result.
     """
-    watch = _Watch()
+    idle = [words for option, words in _COMBINING.items() if model_options.get(option)]
+    options = {key: value for key, value in model_options.items() if key not in _COMBINING}
+    functions = options.get(POST_CFG)
+    if functions:
+        options[POST_CFG] = [_unless_it_reads_uncond(function, idle) for function in functions]
     guider = executor.class_obj
     cfg, guider.cfg = guider.cfg, 1.0
     try:
-        result = executor(x, timestep, watch.over(model_options), *args, **kwargs)
+        return executor(x, timestep, options, *args, **kwargs), idle
     finally:
         guider.cfg = cfg
-    if watch.reader is not None:  # it asked, and swallowed the refusal
-        raise UncondReadError(watch.reader)
-    return result
 
 
 def with_observer(model_options: dict, observe: Callable[[Mapping[str, Any]], None]) -> dict:
@@ -73,38 +86,35 @@ def with_observer(model_options: dict, observe: Callable[[Mapping[str, Any]], No
     return {**model_options, POST_CFG: [look, *model_options.get(POST_CFG, ())]}
 
 
-class _Watch:
-    """Hands post-CFG functions their arguments and notes if one reads what does not exist in this evaluation."""
+def _unless_it_reads_uncond(function: Callable[[dict], Any], idle: list[str]) -> Callable[[dict], Any]:
+    """A post-CFG function that changes nothing where it asks for uncond; its name is then added to `idle`."""
+    name = getattr(function, "__qualname__", type(function).__name__)
 
-    def __init__(self) -> None:
-        self.reader: str | None = None
+    def watched(args: dict) -> Any:
+        arguments = _Arguments(args)
+        try:
+            result = function(arguments)
+        except _UncondReadError:
+            result = None
+        if not arguments.was_read:  # a function may also swallow the refusal
+            return result
+        idle.append(f"the post-CFG function {name}")
+        return args["denoised"]
 
-    def over(self, model_options: dict) -> dict:
-        functions = model_options.get(POST_CFG)
-        if not functions:
-            return model_options
-        return {**model_options, POST_CFG: [self._watched(function) for function in functions]}
-
-    def _watched(self, function: Callable[[dict], Any]) -> Callable[[dict], Any]:
-        name = getattr(function, "__qualname__", type(function).__name__)
-
-        def watched(args: dict) -> Any:
-            return function(_Arguments(args, self, name))
-
-        return watched
+    return watched
 
 
 class _Arguments(dict):
     """A post-CFG function's arguments without uncond: to read it is an error, by whatever way of reading a dict."""
 
-    def __init__(self, values: Mapping[str, Any], watch: _Watch, reader: str) -> None:
+    def __init__(self, values: Mapping[str, Any], origin: _Arguments | None = None) -> None:
         super().__init__({**values, **dict.fromkeys(_UNCOND_KEYS)})
-        self._watch, self._reader = watch, reader
+        self.was_read, self._origin = False, origin or self
 
     def _check(self, key: object) -> None:
         if key in _UNCOND_KEYS:
-            self._watch.reader = self._reader
-            raise UncondReadError(self._reader)
+            self._origin.was_read = True
+            raise _UncondReadError
 
     def __getitem__(self, key: Any) -> Any:
         self._check(key)
@@ -119,7 +129,7 @@ class _Arguments(dict):
         return super().pop(key, *default)
 
     def copy(self) -> _Arguments:
-        return _Arguments({key: dict.__getitem__(self, key) for key in dict.keys(self)}, self._watch, self._reader)
+        return _Arguments({key: dict.__getitem__(self, key) for key in dict.keys(self)}, self._origin)
 
     # An own __iter__ makes dict(args) and f(**args) read each value through __getitem__.
     def __iter__(self) -> Any:
