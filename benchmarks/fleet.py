@@ -75,7 +75,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=2, help="how often all variants run in turn")
     options.add_argument("--size", type=int, default=256)
     options.add_argument("--steps", type=int, default=10)
-    options.add_argument("--threads", type=int, default=1, help="processor threads of each worker and of the server")
+    options.add_argument("--threads", type=int, default=1, help="CPU threads of each worker and of the server")
     options.add_argument("--cpu", action="store_true", help="also where there is a GPU")
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     return options.parse_args(argv)

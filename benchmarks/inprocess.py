@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 for _name in ("speedlab", "speedlab_tools"):
     importlib.import_module(_name)
 sys.path.remove(str(ROOT))
+from speedlab.measure.environment import result_stem  # noqa: E402
 
 
 def result_name(what: str, device: str, torch_version: str, date: str) -> str:
     """`<device>_torch<version>_<date>_<what>.csv` in letters that every file system takes."""
-    words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in device).split()).lower()
-    return f"{words}_torch{torch_version.split('+')[0]}_{date}_{what}.csv"
+    return f"{result_stem(device, torch_version)}{date}_{what}.csv"

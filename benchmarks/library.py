@@ -75,7 +75,7 @@ def fill(folder: Path, runs: int) -> None:
         run_id = f"20260101-{number // 3600:02d}{number // 60 % 60:02d}{number % 60:02d}-{number:08x}"
         record = {
             "schema": 2, "run_id": run_id, "timestamp": "2026-01-01T10:00:00+0000", "status": "ok", "error": None,
-            "env": {"device": "a card"}, "env_hash": "0", "phases_ms": {"sample": 1000.0, "total": 1500.0},
+            "env": {"device": "a GPU"}, "env_hash": "0", "phases_ms": {"sample": 1000.0, "total": 1500.0},
             "request": {"plan": "stock", "width": 512, "height": 768, "sampler": "euler", "steps": 30},
             "steps": steps, "summary": {"steps": len(steps), "it_per_s": 20.0, "step_time_ms": 50.0}, "memory": {},
             "kernels": [], "artifacts": {}, "warnings": [],
@@ -96,11 +96,12 @@ def timed(what: str, runs: int, calls: int, work: Callable[[], Any]) -> dict[str
 
 
 def write(rows: list[dict[str, Any]], results: Path) -> None:
+    from speedlab.measure.environment import result_stem
+
     device = _processor()
-    words = "-".join("".join(c if c.isalnum() else " " for c in device).split()).lower()
     date = time.strftime("%Y-%m-%d")
     results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{words}_{date}_library.csv"
+    path = results / f"{result_stem(device, None)}{date}_library.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

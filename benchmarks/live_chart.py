@@ -79,10 +79,11 @@ async def measure(url: str, checkpoint: str, out: Path, args: argparse.Namespace
 
 
 def write(rows: list[dict[str, Any]], results: Path) -> None:
+    from speedlab.measure.environment import result_stem
+
     device, torch = rows[0]["device"], rows[0]["torch"]
-    words = "-".join("".join(c if c.isalnum() else " " for c in device).split()).lower()
     results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{words}_torch{torch.split('+')[0]}_{rows[0]['date']}_live-chart.csv"
+    path = results / f"{result_stem(device, torch)}{rows[0]['date']}_live-chart.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

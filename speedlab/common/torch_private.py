@@ -130,7 +130,7 @@ def inductor_compile(
 
 
 def inductor_code_modules() -> list[ModuleType]:
-    """`codecache.PyCodeCache.modules` (2.12; empty before): the modules of code, which inductor keeps for ever."""
+    """`codecache.PyCodeCache.modules` (2.12; empty before): the modules of code, which inductor keeps."""
     from torch._inductor import codecache
 
     return list(getattr(getattr(codecache, "PyCodeCache", None), "modules", ()))

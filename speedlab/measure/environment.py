@@ -72,6 +72,12 @@ def environment_hash(env: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def result_stem(device: str, torch_version: str | None) -> str:
+    """`<device>_torch<version>_`, in letters that every file system takes: how a file of figures is named."""
+    words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in device).split()).lower()
+    return f"{words}_" if torch_version is None else f"{words}_torch{torch_version.split('+')[0]}_"
+
+
 def device_name(device: Any) -> str:
     """The GPU's marketing name, else the CPU's."""
     import torch

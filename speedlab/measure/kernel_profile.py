@@ -1,7 +1,7 @@
 """The details `kernels` and `trace`: what the steps of a run that was timed before were made of.
 
 Everything here happens after the timed run, in passes of its own, so no timed number and no latent changes. A pass that
-fails costs the detail and says so in the record: the image is worth more than its profile.
+fails costs the detail and says so in the record: the image is kept without its profile.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def summary_text(record: RunRecord) -> str:
             f"standard deviation {_s(run.get('std'))}"
         )
     lines.append(_memory_line(record.memory.get("overall", {})))
-    return "\n".join([*lines, *depth_lines(record), *record.warnings])
+    return "\n".join([*lines, *kernel_profile_lines(record), *record.warnings])
 
 
 def report_text(record: RunRecord) -> str:
@@ -153,7 +153,7 @@ _NAME_WIDTH = 60
 _RUNTIME_ROWS = 8
 
 
-def depth_lines(record: RunRecord) -> list[str]:
+def kernel_profile_lines(record: RunRecord) -> list[str]:
     """One line for what the profiled steps spent their time in and one for the operations; none without a profile."""
     lines = []
     profile = record.kernel_profile

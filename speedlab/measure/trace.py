@@ -209,7 +209,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
     def sampler_sample(
         executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        # ComfyUI makes these options again for every run, so what is added here dies with the run.
+        # ComfyUI makes these options again for every run, so what is added here ends with the run.
         options = extra_args["model_options"].setdefault("transformer_options", {})
         options[REPORT_CACHED] = trace.mark_cached
         options[REPORT_NOTE] = trace.add_note

@@ -33,7 +33,7 @@ def sweep_plot(result: SweepResult) -> Any:
         log.warning("SpeedLab: %s", error)
         return blank()
     except ValueError as error:
-        # A font that lacks a letter, or a label that cannot be set: never worth the hours of measuring behind it.
+        # A font that lacks a letter, or a label that cannot be set: no reason to lose the measurements.
         log.warning("SpeedLab: the sweep cannot be drawn: %s", first_line(error))
         return blank()
 

@@ -17,7 +17,7 @@ from ..measure.peaks import MemoryPeak, measure_peak
 from ..measure.plan_names import plan_of
 from ..measure.record import RunRecord, memory_dict, total_ms
 from ..measure.store import RunStore, new_run_id, write_image
-from .profiled import with_others, with_rates
+from .run_record import with_others, with_rates
 
 _MEMORY_FIELDS = ("peak_allocated_gb", "peak_reserved_gb", "peak_rss_gb", "device_used_gb", "outside_torch_gb")
 

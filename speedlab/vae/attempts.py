@@ -1,6 +1,6 @@
 """Decode with a VAE in the way asked for, and where memory runs out in smaller and smaller pieces.
 
-Core's own decode does the same behind the caller's back, with tiles of one size; here every retry is reported, and the
+Core's own decode does the same without a report, with tiles of one size; here every retry is reported, and the
 pieces shrink until they fit.
 
 Tiles of an image: where they lie and how their overlaps blend into each other without an edge.

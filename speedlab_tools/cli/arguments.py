@@ -14,7 +14,7 @@ from pathlib import Path
 
 from speedlab.common.errors import SpeedLabError
 
-from ..gpu.options import PACK_FOLDER, RESULTS
+from ..gpu import PACK_FOLDER, RESULTS
 from ..host.base import pack_root
 
 _ROOT = pack_root()

@@ -37,7 +37,7 @@ def run_checks(names: Sequence[str], *, fix: bool, python: Path, cwd: Path, env:
 
 
 def size_report(root: Path) -> str:
-    """Files and lines of Python in each half, for the eye: `speedlab/: 117 files, 17,000 lines; ...`."""
+    """Files and lines of Python in each half: `speedlab/: 117 files, 17,000 lines; ...`."""
     halves = []
     for half in ("speedlab", "speedlab_tools", "nodes", "tests"):
         files = sorted((root / half).rglob("*.py"))

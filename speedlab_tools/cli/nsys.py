@@ -77,7 +77,7 @@ def run(host: Host, arguments: Sequence[str], env: Mapping[str, str], reporter: 
     call = take_apart(arguments)
     report = _report_path(call)
     bench = [str(host.python), "-m", "speedlab_tools", "bench", *call.benchmark]
-    # Otherwise nsys starts to record at registered names only, and which names are registered is a tool's own matter.
+    # Otherwise nsys starts to record at registered names only, and tools differ in which names they register.
     watched = {**env, "NSYS_NVTX_PROFILER_REGISTER_ONLY": "0"}
     code = run_child(profile_command(nsys, report, bench, whole=call.whole), cwd=pack_root(), env=watched)
     if not report.is_file():

@@ -189,8 +189,8 @@ def compare(a: Table, b: Table, across: bool = False) -> tuple[list[Comparison],
         if not shared and (len(mine) > 1 or len(theirs) > 1):
             named = setting_name(key)
             notes.append(
-                f"{named}: not compared, for A measured it in {_told(mine)}, and B in {_told(theirs)}. Compare tables "
-                "of one environment each."
+                f"{named}: not compared, for A measured it in {_names(mine)}, and B in {_names(theirs)}. Compare "
+                "tables of one environment each."
             )
             continue
         for pair in [(env, env) for env in shared] or [(next(iter(mine)), next(iter(theirs)))]:
@@ -312,5 +312,5 @@ def _mixture(pair: tuple[Environment, Environment], sides: Sequence[Sequence[Run
     return "; ".join(differing), "device" in names
 
 
-def _told(environments: Iterable[Environment]) -> str:
+def _names(environments: Iterable[Environment]) -> str:
     return " and ".join(map(str, environments))

@@ -19,7 +19,7 @@ from ..cli.arguments import parse
 from ..host import inprocess
 from ..host.base import as_called, from_environment
 from ..host.child import INTERRUPTED
-from .options import (
+from . import (
     ALLOCATOR_VARIABLE,
     COMPILED_FOLDER,
     LOST_DEVICE,
@@ -33,7 +33,7 @@ log = logging.getLogger("speedlab_tools.gpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one call. Returns 0 when it ended in good order, LOST_DEVICE when a new process has to go on, and
+    """Run one call. Returns 0 when it ended without a fault, LOST_DEVICE when a new process has to go on, and
     OTHER_ALLOCATOR when one with PyTorch's own memory allocator has to."""
     began = time.monotonic()
     options, _ = parse("gpu", sys.argv[1:] if arguments is None else arguments)

@@ -32,7 +32,7 @@ from ..host.managed import ManagedHost
 from ..host.packages import Pip
 from ..host.progress import Reporter
 from ..host.resolve import choose, resolve
-from .options import ALLOCATOR_VARIABLE, LOST_DEVICE, NATIVE, OTHER_ALLOCATOR, PACK_FOLDER, WHEELS_VARIABLE
+from . import ALLOCATOR_VARIABLE, LOST_DEVICE, NATIVE, OTHER_ALLOCATOR, PACK_FOLDER, WHEELS_VARIABLE
 from .plan import blocks_of
 
 # What ComfyUI imports beside PyTorch, in pure Python; transformers and what is compiled a bare machine has to bring.

@@ -16,6 +16,7 @@ from typing import Any
 
 from speedlab.common.errors import ResultsError
 from speedlab.common.tables import aligned
+from speedlab.measure.environment import result_stem
 from speedlab.measure.store import write_atomically
 
 from .plan import Block
@@ -165,8 +166,7 @@ def open_journal(
 
     `again` begins anew. What was found elsewhere goes on under its name in `out`.
     """
-    words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in str(env["device"])).split()).lower()
-    stem = f"{words}_torch{str(env['torch']).split('+')[0]}_"
+    stem = result_stem(str(env["device"]), str(env["torch"]))
     suffix = SUFFIX_SMALL if small else SUFFIX
     if not again:
         folders = dict.fromkeys((out, *earlier))

@@ -1,4 +1,4 @@
-"""What a person sees while a long step runs: the stage, a sign of life, and the end. pip's own output goes to a log.
+"""What a person sees while a long step runs: the stage, progress, and the end. pip's own output goes to a log.
 
 The one display of progress here. Standard library only: `run.py` shows it before anything, tqdm too, is installed.
 """
@@ -21,7 +21,7 @@ _AT_HAND = re.compile(r"^(?:Collecting|Installing collected packages:|\s*Buildin
 
 
 class Reporter:
-    """Writes stages and signs of life: a line that rewrites itself on a terminal, else a line every `interval_s`."""
+    """Writes stages and progress: a line that rewrites itself on a terminal, else a line every `interval_s`."""
 
     def __init__(self, stream: TextIO | None = None, interval_s: float = 10.0) -> None:
         self.stream = sys.stdout if stream is None else stream
@@ -35,7 +35,7 @@ class Reporter:
         self._open = False
 
     def alive(self, text: str) -> None:
-        """A sign of life; on a terminal the next one takes its place."""
+        """A line of progress; on a terminal the next one replaces it."""
         if not self.terminal:
             self._write(text + "\n")
             return
@@ -43,7 +43,7 @@ class Reporter:
         self._open = True
 
     def clear(self) -> None:
-        """Take the sign of life away."""
+        """Remove the line of progress."""
         if self._open:
             self._write("\r\x1b[K")
             self._open = False
@@ -77,7 +77,7 @@ def run_logged(
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
 ) -> tuple[int, str]:
-    """Run a command to its end, its output to `log`, with signs of life. Returns its exit code and output.
+    """Run a command to its end, its output to `log`, with progress. Returns its exit code and output.
 
     An interrupt ends the command too.
     """

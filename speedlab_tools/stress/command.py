@@ -1,16 +1,22 @@
-"""`run.py stress`: prints what was tried and what broke, and keeps the figures."""
+"""`run.py stress`: prints what was tried and what broke, and keeps the figures in `benchmarks/results`."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import logging
+import platform
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from speedlab import __version__
 from speedlab.common.errors import SpeedLabError
 from speedlab.common.tables import growing_row
+from speedlab.measure.store import cannot_write, write_atomically
 
 from ..cli.arguments import UsageError
 from ..host.base import from_environment
@@ -18,10 +24,15 @@ from ..host.inprocess import enter
 from .faults import run_faults
 from .fuzz import HEADER, Tally, Target, fuzz, shares
 from .readers import model_targets, pure_targets, trap_springs
-from .results import SOAK_COLUMNS, soak_rows, write_faults, write_fuzz, write_soak
 from .soak import LEAST_PROMPTS, SoakTally, run_soak
 from .web_routes import route_targets
 from .writers import FAULT_HEADER, FaultTally
+
+_ABOUT = ("seed", "speedlab", "torch", "python", "system", "date")
+FUZZ_COLUMNS = ("reader", "inputs", "fine", "refused", "defects", "seconds", *_ABOUT)
+FAULT_COLUMNS = ("fault", "faults", "runs", "halves", "broken", "seconds", *_ABOUT)
+# `start` is after the warm-up; `bound` is the most that may lie between start and end, or that a count may be.
+SOAK_COLUMNS = ("what", "count", "start", "end", "bound", *_ABOUT)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -107,3 +118,63 @@ def _say(text: str) -> None:
     # A reason may quote letters that no terminal can show.
     sys.stdout.write(text.encode("ascii", "backslashreplace").decode() + "\n")
     sys.stdout.flush()
+
+
+def write_fuzz(folder: Path, tallies: Sequence[Tally], seed: int) -> Path:
+    """One row a reader, in place of an earlier table of that day. Raises ResultsError naming the path."""
+    rows = [
+        (t.target, t.inputs, *(t.counts[verdict] for verdict in ("fine", "refused", "defect")), f"{t.seconds:.1f}")
+        for t in tallies
+    ]
+    return _write(folder, "stress-fuzz", FUZZ_COLUMNS, rows, seed)
+
+
+def write_faults(folder: Path, tallies: Sequence[FaultTally], seed: int) -> Path:
+    """One row a kind of fault, in place of an earlier table of that day. Raises ResultsError naming the path."""
+    rows = [(t.fault, t.faults, t.runs, t.halves, len(t.broken), f"{t.seconds:.1f}") for t in tallies]
+    return _write(folder, "stress-faults", FAULT_COLUMNS, rows, seed)
+
+
+def soak_rows(tally: SoakTally) -> list[tuple[str, str, str, str, str]]:
+    """What a soak did, as the rows of its table: counts, what may grow, and how many prompts had each node."""
+    counts = (
+        ("prompts", tally.prompts, ""),
+        ("with a result", tally.fine, ""),
+        ("refused with a message", tally.refused.total(), ""),
+        ("failed as core does by itself", tally.failed_in_core.total(), ""),
+        ("errors without one", len(tally.unreadable), "0"),
+        ("run again in a fresh process", tally.repeated, ""),
+        ("unequal there", len(tally.unequal), "0"),
+        ("seconds", round(tally.seconds), ""),
+    )
+    return [
+        *((what, str(count), "", "", bound) for what, count, bound in counts),
+        *((g.what, "", f"{g.start:.1f}", f"{g.end:.1f}", f"{g.bound:.1f}") for g in tally.growths),
+        *((name, str(count), "", "", "") for name, count in sorted(tally.nodes.items())),
+    ]
+
+
+def write_soak(folder: Path, tally: SoakTally, seed: int) -> Path:
+    """Counts and growths, in place of an earlier table of that day. Raises ResultsError naming the path."""
+    return _write(folder, "stress-soak", SOAK_COLUMNS, soak_rows(tally), seed)
+
+
+def _write(folder: Path, what: str, columns: Sequence[str], rows: Sequence[Sequence[object]], seed: int) -> Path:
+    import torch
+
+    from speedlab.measure.environment import device_name, result_stem
+
+    date, version = time.strftime("%Y-%m-%d"), torch.__version__.split("+")[0]
+    device = device_name(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))
+    path = folder / f"{result_stem(device, version)}{date}_{what}.csv"
+    about = (seed, __version__, version, platform.python_version(), platform.system(), date)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows((*row, *about) for row in rows)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.getvalue().encode())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return path

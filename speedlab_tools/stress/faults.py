@@ -16,7 +16,7 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -106,24 +106,27 @@ Make = Callable[[int], Awaitable[str]]
 
 async def _watched(
     tally: FaultTally,
-    client: ComfyClient,
-    output: Path,
-    checkpoint: str,
+    server: tuple[str, Path, str],
     faults: int,
-    make: Make,
-    good: tuple[str, str],
+    prepare: Callable[[ComfyClient], Awaitable[Make]],
+    good: Sequence[str],
 ) -> FaultTally:
     """Make so many faults on one server, which has to be as it was before, every few of them and in the end.
 
-    `good` are the ends that are right; `halves` counts those of the first kind.
+    `server`: its URL, its output folder and the name of its checkpoint. `good` are the ends that are right; `halves`
+    counts those of the first kind.
     """
+    url, output, checkpoint = server
     started, ended = time.perf_counter(), Counter[str]()
-    before = await look(client, checkpoint)
-    for number in range(faults):
-        ended[await make(number)] += 1
-        tally.faults += 1
-        if tally.faults % _CHECK_EVERY == 0 or tally.faults == faults:
-            tally.broken += differences(before, await look(client, checkpoint), tally.faults)
+    async with ComfyClient(url) as client:
+        await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
+        make = await prepare(client)
+        before = await look(client, checkpoint)
+        for number in range(faults):
+            ended[await make(number)] += 1
+            tally.faults += 1
+            if tally.faults % _CHECK_EVERY == 0 or tally.faults == faults:
+                tally.broken += differences(before, await look(client, checkpoint), tally.faults)
     tally.broken += [f"{count} prompts ended so: {what}" for what, count in ended.items() if what not in good]
     tally.halves, tally.runs = ended[good[0]], sum(ended.values())
     tally.broken += left_on_disk(output)
@@ -134,24 +137,22 @@ async def _watched(
 def cancel_at_random(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
     """Cancel so many prompts, the phases in turn. `output` is the server's output folder. Raises BenchError."""
 
-    async def cancel_all() -> FaultTally:
-        async with ComfyClient(url) as client:
-            await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
-            compiling_s = await _time_compiling(client, checkpoint)
+    async def prepare(client: ComfyClient) -> Make:
+        compiling_s = await _time_compiling(client, checkpoint)
 
-            async def cancel(number: int) -> str:
-                phase = list(PHASES)[number % len(PHASES)]
-                if phase == "load":
-                    await client.free()
-                graph, longest_s = stressed(checkpoint, seed=number + 1), _SOON_S
-                if phase == "compiling":
-                    graph, longest_s = compiled(checkpoint, number + 1, _side(rng), _side(rng)), compiling_s
-                return await _cancel(client, graph, phase, rng.uniform(0.0, longest_s))
+        async def cancel(number: int) -> str:
+            phase = list(PHASES)[number % len(PHASES)]
+            if phase == "load":
+                await client.free()
+            graph, longest_s = stressed(checkpoint, seed=number + 1), _SOON_S
+            if phase == "compiling":
+                graph, longest_s = compiled(checkpoint, number + 1, _side(rng), _side(rng)), compiling_s
+            return await _cancel(client, graph, phase, rng.uniform(0.0, longest_s))
 
-            ends = (_CANCELLED, _FINISHED)
-            return await _watched(FaultTally("cancelled"), client, output, checkpoint, faults, cancel, ends)
+        return cancel
 
-    return asyncio.run(cancel_all())
+    server = url, output, checkpoint
+    return asyncio.run(_watched(FaultTally("cancelled"), server, faults, prepare, (_CANCELLED, _FINISHED)))
 
 
 async def _time_compiling(client: ComfyClient, checkpoint: str) -> float:
@@ -198,24 +199,22 @@ async def _cancel(client: ComfyClient, graph: dict[str, Any], phase: str, delay_
 def run_out_of_memory(url: str, output: Path, checkpoint: str, faults: int, rng: Random) -> FaultTally:
     """Let the memory run out so many times. `output` is the server's output folder. Raises BenchError."""
 
-    async def all_on_memory() -> FaultTally:
-        async with ComfyClient(url) as client:
-            await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
-            operations = await _count(client, checkpoint)
+    async def prepare(client: ComfyClient) -> Make:
+        operations = await _count(client, checkpoint)
 
-            async def run_out(number: int) -> str:
-                # A third of them loads again, so that loading and encoding have their share.
-                if number % 3 == 0:
-                    await client.free()
-                await _arm(client, rng.randint(1, operations))
-                how = await _run(client, checkpoint, number + 1)
-                await _arm(client, -1)
-                return how
+        async def run_out(number: int) -> str:
+            # A third of them loads again, so that loading and encoding have their share.
+            if number % 3 == 0:
+                await client.free()
+            await _arm(client, rng.randint(1, operations))
+            how = await _run(client, checkpoint, number + 1)
+            await _arm(client, -1)
+            return how
 
-            ends = (_REPORTED, _SURVIVED)
-            return await _watched(FaultTally("out of memory"), client, output, checkpoint, faults, run_out, ends)
+        return run_out
 
-    return asyncio.run(all_on_memory())
+    server = url, output, checkpoint
+    return asyncio.run(_watched(FaultTally("out of memory"), server, faults, prepare, (_REPORTED, _SURVIVED)))
 
 
 async def _count(client: ComfyClient, checkpoint: str) -> int:

@@ -20,7 +20,7 @@ def record() -> RunRecord:
         timestamp="2026-01-02T03:04:05+0000",
         status="ok",
         error=None,
-        env={"device": "Test Card", "torch": "2.12.1", "comfyui": "0.3.75", "speedlab": "0.1.0"},
+        env={"device": "Test GPU", "torch": "2.12.1", "comfyui": "0.3.75", "speedlab": "0.1.0"},
         env_hash="0123456789ab",
         request={
             "scenario": "txt2img-default", "plan": "stock", "checkpoint": {"name": "a.safetensors"}, "sampler": "euler",

@@ -103,7 +103,7 @@ def growths(readings: Sequence[Measures], prompts: int) -> list[Growth]:
 
 
 # The SDXL family's demo models take 4 GB on the disk and 8 GB of memory, and every backend of Compile Model up to a
-# minute for its first program: a short soak is not worth that.
+# minute for its first program: a short soak leaves them out.
 LARGE_FROM = 200
 
 

@@ -95,7 +95,7 @@ def test_the_record_says_whether_weights_are_paged(engine, comfy, monkeypatch, m
 
 
 def test_what_core_nodes_use_between_counts_for_the_overall_peak(engine, monkeypatch):
-    timeline, runner = engine("measure.timeline"), engine("sampling.profiled")
+    timeline, runner = engine("measure.timeline"), engine("sampling.run_record")
     memory_peak = engine("measure.peaks").MemoryPeak
     now = timeline.Executing("a prompt of this test", "9")
     monkeypatch.setattr(timeline, "executing", lambda: now)

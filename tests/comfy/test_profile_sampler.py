@@ -377,7 +377,7 @@ def test_a_record_that_cannot_be_made_never_hides_why_the_run_failed(sample, eng
     """A device that failed may refuse to be asked for times: the run's own error is the one to show."""
     import torch
 
-    runner = engine("sampling.profiled")
+    runner = engine("sampling.run_record")
     patched = tiny.model.clone()
 
     def fail(executor, *args, **kwargs):

@@ -17,8 +17,8 @@ from speedlab.common.errors import ResultsError
 from speedlab.plans.axes import CellSettings
 from speedlab.plans.plan_text import parse_stack
 from speedlab_tools.cli.arguments import parse
+from speedlab_tools.gpu import ALLOCATOR_VARIABLE, NATIVE, OTHER_ALLOCATOR, plan
 from speedlab_tools.gpu import command as gpu
-from speedlab_tools.gpu import options, plan
 from speedlab_tools.gpu.report import COLUMNS, NOT_MEASURED, TARGETS, Journal, open_journal, text
 from speedlab_tools.host import inprocess, pack_root
 from speedlab_tools.host.base import Host, HostError
@@ -257,7 +257,7 @@ def test_a_lost_device_is_gone_on_with_by_another_process(
 
     def child(command: list[str], env: dict[str, str], **_: Any) -> int:
         commands.append(command)
-        allocators.append(env.get(options.ALLOCATOR_VARIABLE))
+        allocators.append(env.get(ALLOCATOR_VARIABLE))
         return codes[len(commands) - 1]
 
     monkeypatch.setattr(gpu, "run_child", child)
@@ -265,8 +265,8 @@ def test_a_lost_device_is_gone_on_with_by_another_process(
     assert gpu.run(["--again", "--minutes", "3", "--small"], None, False, False, Reporter()) == code
     assert len(commands) == starts
     # From the one on that asked for PyTorch's own allocator.
-    asked = codes.index(options.OTHER_ALLOCATOR) + 1 if options.OTHER_ALLOCATOR in codes else starts
-    assert allocators == [None] * asked + [options.NATIVE] * (starts - asked)
+    asked = codes.index(OTHER_ALLOCATOR) + 1 if OTHER_ALLOCATOR in codes else starts
+    assert allocators == [None] * asked + [NATIVE] * (starts - asked)
     assert "--again" in commands[0] and not any("--again" in command for command in commands[1:])
     given = [parse("gpu", command[3:])[0] for command in commands]
     assert all(0 < one.minutes <= 3 and one.small for one in given)

@@ -9,9 +9,9 @@ import pytest
 
 from speedlab.common.errors import ResultsError, SpeedLabError
 from speedlab_tools.stress import fuzz as outcome
+from speedlab_tools.stress.command import write_faults, write_fuzz
 from speedlab_tools.stress.fuzz import Tally, Target, draw, fuzz, judge, of_bytes, of_json, of_text
 from speedlab_tools.stress.readers import pure_targets
-from speedlab_tools.stress.results import write_faults, write_fuzz
 from speedlab_tools.stress.writers import FaultTally
 
 INPUTS = 250

@@ -9,7 +9,7 @@ import pytest
 from speedlab_tools.client.client import ComfyClient
 from speedlab_tools.client.errors import ExecutionFailed, PromptRejected
 from speedlab_tools.stress import soak
-from speedlab_tools.stress.results import soak_rows, write_soak
+from speedlab_tools.stress.command import soak_rows, write_soak
 from speedlab_tools.stress.server import bring_probe, node
 from speedlab_tools.stress.soak import BOUNDS, demo_kit, growths, read
 from speedlab_tools.stress.soak_graph import Kit, SoakPrompts, without_a_place

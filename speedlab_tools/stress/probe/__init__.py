@@ -16,8 +16,10 @@ from .measures import StressDigest, StressMeasures
 from .memory import StressMemory
 
 # Objects that live for one run and have to be gone after it.
-_OF_A_RUN = (".speedlab.techniques.", ".speedlab.patching.", ".speedlab.sampling.profiled",
-             ".speedlab.measure.profile_window", ".speedlab.measure.trace")  # fmt: skip
+_OF_A_RUN = (
+    ".speedlab.techniques.", ".speedlab.patching.", ".speedlab.sampling.profiled", ".speedlab.sampling.run_record",
+    ".speedlab.measure.profile_window", ".speedlab.measure.trace",
+)  # fmt: skip
 # Which programs were compiled of a network is remembered as long as it lives.
 _OF_A_NETWORK = ".speedlab.techniques.compile.program.Programs"
 
