@@ -11,7 +11,7 @@ The graph of one random prompt: which nodes of this pack stand in it, in what or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -255,12 +255,6 @@ class SoakPrompts:
         graph = GraphBuilder(self.info, self.kit, Random(self.seed), loader)
         build(graph)
         return graph.nodes
-
-
-def without_a_place(info: Mapping[str, Any], prompts: Iterable[SoakPrompt]) -> set[str]:
-    """The nodes of this pack that none of `prompts` has."""
-    ours = {name for name in info if name.startswith("SpeedLab") and not name.startswith("SpeedLabStress")}
-    return ours - {name for prompt in prompts for name in prompt.classes}
 
 
 # Of that many prompts one runs compiled: by jit_trace, or by another backend once in _COMPILED_OTHERWISE of these.
