@@ -44,6 +44,7 @@ def main() -> None:
 def measure(pack: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
+    from speedlab.plans.in_turn import turned
     from speedlab_tools import synthetic
 
     spec = synthetic.CheckpointSpec(family="sd15", size="small")
@@ -68,8 +69,7 @@ def measure(pack: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     reference = run("timing").pop("latent")
     rows = []
     for index in range(args.rounds):
-        first = index % len(DETAILS)
-        for detail in (*DETAILS[first:], *DETAILS[:first]):
+        for detail in turned(DETAILS, index):
             row = run(detail)
             if not torch.equal(row.pop("latent"), reference):
                 sys.exit(f"detail {detail} made another latent")

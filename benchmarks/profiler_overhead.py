@@ -44,6 +44,7 @@ def measure(pack: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     import torch
 
+    from speedlab.plans.in_turn import turned
     from speedlab_tools import synthetic
 
     spec = synthetic.CheckpointSpec(family="sd15", size="small")
@@ -72,10 +73,8 @@ def measure(pack: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     run_stock(), run_ours()
     rows = []
     for pair in range(args.pairs):
-        if pair % 2:
-            (profiled, steps), plain = run_ours(), run_stock()
-        else:
-            plain, (profiled, steps) = run_stock(), run_ours()
+        made: dict[Any, Any] = {run: run() for run in turned((run_stock, run_ours), pair)}
+        plain, (profiled, steps) = made[run_stock], made[run_ours]
         rows.append({"pair": pair, "ksampler_s": plain, "profile_sampler_s": profiled, "steps_sum_s": steps,
                      "ratio": profiled / plain, "steps_over_wall": steps / profiled})  # fmt: skip
         print(f"pair {pair + 1:>2} of {args.pairs}: {plain:.3f} s, {profiled:.3f} s, ratio {profiled / plain:.4f}")
