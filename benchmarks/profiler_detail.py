@@ -26,6 +26,8 @@ def measure(nodes: Any, settings: dict[str, Any], rounds: int) -> Rows:
     """Profile Sampler with each detail in turn."""
     import torch
 
+    from speedlab.plans.in_turn import turned
+
     sampler = nodes["SpeedLabProfileSampler"]()
 
     def run(detail: str) -> dict[str, Any]:
@@ -39,8 +41,7 @@ def measure(nodes: Any, settings: dict[str, Any], rounds: int) -> Rows:
     reference = run("timing").pop("latent")
     rows = []
     for index in range(rounds):
-        first = index % len(DETAILS)
-        for detail in (*DETAILS[first:], *DETAILS[:first]):
+        for detail in turned(DETAILS, index):
             row = run(detail)
             if not torch.equal(row.pop("latent"), reference):
                 sys.exit(f"detail {detail} made another latent")

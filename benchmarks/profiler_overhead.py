@@ -22,6 +22,8 @@ from profiler_runs import AS_NODE, Rows, measured
 
 def measure(nodes: Any, settings: dict[str, Any], pairs: int) -> Rows:
     """KSampler and Profile Sampler in turn."""
+    from speedlab.plans.in_turn import turned
+
     stock, ours = importlib.import_module("nodes").KSampler(), nodes["SpeedLabProfileSampler"]()
 
     def run_stock() -> float:
@@ -39,10 +41,8 @@ def measure(nodes: Any, settings: dict[str, Any], pairs: int) -> Rows:
     run_stock(), run_ours()
     rows = []
     for pair in range(pairs):
-        if pair % 2:
-            (profiled, steps), plain = run_ours(), run_stock()
-        else:
-            plain, (profiled, steps) = run_stock(), run_ours()
+        made: dict[Any, Any] = {run: run() for run in turned((run_stock, run_ours), pair)}
+        plain, (profiled, steps) = made[run_stock], made[run_ours]
         rows.append({"pair": pair, "ksampler_s": plain, "profile_sampler_s": profiled, "steps_sum_s": steps,
                      "ratio": profiled / plain, "steps_over_wall": steps / profiled})  # fmt: skip
         print(f"pair {pair + 1:>2} of {pairs}: {plain:.3f} s, {profiled:.3f} s, ratio {profiled / plain:.4f}")

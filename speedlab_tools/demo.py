@@ -26,18 +26,18 @@ from .client.client import ComfyClient, RunResult
 from .client.errors import BenchError, ServerGone
 from .client.events import ProgressLine
 from .client.files import ServerOptions, Target, open_server, prepare_output
-from .client.graph import ApiGraph, Graph, Link
+from .client.graph import ApiGraph, Graph
 from .scenarios.catalog import LIGHTHOUSE, find
-from .scenarios.graphs import PREFIX
+from .scenarios.graphs import PREFIX, Loaded, decode, empty_latent, encode, sample
 from .scenarios.overrides import overrides_of
-from .scenarios.scenario import STOCK, TINY_VAE, Plan, Scenario, best_plan
+from .scenarios.scenario import STOCK, TINY_VAE, Plan, Prompt, Scenario, Settings, best_plan
 
 BASE = "txt2img-default"
 WARM_UP_STEPS = 2
 WARM_UP_SIDE = 256  # on a CPU nothing is tuned for a shape, so a small image warms up as well
 CPU_SIDE = 384  # all rounds together stay under three minutes on two cores
 MOST_ROUNDS = 3
-ROUNDS_SECONDS = 110.0
+ROUNDS_SECONDS = 140.0  # room for three on two cores
 
 
 @dataclass(frozen=True)
@@ -99,34 +99,26 @@ def demo_scenario() -> Scenario:
     return replace(find(BASE), plan=TINY_VAE)
 
 
-def settings_of(args: argparse.Namespace, on_cpu: bool) -> DemoSettings:
+def settings_of(args: argparse.Namespace, on_cpu: bool) -> Settings:
     """The demo's settings with the command line laid over them; a CPU gets a smaller image."""
     plain = find(BASE).settings
-    return DemoSettings(
-        text=LIGHTHOUSE.text,
-        negative=LIGHTHOUSE.negative or "",
-        seed=LIGHTHOUSE.seed if args.seed is None else args.seed,
+    return replace(
+        plain,
+        prompts=(replace(LIGHTHOUSE, seed=LIGHTHOUSE.seed if args.seed is None else args.seed),),
         width=args.width or (CPU_SIDE if on_cpu else plain.width),
         height=args.height or (CPU_SIDE if on_cpu else plain.height),
         steps=args.steps or plain.steps,
         batch=args.batch or plain.batch,
-        cfg=plain.cfg,
     )
 
 
-def warm_up_settings(settings: DemoSettings, on_cpu: bool) -> DemoSettings:
+def warm_up_settings(settings: Settings, on_cpu: bool) -> Settings:
     """Another text and seed, so that no node of the timed run comes from the server's cache; few steps."""
-    steps, seed = min(WARM_UP_STEPS, settings.steps), (settings.seed + 1) % 2**32
-    warm_up = replace(settings, text="warm up", negative="cold", seed=seed, steps=steps)
+    other = Prompt("warm up", "warm up", (settings.prompts[0].seed + 1) % 2**32, "cold")
+    warm_up = replace(settings, prompts=(other,), steps=min(WARM_UP_STEPS, settings.steps))
     if not on_cpu:
         return warm_up
-    width, height = min(WARM_UP_SIDE, settings.width), min(WARM_UP_SIDE, settings.height)
-    return replace(warm_up, width=width, height=height)
-
-
-def _graph(settings: DemoSettings, checkpoint: str, plan: Plan) -> ApiGraph:
-    graph = stock_graph(settings, checkpoint) if plan is STOCK else plan_graph(settings, checkpoint, plan)
-    return graph.to_api()
+    return replace(warm_up, width=min(WARM_UP_SIDE, settings.width), height=min(WARM_UP_SIDE, settings.height))
 
 
 async def _queue(client: ComfyClient, graph: ApiGraph, title: str) -> RunResult:
@@ -137,15 +129,16 @@ async def _queue(client: ComfyClient, graph: ApiGraph, title: str) -> RunResult:
         line.done()
 
 
-def _request(settings: DemoSettings, plan: Plan, checkpoint: str) -> dict[str, Any]:
+def _request(settings: Settings, plan: Plan, checkpoint: str) -> dict[str, Any]:
     """What was asked, as the record's `request`."""
-    same = ("steps", "cfg", "width", "height", "batch", "seed", "sampler", "scheduler")
+    same = ("steps", "cfg", "width", "height", "batch", "sampler", "scheduler")
     return {
         "scenario": "demo",
         "plan": plan.name,
         "checkpoint": {"name": checkpoint},
         "precision": None,
         "accelerators": plan.accelerators(),
+        "seed": settings.prompts[0].seed,
         **{name: getattr(settings, name) for name in same},
     }
 
@@ -157,18 +150,19 @@ class Demo:
     client: ComfyClient
     pid: int | None
     env: dict[str, Any]
-    settings: DemoSettings
+    settings: Settings
     checkpoint: str
     out: Path
 
     async def measure(self, plan: Plan, with_picture: bool) -> DemoRun:
         """Warm up, run once, fetch the image: it is the same in every round."""
         on_cpu = self.env["device_type"] == "cpu"
-        warm_up = _graph(warm_up_settings(self.settings, on_cpu), self.checkpoint, plan)
+        warm_up = graph_of(warm_up_settings(self.settings, on_cpu), self.checkpoint, plan).to_api()
+        graph = graph_of(self.settings, self.checkpoint, plan).to_api()
         async with watch(self.client, self.pid, with_vram=not on_cpu) as tuning:
             warmed = await _queue(self.client, warm_up, f"{plan.name}: warm-up")
         async with watch(self.client, self.pid, with_vram=False) as seen:
-            result = await _queue(self.client, _graph(self.settings, self.checkpoint, plan), plan.name)
+            result = await _queue(self.client, graph, plan.name)
         seen.vram = tuning.vram
         name = "demo_stock" if plan is STOCK else "demo_best"
         pictures = await fetch_images(self.client, result, self.out, name) if with_picture else []
@@ -256,64 +250,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """What both graphs sample."""
-
-    text: str
-    negative: str
-    seed: int
-    width: int = 512
-    height: int = 512
-    steps: int = 20
-    cfg: float = 8.0
-    batch: int = 1
-    sampler: str = "euler"
-    scheduler: str = "normal"
-
-
-def _sampled(graph: Graph, settings: DemoSettings, model: Link, positive: Link, negative: Link) -> Link:
-    latent = graph.add(
-        "EmptyLatentImage", group="Load", title="Size",
-        width=settings.width, height=settings.height, batch_size=settings.batch,
-    )  # fmt: skip
-    sampler = graph.add(
-        "SpeedLabProfileSampler", group="Sample", model=model, seed=settings.seed, steps=settings.steps,
-        cfg=settings.cfg, sampler_name=settings.sampler, scheduler=settings.scheduler, positive=positive,
-        negative=negative, latent_image=latent[0], denoise=1.0, detail="timing", warmup=0, repeats=1, nvtx=False,
-    )  # fmt: skip
-    return sampler[0]
-
-
-def _saved(graph: Graph, images: Link, name: str) -> Graph:
-    graph.add("SaveImage", group="Measure", images=images, filename_prefix=f"{PREFIX}/demo_{name}")
-    return graph
-
-
-def stock_graph(settings: DemoSettings, checkpoint: str) -> Graph:
-    """Nodes of core, and their sampler measured."""
-    graph = Graph()
-    loader = graph.add("CheckpointLoaderSimple", group="Load", ckpt_name=checkpoint)
-    positive = graph.add("CLIPTextEncode", group="Prompt", clip=loader["CLIP"], text=settings.text)
-    negative = graph.add("CLIPTextEncode", group="Prompt", clip=loader["CLIP"], text=settings.negative)
-    samples = _sampled(graph, settings, loader["MODEL"], positive[0], negative[0])
-    images = graph.add("VAEDecode", group="Decode", samples=samples, vae=loader["VAE"])
-    return _saved(graph, images[0], "stock")
-
-
-def plan_graph(settings: DemoSettings, checkpoint: str, plan: Plan) -> Graph:
-    """The same image with the nodes of this pack and the plan's techniques."""
-    graph = Graph()
-    loader = graph.add("SpeedLabCheckpointLoader", group="Load", ckpt_name=checkpoint)
-    model = plan.apply(graph, loader["model"])
-    positive = graph.add("SpeedLabTextEncode", group="Prompt", clip=loader["clip"], text=settings.text)
-    negative = graph.add("SpeedLabTextEncode", group="Prompt", clip=loader["clip"], text=settings.negative)
-    samples = _sampled(graph, settings, model, positive[0], negative[0])
-    if plan.decoder == "tiny":
-        images = graph.add("SpeedLabTinyVAEDecode", group="Decode", samples=samples, model=model)
+def graph_of(settings: Settings, checkpoint: str, plan: Plan) -> Graph:
+    """ComfyUI's own nodes for stock, else those of this pack with the plan's techniques; both sampled alike."""
+    graph, prompt = Graph(), settings.prompts[0]
+    if plan is STOCK:
+        loader = graph.add("CheckpointLoaderSimple", group="Load", ckpt_name=checkpoint)
+        loaded = Loaded(loader["MODEL"], loader["CLIP"], loader["VAE"])
+        texts = (prompt.text, prompt.negative or "")
+        positive, negative = (graph.add("CLIPTextEncode", group="Prompt", clip=loaded.clip, text=t)[0] for t in texts)
     else:
-        images = graph.add("SpeedLabVAEDecode", group="Decode", samples=samples, vae=loader["vae"])
-    return _saved(graph, images[0], "best")
+        loader = graph.add("SpeedLabCheckpointLoader", group="Load", ckpt_name=checkpoint)
+        loaded = Loaded(plan.apply(graph, loader["model"]), loader["clip"], loader["vae"])
+        positive, negative = encode(graph, loaded.clip, prompt, 0, "")
+    latent = empty_latent(graph, settings)
+    samples = sample(graph, settings, prompt, loaded.model, (positive, negative), latent, 0, "")[0]
+    if plan is STOCK:
+        images = graph.add("VAEDecode", group="Decode", samples=samples, vae=loaded.vae)
+    else:
+        images = decode(graph, plan, samples, loaded, 0, "")
+    name = f"{PREFIX}/demo_{'stock' if plan is STOCK else 'best'}"
+    graph.add("SaveImage", group="Measure", images=images[0], filename_prefix=name)
+    return graph
 
 
 def compare_graph(picture: str, reference: str) -> Graph:

@@ -200,6 +200,6 @@ def _conclude(bench: Bench, block: Block, variant: Variant) -> None:
         )
         return
     best = max(good, key=lambda row: float(row["images_per_min"]))
-    told = ("batch", "images_per_min", "picture_s", "n", "peak_allocated_gb")
+    told = ("plan", "batch", "images_per_min", "picture_s", "n", "peak_allocated_gb")
     note = "; ".join(f"batch {row['batch']}: {row.get('images_per_min', row['status'])}" for row in mine)
     bench.write(block, variant, **{name: best[name] for name in told}, note=note)

@@ -6,6 +6,7 @@ import asyncio
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,14 @@ from speedlab_tools.client import errors
 from speedlab_tools.client.client import ComfyClient, Follower
 from speedlab_tools.client.events import nodes_of, text_to_image_s
 from speedlab_tools.client.graph import signature_from_info, snapshot
-from speedlab_tools.demo import DemoSettings, stock_graph
+from speedlab_tools.demo import graph_of
 from speedlab_tools.scenarios.catalog import SCENARIOS
 from speedlab_tools.scenarios.overrides import Overrides, adapt
+from speedlab_tools.scenarios.scenario import STOCK, Prompt, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "speedlab_demo_sd15.safetensors"
-TINY = DemoSettings(text="a tree", negative="", seed=1, width=64, height=64, steps=2)
+TINY = Settings(prompts=(Prompt("text", "a tree", 1, ""),), width=64, height=64, steps=2)
 pytestmark = pytest.mark.server
 
 
@@ -52,7 +54,7 @@ def test_the_signature_snapshot_is_what_the_server_says(server):
 
 
 def test_core_nodes_are_timed_from_outside(server):
-    graph = stock_graph(TINY, CHECKPOINT).to_api()
+    graph = graph_of(TINY, CHECKPOINT, STOCK).to_api()
     result = talk(server.url, lambda client: client.run(graph, timeout_s=600))
     again = talk(server.url, lambda client: client.run(graph, timeout_s=600))
     total = text_to_image_s(result.log, graph)
@@ -70,7 +72,7 @@ def test_core_nodes_are_timed_from_outside(server):
 
 
 def test_the_picture_comes_back_and_can_be_uploaded(server, tmp_path):
-    graph = stock_graph(TINY, CHECKPOINT).to_api()
+    graph = graph_of(TINY, CHECKPOINT, STOCK).to_api()
 
     async def work(client):
         result = await client.run(graph, timeout_s=600)
@@ -84,7 +86,7 @@ def test_the_picture_comes_back_and_can_be_uploaded(server, tmp_path):
 
 
 def test_a_refused_graph_is_put_into_words(server):
-    graph = stock_graph(TINY, "no_such.safetensors").to_api()
+    graph = graph_of(TINY, "no_such.safetensors", STOCK).to_api()
     with pytest.raises(errors.PromptRejected) as caught:
         talk(server.url, lambda client: client.run(graph))
     assert "'no_such.safetensors' is no choice of 'ckpt_name'; the server has" in str(caught.value)
@@ -95,7 +97,7 @@ def test_a_refused_graph_is_put_into_words(server):
 
 
 def test_a_node_that_raises_is_named(server):
-    graph = stock_graph(TINY, CHECKPOINT).to_api()
+    graph = graph_of(TINY, CHECKPOINT, STOCK).to_api()
     decode = nodes_of(graph, ["VAEDecode"])[0]
     save = nodes_of(graph, ["SaveImage"])[0]
     graph[save]["inputs"]["filename_prefix"] = "../../outside"
@@ -105,7 +107,7 @@ def test_a_node_that_raises_is_named(server):
 
 
 def test_an_interrupt_stops_the_run_and_the_next_one_works(server):
-    settings = DemoSettings(text="long", negative="", seed=3, width=64, height=64, steps=2000)
+    settings = Settings(prompts=(Prompt("text", "long", 3, ""),), width=64, height=64, steps=2000)
 
     async def work(client):
         stops = []
@@ -115,26 +117,26 @@ def test_an_interrupt_stops_the_run_and_the_next_one_works(server):
                 stops.append(asyncio.ensure_future(client.interrupt()))
 
         with pytest.raises(errors.ExecutionInterrupted):
-            await client.run(stock_graph(settings, CHECKPOINT).to_api(), listener=stop, timeout_s=600)
+            await client.run(graph_of(settings, CHECKPOINT, STOCK).to_api(), listener=stop, timeout_s=600)
         await asyncio.gather(*stops)
-        return await client.run(stock_graph(TINY, CHECKPOINT).to_api(), timeout_s=600)
+        return await client.run(graph_of(TINY, CHECKPOINT, STOCK).to_api(), timeout_s=600)
 
     assert talk(server.url, work).images("SaveImage")
 
 
 def test_a_run_that_takes_too_long_is_stopped(server):
-    settings = DemoSettings(text="too long", negative="", seed=4, width=64, height=64, steps=5000)
+    settings = Settings(prompts=(Prompt("text", "too long", 4, ""),), width=64, height=64, steps=5000)
 
     async def work(client):
         with pytest.raises(errors.RunTimeout, match="was stopped"):
-            await client.run(stock_graph(settings, CHECKPOINT).to_api(), timeout_s=3)
-        return await client.run(stock_graph(TINY, CHECKPOINT).to_api(), timeout_s=600)
+            await client.run(graph_of(settings, CHECKPOINT, STOCK).to_api(), timeout_s=3)
+        return await client.run(graph_of(TINY, CHECKPOINT, STOCK).to_api(), timeout_s=600)
 
     assert talk(server.url, work).images("SaveImage")
 
 
 def test_a_socket_that_drops_is_survived_and_the_log_says_so(server, monkeypatch):
-    settings = DemoSettings(text="drop", negative="", seed=5, width=64, height=64, steps=20)
+    settings = Settings(prompts=(Prompt("text", "drop", 5, ""),), width=64, height=64, steps=20)
     sockets = []
     connect = Follower._connect
 
@@ -151,7 +153,7 @@ def test_a_socket_that_drops_is_survived_and_the_log_says_so(server, monkeypatch
             if event.kind == "progress" and not closed:
                 closed.append(asyncio.ensure_future(sockets[0].close()))
 
-        return await client.run(stock_graph(settings, CHECKPOINT).to_api(), listener=drop, timeout_s=600)
+        return await client.run(graph_of(settings, CHECKPOINT, STOCK).to_api(), listener=drop, timeout_s=600)
 
     result = talk(server.url, work)
     assert result.images("SaveImage")
@@ -160,7 +162,7 @@ def test_a_socket_that_drops_is_survived_and_the_log_says_so(server, monkeypatch
 
 def test_nothing_at_the_address_is_said_so(server):
     with pytest.raises(errors.ServerGone, match=r"127\.0\.0\.1:9"):
-        talk("127.0.0.1:9", lambda client: client.run(stock_graph(TINY, CHECKPOINT).to_api()))
+        talk("127.0.0.1:9", lambda client: client.run(graph_of(TINY, CHECKPOINT, STOCK).to_api()))
 
 
 def test_bench_runs_a_scenario_on_a_running_server(server, tmp_path):
@@ -206,13 +208,15 @@ def test_demo_prints_both_rows_and_the_ratio(server, taesd_files, tmp_path):
     before = server.get("/speedlab/runs?limit=1")["files"]
     done = command("demo", "--server", server.url, *sizes, "--checkpoint", CHECKPOINT, out=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "times as fast as stock" in done.stdout
+    told = re.search(r"([\d.]+) times as fast as stock \((median of 3|lower median of 2|one) round", done.stdout)
+    assert told is not None
     assert "PSNR" in done.stdout
     assert {path.name for path in tmp_path.glob("*.png")} == {"demo_stock.png", "demo_best.png"}
     with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["plan"] == "stock"
     assert len({row["seed"] for row in rows}) == 1
+    assert float(rows[0]["time_s"]) / float(rows[1]["time_s"]) == pytest.approx(float(told[1]), abs=0.011)
     assert all(float(row["time_s"]) > 0 and row["status"] == "ok" for row in rows)
     runs = [json.loads((tmp_path / "speedlab" / "runs" / f"{row['run_id']}.json").read_text()) for row in rows]
     for row, run in zip(rows, runs, strict=True):
