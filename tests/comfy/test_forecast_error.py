@@ -1,7 +1,7 @@
 """What Forecast's error control is worth, on models whose exact answers are known.
 
-The error is the distance from the run with all steps, relative to its latent; the rival is the same sampler with as many
-plain steps as were evaluated.
+The error is the distance from the run with all steps, relative to its latent; the rival is the same sampler with as
+many plain steps as were evaluated.
 """
 
 from __future__ import annotations
