@@ -322,6 +322,68 @@ def stress_soak(results: Results) -> list[str]:
     return [*table(head, rows), "", results.source(*kinds)]
 
 
+_WAYS = (
+    ("Forecast, adaptive", "0.02"), ("Forecast, adaptive", "0.05"), ("Forecast, fixed", "max_skip 2"),
+    ("copy", "1 in 2"), ("EasyCache", "0.05"), ("EasyCache", "0.1"), ("LazyCache", "0.1"),
+    ("Spectrum's scheme", "w 0.5"), ("Spectrum's scheme", "w 1"),
+)  # fmt: skip
+_CASES = ("sampler", "scheduler", "steps")
+
+
+def _quality(mixture: str) -> Callable[[Results], list[str]]:
+    """Error at so many evaluations, and over the error of as many plain steps, for each way and sampler."""
+
+    def made(results: Results) -> list[str]:
+        found = [row for row in results.rows("quality") if row["mixture"] == mixture and not row["dynamic_cfg"]]
+        cases = list(dict.fromkeys(tuple(row[name] for name in _CASES) for row in found))
+        rows = []
+        for way in _WAYS:
+            cells = [" ".join(way)]
+            for case in cases:
+                here = [row for row in found if tuple(row[name] for name in _CASES) == case]
+                (mine,) = (row for row in here if (row["way"], row["setting"]) == way)
+                evaluations, missed = float(mine["evaluations"]), float(mine["error_median"])
+                plain = _plain_error(here, evaluations)
+                times = f", {missed / plain:.2f}" if plain else ""
+                cells.append(f"{missed:.4f} at {evaluations:.1f}{times}")
+            rows.append(cells)
+        head = ["", *(f"{sampler}, {scheduler}, {steps} steps" for sampler, scheduler, steps in cases)]
+        return [*table(head, rows), "", results.source("quality")]
+
+    return made
+
+
+def _plain_error(rows: Sequence[Row], evaluations: float) -> float:
+    """The median error of that many plain steps, between two counts on the line of the logarithm; 0 for all steps."""
+    known = sorted(
+        (float(row["evaluations"]), float(row["error_median"])) for row in rows if row["way"] == "fewer steps"
+    )
+    below, above = [p for p in known if p[0] <= evaluations], [p for p in known if p[0] >= evaluations]
+    if not below or not above:
+        return 0.0 if not above else above[0][1]
+    (low, first), (high, last) = below[-1], above[0]
+    share = (evaluations - low) / (high - low) if high > low else 0.0
+    return float(first ** (1.0 - share) * last**share)
+
+
+def quality_with_dynamic_cfg(results: Results) -> list[str]:
+    """Rows of the model that each way takes, alone and with uncond left out from three quarters of the steps on."""
+    found = [row for row in results.rows("quality") if row["mixture"] == "apart"]
+    cases = list(dict.fromkeys(tuple(row[name] for name in _CASES) for row in found))
+    ways = list(dict.fromkeys((row["way"], row["setting"]) for row in found if row["dynamic_cfg"]))
+    rows = []
+    for way in ways:
+        cells = [" ".join(way).strip()]
+        for case in cases:
+            here = [r for r in found if tuple(r[name] for name in _CASES) == case and (r["way"], r["setting"]) == way]
+            alone, both = (next(row for row in here if bool(row["dynamic_cfg"]) is cfg) for cfg in (False, True))
+            errors = f"{float(alone['error_median']):.4f} / {float(both['error_median']):.4f}"
+            cells.append(f"{float(alone['rows']):.1f} / {float(both['rows']):.1f} rows, {errors}")
+        rows.append(cells)
+    head = ["alone / with Dynamic CFG 0.75", *(f"{one}, {two}, {steps} steps" for one, two, steps in cases)]
+    return [*table(head, rows), "", results.source("quality")]
+
+
 TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "images": images,
     "sampling": sampling,
@@ -332,6 +394,9 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "memory-plan": memory_plan,
     "overhead": overhead,
     "fleet": fleet,
+    "quality-apart": _quality("apart"),
+    "quality-overlapping": _quality("overlapping"),
+    "quality-dynamic-cfg": quality_with_dynamic_cfg,
     "stress-input": stress_input,
     "stress-faults": stress_faults,
     "stress-soak": stress_soak,

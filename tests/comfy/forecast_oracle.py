@@ -39,7 +39,7 @@ class Plain:
     full: list[int] = field(default_factory=list)
     left_out: set[int] = field(default_factory=set)
     kept: dict[Any, dict[int, tuple[float, torch.Tensor, list[float]]]] = field(default_factory=dict)
-    error: dict[int, tuple[float, float, float]] = field(default_factory=dict)
+    error: dict[int, list[tuple[float, float, float]]] = field(default_factory=dict)
     spent: float = 0.0
     seen: set[int] = field(default_factory=set)
 
@@ -85,11 +85,11 @@ class Plain:
             return False
         if step - last == 1:
             self.spent = 0.0
-        error, reach, base = self.error[last]
-        newest = max(history[last][0] for history in self.kept.values() if last in history)
-        distance = -math.log(sigmas[step]) - newest
-        growth = distance * (distance + reach) / (reach * (reach + base))
-        self.spent += (1 - sigmas[step + 1] / sigmas[step]) * error * growth
+        distance = math.log(sigmas[last]) - math.log(sigmas[step])
+        expected = [
+            error * distance * (distance + reach) / (reach * (reach + base)) for error, reach, base in self.error[last]
+        ]
+        self.spent += 1.5 * (1 - sigmas[step + 1] / sigmas[step]) * max(expected)
         if self.spent <= self.tolerance:
             return True
         self.spent = 0.0
@@ -110,7 +110,7 @@ class Plain:
             old_slope = ((new[row] - old[row]) / (new_place - old_place)).flatten()
             new_slope = ((true[row] - new[row]) / (place - new_place)).flatten()
             size = float(old_slope @ old_slope)
-            found.append(0.8 * min(max(float(new_slope @ old_slope) / size, 0.0), 1.0) if size else 0.0)
+            found.append(0.83 * min(max(float(new_slope @ old_slope) / size, 0.0), 1.0) if size else 0.0)
         return found
 
     def measure(self, step: int, reach: float, base: float, out: list, guesses: dict[int, torch.Tensor]) -> None:
@@ -120,7 +120,7 @@ class Plain:
 
         true, guess = guided(out), guided(guesses)
         rows = [float((a - b).norm() / a.norm()) for a, b in zip(true, guess, strict=True)]
-        self.error[step] = (max(rows), reach, base)
+        self.error.setdefault(step, []).append((max(rows), reach, base))
 
 
 def with_forecasts(model: Any, plain: Plain) -> Any:

@@ -34,9 +34,19 @@ class Denoiser(torch.nn.Module):
         self.register_buffer("variances", (width * (0.5 + scale)) ** 2)
         self.calls = 0
 
-    def forward(self, x: torch.Tensor, timesteps: Any, context: Any = None, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        self, x: Any, timesteps: Any, context: Any = None, control: Any = None, transformer_options: Any = None
+    ) -> torch.Tensor:
+        """Inside the wrappers of the diffusion model, as ComfyUI's own networks are."""
+        from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, transformer_options)
+        executor = WrapperExecutor.new_class_executor(self.noise, self, wrappers)
+        return executor.execute(x, timesteps, context, transformer_options)
+
+    def noise(self, x: torch.Tensor, timesteps: Any, context: Any, transformer_options: Any) -> torch.Tensor:
         self.calls += len(x)
-        sigmas = kwargs["transformer_options"]["sigmas"].double()
+        sigmas = transformer_options["sigmas"].double()
         sigma = sigmas.repeat(len(x) // len(sigmas))[:, None]
         noisy = x.double().flatten(1) * (sigma**2 + 1.0).sqrt()
         weights = context[:, 0, :COMPONENTS].double()

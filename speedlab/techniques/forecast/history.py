@@ -24,7 +24,7 @@ _CLOSEST = 1e-5
 _LASTS = 0.5
 # Slopes mostly level off, so that the next one lasts less than the last: on the mixtures of benchmarks/quality.py this
 # halves the error on Karras schedules, and costs next to nothing on the others.
-_LEVELS_OFF = 0.8
+_LEVELS_OFF = 0.83
 
 
 class Anchor(NamedTuple):
@@ -55,23 +55,24 @@ class Evaluation:
         return -math.log(self.sigma)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Backtest:
-    """What forecasts of a full evaluation missed: one error a call. They were made over the distance `reach`, from two
-    predictions that lay `base` apart."""
+    """What forecasts of one call in a full step missed, None where not all could be made.
 
-    step: int
+    They were made over the distance `reach`, from two predictions that lay `base` apart.
+    """
+
+    error: torch.Tensor | None
     reach: float
     base: float
-    errors: list[torch.Tensor] = field(default_factory=list)
 
     def error_at(self, distance: float) -> float:
         """The error to expect of a forecast over `distance` from here. Waits for the device.
 
         A line through two values misses in proportion to the distances from both.
         """
-        error = max(float(error) for error in self.errors)
-        return error * distance * (distance + self.reach) / (self.reach * (self.reach + self.base))
+        growth = distance * (distance + self.reach) / (self.reach * (self.reach + self.base))
+        return math.inf if self.error is None else float(self.error) * growth
 
 
 @dataclass
@@ -79,7 +80,9 @@ class Histories:
     """Anchors of the last full steps for each key, and which steps were evaluated in full."""
 
     full: list[int] = field(default_factory=list)
-    backtest: Backtest | None = None
+    # Of the evaluations of the full step that was evaluated last, and which one that is.
+    backtests: list[Backtest] = field(default_factory=list)
+    tested: int | None = None
     _anchors: dict[Hashable, dict[int, Anchor]] = field(default_factory=dict)
     _finite: list[torch.Tensor] = field(default_factory=list)
 
@@ -88,7 +91,7 @@ class Histories:
         self.full.clear()
         self._anchors.clear()
         self._finite.clear()
-        self.backtest = None
+        self.backtests.clear()
 
     def forget_before(self, step: int) -> None:
         """Let go of what serves no evaluation at `step` or later: all but the last two full steps before it."""
@@ -118,11 +121,6 @@ class Histories:
         in_order = older.log_snr + _CLOSEST < newer.log_snr < log_snr - _CLOSEST
         return (older, newer) if in_order else None
 
-    def distance(self, full: int, sigma: float) -> float:
-        """From the predictions of step `full` to `sigma`, over the logarithm."""
-        newest = max(anchors[full].log_snr for anchors in self._anchors.values() if full in anchors)
-        return -math.log(sigma) - newest
-
     def is_ready(self, keys: Mapping[int, Hashable], evaluation: Evaluation) -> bool:
         """Whether each of `keys` can be forecast for this evaluation."""
         return all(self.newest(key, evaluation.step, evaluation.log_snr) for key in keys.values())
@@ -148,14 +146,21 @@ class Histories:
                 reach, base = log_snr - pair[1].log_snr, pair[1].log_snr - pair[0].log_snr
             self._anchors.setdefault(key, {})[step] = Anchor(log_snr, found[group], lasts)
             self._finite.append(torch.isfinite(found[group]).all())
-        first = evaluation.calls == 0
-        if len(guesses) < len(keys):
-            self.backtest = None
-        elif keys and (first or self.backtest is not None):
-            if first or self.backtest is None:
-                self.backtest = Backtest(step, reach, base)
-            cfg = evaluation.cfg if first else None
-            self.backtest.errors.append(_missed(found, guesses, cfg))
+        first, is_whole = evaluation.calls == 0, len(guesses) == len(keys)
+        if step != self.tested:
+            self.backtests, self.tested = [], step
+        if keys:
+            error = _missed(found, guesses, evaluation.cfg if first else None) if is_whole else None
+            self.backtests.append(Backtest(error, reach, base))
+
+    def error_at(self, step: int, distance: float) -> float | None:
+        """The error to expect of forecasts over `distance` from the full step `step`; None where that is not known.
+
+        That of the worst evaluation of that step: of a sampler that adds noise, its evaluations differ.
+        """
+        if self.tested != step or not self.backtests or any(test.error is None for test in self.backtests):
+            return None
+        return max(test.error_at(distance) for test in self.backtests)
 
 
 def keys_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from .plan import FEWEST_STEPS, ForecastConfig, fixed_plan, open_steps
 
 # A sampler that follows its schedule begins a step at the step's sigma; for flow models some begin just below 1.
 _BEGINS_WITHIN = 0.01
+# What a forecast misses varies from step to step, so that more is expected than the last full step has measured.
+_CAUTION = 1.5
 
 
 @dataclass
@@ -111,13 +114,14 @@ class Run(SharedState):
 
         An error of the denoised latent enters the latent with 1 - next sigma / sigma.
         """
-        backtest, full = self.histories.backtest, [known for known in self.histories.full if known < step]
-        if backtest is None or not full or backtest.step != full[-1] or step - full[-1] > self.config.max_skip:
+        sigmas, last = self.finder.sigmas, max((full for full in self.histories.full if full < step), default=-1)
+        if last < 0 or step - last > self.config.max_skip:
             return None
-        sigmas = self.finder.sigmas
-        error = backtest.error_at(self.histories.distance(full[-1], sigmas[step]))
-        spent = self._spent if step - full[-1] > 1 else 0.0
-        spent += (1.0 - sigmas[step + 1] / sigmas[step]) * error
+        error = self.histories.error_at(last, math.log(sigmas[last] / sigmas[step]))
+        if error is None:
+            return None
+        spent = self._spent if step - last > 1 else 0.0
+        spent += _CAUTION * (1.0 - sigmas[step + 1] / sigmas[step]) * error
         return spent if spent <= self.config.tolerance else None
 
     def end(self, told: Mapping[str, Any]) -> bool:
