@@ -158,9 +158,9 @@ def _whole_tier(
     for old in (report, times):
         old.unlink(missing_ok=True)
     told = "All of about 3,050 tests" if everything else "About 2,900 tests, those of every day,"
-    takes = "40 minutes" if everything else "15 minutes; --all runs the slow ones too"
+    takes = "35 to 45 minutes" if everything else "15 to 20 minutes; --all runs the slow ones too"
     reporter.line(
-        f"{told} against the real ComfyUI, by two processes: on two cores about {takes}. Results go to {report}, the "
+        f"{told} against the real ComfyUI, by two processes: on two cores {takes}. Results go to {report}, the "
         f"longest times to {times}."
     )
     command = [*arguments, *_WHOLE, f"--junitxml={report}", *(() if everything else _EVERYDAY)]

@@ -139,7 +139,7 @@ def test_another_layout_makes_no_code_for_any_layout(
 
 _TOURS = [
     pytest.param("blocks", "auto", 5, marks=pytest.mark.full),
-    ("blocks", "true", 2),
+    pytest.param("blocks", "true", 2, marks=pytest.mark.full),
     pytest.param("model", "true", 2, marks=pytest.mark.full),
 ]
 

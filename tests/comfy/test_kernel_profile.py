@@ -127,7 +127,14 @@ def test_the_extra_passes_leave_nothing(sample, reference, tiny):
     assert torch.equal(sample().latent["samples"], reference())
 
 
-@pytest.mark.parametrize("sampler_name", ["heun", "dpmpp_sde", "uni_pc", "dpm_adaptive", "lms", "euler_ancestral"])
+@pytest.mark.parametrize(
+    "sampler_name",
+    [
+        "heun",
+        *(pytest.param(name, marks=pytest.mark.full)
+          for name in ("dpmpp_sde", "uni_pc", "dpm_adaptive", "lms", "euler_ancestral")),
+    ],
+)  # fmt: skip
 def test_other_samplers(sample, reference, sampler_name):
     import torch
 
@@ -225,7 +232,10 @@ def expected_flops(tiny_model, batch, height, width, tokens):
     return total[0]
 
 
-@pytest.mark.parametrize("backend", [None, "sdpa", "sdpa_math", "sub_quadratic", "split"])
+@pytest.mark.parametrize(
+    "backend",
+    [None, "split", *(pytest.param(name, marks=pytest.mark.full) for name in ("sdpa", "sdpa_math", "sub_quadratic"))],
+)
 def test_operations_are_exact_whatever_computes_attention(sample, node, tiny, backend):
     model = tiny.model if backend is None else node("SpeedLabAttention").apply(tiny.model, backend)[0]
     roofline = sample(model=model, latent=tiny.latent(1, 16, 8)).record.roofline
@@ -279,7 +289,8 @@ def test_a_share_of_a_peak_is_never_above_it(sample, engine, monkeypatch):
     assert module.share_of_peak(1.0, 2.0) == 50.0 and module.share_of_peak(1.0, 0.0) is None
 
 
-def test_cond_and_uncond_apart_are_two_forwards(sample, unet):
+def test_cond_and_uncond_apart_are_two_forwards(sample, comfy):
+    unet = build("mini")
     together = sample(model=unet.model, cond=unet).record.roofline
     with unet.split():
         apart = sample(model=unet.model, cond=unet).record.roofline

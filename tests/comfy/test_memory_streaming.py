@@ -94,7 +94,10 @@ def lora(tiny, seed: int) -> dict:
     return patches
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(dtype, marks=pytest.mark.full) for dtype in (torch.float16, torch.float8_e4m3fn))],
+)
 def test_lora_patches_are_those_of_the_loaded_model_bit_for_bit(memory, dtype):
     tiny = tiny_unet.build("sd15")
     set_storage(tiny, dtype)

@@ -244,6 +244,17 @@ def _strides(tiny: TinyUNet) -> list[tuple[int, ...]]:
     return [parameter.stride() for parameter in tiny.unet.parameters()]
 
 
+def test_what_comes_out_is_laid_out_as_comfyui_expects(modules: SimpleNamespace) -> None:
+    seen = []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return x
+
+    out = modules.precision_flags._with_input_in(torch.channels_last)(network, torch.randn(1, 4, 8, 8))
+    assert seen == [True] and out.is_contiguous()
+
+
 def test_channels_last(tiny: TinyUNet, attach: Any) -> None:
     strides, values = _strides(tiny), [part.weight.clone() for part in _convolutions(tiny)]
     inputs: list[bool] = []

@@ -519,7 +519,7 @@ def test_a_lost_worker_works_on_in_a_new_process(cluster, tmp_path):
 
 
 @RAY
-@pytest.mark.parametrize("wait_s", [0.0, 3.0])
+@pytest.mark.parametrize("wait_s", [0.0, pytest.param(3.0, marks=pytest.mark.full)])
 def test_a_worker_that_dies_between_two_prompts_is_started_again(cluster, tmp_path, wait_s):
     """Its next prompt comes while it is dead, or to the process that Ray has made in its place."""
     starts, work, killed = tmp_path / "starts-w1", work_of(4), []

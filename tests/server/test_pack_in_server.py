@@ -259,6 +259,7 @@ def test_cancel_stops_within_a_step_and_leaves_nothing(server, graph):
     assert "bit for bit equal" in server.texts(server.run(prompt), "11")
 
 
+@pytest.mark.full
 def test_an_output_folder_that_cannot_be_written_is_named_before_sampling(start_server, graph, tmp_path):
     output = tmp_path / "output"
     output.mkdir()

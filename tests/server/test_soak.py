@@ -75,8 +75,8 @@ def soaked(start):
 
 
 @pytest.fixture(scope="module")
-def info(soaked):
-    return soaked.get("/object_info")
+def info(server):
+    return server.get("/object_info")
 
 
 @pytest.mark.full
@@ -112,6 +112,7 @@ def test_a_prompt_follows_from_seed_and_number(info, kit):
     assert not measured.repeatable
 
 
+@pytest.mark.full
 def test_what_is_kept_would_be_seen(soaked):
     """After the soak: what leaks here stays in the server."""
 
@@ -125,6 +126,7 @@ def test_what_is_kept_would_be_seen(soaked):
     assert {"rss_mb", "open_files", "threads", "python_threads", "modules", "objects"} <= broken
 
 
+@pytest.mark.full
 def test_an_error_without_words_would_be_seen(soaked, kit):
     async def fail(graph):
         async with ComfyClient(soaked.url) as client:
@@ -142,6 +144,7 @@ def test_an_error_without_words_would_be_seen(soaked, kit):
     )
 
 
+@pytest.mark.full
 def test_an_unequal_result_would_be_seen(soaked, kit, info):
     prompts = SoakPrompts(info, kit, SEED)
     number = next(n for n in range(99) if prompts.prompt(n).classes >= {"SpeedLabTinyVAEDecode"})
