@@ -70,6 +70,8 @@ class Run(SharedState):
     # Whether an evaluation of this run was made without uncond.
     left_out: bool = False
     guided: bool = False
+    # Whether another node sets the CFG inside of this one.
+    overridden: bool = False
     told_of_part: bool = False
     # Whether evaluations without uncond may compute convolutions as products; None before the first.
     may_gain: bool | None = None
@@ -138,9 +140,17 @@ def _sampler_sample(
     return result
 
 
+_OVERRIDDEN = (
+    "another node (such as CFGOverride) sets the CFG in steps whose uncond was to be left out, so that ComfyUI "
+    "evaluates it there. Take one of the two out, or end its range where stop_at begins"
+)
+
+
 def _why_not(run: Run) -> str:
     if not run.guided:
         return "at CFG 1 ComfyUI itself evaluates no uncond"
+    if run.overridden:
+        return _OVERRIDDEN
     if run.config.mode == "fixed":
         return "all of its steps lie before stop_at"
     return "both predictions never agreed as much as similarity asks for"
@@ -177,11 +187,14 @@ def _predict_noise(
         return executor(x, timestep, options, *args, **kwargs)
     try:
         with _at_half_the_time(run, executor.class_obj, options):
-            result = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
+            result, left_out = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
     except UncondReadError as read:
         run.step_aside(f"the post-CFG function {read} reads it", options)
         return executor(x, timestep, options, *args, **kwargs)
-    run.left_out = True
+    if not left_out and not run.overridden:
+        run.overridden = True
+        warn(options.get("transformer_options", {}), f"Dynamic CFG: {_OVERRIDDEN}.")
+    run.left_out = run.left_out or left_out
     return result
 
 

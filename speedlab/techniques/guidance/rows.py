@@ -46,10 +46,11 @@ def _is_custom(guider: Any) -> bool:
 
 def evaluate_without_uncond(
     executor: Any, x: Any, timestep: Any, model_options: dict, *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    """One evaluation of a PREDICT_NOISE `executor` at CFG 1, for which ComfyUI itself skips uncond.
+) -> tuple[torch.Tensor, bool]:
+    """One evaluation of a PREDICT_NOISE `executor` at CFG 1, for which ComfyUI itself skips uncond, and whether it did.
 
-    Raises UncondReadError if a post-CFG function reads the uncond prediction; nothing of the result is then used.
+    A node further in may set another CFG, as CFGOverride does; uncond is then evaluated as that node wants it. Raises
+    UncondReadError if a post-CFG function reads the uncond prediction; nothing of the result is then used.
     """
     watch = _Watch()
     guider = executor.class_obj
@@ -60,7 +61,7 @@ def evaluate_without_uncond(
         guider.cfg = cfg
     if watch.reader is not None:  # it asked, and swallowed the refusal
         raise UncondReadError(watch.reader)
-    return result
+    return result, not watch.overridden
 
 
 def with_observer(model_options: dict, observe: Callable[[Mapping[str, Any]], None]) -> dict:
@@ -78,12 +79,15 @@ class _Watch:
 
     def __init__(self) -> None:
         self.reader: str | None = None
+        self.overridden = False
 
     def over(self, model_options: dict) -> dict:
-        functions = model_options.get(POST_CFG)
-        if not functions:
-            return model_options
-        return {**model_options, POST_CFG: [self._watched(function) for function in functions]}
+        functions = [self._watched(function) for function in model_options.get(POST_CFG, ())]
+        return {**model_options, POST_CFG: [self._look, *functions]}
+
+    def _look(self, args: Mapping[str, Any]) -> torch.Tensor:
+        self.overridden = not math.isclose(args["cond_scale"], 1.0)
+        return args["denoised"]
 
     def _watched(self, function: Callable[[dict], Any]) -> Callable[[dict], Any]:
         name = getattr(function, "__qualname__", type(function).__name__)
