@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..speedlab.techniques.attention.attach import CHOICES, AttentionConfig, attach_attention
+from ..speedlab.techniques.attention.attach import AUTO, AttentionConfig, attach_attention
+from ..speedlab.techniques.attention.backends import choices
 from ..speedlab.techniques.precision.attach import (
     AUTOCASTS,
     CONVOLUTIONS,
@@ -27,8 +28,8 @@ class AttentionBackend:
     CATEGORY = _CATEGORY
     DESCRIPTION = (
         "Chooses what computes this model's attention; text encoders and VAE stay as they are. "
-        "Exact up to rounding, but for sage. A backend that cannot run here is an error that says why. "
-        "If a backend gives NaN or Inf, the evaluation is repeated with sdpa."
+        "Exact up to rounding, but for sage, sage3 and kitchen_int8. A backend that cannot run here is an error that "
+        "says why. If a backend gives NaN or Inf, the evaluation is repeated with sdpa."
     )
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)
@@ -41,12 +42,13 @@ class AttentionBackend:
             "required": {
                 "model": ("MODEL", {"tooltip": "The model whose attention is to be computed in another way."}),
                 "backend": (
-                    list(CHOICES),
+                    [AUTO, *choices()],
                     {
                         "default": "auto",
                         "tooltip": "auto: measured on this device, once for each size. sdpa: PyTorch's, which picks "
                         "its kernel; sdpa_*: that kernel alone. sub_quadratic, split: least memory. "
-                        "xformers, flash_attn, sage: where installed. onednn: for CPUs, fastest on AMD's.",
+                        "xformers, flash_attn, sage, sage3: where installed. onednn: for CPUs, fastest on AMD's. "
+                        "kitchen_int8: ComfyUI's own. Last come those that other packs register.",
                     },
                 ),
             },

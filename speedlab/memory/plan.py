@@ -22,7 +22,16 @@ from ..vae.decode import require_vae
 from ..vae.variants import is_compiled_vae
 from .out_of_memory import clip_with_advice, settling, vae_with_advice, with_advice_in_sampling
 from .placement import Group, Offload, Placement, is_planned, planned, unplanned
-from .predict import OFFLOADS, ImageSize, Prediction, is_measured, parts_of, predict
+from .predict import (
+    OFFLOADS,
+    ImageSize,
+    Prediction,
+    compiled_bytes,
+    compiled_vae_bytes,
+    is_measured,
+    parts_of,
+    predict,
+)
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +92,12 @@ def plan_memory(
         predictions, chosen, size, budget, config.budget_gb > 0, model.load_device.type, _paged(model, clip, vae),
         is_measured(model.load_device.type), is_attention_fused(model),
     )  # fmt: skip
+    held = compiled_bytes(model) + (compiled_vae_bytes(vae) if vae is not None else 0)
+    if held:
+        text += (
+            f"\nCompiled programs hold weights of their own, {gigabytes(held)} at most, counted above. They go when "
+            "ComfyUI unloads the model, and are compiled anew after it."
+        )
     log.info("SpeedLab: %s", text)
     if chosen == "none" and config.offload == "none" and not any(map(is_planned, _patchers(model, clip, vae))):
         return Planned(model, clip, vae, text, predictions[chosen])

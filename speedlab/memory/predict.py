@@ -28,7 +28,9 @@ from ..common.errors import UnavailableError
 from ..common.torch_private import operations_through, storage_id, tensors_in
 from ..models.unet import require_unet
 from ..models.weights import is_plain, logical_shape
+from ..techniques.compile.attach import held_copies
 from ..vae.precision import starting_dtype
+from ..vae.variants import HOLDS_WEIGHTS
 from .placement import Offload
 from .streaming import networks, streamed_bytes, weight_bytes
 
@@ -88,15 +90,29 @@ def parts_of(model: Any, clip: Any | None, vae: Any | None, size: ImageSize) -> 
         parts.append(
             _part("text encoding", "text", stage, text_bytes(clip), device, clip.patcher.load_device == device)
         )
-    parts.append(_part("sampling", "unet", model.model, sampling_bytes(model, size), device))
+    sampling = _part("sampling", "unet", model.model, sampling_bytes(model, size), device)
+    parts.append(replace(sampling, weights=sampling.weights + compiled_bytes(model)))
     if vae is not None:
         # VAE Decode may run a second module of these weights in another dtype.
         dtype = starting_dtype(vae, "auto")
         counted = decode_bytes(vae, size, dtype)
         part = _part("decoding", "vae", vae.first_stage_model, counted, device, vae.device == device)
         share = dtype.itemsize / vae.vae_dtype.itemsize
-        parts.append(replace(part, weights=round(part.weights * share), streamed=round(part.streamed * share)))
+        weights = round(part.weights * share) + compiled_vae_bytes(vae)
+        parts.append(replace(part, weights=weights, streamed=round(part.streamed * share)))
     return tuple(parts)
+
+
+def compiled_bytes(model: Any) -> int:
+    """Bytes of the weights that compiled programs of a MODEL hold beside its own."""
+    copies = held_copies(model)
+    return copies * weight_bytes(model.model.diffusion_model) if copies else 0
+
+
+def compiled_vae_bytes(vae: Any) -> int:
+    """Bytes of the decoder's weights that compiled programs of a VAE hold beside its own."""
+    network = vae.first_stage_model
+    return weight_bytes(network.decoder) if HOLDS_WEIGHTS in vars(network) and hasattr(network, "decoder") else 0
 
 
 def _part(phase: str, kind: str, module: Any, counted: int, device: Any, on_device: bool = True) -> Part:

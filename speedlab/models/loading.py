@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..common.core import core_nodes, is_out_of_memory
+from ..common.core import core_nodes, is_dynamic, is_out_of_memory
 from ..common.dtypes import CheckpointPrecision, cpu_computes_bf16, describe_parts, torch_dtype, unet_options
-from ..common.errors import ModelFileError, SpeedLabError, first_line
+from ..common.errors import ModelFileError, SpeedLabError, UnavailableError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,13 @@ SOURCE = "speedlab.source"
 VAE_SOURCE = "speedlab.vae_source"
 # On a VAE's patcher: the precision that somebody chose for it. Decoding with `auto` then keeps to it.
 FIXED_PRECISION = "speedlab.vae_precision"
+# Latents of equal shape that no VAE of the other family can decode, by the class names of core's latent formats.
+FAMILIES = {"SD15": "SD 1.x or 2.x", "SDXL": "SDXL", "SDXL_Playground_2_5": "SDXL"}
+# Each use makes weights that are paged anew, in the layout of the file.
+NO_LAYOUT = (
+    "memory_format channels_last has no effect: ComfyUI's dynamic VRAM loads the weights, in the layout of the file. "
+    "Compile Model loads the model whole and lays it out itself."
+)
 SAFETENSORS = (".safetensors", ".sft")
 _LONGEST_HEADER = 100_000_000  # what the safetensors library accepts
 _HASH_BLOCKS, _HASH_BLOCK = 128, 32768
@@ -64,6 +72,7 @@ class LoadedCheckpoint:
     vae: Any | None
     source: CheckpointSource
     load_ms: float
+    asked_format: str = "contiguous"
 
 
 def find_model_file(kind: str, name: str) -> Path:
@@ -124,6 +133,7 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
 
     path = find_model_file("checkpoints", name)
     refuse_unsafe(path)
+    asked_format = memory_format
     model_options, te_options = unet_options(precision)
     started = time.perf_counter()
     with readable(path, "checkpoint"):
@@ -142,13 +152,16 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
             # Core loads a file that holds a UNet alone without looking at the options.
             model = comfy.sd.load_diffusion_model(str(path), model_options=model_options)
         if precision == "fp32":
-            vae = _vae_from_checkpoint(path, torch.float32)
+            vae = _rebuildable(partial(_vae_from_checkpoint, path, torch.float32))
         vae = vae if vae is not None and getattr(vae, "first_stage_model", None) is not None else None
     if vae is not None:
         latent_format = type(model.get_model_object("latent_format")).__name__
         vae.patcher.set_attachments(VAE_SOURCE, VaeSource(path, in_checkpoint=True, latent_format=latent_format))
         if precision == "fp32":
             vae.patcher.set_attachments(FIXED_PRECISION, precision)
+    if memory_format == "channels_last" and is_dynamic(model):
+        log.warning("SpeedLab: %s", NO_LAYOUT)
+        memory_format = "contiguous"
     if memory_format == "channels_last":
         model.model.diffusion_model.to(memory_format=torch.channels_last)
     set_compute_dtype(model, precision)
@@ -163,7 +176,7 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
         parts=describe_parts(model, clip, vae),
     )
     model.set_attachments(SOURCE, source)
-    return LoadedCheckpoint(model, clip, vae, source, load_ms)
+    return LoadedCheckpoint(model, clip, vae, source, load_ms, asked_format)
 
 
 def set_compute_dtype(model: Any, precision: CheckpointPrecision) -> None:
@@ -182,14 +195,14 @@ def load_vae(name: str, precision: str) -> Any:
     import folder_paths
 
     dtype = torch_dtype(precision)
-    loader = core_nodes().VAELoader
+    loader = core_nodes().VAELoader()
     # Core lists more than the files in models/vae: tiny VAE pairs, video TAEs and a pass-through.
     if name in loader.INPUT_TYPES()["required"]["vae_name"][0] and name not in folder_paths.get_filename_list("vae"):
-        return _with_precision(_core_vae(loader, name, dtype), precision)
+        return _with_precision(_rebuildable(partial(_core_vae, loader, name, dtype)), precision)
     path = find_model_file("vae", name)
     refuse_unsafe(path)
     with readable(path, "VAE"):
-        vae = _vae_from_file(path, dtype)
+        vae = _rebuildable(partial(_vae_from_file, path, dtype))
     vae.patcher.set_attachments(VAE_SOURCE, VaeSource(path, in_checkpoint=False))
     return _with_precision(vae, precision)
 
@@ -210,11 +223,31 @@ def _core_vae(loader: Any, name: str, dtype: Any | None) -> Any:
     for path in paths:
         refuse_unsafe(path)
     if not paths:
-        vae = loader().load_vae(name)[0]
+        vae = loader.load_vae(name)[0]
     else:
         with readable(paths[0], "tiny VAE"):
-            vae = loader().load_vae(name)[0]
+            vae = loader.load_vae(name)[0]
     return vae if dtype is None else vae_in(vae, dtype)
+
+
+def _rebuildable(make: Callable[[], Any]) -> Any:
+    """The VAE that `make` makes; it notes how it is made once more, as ComfyUI does for another device."""
+    vae = make()
+    if getattr(vae, "patcher", None) is not None:
+        vae.patcher.cached_patcher_init = (_made_again, (make,))
+    return vae
+
+
+def _made_again(make: Callable[[], Any], disable_dynamic: bool = False) -> Any:
+    return make().patcher
+
+
+def _in_dtype(init: tuple[Any, ...], dtype: Any, disable_dynamic: bool = False) -> Any:
+    """What a loader makes once more, in another dtype."""
+    patcher = init[0](*init[1])
+    patcher = patcher[init[2]] if len(init) > 2 else patcher
+    patcher.model.to(dtype)
+    return patcher
 
 
 def _with_precision(vae: Any, precision: str) -> Any:
@@ -227,7 +260,9 @@ def _with_precision(vae: Any, precision: str) -> Any:
 def vae_in(vae: Any, dtype: Any) -> Any:
     """A second VAE with the same weights in another dtype; the given one is not touched (a VAE has no clone).
 
-    Weights come from the file again where this pack loaded it, since the ones in memory may have been rounded.
+    Weights come from the file again where this pack loaded it, since the ones in memory may have been rounded. Those of
+    other loaders do for VAEs that their weights describe whole; others have settings in the file's metadata. Raises
+    UnavailableError for these.
     """
     import comfy.sd
 
@@ -235,12 +270,37 @@ def vae_in(vae: Any, dtype: Any) -> Any:
         return vae
     source: VaeSource | None = vae.patcher.get_attachment(VAE_SOURCE)
     if source is not None and source.path.is_file():
+        make = _vae_from_checkpoint if source.in_checkpoint else _vae_from_file
         with readable(source.path, "VAE"):
-            again = (_vae_from_checkpoint if source.in_checkpoint else _vae_from_file)(source.path, dtype)
+            again = _rebuildable(partial(make, source.path, dtype, vae.device))
         if again is not None:
             return again
+    if not is_sd_vae(vae) and type(vae.first_stage_model).__name__ != "TAESD":
+        raise UnavailableError(
+            f"This VAE ({type(vae.first_stage_model).__name__}) cannot be made in another precision from its weights "
+            "alone. Load it with Load VAE (SpeedLab), or set precision to auto."
+        )
     weights = {key: value.to(dtype) for key, value in vae.get_sd().items()}
-    return comfy.sd.VAE(sd=weights, dtype=dtype)
+    again = comfy.sd.VAE(sd=weights, dtype=dtype, device=vae.device)
+    init = getattr(vae.patcher, "cached_patcher_init", None)
+    if init is not None:
+        again.patcher.cached_patcher_init = (_in_dtype, (init, dtype))
+    return again
+
+
+def is_sd_vae(vae: Any) -> bool:
+    """Whether this is the image VAE of SD 1.x, 2.x or SDXL: four channels, eight pixels to each side."""
+    from comfy.ldm.models.autoencoder import AutoencodingEngine
+    from comfy.ldm.modules.diffusionmodules.model import Decoder
+
+    network = vae.first_stage_model
+    source: VaeSource | None = vae.patcher.get_attachment(VAE_SOURCE)
+    return (
+        isinstance(network, AutoencodingEngine)
+        and type(network.decoder) is Decoder
+        and (vae.latent_channels, vae.upscale_ratio, getattr(vae, "latent_dim", 2)) == (4, 8, 2)
+        and (source is None or source.latent_format in (None, *FAMILIES))
+    )
 
 
 def family_of(model: Any) -> str:
@@ -286,6 +346,8 @@ def describe_checkpoint(loaded: LoadedCheckpoint) -> str:
               if there is None]  # fmt: skip
     if source.memory_format == "channels_last":
         lines.append("UNet in channels-last memory format")
+    if loaded.asked_format != source.memory_format:
+        lines.append(NO_LAYOUT)
     return "\n".join(lines)
 
 
@@ -322,7 +384,7 @@ def _hashed_offsets(size: int) -> Sequence[int]:
     return [index * last // (_HASH_BLOCKS - 1) for index in range(_HASH_BLOCKS)]
 
 
-def _vae_from_file(path: Path, dtype: Any | None) -> Any:
+def _vae_from_file(path: Path, dtype: Any | None, device: Any | None = None) -> Any:
     """A VAE file in `dtype`, or in the dtype that ComfyUI picks. Raises ModelFileError if it is no VAE."""
     import comfy.sd
     import comfy.utils
@@ -330,13 +392,13 @@ def _vae_from_file(path: Path, dtype: Any | None) -> Any:
     weights, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     if not isinstance(weights, Mapping) or not weights:
         raise ModelFileError(f"{path.name} holds no weights.")
-    vae = comfy.sd.VAE(sd=dict(weights), metadata=metadata, **({} if dtype is None else {"dtype": dtype}))
+    vae = comfy.sd.VAE(sd=dict(weights), metadata=metadata, device=device, dtype=dtype)
     if vae.first_stage_model is None:
         raise ModelFileError(f"{path} is not a VAE that this ComfyUI knows{_looks_like(path)}.")
     return vae
 
 
-def _vae_from_checkpoint(path: Path, dtype: Any) -> Any | None:
+def _vae_from_checkpoint(path: Path, dtype: Any, device: Any | None = None) -> Any | None:
     """The checkpoint's VAE built from its original weights in `dtype`, not from weights already rounded to another."""
     import comfy.model_detection as detection
     import comfy.sd
@@ -351,7 +413,7 @@ def _vae_from_checkpoint(path: Path, dtype: Any) -> Any | None:
     prefixes: Sequence[str] = config.vae_key_prefix
     mine = {key[len(p) :]: value for p in prefixes for key, value in weights.items() if key.startswith(p)}
     mine = config.process_vae_state_dict(mine)
-    return comfy.sd.VAE(sd=mine, metadata=metadata, dtype=dtype) if mine else None
+    return comfy.sd.VAE(sd=mine, metadata=metadata, dtype=dtype, device=device) if mine else None
 
 
 def _format_note(path: Path) -> str:

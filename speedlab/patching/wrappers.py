@@ -15,6 +15,7 @@ from typing import Any
 from ..common.errors import UnavailableError
 
 ACCELERATORS = "speedlab.accelerators"
+_ON_DETACH = "on_detach_after"  # comfy.patcher_extension.CallbacksMP.ON_DETACH
 _RUN_STATES = "speedlab_run_states"
 
 
@@ -70,6 +71,20 @@ def attach(model: Any, key: str, wrappers: Mapping[Site, Wrapper], *, outermost:
             by_key = clone.wrappers[site.value]
             clone.wrappers[site.value] = {key: by_key.pop(key), **by_key}
     return clone
+
+
+def when_unloaded(clone: Any, key: str, callback: Callable[[Any], None]) -> None:
+    """Have `callback(patcher)` called when ComfyUI unloads the model of `clone`, a clone that this pack made.
+
+    Not where ComfyUI only passes the weights from one clone to another.
+    """
+
+    def detached(patcher: Any, unpatch_all: bool = True) -> None:
+        if unpatch_all:
+            callback(patcher)
+
+    clone.remove_callbacks_with_key(_ON_DETACH, key)
+    clone.add_callback_with_key(_ON_DETACH, key, detached)
 
 
 def has_wrapper(model: Any, key: str) -> bool:

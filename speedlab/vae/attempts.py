@@ -146,7 +146,6 @@ def _decode_by_core(vae: Any, samples: Any, way: Way) -> tuple[Any, bool]:
 
 
 def _whole(vae: Any, samples: Any, one_at_a_time: bool) -> tuple[Any, bool]:
-    import comfy.model_management as mm
     import torch
 
     count = samples.shape[0]
@@ -154,7 +153,7 @@ def _whole(vae: Any, samples: Any, one_at_a_time: bool) -> tuple[Any, bool]:
     needed = vae.memory_used_decode(first.shape, vae.vae_dtype)
     decoder = _Decoder(vae, needed)
     # As core does: as many images at once as the free memory is estimated to hold.
-    at_once = 1 if one_at_a_time else max(1, int(mm.get_free_memory(vae.device) / needed))
+    at_once = 1 if one_at_a_time else max(1, int(_free_memory(vae) / needed))
     progress = progress_bar(-(-count // at_once))
     images = None
     for start in range(0, count, at_once):
@@ -165,6 +164,13 @@ def _whole(vae: Any, samples: Any, one_at_a_time: bool) -> tuple[Any, bool]:
         progress.update(1)
     assert images is not None
     return images.movedim(1, -1), decoder.finite
+
+
+def _free_memory(vae: Any) -> float:
+    """What is free for decoding; under dynamic VRAM the patcher knows what could be evicted besides."""
+    import comfy.model_management as mm
+
+    return float(getattr(vae.patcher, "get_free_memory", mm.get_free_memory)(vae.device))
 
 
 def _tiled(vae: Any, samples: Any, tiles: Grid) -> tuple[Any, bool]:

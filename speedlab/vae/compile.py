@@ -22,11 +22,12 @@ from ..common.timing import apart
 from ..common.torch_private import dynamo_failures
 from ..patching.compiled import refusal_of_streaming
 from ..patching.dynamic_vram import loaded_whole
+from ..patching.wrappers import when_unloaded
 from ..techniques.compile import backends
 from ..techniques.compile.backends import FOR_VAE, MODES, CompileOptions, dynamo
 from ..techniques.compile.graphs import kind_of
 from ..techniques.compile.run import CompileError, cache_folder, passing, raise_what_passes
-from .variants import COMPILED, Derivation, placement_of, set_derivation
+from .variants import COMPILED, HOLDS_WEIGHTS, Derivation, placement_of, set_derivation
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,12 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
     compiled = copy.copy(vae)
     compiled.first_stage_model = copy.copy(network)
     compiled.first_stage_model.__dict__["speedlab_original"] = network
-    compiled.first_stage_model.__dict__["decode"] = _decoder(network, backend, options)
+    programs: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
+    compiled.first_stage_model.__dict__["decode"] = _decoder(network, backend, options, programs)
+    if backend_name not in backends.GRAPH_BY_GRAPH and not backend.FOLLOWS_WEIGHTS:
+        compiled.first_stage_model.__dict__[HOLDS_WEIGHTS] = True
+        compiled.patcher = vae.patcher.clone()
+        when_unloaded(compiled.patcher, COMPILED, lambda _patcher: programs.clear())
     described = f"compile_vae(backend={backend_name}{'' if mode == 'default' else f',mode={mode}'})"
     set_derivation(compiled, COMPILED, Derivation(described, lambda other: compile_vae(other, backend_name, mode)))
     return compiled
@@ -92,9 +98,9 @@ def _loaded_whole(vae: Any) -> Any:
     return second
 
 
-def _decoder(network: Any, backend: ModuleType, options: CompileOptions) -> Callable[..., torch.Tensor]:
-    known: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
-
+def _decoder(
+    network: Any, backend: ModuleType, options: CompileOptions, known: OrderedDict[Hashable, Callable[..., Any]]
+) -> Callable[..., torch.Tensor]:
     def decode(samples: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if kwargs:
             raise CompileError(f"Compile VAE cannot decode with the options {', '.join(kwargs)}. Take the node out.")

@@ -15,15 +15,12 @@ from ..common.core import is_finite
 from ..common.dtypes import short_name, torch_dtype
 from ..common.errors import SpeedLabError
 from ..models.latent_mark import mark_of
-from ..models.loading import VAE_SOURCE
+from ..models.loading import FAMILIES, VAE_SOURCE
 from .attempts import SMALLEST_TILE, Way, decode_fitting
-from .precision import abilities, remember_not_finite, safer, sibling, sibling_bytes, slow_choice, starting_dtype
+from .precision import abilities_for, remember_not_finite, safer, sibling, sibling_bytes, slow_choice, starting_dtype
 from .variants import COMPILED, derivations_of
 
 log = logging.getLogger(__name__)
-
-# Latents of equal shape that no VAE of the other family can decode, by the class names of core's latent formats.
-FAMILIES = {"SD15": "SD 1.x or 2.x", "SDXL": "SDXL", "SDXL_Playground_2_5": "SDXL"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded
             break
         name = str(short_name(chosen.vae_dtype))
         not_finite.append(chosen.vae_dtype)
-        following = safer(name, abilities(vae.device))
+        following = safer(name, abilities_for(vae))
         if following is None:
             warnings.append(
                 report("The VAE gives NaN or Inf in fp32 too: its weights are bad, or the latents out of its range.")

@@ -6,13 +6,13 @@ the first one lives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..common import dtypes
 from ..common.dtypes import cpu_computes_bf16, short_name, torch_dtype
-from ..models.loading import FIXED_PRECISION, vae_in
+from ..models.loading import FIXED_PRECISION, is_sd_vae, vae_in
 from .variants import derivations_of, is_compiled_vae
 
 _siblings: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
@@ -35,7 +35,7 @@ def starting_dtype(vae: Any, wanted: str) -> Any:
         return asked
     first = "fp16" if _may_try_fp16(vae) else str(short_name(vae.vae_dtype))
     bad = _not_finite_in.get(vae.first_stage_model, set())
-    return torch_dtype(first_sound(first, bad, abilities(vae.device))) or vae.vae_dtype
+    return torch_dtype(first_sound(first, bad, abilities_for(vae))) or vae.vae_dtype
 
 
 def first_sound(first: str, bad: set[str] | frozenset[str], able: Abilities) -> str:
@@ -100,15 +100,22 @@ def abilities(device: Any) -> Abilities:
     return Abilities(fp16=bool(mm.should_use_fp16(device)), bf16=bool(mm.should_use_bf16(device)))
 
 
+def abilities_for(vae: Any) -> Abilities:
+    """What a VAE's device computes well, less what ComfyUI knows not to work for this VAE."""
+    able, works = abilities(vae.device), getattr(vae, "working_dtypes", None)
+    return able if works is None else replace(able, bf16=able.bf16 and torch_dtype("bf16") in works)
+
+
 def _may_try_fp16(vae: Any) -> bool:
-    """Whether half precision is worth a try: a CUDA or ROCm device, and nobody chose a precision for this VAE.
+    """Whether half precision is worth a try: an image VAE of SD or SDXL on a CUDA or ROCm device, and nobody chose a
+    precision for it. Of other VAEs core says in what they work, and has chosen by that.
 
     A compiled VAE stays as it is: trying would compile it once more.
     """
     from comfy.cli_args import args
 
     flags = ("fp16_vae", "bf16_vae", "fp32_vae", "cpu_vae")
-    if is_compiled_vae(vae):
+    if is_compiled_vae(vae) or not is_sd_vae(vae):
         return False
     chosen = vae.patcher.get_attachment(FIXED_PRECISION) or any(getattr(args, flag, False) for flag in flags)
     return not chosen and vae.device.type == "cuda" and abilities(vae.device).fp16

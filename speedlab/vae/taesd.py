@@ -26,9 +26,9 @@ from typing import Any
 from ..common.core import is_finite, out_of_memory_advice, progress_bar
 from ..common.errors import ModelFileError, SpeedLabError
 from ..models.latent_mark import mark_of
-from ..models.loading import readable, refuse_unsafe
+from ..models.loading import FAMILIES, readable, refuse_unsafe
 from .attempts import until_it_fits
-from .decode import FAMILIES, Decoded, check_latent, image_latents, report, report_bad_latents
+from .decode import Decoded, check_latent, image_latents, report, report_bad_latents
 
 log = logging.getLogger(__name__)
 

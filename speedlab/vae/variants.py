@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 _DERIVATIONS = "speedlab_derivations"
 COMPILED = "compile"
+# On the network of a compiled VAE: its programs hold the weights once more.
+HOLDS_WEIGHTS = "speedlab_holds_weights"
 
 
 @dataclass(frozen=True)

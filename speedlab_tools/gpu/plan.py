@@ -178,7 +178,7 @@ BLOCKS: tuple[Block, ...] = (
           apart=True, needs_s=40.0),
     _alone(
         "alone-attention-slow", "attention without a fused kernel, and from packages",
-        *_attention("sdpa_math", "sub_quadratic", "split", "xformers", "flash_attn", "sage"),
+        *_attention("sdpa_math", "sub_quadratic", "split", "xformers", "flash_attn", "sage", "sage3", "kitchen_int8"),
         needs_s=120.0,
     ),
     # These try many kernels for each product and may take a call for themselves.

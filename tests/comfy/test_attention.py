@@ -16,7 +16,7 @@ import torch
 from .tiny_unet import TinyUNet, build, relative
 
 ON_CPU = ("sdpa", "sdpa_flash", "sub_quadratic", "split", "onednn", "auto")
-NOT_ON_CPU = ("sdpa_mem_efficient", "sdpa_cudnn", "xformers", "flash_attn", "sage")
+NOT_ON_CPU = ("sdpa_mem_efficient", "sdpa_cudnn", "xformers", "flash_attn", "sage", "sage3", "kitchen_int8")
 NAN_FROM_CALL = 20
 LARGE = (32, 32)  # large enough for a choice to matter
 OVERRIDE = "optimized_attention_override"
@@ -456,6 +456,84 @@ def test_package_adapters(
     assert list(run.set_aside) == ["it takes no attention mask"], "and sdpa takes its place, which is told"
 
 
+def test_sage_3_is_called_as_its_package_asks(modules: SimpleNamespace, monkeypatch: Any) -> None:
+    found = ModuleType("sageattn3")
+
+    def blackwell(q: Any, k: Any, v: Any, is_causal: bool) -> torch.Tensor:
+        assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous() and not is_causal
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    found.sageattn3_blackwell = blackwell
+    monkeypatch.setitem(sys.modules, "sageattn3", found)
+    (q, k, v), _ = _inputs("flat")
+    run = modules.attention_backends.BACKENDS["sage3"].run
+    out = run(q.bfloat16(), k.bfloat16(), v.bfloat16(), 2)
+    torch.testing.assert_close(out.float(), _reference(None).transpose(1, 2).flatten(2), atol=2e-2, rtol=2e-2)
+    for wrong in ({"mask": torch.zeros(24, 40)}, {"scale": 0.1}):
+        with pytest.raises(RuntimeError, match="sage 3 takes"):
+            run(q.bfloat16(), k.bfloat16(), v.bfloat16(), 2, **wrong)
+
+
+@pytest.mark.parametrize("backend", ["sage", "sage3", "kitchen_int8"])
+def test_layers_that_need_the_models_precision_get_it(modules: SimpleNamespace, monkeypatch: Any, backend: str) -> None:
+    def wrong(q: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros_like(q)
+
+    backends = modules.attention_backends.BACKENDS
+    monkeypatch.setitem(backends, backend, replace(backends[backend], run=wrong, missing=lambda device: None))
+    run, inputs = modules.attention.Run(backend), _inputs("flat")[0]
+    assert not modules.attention._attend(run, *inputs, 2, low_precision_attention=True).any()
+    out = modules.attention._attend(run, *inputs, 2, low_precision_attention=False)
+    torch.testing.assert_close(out, _reference(None).transpose(1, 2).flatten(2))
+    assert list(run.set_aside) == ["ComfyUI asks for the model's own precision there"]
+
+
+def test_what_other_packs_register_can_be_chosen(
+    tiny: TinyUNet, attach: Any, modules: SimpleNamespace, monkeypatch: Any, node: Any
+) -> None:
+    core = importlib.import_module("comfy.ldm.modules.attention")
+    made: list[int] = []
+
+    def theirs(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(1)
+        return core.attention_pytorch(*args, **kwargs)
+
+    monkeypatch.setattr(core, "REGISTERED_ATTENTION_FUNCTIONS", {"pytorch": core.attention_pytorch, "theirs": theirs})
+    monkeypatch.setattr(modules.attention_backends, "BACKENDS", dict(modules.attention_backends.BACKENDS))
+    monkeypatch.setattr(modules.attention, "BACKENDS", modules.attention_backends.BACKENDS)
+    listed = node("SpeedLabAttention").INPUT_TYPES()["required"]["backend"][0]
+    assert listed[0] == "auto" and listed[-1] == "theirs" and "pytorch" not in listed
+    expected = tiny.sample(attach(tiny.model, "sdpa"), steps=2)
+    assert torch.equal(tiny.sample(attach(tiny.model, "theirs"), steps=2), expected)
+    assert made
+
+
+class Preference(torch.nn.Module):
+    """What ComfyUI 0.38 keeps beside layers whose checkpoint names an attention (its ComfyAttention)."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.config, self.function = {"attention": "comfy_kitchen_int8"}, function
+
+
+def test_a_checkpoints_own_attention_stays_under_auto_and_both_ways_are_told(
+    attach: Any, calls: list[str], caplog: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    tiny = build("sd15")
+    tiny.unet.preferred = Preference(lambda *args, **kwargs: None)
+    plain = tiny.sample(steps=1, size=LARGE)
+    assert torch.equal(tiny.sample(attach(tiny.model, "auto"), steps=1, size=LARGE), plain)
+    assert not calls
+    assert "auto leaves attention to ComfyUI, for this checkpoint asks for comfy_kitchen_int8" in caplog.text
+    tiny.sample(attach(tiny.model, "split"), steps=1, size=LARGE)
+    assert "split takes the place of comfy_kitchen_int8" in caplog.text
+    calls.clear()
+    tiny.unet.preferred = Preference(None)  # which this ComfyUI does not have
+    tiny.sample(attach(tiny.model, "auto"), steps=1, size=LARGE)
+    assert calls
+
+
 def test_a_head_size_that_one_layer_has(tiny: TinyUNet, attach: Any, modules: SimpleNamespace, monkeypatch: Any,
                                         caplog: Any) -> None:  # fmt: skip
     """SD 1.5's innermost heads are too large for sage: SDPA does those, and the log says so once."""
@@ -494,7 +572,7 @@ def test_node(tiny: TinyUNet, pack: ModuleType, attach: Any, modules: SimpleName
     inputs = node.INPUT_TYPES()["required"]
     assert inputs["backend"][0] == [
         "auto", "sdpa", "sdpa_flash", "sdpa_mem_efficient", "sdpa_cudnn", "sdpa_math", "sub_quadratic", "split",
-        "xformers", "flash_attn", "sage", "onednn",
+        "xformers", "flash_attn", "sage", "onednn", "sage3", "kitchen_int8",
     ]  # fmt: skip
     assert inputs["backend"][1]["default"] == "auto"
     (model,) = node().apply(tiny.model, "split")

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -160,38 +159,47 @@ def test_uniform(pair: tuple[TinyUNet, Any], pack: ModuleType, helper: Any, inte
 
 
 @pytest.mark.parametrize("branch", [0, 2])
-def test_nonuniform(pair: tuple[TinyUNet, Any], pack: ModuleType, helper: Any, branch: int) -> None:
+def test_nonuniform(
+    pair: tuple[TinyUNet, Any], pack: ModuleType, helper: Any, published_formula: Any, branch: int
+) -> None:
     deepcache = importlib.import_module("speedlab.techniques.deepcache.attach")
     tiny, unet = pair
-    full, _ = published_formula()(STEPS, 4, center=5, pow=1.4)
+    full, _ = published_formula(STEPS, 4, center=5, pow=1.4)
     reference = _euler_in_diffusers(tiny, unet, _sigmas(tiny), helper(3, branch, frozenset(int(s) for s in full)))
     config = deepcache.DeepCacheConfig(interval=3, branch=branch, schedule="nonuniform", center=5, power=1.4)
     assert relative(tiny.sample(deepcache.attach_deepcache(tiny.model, config), steps=STEPS, cfg=CFG), reference) < 1e-5
 
 
-def published_formula() -> Callable[..., tuple[list[int], float]]:
-    """The package's own function, out of a module that today's diffusers can no longer import."""
+@pytest.fixture(scope="session")
+def published_formula(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[list[int], float]]:
+    """The package's own function, out of a module that today's diffusers can no longer import: in one of its own."""
     spec = importlib.util.find_spec("DeepCache")
     assert spec is not None and spec.submodule_search_locations is not None
     source = Path(spec.submodule_search_locations[0]) / "sd" / "pipeline_stable_diffusion.py"
-    tree = ast.parse(source.read_text(encoding="utf-8"))
+    text = source.read_text(encoding="utf-8")
     (function,) = (
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "sample_from_quad_center"
+        node
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef) and node.name == "sample_from_quad_center"
     )
-    scope: dict[str, Any] = {"np": np}
-    exec(compile(ast.Module([function], []), str(source), "exec"), scope)
-    return scope["sample_from_quad_center"]
+    alone = tmp_path_factory.mktemp("published") / "published_formula.py"
+    alone.write_text(f"import numpy as np\n\n{ast.get_source_segment(text, function)}\n", encoding="utf-8")
+    found = importlib.util.spec_from_file_location(alone.stem, alone)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    formula: Callable[..., tuple[list[int], float]] = module.sample_from_quad_center
+    return formula
 
 
 @pytest.mark.parametrize("steps", [4, 10, 12, 20, 25, 30, 50])
-def test_nonuniform_list(steps: int) -> None:
+def test_nonuniform_list(published_formula: Any, steps: int) -> None:
     schedule = importlib.import_module("speedlab.techniques.deepcache.schedule")
-    published = published_formula()
     for interval, center, power in itertools.product((2, 3, 5, 8), (0, 5, 10, 15, 25), (1.2, 1.4, 2.0)):
         count = -(-steps // interval)
         ours = schedule.nonuniform_steps(steps, count, center, power)
         try:
-            theirs = published(steps, count, center=center, pow=power)[0]
+            theirs = published_formula(steps, count, center=center, pow=power)[0]
         except ValueError:
             assert ours is None
         else:

@@ -61,19 +61,21 @@ def integers(weight: torch.Tensor) -> Any:
     return torch.nn.Parameter(torch.zeros(weight.shape[0], weight.shape[1] // 2, dtype=torch.int8), requires_grad=False)
 
 
-def kitchen(layout: str) -> Any:
+def kitchen(layout: str, **options: Any) -> Any:
     def quantised(weight: torch.Tensor) -> Any:
         from comfy.quant_ops import QuantizedTensor
 
-        return torch.nn.Parameter(QuantizedTensor.from_float(weight.bfloat16(), layout), requires_grad=False)
+        return torch.nn.Parameter(QuantizedTensor.from_float(weight.bfloat16(), layout, **options), requires_grad=False)
 
     return quantised
 
 
 TELLING = {"ggml": ggml, "bitsandbytes": bitsandbytes}
 if importlib.util.find_spec("comfy_kitchen"):
-    names = ("TensorCoreNVFP4Layout", "TensorCoreConvRotW4A4Layout", "AsymW4A8Int8Layout", "TensorCoreFP8E4M3Layout")
-    TELLING |= {name: kitchen(name) for name in names}
+    TELLING |= {name: kitchen(name) for name in ("TensorCoreNVFP4Layout", "TensorCoreFP8E4M3Layout")}
+    # 256 by default, which these small layers are no multiple of.
+    rotated = ("TensorCoreConvRotW4A4Layout", "AsymW4A8Int8Layout")
+    TELLING |= {name: kitchen(name, convrot_groupsize=64) for name in rotated}
 SILENT = {"unknown": unknown, "integers": integers}
 
 

@@ -23,13 +23,22 @@ from comfy.ldm.modules.attention import CrossAttention
 from ...common.core import is_finite
 from ...patching.layer_forwards import is_traced
 from ...patching.notes import report_note, report_ran
-from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
-from .backends import BACKENDS, COMMON_HEAD_DIM, require, unavailable, why_not
+from ...patching.wrappers import (
+    Accelerator,
+    SharedState,
+    Site,
+    Wrapper,
+    attach,
+    declare,
+    refuse_work_units,
+    run_state,
+    state_of,
+)
+from .backends import BACKENDS, COMMON_HEAD_DIM, choices, require, unavailable, why_not
 from .choice import ChoiceTable, Shape, bucket, candidates, measured_length
 
 KEY = "speedlab.attention"
 AUTO = "auto"
-CHOICES = (AUTO, *BACKENDS)
 SAFE = "sdpa"
 _OVERRIDE = "optimized_attention_override"
 # Heads of a measurement, at most. With very few, what split attention writes would fit into a CPU's cache, unlike in a
@@ -47,8 +56,9 @@ class AttentionConfig:
     backend: str = AUTO
 
     def __post_init__(self) -> None:
-        if self.backend not in CHOICES:
-            raise ValueError(f"backend is {self.backend!r}; choose one of {', '.join(CHOICES)}")
+        known = (AUTO, *choices())
+        if self.backend not in known:
+            raise ValueError(f"backend is {self.backend!r}; choose one of {', '.join(known)}")
 
 
 @dataclass
@@ -61,6 +71,8 @@ class Run(SharedState):
     cleared: bool = False
     suspicious: bool = False
     used: bool = False
+    # The attention that the checkpoint asks for.
+    preferred: str = ""
     chosen: dict[Shape, str] = field(default_factory=dict)
     set_aside: dict[str, bool] = field(default_factory=dict)
 
@@ -93,8 +105,13 @@ def _wrappers(config: AttentionConfig) -> Mapping[Site, Wrapper]:
     """The closure holds the frozen `config` alone: clones of a model share it, so state lives in the run."""
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_work_units(executor.class_obj.model_patcher, "Attention Backend")
         options = executor.class_obj.model_options.setdefault("transformer_options", {})
         run = Run(config.backend, options.get(_OVERRIDE))
+        run.preferred = _preferred(executor.class_obj.model_patcher)
+        if run.preferred and config.backend == AUTO:
+            with run_state(executor.class_obj, KEY, run):
+                return executor(*args, **kwargs)
         with run_state(executor.class_obj, KEY, run), _overridden(options):
             return executor(*args, **kwargs)
 
@@ -103,6 +120,19 @@ def _wrappers(config: AttentionConfig) -> Mapping[Site, Wrapper]:
         Site.SAMPLER_SAMPLE: _sampler_sample,
         Site.PREDICT_NOISE: _predict_noise,
     }
+
+
+def _preferred(patcher: Any) -> str:
+    """The attention that a checkpoint asks for, and ComfyUI has, for some of its layers; "" where it asks for none.
+
+    ComfyUI keeps it in a module of its own beside the layers, with `config` from the file and the `function`.
+    """
+    network = patcher.model.diffusion_model
+    for part in network.modules():
+        config = getattr(part, "config", None)
+        if isinstance(config, Mapping) and "attention" in config and getattr(part, "function", None) is not None:
+            return str(config["attention"])
+    return ""
 
 
 @contextmanager
@@ -146,6 +176,9 @@ def _attend(
 ) -> torch.Tensor:
     run.used = True
     name = SAFE if run.safe else _backend_for(run, q, k, heads, mask, skip_reshape)
+    if kwargs.get("low_precision_attention") is False and not BACKENDS[name].exact:
+        run.set_aside.setdefault("ComfyUI asks for the model's own precision there", False)
+        name = SAFE
     if name != SAFE:
         run.suspicious = True
     # With the options ComfyUI's functions would look for an override, and find this one.
@@ -251,6 +284,12 @@ def _sampler_sample(
 
 
 def _tell_outcome(run: Run, transformer_options: Mapping[str, Any]) -> None:
+    if run.preferred and run.backend == AUTO:
+        _tell(transformer_options, f"auto leaves attention to ComfyUI, for this checkpoint asks for {run.preferred}")
+        report_ran(transformer_options, "attention", None)
+        return
+    if run.preferred:
+        _tell(transformer_options, f"{run.backend} takes the place of {run.preferred}, for which this checkpoint asks")
     if run.chosen:
         by_name: dict[str, list[str]] = {}
         for shape, name in run.chosen.items():

@@ -41,13 +41,17 @@ def _nothing_missing(device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `missing` tells cheaply what it lacks on a device; `always` needs no such question."""
+    """One implementation. `missing` tells cheaply what it lacks on a device; `always` needs no such question.
+
+    One that is not `exact` computes in fewer bits than the model, and steps back where ComfyUI forbids that.
+    """
 
     run: Attention
     missing: Missing = _nothing_missing
     package: str | None = None
     takes_masks: bool = True
     always: bool = False
+    exact: bool = True
 
 
 def _heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, done: bool) -> tuple[torch.Tensor, ...]:
@@ -135,6 +139,19 @@ def _sage(
     return _tokens_first(out, skip_output_reshape)
 
 
+def _sage3(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: torch.Tensor | None = None,
+    attn_precision: torch.dtype | None = None, skip_reshape: bool = False, skip_output_reshape: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor:  # fmt: skip
+    from sageattn3 import sageattn3_blackwell  # type: ignore[import-not-found]
+
+    q, k, v = (t.contiguous() for t in _heads_first(q, k, v, heads, skip_reshape))
+    if mask is not None or kwargs.get("scale") is not None or q.dtype not in _HALF or q.shape[-1] >= 256:
+        raise RuntimeError("sage 3 takes fp16 or bf16, heads below 256 numbers, no attention mask and no scale")
+    return _tokens_first(sageattn3_blackwell(q, k, v, is_causal=False), skip_output_reshape)
+
+
 def _package(module: str) -> Missing:
     def missing(device: torch.device) -> str | None:
         if device.type != "cuda":
@@ -162,7 +179,16 @@ def _sdpa_kernel(name: str) -> Backend:
     return Backend(_sdpa_with(lambda: torch_attention.sdpa_kernel(kernel), upcasts=name == "MATH"), missing)
 
 
-def _core_function(name: str, missing: Missing = _nothing_missing, package: str | None = None) -> Backend:
+def _kitchen_missing(device: torch.device) -> str | None:
+    """Core registers its function only where its package has kernels for the GPU."""
+    if "comfy_kitchen_int8" not in getattr(core, "REGISTERED_ATTENTION_FUNCTIONS", {}):
+        return f"ComfyUI has no int8 kernel of comfy-kitchen for {device.type} here"
+    return None
+
+
+def _core_function(
+    name: str, missing: Missing = _nothing_missing, package: str | None = None, exact: bool = True
+) -> Backend:
     """One of ComfyUI's own, if it has it; without `missing` it runs everywhere."""
     function: Attention | None = getattr(core, name, None)
     if function is None:
@@ -170,8 +196,8 @@ def _core_function(name: str, missing: Missing = _nothing_missing, package: str 
         def absent(*args: Any, **kwargs: Any) -> torch.Tensor:
             raise RuntimeError(f"this ComfyUI has no function {name}")
 
-        return Backend(absent, lambda device: f"this ComfyUI has no function {name}", package)
-    return Backend(function, missing, package, always=missing is _nothing_missing)
+        return Backend(absent, lambda device: f"this ComfyUI has no function {name}", package, exact=exact)
+    return Backend(function, missing, package, always=missing is _nothing_missing, exact=exact)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -184,9 +210,22 @@ BACKENDS: dict[str, Backend] = {
     "split": _core_function("attention_split"),
     "xformers": _core_function("attention_xformers", _xformers_missing, "xformers"),
     "flash_attn": Backend(_flash_attn, _package("flash_attn"), "flash-attn", takes_masks=False),
-    "sage": Backend(_sage, _package("sageattention"), "sageattention", takes_masks=False),
+    "sage": Backend(_sage, _package("sageattention"), "sageattention", takes_masks=False, exact=False),
     "onednn": Backend(_onednn, onednn_missing, takes_masks=False),
+    "sage3": Backend(_sage3, _package("sageattn3"), "sageattn3", takes_masks=False, exact=False),
+    "kitchen_int8": _core_function("attention_comfy_kitchen_int8", _kitchen_missing, exact=False),
 }
+# What core registers of its own, by its names.
+_CORES = {"pytorch", "sub_quad", "split", "xformers", "flash", "sage", "sage3", "comfy_kitchen_int8"}
+
+
+def choices() -> tuple[str, ...]:
+    """The names of all backends: these, and what other packs have registered with ComfyUI by now."""
+    for name, function in getattr(core, "REGISTERED_ATTENTION_FUNCTIONS", {}).items():
+        if name not in _CORES:
+            # Nobody says what it computes in.
+            BACKENDS.setdefault(name, Backend(function, lambda device: None, exact=False))
+    return tuple(BACKENDS)
 
 
 @torch.compiler.assume_constant_result

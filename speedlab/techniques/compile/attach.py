@@ -25,12 +25,14 @@ from ...patching.wrappers import (
     SharedState,
     Site,
     Wrapper,
+    accelerators,
     attach,
     declare,
     has_wrapper,
     refuse_work_units,
     run_state,
     state_of,
+    when_unloaded,
 )
 from ..deepcache import attach as deepcache
 from . import backends
@@ -93,8 +95,31 @@ def attach_compile(model: Any, config: CompileConfig) -> Any:
                 raise
             able, reason = False, str(error).removesuffix(".")
     clone = attach(model, KEY, _wrappers(config, backend, "" if able else reason))
+    when_unloaded(clone, KEY, _give_back)
     declare(clone, Accelerator("compile", _described(config)))
     return clone
+
+
+def held_copies(model: Any) -> int:
+    """How often compiled programs hold the UNet's weights once more while MODEL `model` is loaded."""
+    options = next((one.options for one in accelerators(model) if one.name == "compile"), None)
+    if options is None:
+        return 0
+    backend, freeze = backends.load(options["backend"]), "freeze_weights" in options
+    if options["backend"] in backends.GRAPH_BY_GRAPH:
+        return int(freeze)
+    from .program import copies_of_weights
+
+    return copies_of_weights(backend, freeze)
+
+
+def _give_back(patcher: Any) -> None:
+    """What was compiled with weights, or holds them, goes with the model."""
+    from . import engine, program
+
+    network = patcher.model.diffusion_model
+    engine.give_back(network)
+    program.give_back(network)
 
 
 def known_loss(config: CompileConfig, device: torch.device) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -68,11 +69,25 @@ class GraphEngine:
             self.run.note(f"{name}: {kept}, for {self.run.parts} kinds of {len(self.parts)} parts.", logging.INFO)
 
 
+def give_back(network: Any) -> None:
+    """Let go of code that was compiled with the weights of a network."""
+    _give_back(id(network))
+
+
+def _give_back(number: int) -> None:
+    word = _frozen.pop(number, None)
+    if word is not None:
+        dynamo.forget(word)
+
+
 def _frozen_weights(network: Any, patcher: Any) -> Hashable:
     """A word for the weights that code is compiled with. Code with others, or of networks before the last, is let go:
     each holds its weights once more, and a function has room for few."""
     weights = (id(network), weights_word(patcher))
     before = _frozen.get(id(network))
+    if before is None:
+        # Another network may get the number of one that is gone.
+        weakref.finalize(network, _give_back, id(network)).atexit = False
     stale = [] if before in (None, weights) else [before]
     _frozen[id(network)] = weights
     _frozen.move_to_end(id(network))

@@ -7,12 +7,14 @@ ignored. A program that holds weights of its own is made again when ComfyUI has 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -54,11 +56,43 @@ class Programs:
     """What was compiled of one network, the last used at the end, and of which weights."""
 
     weights: Hashable = None
+    holds_weights: bool = False
     by_key: OrderedDict[Hashable, Callable[..., Any]] = field(default_factory=OrderedDict)
     let_go: set[Hashable] = field(default_factory=set)
+    unloaded: bool = False
 
 
 _programs: WeakKeyDictionary[Any, dict[Hashable, Programs]] = WeakKeyDictionary()
+# Models whose end is waited for. Some programs keep their network alive, but none the model around it.
+_watched: WeakSet[Any] = WeakSet()
+
+
+def copies_of_weights(backend: ModuleType, freeze: bool) -> int:
+    """How often programs of this backend hold the weights of a network beside the network itself, at most."""
+    if not (freeze or not backend.FOLLOWS_WEIGHTS):
+        return 0
+    return KEPT_WITH_WEIGHTS_FIXED if backend.FIXED_SHAPES else KEPT_WITH_WEIGHTS
+
+
+def give_back(network: Any) -> None:
+    """Let go of the programs of a network that hold weights; those that follow the live ones hold next to nothing."""
+    for programs in _programs.get(network, {}).values():
+        if programs.holds_weights and programs.by_key:
+            programs.by_key.clear()
+            programs.let_go.clear()
+            programs.unloaded = True
+
+
+def _watch(model: Any, network: Any) -> None:
+    if model not in _watched:
+        _watched.add(model)
+        weakref.finalize(model, _forget, weakref.ref(network)).atexit = False
+
+
+def _forget(network: weakref.ref[Any]) -> None:
+    alive = network()
+    if alive is not None:
+        _programs.pop(alive, None)
 
 
 class ProgramEngine:
@@ -70,7 +104,9 @@ class ProgramEngine:
         self.programs = _programs.setdefault(self.network, {}).setdefault(settings, Programs())
         while len(_programs) > NETWORKS:
             _programs.pop(next(network for network in list(_programs) if network is not self.network))
-        self.holds_weights = run.options.freeze or not run.backend.FOLLOWS_WEIGHTS
+        self.holds_weights = copies_of_weights(run.backend, run.options.freeze) > 0
+        self.programs.holds_weights = self.holds_weights
+        _watch(patcher.model, self.network)
         run.parts = 1
         reason = _obstacle_of_model(run, patcher)
         if reason:
@@ -151,6 +187,13 @@ class ProgramEngine:
         with apart(), torch.no_grad():
             program = backend.compile(PureNetwork(self.network, seen), given)
         known[key] = program
+        if self.programs.unloaded:
+            self.programs.unloaded = False
+            self.run.note(
+                f"{backend.NAME} holds weights of its own, which were given back when ComfyUI unloaded the model: it "
+                "is compiled anew.",
+                logging.INFO,
+            )
         self.run.graphs += 1
         self.run.note(f"{backend.NAME} compiled the network for {_words(inputs[0])}.", logging.INFO)
         self.run.compiling(f"the network for {_words(inputs[0])}")
@@ -162,7 +205,7 @@ class ProgramEngine:
     def _most_kept(self) -> int:
         if not self.holds_weights:
             return KEPT
-        return KEPT_WITH_WEIGHTS_FIXED if self.run.backend.FIXED_SHAPES else KEPT_WITH_WEIGHTS
+        return copies_of_weights(self.run.backend, self.run.options.freeze)
 
 
 _OTHER = "choose the backend inductor, which can do that"

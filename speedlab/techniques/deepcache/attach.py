@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from ...common.errors import UnavailableError
 from ...models.unet import require_unet
 from ...patching.cond_identity import with_unique_uuids
 from ...patching.notes import report_cached, report_note, report_ran, warn
 from ...patching.position import Position, StepFinder, counting_steps
-from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
+from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, refuse_work_units, run_state, state_of
 from .features import Run, chunk_keys
 from .forward import keeping, largest_branch, partial_forward, reusing
 from .schedule import DeepCacheConfig, fallback
@@ -71,6 +72,9 @@ def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wra
     """
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        patcher = executor.class_obj.model_patcher
+        refuse_work_units(patcher, "DeepCache")
+        _refuse_followers(patcher.model_options)
         run = Run(config, StepFinder.of_run(executor.class_obj, *args, **kwargs), clamped=clamped)
         try:
             with run_state(executor.class_obj, KEY, run):
@@ -86,6 +90,25 @@ def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wra
         Site.APPLY_MODEL: _apply_model,
         Site.DIFFUSION_MODEL: partial_forward(config.branch),
     }
+
+
+def _refuse_followers(model_options: Mapping[str, Any]) -> None:
+    """A node that counts its way from the middle block through the output blocks, as SUPIRApply does, loses count where
+    a cached step leaves most of them out."""
+    patches = model_options.get("transformer_options", {}).get("patches", {})
+    owners = {
+        id(owner) for function in patches.get("output_block_patch", ()) if (owner := _owner(function)) is not None
+    }
+    for function in patches.get("middle_block_after_patch", ()):
+        if id(_owner(function)) in owners:
+            raise UnavailableError(
+                f"DeepCache and {type(_owner(function)).__name__} (as of SUPIRApply) cannot work on one model: it "
+                "follows every forward block by block, and cached steps leave blocks out. Take one of the two out."
+            )
+
+
+def _owner(function: Any) -> Any:
+    return getattr(function, "__self__", None)
 
 
 def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:

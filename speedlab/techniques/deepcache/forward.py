@@ -63,7 +63,8 @@ def shallow_forward(
         skip = apply_control(skips.pop(), control, "output")
         for patch in patches.get("output_block_patch", ()):
             h, skip = patch(h, skip, options)
-        h = torch.cat([h, skip], dim=1)
+        if skip is not None:  # None: a patch has put the two together itself
+            h = torch.cat([h, skip], dim=1)
         output_shape = skips[-1].shape if skips else None
         h = forward_timestep_embed(unet.output_blocks[index], h, emb, context, options, output_shape)
     h = h.type(x.dtype)

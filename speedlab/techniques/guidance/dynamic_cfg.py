@@ -117,6 +117,8 @@ class Run(SharedState):
     difference: Difference = field(default_factory=Difference)
     told_of_keeping: bool = False
     told_of_idle: set[str] = field(default_factory=set)
+    # Whether another node sets the CFG inside of this one.
+    overridden: bool = False
     told_of_part: bool = False
     # Whether evaluations without uncond may compute convolutions as products; None before the first.
     may_gain: bool | None = None
@@ -205,9 +207,17 @@ def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
             report_note(options, f"Dynamic CFG: it left out nothing in this run, because {_why_not(run)}.")
 
 
+_OVERRIDDEN = (
+    "another node (such as CFGOverride) sets the CFG in steps whose uncond was to be left out, so that ComfyUI "
+    "evaluates it there. Take one of the two out, or end its range where stop_at begins"
+)
+
+
 def _why_not(run: Run) -> str:
     if not run.guided:
         return "at CFG 1 ComfyUI itself evaluates no uncond"
+    if run.overridden:
+        return _OVERRIDDEN
     if run.config.uncond_interval > 1:
         return "none of its steps comes between two that evaluate uncond"
     if run.config.has_window:
@@ -252,6 +262,11 @@ def _predict_noise(
     if way == "none":
         with _at_half_the_time(run, executor.class_obj, options):
             result, idle = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
+        if idle is None:
+            if not run.overridden:
+                run.overridden = True
+                warn(options.get("transformer_options", {}), f"Dynamic CFG: {_OVERRIDDEN}.")
+            return result
         run.tell_of_idle(idle, options)
         run.left_out = True
         return result

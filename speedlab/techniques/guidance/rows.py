@@ -57,21 +57,28 @@ def _is_custom(guider: Any) -> bool:
 
 def evaluate_without_uncond(
     executor: Any, x: Any, timestep: Any, model_options: dict, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, list[str]]:
+) -> tuple[torch.Tensor, list[str] | None]:
     """One evaluation of a PREDICT_NOISE `executor` at CFG 1, for which ComfyUI itself skips uncond.
 
     What combines both predictions is left out with uncond: custom CFG functions, pre-CFG functions, and post-CFG
-    functions that read uncond. Their names are the second result.
+    functions that read uncond. Their names are the second result. None in its place: a node further in sets another
+    CFG, as CFGOverride does, and uncond was evaluated as that node wants it.
     """
     idle = [words for option, words in _COMBINING.items() if model_options.get(option)]
-    options = {key: value for key, value in model_options.items() if key not in _COMBINING}
-    functions = options.get(POST_CFG)
-    if functions:
-        options[POST_CFG] = [_unless_it_reads_uncond(function, idle) for function in functions]
+    scales: list[float] = []
+    functions = [_unless_it_reads_uncond(function, idle) for function in model_options.get(POST_CFG, ())]
+    options = with_observer(
+        {**{key: value for key, value in model_options.items() if key not in _COMBINING}, POST_CFG: functions},
+        lambda predictions: scales.append(float(predictions["cond_scale"])),
+    )
     guider = executor.class_obj
     cfg, guider.cfg = guider.cfg, 1.0
     try:
-        return executor(x, timestep, options, *args, **kwargs), idle
+        result = executor(x, timestep, options, *args, **kwargs)
+        if all(math.isclose(scale, 1.0) for scale in scales):
+            return result, idle
+        # With both predictions there, nothing that combines them may be missing.
+        return (executor(x, timestep, model_options, *args, **kwargs) if idle else result), None
     finally:
         guider.cfg = cfg
 

@@ -15,11 +15,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ...common.core import is_dynamic
 from ...common.dtypes import cpu_computes_bf16, torch_dtype
 from ...common.errors import UnavailableError, first_line
 from ...common.torch_private import is_on
 from ...patching.notes import report_note, report_ran
-from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare
+from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, refuse_work_units
 from ..cpu import conv_as_matmul, onednn
 from ..cpu.host_allocator import memory_reused, why_not_reused
 from ..cpu.onednn import linear_layers_on_onednn, why_not
@@ -191,6 +192,7 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
     def sampler_sample(
         executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
+        refuse_work_units(model_wrap.model_patcher, "Precision")
         network, device = model_wrap.inner_model.diffusion_model, model_wrap.model_patcher.load_device
 
         options = extra_args.get("model_options", {}).get("transformer_options", {})
@@ -208,7 +210,7 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
             if config.memory == "reuse" and on_cpu:
                 stack.enter_context(memory_reused())
             if layout is not None and not stack.enter_context(conv_weights_in(network, layout, device)):
-                say(_why_no_layout(network))
+                say(_why_no_layout(network, is_dynamic(model_wrap.model_patcher)))
                 idle.add("memory_format")
             others = {
                 name: stack.enter_context(_OTHER_WAYS[name](network))
@@ -234,9 +236,14 @@ def _of_another_device(config: PrecisionConfig, device: torch.device) -> set[str
     return {name for name in config.changes if name in elsewhere or (name in FLAGS and device.type != "cuda")}
 
 
-def _why_no_layout(network: torch.nn.Module) -> str:
+def _why_no_layout(network: torch.nn.Module, dynamic: bool) -> str:
     if not any(isinstance(part, torch.nn.Conv2d) for part in network.modules()):
         return f"Precision: memory_format has no effect: {type(network).__name__} has no 2-D convolutions."
+    if dynamic:
+        return (
+            "Precision: memory_format has no effect on weights: under ComfyUI's dynamic VRAM each use makes them anew, "
+            "in the layout of the file. Compile Model loads a model whole."
+        )
     return (
         "Precision: memory_format has no effect on weights: to save memory ComfyUI keeps those of the convolutions off "
         "the device, and each convolution converts what it reads."
