@@ -342,3 +342,14 @@ def is_module_compiled(module: Any) -> bool:
 def uncompiled(module: Any) -> Any:
     """`_orig_mod` (2.4-2.12): what `torch.compile` wraps, or the module itself."""
     return getattr(module, "_orig_mod", module)
+
+
+# CUDA.
+
+
+def cuda_of_driver() -> str | None:
+    """`torch._C._cuda_getDriverVersion` (2.4-2.12): the newest CUDA that the driver runs. None without it."""
+    import torch
+
+    number = getattr(torch._C, "_cuda_getDriverVersion", int)()
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None

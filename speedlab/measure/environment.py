@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import subprocess
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..common.torch_private import cuda_of_driver
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,21 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
+# Where Linux's kernel module names itself: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ...".
+_KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+
+
 @lru_cache(maxsize=1)
 def _driver_version() -> str | None:
-    """As the driver's own tool says; it comes with every driver, and not with ROCm."""
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    """The NVIDIA driver's version on Linux; elsewhere the newest CUDA that it runs, which needs no other program."""
     try:
-        told = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.split()
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown ({type(error).__name__})"
-    return told[0] if told else "unknown"
+        named = re.search(r"Module\s+(?:for \S+\s+)?(\d+(?:\.\d+)+)", _KERNEL_MODULE.read_text(encoding="utf-8"))
+    except OSError:
+        named = None
+    if named is not None:
+        return named.group(1)
+    cuda = cuda_of_driver()
+    return f"for CUDA {cuda}" if cuda else None
 
 
 @lru_cache(maxsize=1)

@@ -156,7 +156,7 @@ def test_predictions_count_quantised_weights_as_what_they_stand_for(memory: Any,
     from .test_lora_quantised import TELLING
 
     tiny = tiny_unet.build("sd15")
-    size = memory.predict.PictureSize(64, 64)
+    size = memory.predict.ImageSize(64, 64)
     plain = memory.predict.sampling_bytes(tiny.model, size)
     held = engine("memory.streaming").weight_bytes(tiny.unet)
     for name, pack in TELLING.items():
