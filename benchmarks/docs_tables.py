@@ -325,7 +325,7 @@ def stress_soak(results: Results) -> list[str]:
 _WAYS = (
     ("Forecast, adaptive", "0.02"), ("Forecast, adaptive", "0.05"), ("Forecast, fixed", "max_skip 2"),
     ("copy", "1 in 2"), ("EasyCache", "0.05"), ("EasyCache", "0.1"), ("LazyCache", "0.1"),
-    ("Spectrum's scheme", "w 0.5"), ("Spectrum's scheme", "w 1"),
+    ("Spectrum's scheme", "published"), ("Spectrum's scheme", "as in sd.cpp"),
 )  # fmt: skip
 _CASES = ("sampler", "scheduler", "steps")
 

@@ -41,7 +41,7 @@ FEWER = {20: (8, 10, 11, 12, 13, 14, 16, 18), 30: (10, 12, 13, 14, 15, 16, 20, 2
 # One setting of each way; EasyCache and Dynamic CFG refuse each other.
 WITH_DYNAMIC_CFG = {
     ("Forecast, adaptive", "0.02"), ("Forecast, fixed", "max_skip 2"), ("copy", "1 in 2"), ("LazyCache", "0.1"),
-    ("Spectrum's scheme", "w 0.5"),
+    ("Spectrum's scheme", "as in sd.cpp"),
 }  # fmt: skip
 COLUMNS = ["mixture", "sampler", "scheduler", "steps", "way", "setting", "dynamic_cfg", "evaluations", "rows",
            "error_median", "error_worst", "truth_median", "seeds", "torch", "date"]  # fmt: skip
@@ -101,7 +101,8 @@ class Copying(Kept):
 @dataclass
 class Spectrum(Kept):
     """Spectrum's scheme as its text and settings state it: Chebyshev polynomials of the step number, fitted by ridge
-    regression to all predictions so far, mixed with the line through the last two; the interval grows by `growth`."""
+    regression to all predictions so far, mixed with the line through the last two; the interval grows by `growth`.
+    Steps from the share `stop` of the run on are full."""
 
     growth: float = 0.75
     mix: float = 1.0
@@ -109,9 +110,10 @@ class Spectrum(Kept):
     degree: int = 4
     ridge: float = 0.1
     warm_up: int = 5
+    stop: float = 1.0
 
     def is_full(self, step: int, steps: int) -> bool:
-        if step < self.warm_up:
+        if step < self.warm_up or step >= self.stop * steps:
             return True
         full = (self.skipped + 1) % math.floor(self.interval) == 0
         self.interval += self.growth if full else 0.0
@@ -157,7 +159,9 @@ def ways() -> list[tuple[str, str, Patch]]:
     found += [("copy", f"1 in {n}", lambda model, n=n: Copying(interval=n).attach(model)) for n in (2, 3)]
     found += [("EasyCache", f"{t:g}", core("EasyCache", t)) for t in (0.05, 0.1, 0.2)]
     found += [("LazyCache", f"{t:g}", core("LazyCache", t)) for t in (0.05, 0.1, 0.2)]
-    found += [("Spectrum's scheme", f"w {w:g}", lambda model, w=w: Spectrum(mix=w).attach(model)) for w in (0.5, 1.0)]
+    small = {"mix": 0.4, "growth": 0.5, "degree": 3, "ridge": 1.0, "warm_up": 4, "stop": 0.9}
+    found.append(("Spectrum's scheme", "published", lambda model: Spectrum(mix=0.5).attach(model)))
+    found.append(("Spectrum's scheme", "as in sd.cpp", lambda model: Spectrum(**small).attach(model)))
     return found
 
 
