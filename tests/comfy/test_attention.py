@@ -24,7 +24,7 @@ OVERRIDE = "optimized_attention_override"
 
 @pytest.fixture(scope="module")
 def tiny(comfy: ModuleType) -> TinyUNet:
-    return build("sd15")
+    return build("mini")
 
 
 @pytest.fixture(scope="module")
@@ -329,46 +329,40 @@ def test_an_override_that_leaves_no_room_is_named(
     assert "their_own_attention" in caplog.text
 
 
-@pytest.fixture(scope="module")
-def mini(comfy: Any) -> TinyUNet:
-    """What is traced should be small."""
-    return build("mini")
-
-
 @pytest.mark.parametrize("backend", ["sdpa_flash", "auto"])
-def test_compiled(mini: TinyUNet, attach: Any, backend: str) -> None:
+def test_compiled(tiny: TinyUNet, attach: Any, backend: str) -> None:
     """One graph without breaks, and none anew for the next run."""
     import comfy_api.torch_helpers
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    reference = mini.sample(attach(mini.model, backend), steps=2)
-    compiled = mini.model.clone()
+    reference = tiny.sample(attach(tiny.model, backend), steps=2)
+    compiled = tiny.model.clone()
     comfy_api.torch_helpers.set_torch_compile_wrapper(compiled, backend="eager", fullgraph=True)
     graphs = []
     try:
         for _ in range(2):
-            assert relative(mini.sample(attach(compiled, backend), steps=2), reference) < 1e-5
+            assert relative(tiny.sample(attach(compiled, backend), steps=2), reference) < 1e-5
             graphs.append(counters["stats"]["unique_graphs"])
     finally:
         torch._dynamo.reset()
     assert graphs == [1, 1]
 
 
-def test_nan_in_a_compiled_model(mini: TinyUNet, attach: Any, modules: SimpleNamespace, monkeypatch: Any) -> None:
+def test_nan_in_a_compiled_model(tiny: TinyUNet, attach: Any, modules: SimpleNamespace, monkeypatch: Any) -> None:
     import comfy_api.torch_helpers
 
     backends = modules.attention_backends
     sdpa = backends.BACKENDS["sdpa"].run
     always_nan = backends.Backend(lambda *args, **options: sdpa(*args, **options) * float("nan"), always=True)
     monkeypatch.setitem(backends.BACKENDS, "sage", always_nan)
-    reference = mini.sample(attach(mini.model, "sdpa"), steps=2)
+    reference = tiny.sample(attach(tiny.model, "sdpa"), steps=2)
     torch._dynamo.reset()
-    compiled = mini.model.clone()
+    compiled = tiny.model.clone()
     comfy_api.torch_helpers.set_torch_compile_wrapper(compiled, backend="eager", fullgraph=True)
     try:
-        assert relative(mini.sample(attach(compiled, "sage"), steps=2), reference) < 1e-5
+        assert relative(tiny.sample(attach(compiled, "sage"), steps=2), reference) < 1e-5
     finally:
         torch._dynamo.reset()
 

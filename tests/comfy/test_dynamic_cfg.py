@@ -20,7 +20,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def tiny(comfy: ModuleType) -> TinyUNet:
-    return build("sd15")
+    return build("mini")
 
 
 @pytest.fixture(scope="module")
@@ -495,6 +495,16 @@ def test_convolutions_are_products_while_uncond_is_off(
     assert relative(result, as_they_are) < SAME
 
 
+def test_every_latent_of_a_batch_has_to_agree(pack: ModuleType) -> None:
+    module = importlib.import_module("speedlab.techniques.guidance.dynamic_cfg")
+    run = module.Run(module.DynamicCFGConfig("adaptive", similarity=0.9))
+    noisy, apart = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    alike = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    for uncond, converged in ((apart, False), (alike, True)):
+        module._compare(run, {"input": noisy, "cond_denoised": alike, "uncond_denoised": uncond})
+        assert run.converged is converged
+
+
 def test_layers_are_restored_after_an_error(tiny: TinyUNet, attach: Any, products: ModuleType) -> None:
     def fail() -> None:
         assert _layers_changed(tiny)
@@ -515,11 +525,10 @@ def test_a_compiled_model_keeps_its_layers(
     dynamic_cfg, compiling = (
         importlib.import_module(f"speedlab.techniques.{name}") for name in ("guidance.dynamic_cfg", "compile.attach")
     )
-    unet = build("mini") if how == "core's node" else tiny  # what is traced should be small
-    entered, block = [], unet.unet.out
+    entered, block = [], tiny.unet.out
     real = products.few_pixels_as_products
     monkeypatch.setattr(dynamic_cfg, "few_pixels_as_products", lambda network: entered.append(1) or real(network))
-    model = attach(unet.model, stop_at=0.0)
+    model = attach(tiny.model, stop_at=0.0)
     if how == "core's node":
         set_torch_compile_wrapper(model, backend="eager")
     elif how == "Compile Model":
@@ -527,7 +536,7 @@ def test_a_compiled_model_keeps_its_layers(
     elif how == "a block in place":
         block.compile(backend="eager")
     try:
-        unet.sample(model, steps=2)
+        tiny.sample(model, steps=2)
     finally:
         block._compiled_call_impl = None
     assert len(entered) == (2 if how == "not at all" else 0)
