@@ -29,6 +29,8 @@ class Run(SharedState):
     histories: Histories = field(default_factory=Histories)
     current: Evaluation | None = None
     is_forecast: bool = False
+    # Whether the last call was answered by a forecast; `patching.notes.is_forecast` reads it.
+    has_forecast: bool = False
     # Why no step of this run was forecast, where that is known before its end.
     reason: str | None = None
     stepped_aside: bool = False
