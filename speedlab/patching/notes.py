@@ -12,6 +12,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from .wrappers import state_of
+
 # In `transformer_options` during sampling: a callable that takes one sentence. Absent where nobody is profiling.
 REPORT_NOTE = "speedlab_report_note"
 # Likewise: a callable that takes a technique's name and the options that it ran with, None where it did nothing.
@@ -49,15 +51,11 @@ def report_cached(transformer_options: Mapping[str, Any]) -> None:
         report()
 
 
-# In `transformer_options`: whether the predictions of the evaluation that is running were forecast, not evaluated.
-_IS_FORECAST = "speedlab_is_forecast"
-
-
-def mark_forecast(transformer_options: dict[str, Any], is_forecast: bool) -> None:
-    """Tell techniques that look at predictions whether the model made those of this evaluation."""
-    transformer_options[_IS_FORECAST] = is_forecast
+# The key of the run state that forecasts predictions. Its `has_forecast` tells of the evaluation that is running; an
+# entry of the options that came or changed within a run would make compiled code compile anew.
+FORECAST = "speedlab.forecast"
 
 
 def is_forecast(transformer_options: Mapping[str, Any]) -> bool:
-    """Whether the predictions of the evaluation that is running say nothing new about the model."""
-    return bool(transformer_options.get(_IS_FORECAST))
+    """Whether the predictions of the evaluation that is running were forecast, and say nothing new about the model."""
+    return bool(getattr(state_of(transformer_options, FORECAST), "has_forecast", False))

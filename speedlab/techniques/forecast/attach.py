@@ -14,7 +14,7 @@ from comfy.samplers import CFGGuider
 
 from ...common.errors import UnavailableError
 from ...patching.cond_identity import scheduled_hooks, with_unique_uuids
-from ...patching.notes import mark_forecast, report_cached, report_ran, warn
+from ...patching.notes import FORECAST, report_cached, report_ran, warn
 from ...patching.position import StepFinder
 from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, run_state, state_of
 from ..deepcache.attach import KEY as DEEPCACHE
@@ -24,7 +24,7 @@ from .run import Run
 
 __all__ = ["KEY", "ForecastConfig", "attach_forecast"]
 
-KEY = "speedlab.forecast"
+KEY = FORECAST
 # What leaves out evaluations too, by the site and key of its wrapper.
 _RIVALS = (
     ("DeepCache", Site.APPLY_MODEL, DEEPCACHE),
@@ -132,6 +132,6 @@ def _calc_cond_batch(
     else:
         out = executor(model, conds, x, timestep, model_options, *args)
         run.histories.observe(keys, evaluation, out)
-    mark_forecast(told, is_forecast)
+    run.has_forecast = is_forecast
     evaluation.calls += 1
     return out

@@ -29,6 +29,8 @@ class Run(SharedState):
     histories: Histories = field(default_factory=Histories)
     current: Evaluation | None = None
     is_forecast: bool = False
+    # Whether the last call was answered by a forecast; `patching.notes.is_forecast` reads it.
+    has_forecast: bool = False
     # Why no step of this run was forecast, where that is known before its end.
     reason: str | None = None
     stepped_aside: bool = False
@@ -48,7 +50,7 @@ class Run(SharedState):
 
     def step_aside(self, reason: str, told: Mapping[str, Any]) -> None:
         """Evaluate the rest of the run in full, and say why."""
-        self.stepped_aside = True
+        self.stepped_aside, self.has_forecast = True, False
         self.histories.clear()
         rest = "the rest of this run" if self.answered else "this run"
         warn(told, f"Forecast: {reason}; nothing is forecast in {rest}.")
