@@ -80,6 +80,19 @@ def test_residency_is_counted_from_live_buffers(memory):
     assert model.stream.streams[0]._slots is None, "the slots live as long as a forward"
 
 
+def test_between_two_forwards_weights_are_cast_in_use_again(memory):
+    """Off the device ComfyUI casts a weight where it is used; while it is streamed it need not."""
+    tiny = tiny_unet.build("sd15")
+    streamed: list[bool] = []
+    layer = next(part for part in tiny.unet.modules() if type(part).__name__ == "ResBlock").in_layers[2]
+    handle = layer.register_forward_pre_hook(lambda *_: streamed.append(layer.comfy_cast_weights))
+    tiny.sample(sequential(memory, tiny.model), steps=1)
+    handle.remove()
+    offloaded = [part for part in tiny.unet.modules() if hasattr(part, "prev_comfy_cast_weights")]
+    assert layer in offloaded and not any(streamed) and streamed
+    assert all(part.comfy_cast_weights for part in offloaded)
+
+
 def lora(tiny, seed: int) -> dict:
     """Low-rank patches on attention and convolution weights, as ComfyUI's LoRA loader makes them."""
     adapter = importlib.import_module("comfy.weight_adapter.lora").LoRAAdapter
