@@ -70,7 +70,7 @@ def test_features_from_before_a_sampler_went_back_are_of_another_image(pack: Mod
     for went_back in (False, True):
         run = features.Run(features.DeepCacheConfig(interval=4))
         run.store(["cond"], features.Evaluation(0, 0), torch.ones(1, 3, 4, 4))
-        with run.evaluating(position.Position(1, 8, position.Part(0, 8), 2, went_back)):
+        with run.evaluating(position.Position(1, 8, position.Part(0, 8), 2, went_back, 1.0)):
             assert (run.recall(["cond"], run.current) is None) is went_back
 
 

@@ -501,7 +501,8 @@ def test_every_latent_of_a_batch_has_to_agree(pack: ModuleType) -> None:
     noisy, apart = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     alike = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     for uncond, converged in ((apart, False), (alike, True)):
-        module._compare(run, {"input": noisy, "cond_denoised": alike, "uncond_denoised": uncond, "model_options": {}})
+        predictions = {"input": noisy, "cond_denoised": alike, "uncond_denoised": uncond, "model_options": {}}
+        module._compare(run, predictions)
         assert run.converged is converged
 
 
