@@ -37,7 +37,7 @@ def models(server, vega_checkpoint, taesd_files) -> ModelChoice:
     return choice
 
 
-# Of every day: each node of this pack once. That ComfyUI takes all graphs is shown in tests/comfy/test_scenario_graphs.py.
+# Of every day: each node of this pack once. That ComfyUI takes all graphs is shown in test_scenario_graphs.py.
 EVERYDAY = {
     "txt2img-default", "profile-nvtx", "sd15-controlnet", "sd15-lora-stack", "sd15-sliced-attention", "sd15-autocast",
     "xy-grid", "sdxl-under-8gb", "sdxl-vae-tiling", "sdxl-vae-fp16-fix", "sdxl-staged-batch", "sdxl-refiner-ensemble",
