@@ -37,16 +37,24 @@ def models(server, vega_checkpoint, taesd_files) -> ModelChoice:
     return choice
 
 
-# Of every day: each node once. That ComfyUI takes all graphs is shown in tests/comfy/test_scenario_graphs.py.
+# Of every day: each node of this pack once. That ComfyUI takes all graphs is shown in test_scenario_graphs.py.
 EVERYDAY = {
-    "txt2img-default", "profile-nvtx", "sd15-controlnet", "sd15-lora-stack", "xy-grid",
-    "sdxl-fastest-deepcache", "sdxl-under-8gb", "sdxl-vae-tiling", "sdxl-staged-batch", "sdxl-refiner-ensemble",
+    "txt2img-default", "profile-nvtx", "sd15-controlnet", "sd15-lora-stack", "sd15-sliced-attention", "sd15-autocast",
+    "xy-grid", "sdxl-under-8gb", "sdxl-vae-tiling", "sdxl-vae-fp16-fix", "sdxl-staged-batch", "sdxl-refiner-ensemble",
     "sdxl-tensorrt",
 }  # fmt: skip
 
 
 def _tiered(scenario):
     return pytest.param(scenario, id=scenario.id, marks=() if scenario.id in EVERYDAY else pytest.mark.full)
+
+
+def test_the_scenarios_of_every_day_have_every_node():
+    def nodes(ids):
+        found = {node.class_type for name in ids for node in SCENARIOS[name].graph().nodes}
+        return {name for name in found if name.startswith("SpeedLab")}
+
+    assert nodes(EVERYDAY) == nodes(SCENARIOS)
 
 
 @pytest.mark.parametrize("scenario", map(_tiered, SCENARIOS.values()))
