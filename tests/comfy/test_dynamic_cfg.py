@@ -602,7 +602,6 @@ def test_node(tiny: TinyUNet, pack: ModuleType, attach: Any) -> None:
         {"mode": "adaptive", "similarity": 1.5},
         {"start_at": -0.1},
         {"sigma_low": float("nan")},
-        {"sigma_low": 5.42, "sigma_high": 0.28},
         {"uncond_interval": 0},
     ],
 )
@@ -630,3 +629,9 @@ def test_differences_with_forecast(tiny: TinyUNet, attach: Any, pack: ModuleType
             results.append(tiny.sample(model, steps=20))
         assert [rows for rows, _ in calls] == expected
     assert torch.equal(*results)
+
+
+def test_a_range_of_sigmas_that_holds_none_is_said(tiny: TinyUNet, attach: Any, pack: ModuleType) -> None:
+    errors = importlib.import_module("speedlab.common.errors")
+    with pytest.raises(errors.SpeedLabError, match=r"sigma_high is 0\.28 and sigma_low 5\.42.*no limit"):
+        attach(tiny.model, sigma_low=5.42, sigma_high=0.28)

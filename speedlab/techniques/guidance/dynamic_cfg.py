@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ...common.errors import UnavailableError
+from ...common.errors import SpeedLabError, UnavailableError
 from ...models.unet import require_unet
 from ...patching.compiled import is_compiled
 from ...patching.cond_identity import scheduled_hooks
@@ -50,7 +50,7 @@ class DynamicCFGConfig:
     Both keep it only from step floor(start_at * n) on, and in steps that begin at a sigma above `sigma_low` and not
     above `sigma_high` (0: no limit). From step floor(uncond_from * n) on the model evaluates it every
     `uncond_interval`-th step, and its last difference to cond stands for it in the others. Raises ValueError for a
-    value out of range.
+    value out of range, SpeedLabError for a range of sigmas that holds none.
     """
 
     mode: Mode = "fixed"
@@ -72,9 +72,9 @@ class DynamicCFGConfig:
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (no limit) or more")
         if 0.0 < self.sigma_high <= self.sigma_low:
-            raise ValueError(
-                f"sigma_high is {self.sigma_high} and sigma_low {self.sigma_low}; sigma_high must be above sigma_low, "
-                "or 0 for no limit"
+            raise SpeedLabError(
+                f"Dynamic CFG: sigma_high is {self.sigma_high:g} and sigma_low {self.sigma_low:g}, so that no step has "
+                "guidance. Set sigma_high above sigma_low, or to 0 for no limit."
             )
         if self.uncond_interval < 1:
             raise ValueError(f"uncond_interval is {self.uncond_interval}; it must be 1 (every step) or more")
