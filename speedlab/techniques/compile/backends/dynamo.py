@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -99,13 +100,18 @@ def graphs_refused(device: torch.device | None) -> str:
     )
 
 
+@cache
+def _loaded() -> None:
+    with apart():
+        load_compiler()
+
+
 @contextmanager
 def limits(
     graphs: int, device: torch.device | None = None, *, freeze: bool = False, folder: Path | None = None
 ) -> Iterator[None]:
     """Let each function have `graphs` graphs, make one more an error, and keep inductor's files in `folder`."""
-    with apart():
-        load_compiler()
+    _loaded()
     on_cpu = device is not None and device.type == "cpu"
     with ExitStack() as stack:
         stack.enter_context(dynamo_limits(graphs))
