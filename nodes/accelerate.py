@@ -231,8 +231,8 @@ class DynamicCFG:
             },
         }
 
-    def apply(self, model: Any, **options: Any) -> tuple[Any]:
-        return (attach_dynamic_cfg(model, DynamicCFGConfig(**options)),)
+    def apply(self, model: Any, mode: Any, stop_at: float, similarity: float, **window: Any) -> tuple[Any]:
+        return (attach_dynamic_cfg(model, DynamicCFGConfig(mode, stop_at, similarity, **window)),)
 
 
 class Forecast:
