@@ -6,7 +6,8 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from speedlab.common.errors import SpeedLabError
@@ -18,13 +19,30 @@ from .files import Progress
 
 def run(options: argparse.Namespace) -> int:
     """Writes what the arguments ask for, its path to stdout, progress to stderr."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
-        for path in _write(options):
-            sys.stdout.write(f"{path}\n")
+        with _messages_on_stderr():
+            paths = _write(options)
     except ValueError as error:
         raise SpeedLabError(str(error)) from error
+    for path in paths:
+        sys.stdout.write(f"{path}\n")
     return 0
+
+
+@contextmanager
+def _messages_on_stderr() -> Iterator[None]:
+    """This package's messages go to stderr. Other loggers stay: the caller may be a process with a log of its own."""
+    logger, handler = logging.getLogger(__package__), logging.StreamHandler(sys.stderr)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _write(options: argparse.Namespace) -> Sequence[Path]:

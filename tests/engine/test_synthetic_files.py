@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from speedlab_tools.__main__ import main
 from speedlab_tools.synthetic import (
     FAMILY_NAMES,
     CheckpointSpec,
@@ -173,3 +175,13 @@ def test_the_command_line_writes_and_reports(tmp_path: Path) -> None:
     failed = run("taesd", str(tmp_path / "file"))
     assert failed.returncode == 1
     assert "error: cannot write" in failed.stderr
+
+
+def test_the_command_leaves_logs_of_its_caller_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where PyTorch is loaded, models of demo and bench are written in this very process."""
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    for _ in range(2):
+        assert main(["synthetic", "taesd", str(tmp_path)]) == 0
+    assert (root.level, list(root.handlers)) == before
+    assert capsys.readouterr().err.count("is already there") == 2
