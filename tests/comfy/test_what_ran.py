@@ -118,8 +118,8 @@ def test_dynamic_cfg_that_steps_aside(record, dynamic_cfg, deepcache, tiny, engi
     assert "uncond stays on" in engine("measure.report").summary_text(alone)
 
 
-def test_dynamic_cfg_that_steps_aside_late_still_ran(record, dynamic_cfg, tiny):
-    """Its first evaluations without uncond stand; then a function appears that reads it."""
+def test_dynamic_cfg_beside_a_late_reader_of_uncond_still_ran(record, dynamic_cfg, tiny):
+    """A function that reads uncond in some steps only is left out where there is none, and the record says so."""
     seen = []
 
     def late(args: dict) -> Any:
@@ -129,7 +129,7 @@ def test_dynamic_cfg_that_steps_aside_late_still_ran(record, dynamic_cfg, tiny):
     model = dynamic_cfg(tiny.model)
     model.set_model_sampler_post_cfg_function(late)
     made = record(model)
-    assert told(made, "uncond stays on in the rest of this run")
+    assert told(made, "acts in the steps with uncond alone")
     assert "asked" not in made.request
     assert made.request["plan"].startswith("dynamic_cfg(")
 
