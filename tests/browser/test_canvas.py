@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 
@@ -74,13 +75,18 @@ def record_of(canvas, run_id: str) -> dict:
     return json.loads((canvas.output / "speedlab" / "runs" / f"{run_id}.json").read_text())
 
 
+def fixed(value: float, digits: int) -> str:
+    """JavaScript's toFixed: the larger of two equally near, where Python takes the even one."""
+    return str(Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
 def rate(record: dict) -> str:
     per_s = record["summary"]["it_per_s"]
-    return f"{per_s:.2f} it/s" if per_s >= 1 else f"{1 / per_s:.2f} s/it"
+    return f"{fixed(per_s, 2)} it/s" if per_s >= 1 else f"{fixed(1 / per_s, 2)} s/it"
 
 
 def duration(ms: float) -> str:
-    return f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1000:.{2 if ms < 10_000 else 1}f} s"
+    return f"{fixed(ms, 0)} ms" if ms < 1000 else f"{fixed(ms / 1000, 2 if ms < 10_000 else 1)} s"
 
 
 def verdict(a: dict, b: dict) -> str:
@@ -88,7 +94,9 @@ def verdict(a: dict, b: dict) -> str:
     before, after = (run["phases_ms"]["total"] for run in (a, b))
     assert min(before, after) > 100
     shares = [round(100 * run["phases_ms"]["sample"] / run["phases_ms"]["total"]) for run in (a, b)]
-    ratio = f"{before / after:.2f} times as fast" if after <= before else f"{after / before:.2f} times as long"
+    ratio = (
+        f"{fixed(before / after, 2)} times as fast" if after <= before else f"{fixed(after / before, 2)} times as long"
+    )
     return (
         f"B {'is' if after <= before else 'takes'} {ratio} as A from text to image ({duration(after)} against "
         f"{duration(before)}). Sampling is {shares[0]} % of A and {shares[1]} % of B."
