@@ -64,11 +64,15 @@ def test_the_browser_side_never_parses_text_as_html():
         assert not banned.search(code), f"{path}: {banned.search(code)}"
 
 
-@pytest.mark.parametrize("name", HOSTILE_TEXTS)
+NEARLY_RUN_IDS = ("20260101-000000-00000001/..", "20260101-000000-00000001\n", "20260101-000000-0000000\u0661")
+
+
+@pytest.mark.parametrize("name", (*HOSTILE_TEXTS, *NEARLY_RUN_IDS))
 def test_no_run_id_leads_out(tmp_path, name):
     store = RunStore(tmp_path / "output")
     library = RunLibrary(store)
-    for act in (store.json_path, store.trace_path, store.read, library.text, library.delete):
+    images = lambda run: library.artifact(run, "images")  # noqa: E731
+    for act in (store.json_path, store.trace_path, store.read, library.text, library.delete, images):
         with pytest.raises(ResultsError):
             act(name)
     assert not list(tmp_path.iterdir())
@@ -87,7 +91,8 @@ def test_no_file_that_a_record_names_leads_out(make_record, tmp_path, name):
         with pytest.raises(ResultsError):
             library.artifact(record.run_id, kind, index)
     library.delete(record.run_id)
-    assert (tmp_path / "secret").is_file() and json.loads(record.to_json())
+    assert (tmp_path / "secret").read_text() == "not for the browser" and json.loads(record.to_json())
+    assert (store.root / "images" / "link.png").is_symlink()
 
 
 @pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "..", "a/b/c", "", "x" * 3])
