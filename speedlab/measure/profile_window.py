@@ -12,7 +12,7 @@ from typing import Any
 
 from . import nvtx
 from .clock import synchronize
-from .torch_trace import exported, new_profiler
+from .torch_trace import exported, new_profiler, start
 from .trace import StepRow
 
 _STEPS = 3
@@ -150,6 +150,6 @@ class Recorder:
 
     def _start(self) -> None:
         synchronize(self._device)
-        self._profiler.start()
+        start(self._profiler)
         self._running = True
         self._emitter.push(nvtx.SAMPLE, len(self._window.steps))

@@ -9,10 +9,10 @@ which the profiler's Python objects do not on every torch version. Times are mic
 from __future__ import annotations
 
 import gzip
-import inspect
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,16 +67,26 @@ def new_profiler(device: Any) -> Any:
     accelerator = getattr(ProfilerActivity, str(getattr(device, "type", device)).upper(), None)
     if accelerator is not None and accelerator in supported_activities() and accelerator not in activities:
         activities.append(accelerator)
-    options: dict[str, Any] = {"activities": activities, "with_stack": False}
-    if "acc_events" in inspect.signature(profile.__init__).parameters:
-        options["acc_events"] = True
-    made = profile(**options)
+    made = profile(activities=activities, with_stack=False)
     if len(activities) > 1:
         # The first start loads and initialises CUPTI, which must not count into the first profiled step.
-        with profile(**options):
+        first = profile(activities=activities, with_stack=False)
+        start(first)
+        try:
             torch.zeros(8, device=device).add_(1)
             synchronize(device)
+        finally:
+            first.stop()
     return made
+
+
+def start(profiler: Any) -> None:
+    """Start a profiler of one cycle. PyTorch warns of events that a second cycle would clear; with the option that it
+    names instead (`acc_events`) it would turn every event into a Python object at the end, of which nothing is read.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Profiler clears events")
+        profiler.start()
 
 
 @contextmanager

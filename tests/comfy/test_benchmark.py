@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .tiny_unet import fill
+
 SETTINGS = {
     "positive": "a tree", "negative": "", "axis_x": "steps", "values_x": "1, 2", "axis_y": "none", "values_y": "",
     "width": 64, "height": 64, "batch": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal",
@@ -19,13 +21,19 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def loaded(pack, model_files, demo_checkpoint):
-    """Text encoder with two of twelve layers, decoder with one block a level: these take two thirds of each cell."""
+    """Text encoder with two of twelve layers, a narrow decoder: these take two thirds of each cell."""
     import torch
+    from comfy.ldm.modules.diffusionmodules.model import Decoder
 
     with torch.inference_mode():
         loader = pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]()
         model, clip, vae = loader.load(demo_checkpoint.name, "fp32", "contiguous")[:3]
-    vae.first_stage_model.decoder.num_res_blocks = 0
+        decoder = Decoder(
+            ch=32, out_ch=3, ch_mult=(1, 1, 1, 1), num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=64,
+            z_channels=4,
+        ).eval()  # fmt: skip
+        fill(decoder, 6)
+    vae.first_stage_model.decoder = decoder
     encoder = clip.cond_stage_model.clip_l.transformer.text_model.encoder
     encoder.layers = encoder.layers[:2]
     return model, clip, vae
@@ -395,11 +403,12 @@ def test_several_prompts_and_seeds_are_averaged(bench, output):
     assert float(rows[1]["psnr"]) > 0
 
 
-def test_precision_reloads_the_checkpoint_and_keeps_patches(bench, output, loaded, engine):
+def test_precision_reloads_the_checkpoint_and_keeps_patches(bench, output, loaded, node, demo_checkpoint, engine):
     before = loaded[0]
+    vae = node("SpeedLabCheckpointLoader").load(demo_checkpoint.name, "fp32", "contiguous")[2]
     attach = engine("techniques.deepcache.attach").attach_deepcache
     patched = attach(before, engine("techniques.deepcache.attach").DeepCacheConfig(interval=2))
-    _, rows, _ = bench(model=patched, axis_x="precision", values_x="*fp32, fp16", values_y="")
+    _, rows, _ = bench(model=patched, vae=vae, axis_x="precision", values_x="*fp32, fp16", values_y="")
     assert [row["precision"] for row in rows] == ["fp32", "fp16 computed in fp32"]
     assert all("deepcache(cache_interval=2" in row["accelerators"] for row in rows)
     assert record_of(output, rows[1])["steps"][1]["cached"]
