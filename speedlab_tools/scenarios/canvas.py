@@ -39,6 +39,14 @@ def _widget_values(node: Node) -> list[Any]:
     return values
 
 
+def _shows_advanced(node: Node) -> bool:
+    """Whether an advanced input is set: what a workflow sets is to be seen."""
+    return any(
+        entry.advanced and node.inputs.get(entry.name, entry.default) != entry.default
+        for entry in node.signature.widgets
+    )
+
+
 def _input_slots(node: Node, link_ids: Mapping[tuple[int, str], int]) -> list[dict[str, Any]]:
     slots: list[dict[str, Any]] = []
     for entry in (*node.signature.sockets, *node.signature.widgets):
@@ -75,6 +83,7 @@ def _ui_node(
         "flags": {},
         "order": order,
         "mode": 0,
+        **({"showAdvanced": True} if _shows_advanced(node) else {}),
         "inputs": _input_slots(node, link_ids),
         "outputs": outputs,
         "title": node.title,
@@ -233,7 +242,11 @@ def node_size(node: Node) -> tuple[int, int]:
     """(width, height) in pixels of a node's body with room for what it shows."""
     known = node.signature
     height = 6 + SLOT_HEIGHT * max(len(known.sockets), len(known.outputs), 1)
+    hides_some = any(entry.advanced for entry in known.widgets) and not _shows_advanced(node)
+    height += WIDGET_HEIGHT if hides_some else 0  # the Vue renderer's button that shows them
     for entry in known.widgets:
+        if entry.advanced and hides_some:
+            continue
         height += TEXT_HEIGHT if entry.multiline else WIDGET_HEIGHT
         height += WIDGET_HEIGHT if entry.extra is not None else 0
     more_width, more_height = EXTRA.get(node.class_type, (0, 0))
