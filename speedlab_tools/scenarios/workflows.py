@@ -60,7 +60,17 @@ def ui_graph(scenario: Scenario) -> UiGraph:
     if stands_for:
         named["made_of"] = stands_for
     extra = {"speedlab": named}
-    return to_ui(graph, name=scenario.id, note=note_text(scenario), note_title=scenario.title, extra=extra)
+    note = note_text(scenario)
+    return to_ui(graph, name=scenario.id, note=note, note_title=scenario.title, extra=extra, models=models_of(scenario))
+
+
+def models_of(scenario: Scenario) -> list[dict[str, str]]:
+    """The files of a scenario that can be fetched, as ComfyUI wants them named."""
+    return [
+        {"name": entry.default, "url": entry.url, "directory": entry.folder.removeprefix("models/")}
+        for entry in scenario.files
+        if entry.url
+    ]
 
 
 def api_graph(scenario: Scenario) -> ApiGraph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,35 @@ def test_the_note_says_what_files_and_figures(scenario):
     for entry in scenario.published:
         assert f"{entry.figure} ({entry.device})" in text
     assert f"run.py bench {scenario.id}" in text
+
+
+@every_scenario
+def test_a_node_says_where_its_model_can_be_fetched(scenario):
+    """ComfyUI's dialog of missing models offers what it finds in `properties.models` beside a value of that name."""
+    ui, _ = committed(scenario)
+    known = {entry.default: entry for entry in scenario.files if entry.url}
+    offered = set()
+    for node in ui["nodes"]:
+        models = node["properties"].get("models", [])
+        assert [model["name"] for model in models] == [value for value in node["widgets_values"] if value in known]
+        for model in models:
+            entry = known[model["name"]]
+            assert model == {"name": entry.default, "url": entry.url, "directory": entry.folder.removeprefix("models/")}
+            offered.add(entry.default)
+    assert offered == set(known), "each file that has an address is offered"
+
+
+def test_addresses_are_those_of_the_repositories_that_the_notes_name():
+    entries = {entry for scenario in SCENARIOS.values() for entry in scenario.files}
+    assert {entry.default for entry in entries if entry.url} == {
+        "sd_xl_base_1.0.safetensors",
+        "sd_xl_refiner_1.0.safetensors",
+        "v1-5-pruned-emaonly.safetensors",
+    }
+    for entry in entries:
+        if entry.url:
+            (repository,) = re.findall(r"on Hugging Face as ([\w.-]+/[\w.-]+)$", entry.where)
+            assert entry.url == f"https://huggingface.co/{repository}/resolve/main/{entry.default}"
 
 
 @every_scenario
