@@ -10,7 +10,9 @@ import asyncio
 import importlib.util
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from speedlab.measure.plan_names import made_of
 
@@ -18,7 +20,7 @@ from ..client.client import ComfyClient
 from ..client.errors import BenchError
 from ..client.events import SAMPLERS
 from ..client.files import ROOT, model_folders
-from ..client.graph import SNAPSHOT, ApiGraph, signature_from_info, snapshot, snapshot_text
+from ..client.graph import SNAPSHOT, ApiGraph, is_link, signature_from_info, snapshot, snapshot_text
 from .canvas import UiGraph, to_ui
 from .catalog import SCENARIOS, TEMPLATES
 from .scenario import SOURCES, NeededFile, Scenario
@@ -38,6 +40,7 @@ def note_text(scenario: Scenario) -> str:
         f"{settings.width}x{settings.height}, batch {settings.batch}, {settings.steps} steps, CFG {settings.cfg:g}, "
         f"{settings.sampler}, {settings.scheduler}; plan: {scenario.plan.name}"
     ]
+    lines += _variant_lines(scenario)
     lines += ["", f"## Published by {SOURCES[scenario.source]}"]
     lines += [f"- {entry.figure} ({entry.device})" for entry in scenario.published]
     lines += [
@@ -47,6 +50,48 @@ def note_text(scenario: Scenario) -> str:
         f"Headless: `python run.py bench {scenario.id}`",
     ]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The one setting in which a variant differs: `value` of the input `name` on the nodes called `titles`."""
+
+    titles: tuple[str, ...]
+    name: str
+    value: Any
+
+
+def difference(variant: Scenario) -> Difference:
+    """What has to be set in the shared workflow for a variant; BenchError where more than one setting differs."""
+    base = api_graph(SCENARIOS[variant.variant_of])
+    found = [
+        (node["_meta"]["title"], name, value)
+        for (node_id, node), before in zip(api_graph(variant).items(), base.values(), strict=True)
+        for name, value in node["inputs"].items()
+        if (node["class_type"], value) != (before["class_type"], before["inputs"].get(name))
+    ]
+    values = {(name, value) for _, name, value in found if not is_link(value)}
+    if len(values) != 1 or any(is_link(value) for _, _, value in found):
+        raise BenchError(f"{variant.id} differs from {variant.variant_of} by {len(found)} settings; one is the most")
+    ((name, value),) = values
+    return Difference(tuple(dict.fromkeys(title for title, _, _ in found)), name, value)
+
+
+def variants(scenario: Scenario) -> list[Scenario]:
+    """The scenarios that share the workflow file of this one."""
+    return [other for other in SCENARIOS.values() if other.variant_of == scenario.id]
+
+
+def _variant_lines(scenario: Scenario) -> list[str]:
+    lines = []
+    for variant in variants(scenario):
+        change = difference(variant)
+        figures = "; ".join(f"{entry.figure} ({entry.device})" for entry in variant.published)
+        lines.append(
+            f"- **{variant.title}**: set `{change.name}` of {', '.join(change.titles)} to `{change.value}`. Published: "
+            f"{figures}. Headless: `python run.py bench {variant.id}`"
+        )
+    return ["", "## Variants of this workflow", *lines] if lines else []
 
 
 def ui_graph(scenario: Scenario) -> UiGraph:
@@ -92,16 +137,17 @@ def _text(data: object) -> str:
 
 
 def files_of(scenario: Scenario) -> dict[str, str]:
-    """Both files of a scenario: relative path -> text."""
-    return {
-        f"api/{scenario.id}.json": _text(api_graph(scenario)),
-        ui_path(scenario.id): _text(ui_graph(scenario)),
-    }
+    """The files of a scenario, relative path -> text: for `/prompt`, and to drag in unless it is a variant."""
+    files = {f"api/{scenario.id}.json": _text(api_graph(scenario))}
+    if not scenario.variant_of:
+        files[ui_path(scenario.id)] = _text(ui_graph(scenario))
+    return files
 
 
 def ui_path(scenario_id: str) -> str:
-    """Where the drag-in workflow of a scenario is, below `workflows/`."""
-    return f"{scenario_id}.json" if scenario_id in TEMPLATES else f"scenarios/{scenario_id}.json"
+    """Where the drag-in workflow of a scenario, or the one that it is a variant of, is below `workflows/`."""
+    shared = SCENARIOS[scenario_id].variant_of or scenario_id
+    return f"{TEMPLATES[shared]}.json" if shared in TEMPLATES else f"scenarios/{shared}.json"
 
 
 def all_files(scenarios: Iterable[Scenario] = SCENARIOS.values()) -> dict[str, str]:
@@ -162,6 +208,10 @@ def describe(scenario: Scenario, folders: Sequence[Path]) -> str:
     lacking = missing(scenario, folders)
     status = f"missing: {', '.join(lacking)}" if lacking else "ready"
     lines = [f"{scenario.id}  ({scenario.source})  {scenario.title}", f"    {status}"]
+    lines.append(f"    workflows/{ui_path(scenario.id)}")
+    if scenario.variant_of:
+        change = difference(scenario)
+        lines[-1] += f" with {change.name} = {change.value}"
     for entry in scenario.files:
         found = "there" if located(entry, folders) else "not there"
         lines.append(f"    {entry.folder}/{entry.default}: {found}")

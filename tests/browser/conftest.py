@@ -260,12 +260,14 @@ def _note(canvas: Canvas, kind: str, text: str, location: Any) -> None:
 
 @pytest.fixture(scope="session")
 def workflows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Every shipped workflow: (drag-in file, API file)."""
+    """Every shipped workflow by the scenario that it is of: (drag-in file, API file)."""
     folder = pack_root() / "workflows"
-    return {
-        path.stem: (json.loads(path.read_text("utf-8")), json.loads((folder / "api" / path.name).read_text("utf-8")))
-        for path in sorted([*folder.glob("*.json"), *folder.glob("scenarios/*.json")])
-    }
+    found = {}
+    for path in sorted([*folder.glob("*.json"), *folder.glob("scenarios/*.json")]):
+        workflow = json.loads(path.read_text("utf-8"))
+        scenario = workflow["extra"]["speedlab"]["scenario"]
+        found[scenario] = (workflow, json.loads((folder / "api" / f"{scenario}.json").read_text("utf-8")))
+    return found
 
 
 @pytest.fixture

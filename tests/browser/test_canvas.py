@@ -54,7 +54,7 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
         )
         assert unknown == [], name
         if templates:
-            canvas.template_image(name)
+            canvas.template_image(TEMPLATES[name])
         made = canvas.evaluate("async () => (await app.graphToPrompt()).output")
         for node in (*made.values(), *api.values()):
             node["_meta"].pop("speedlab", None)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import time
+import urllib.parse
+import urllib.request
 
 import pytest
 
 from speedlab_tools.contract import read_contract
 from speedlab_tools.host import from_environment
+from speedlab_tools.scenarios.catalog import TEMPLATES
 
 pytestmark = pytest.mark.server
 
@@ -39,16 +42,17 @@ def test_the_pack_is_loaded_with_names_help_and_templates(server):
     for node_id, node in ours.items():
         assert node["display_name"].endswith(" (SpeedLab)")
         assert node["description"]
-        page = server.get  # the help page is served beside the extension
-        assert page
-        import urllib.request
-
         with urllib.request.urlopen(
             f"{server.url}/extensions/ComfyUI-SpeedLab/docs/{node_id}.md", timeout=30
         ) as answer:
             assert answer.status == 200
     templates = server.get("/api/workflow_templates")
-    assert "txt2img-default" in templates["ComfyUI-SpeedLab"]
+    assert set(templates["ComfyUI-SpeedLab"]) == set(TEMPLATES.values())
+    for name in TEMPLATES.values():
+        address = f"/api/workflow_templates/ComfyUI-SpeedLab/{urllib.parse.quote(name)}"
+        assert server.get(f"{address}.json")["extra"]["speedlab"]["scenario"] in TEMPLATES
+        with urllib.request.urlopen(f"{server.url}{address}.jpg", timeout=30) as answer:
+            assert answer.headers["Content-Type"] == "image/jpeg"
     assert not any("IMPORT FAILED" in line and "SpeedLab" in line for line in server.server.tail(500))
 
 
