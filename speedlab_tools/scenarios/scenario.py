@@ -7,7 +7,7 @@ Files, prompts and settings that many scenarios share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,15 @@ class NeededFile:
     where: str
     optional: bool = False
     url: str = ""
+
+
+def models_of(files: Iterable[NeededFile]) -> list[dict[str, str]]:
+    """Those of the files that can be fetched, as ComfyUI's workflows name models."""
+    return [
+        {"name": entry.default, "url": entry.url, "directory": entry.folder.removeprefix("models/")}
+        for entry in files
+        if entry.url
+    ]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from ..client.errors import BenchError
 from ..client.events import SAMPLERS
 from ..client.files import ROOT, model_folders
 from ..client.graph import SNAPSHOT, ApiGraph, is_link, signature_from_info, snapshot, snapshot_text
+from .blueprints import BLUEPRINTS, blueprint_ui
 from .canvas import UiGraph, to_ui
 from .catalog import SCENARIOS, TEMPLATES
-from .scenario import SOURCES, NeededFile, Scenario
+from .scenario import SOURCES, NeededFile, Scenario, models_of
 
-FOLDER = ROOT / "workflows"
 # Samplers that write the name of their plan into a record; a name stands there with what it was given for.
 _NAMED = frozenset({"SpeedLabProfileSampler", "SpeedLabEnsembleSampler"})
 
@@ -106,16 +106,9 @@ def ui_graph(scenario: Scenario) -> UiGraph:
         named["made_of"] = stands_for
     extra = {"speedlab": named}
     note = note_text(scenario)
-    return to_ui(graph, name=scenario.id, note=note, note_title=scenario.title, extra=extra, models=models_of(scenario))
-
-
-def models_of(scenario: Scenario) -> list[dict[str, str]]:
-    """The files of a scenario that can be fetched, as ComfyUI wants them named."""
-    return [
-        {"name": entry.default, "url": entry.url, "directory": entry.folder.removeprefix("models/")}
-        for entry in scenario.files
-        if entry.url
-    ]
+    return to_ui(
+        graph, name=scenario.id, note=note, note_title=scenario.title, extra=extra, models=models_of(scenario.files)
+    )
 
 
 def api_graph(scenario: Scenario) -> ApiGraph:
@@ -138,47 +131,47 @@ def _text(data: object) -> str:
 
 def files_of(scenario: Scenario) -> dict[str, str]:
     """The files of a scenario, relative path -> text: for `/prompt`, and to drag in unless it is a variant."""
-    files = {f"api/{scenario.id}.json": _text(api_graph(scenario))}
+    files = {f"workflows/api/{scenario.id}.json": _text(api_graph(scenario))}
     if not scenario.variant_of:
         files[ui_path(scenario.id)] = _text(ui_graph(scenario))
     return files
 
 
 def ui_path(scenario_id: str) -> str:
-    """Where the drag-in workflow of a scenario, or the one that it is a variant of, is below `workflows/`."""
+    """The drag-in workflow of a scenario, or the one that it is a variant of."""
     shared = SCENARIOS[scenario_id].variant_of or scenario_id
-    return f"{TEMPLATES[shared]}.json" if shared in TEMPLATES else f"scenarios/{shared}.json"
+    return f"workflows/{TEMPLATES[shared]}.json" if shared in TEMPLATES else f"workflows/scenarios/{shared}.json"
 
 
-def all_files(scenarios: Iterable[Scenario] = SCENARIOS.values()) -> dict[str, str]:
-    """Every file that the table makes: path relative to `workflows/` -> text."""
-    return {path: text for scenario in scenarios for path, text in files_of(scenario).items()}
+def all_files() -> dict[str, str]:
+    """Every file that the tables make: path below the root -> text."""
+    files = {path: text for scenario in SCENARIOS.values() for path, text in files_of(scenario).items()}
+    return {**files, **{f"subgraphs/{entry.name}.json": _text(blueprint_ui(entry)) for entry in BLUEPRINTS}}
 
 
-def differences(folder: Path = FOLDER) -> list[str]:
-    """One line for each file in `folder` that is missing, out of date, or no longer in the table."""
+def differences(root: Path = ROOT) -> list[str]:
+    """One line for each file below `root` that is missing, out of date, or no longer in the tables."""
     wanted = all_files()
     found = {
-        path.relative_to(folder).as_posix()
-        for pattern in ("*.json", "scenarios/*.json", "api/*.json")
-        for path in folder.glob(pattern)
+        path.relative_to(root).as_posix()
+        for pattern in ("workflows/*.json", "workflows/scenarios/*.json", "workflows/api/*.json", "subgraphs/*.json")
+        for path in root.glob(pattern)
     }
-    lines = [f"{name}: no scenario makes it" for name in sorted(found - wanted.keys())]
+    lines = [f"{name}: nothing makes it" for name in sorted(found - wanted.keys())]
     for name, text in sorted(wanted.items()):
         if name not in found:
             lines.append(f"{name}: missing")
-        elif (folder / name).read_text(encoding="utf-8") != text:
+        elif (root / name).read_text(encoding="utf-8") != text:
             lines.append(f"{name}: out of date")
     return lines
 
 
-def write(folder: Path = FOLDER) -> list[Path]:
-    """Write every file into `folder`; returns their paths."""
-    for name in ("api", "scenarios"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+def write(root: Path = ROOT) -> list[Path]:
+    """Write every file below `root`; returns their paths."""
     paths = []
     for name, text in all_files().items():
-        path = folder / name
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")
         paths.append(path)
     return paths
@@ -208,7 +201,7 @@ def describe(scenario: Scenario, folders: Sequence[Path]) -> str:
     lacking = missing(scenario, folders)
     status = f"missing: {', '.join(lacking)}" if lacking else "ready"
     lines = [f"{scenario.id}  ({scenario.source})  {scenario.title}", f"    {status}"]
-    lines.append(f"    workflows/{ui_path(scenario.id)}")
+    lines.append(f"    {ui_path(scenario.id)}")
     if scenario.variant_of:
         change = difference(scenario)
         lines[-1] += f" with {change.name} = {change.value}"
@@ -238,7 +231,7 @@ def run_workflows(args: argparse.Namespace) -> int:
     if args.check:
         lines = differences()
         for line in lines:
-            print(f"workflows/{line}")
+            print(line)
         if lines:
             print("Run 'python -m speedlab_tools workflows' and commit what it writes.")
         return 1 if lines else 0

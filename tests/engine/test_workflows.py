@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -19,7 +18,7 @@ from speedlab_tools.scenarios.canvas import NOTE_TYPE, Box, ui_to_api
 from speedlab_tools.scenarios.catalog import SCENARIOS, TEMPLATES, UnknownScenarioError, find
 from speedlab_tools.scenarios.scenario import FAMILIES, SOURCES, Plan, best_plan
 
-FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+FOLDER = ROOT / "workflows"
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
 WITH_FILE = {name: scenario for name, scenario in SCENARIOS.items() if not scenario.variant_of}
 every_workflow = pytest.mark.parametrize("scenario", WITH_FILE.values(), ids=WITH_FILE.keys())
@@ -38,24 +37,27 @@ every_shape = pytest.mark.parametrize("scenario", SHAPES.values(), ids=[one.id f
 
 def committed(scenario) -> tuple[dict, dict]:
     """Both committed files of a scenario."""
-    ui = json.loads((FOLDER / workflows.ui_path(scenario.id)).read_text(encoding="utf-8"))
+    ui = json.loads((ROOT / workflows.ui_path(scenario.id)).read_text(encoding="utf-8"))
     return ui, json.loads((FOLDER / "api" / f"{scenario.id}.json").read_text(encoding="utf-8"))
 
 
 def test_committed_files_are_what_the_builder_makes():
-    assert workflows.differences(FOLDER) == []
+    assert workflows.differences(ROOT) == []
 
 
 def test_differences_name_missing_stale_and_foreign_files(tmp_path):
     workflows.write(tmp_path)
     assert workflows.differences(tmp_path) == []
-    (tmp_path / f"{TEMPLATES['profile-nvtx']}.json").unlink()
-    (tmp_path / "api" / "sdxl-tiny-vae.json").write_text("{}")
-    (tmp_path / "api" / "gone.json").write_text("{}")
+    template = f"workflows/{TEMPLATES['profile-nvtx']}.json"
+    (tmp_path / template).unlink()
+    (tmp_path / "workflows/api/sdxl-tiny-vae.json").write_text("{}")
+    (tmp_path / "workflows/api/gone.json").write_text("{}")
+    (tmp_path / "subgraphs/Fast SDXL.json").write_text("{}")
     assert workflows.differences(tmp_path) == [
-        "api/gone.json: no scenario makes it",
-        "api/sdxl-tiny-vae.json: out of date",
-        f"{TEMPLATES['profile-nvtx']}.json: missing",
+        "workflows/api/gone.json: nothing makes it",
+        "subgraphs/Fast SDXL.json: out of date",
+        f"{template}: missing",
+        "workflows/api/sdxl-tiny-vae.json: out of date",
     ]
 
 
