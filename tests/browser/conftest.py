@@ -72,6 +72,14 @@ class Canvas:
         self.page.wait_for_timeout(500)
         self.loaded = True
 
+    def reload(self) -> None:
+        """Load the page again, as F5 does: what ComfyUI has kept of the workflow comes back."""
+        self.page.wait_for_timeout(1500)  # it keeps changes with some delay
+        self.loaded = False
+        self.page.reload()
+        self.page.wait_for_function(READY, timeout=90_000)
+        self.loaded = True
+
     def drop(self, workflow: dict[str, Any], name: str) -> None:
         """Drop a workflow file onto the canvas, as a person does."""
         self.page.evaluate(DROP, {"text": json.dumps(workflow), "name": f"{name}.json"})
