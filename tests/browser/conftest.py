@@ -68,16 +68,18 @@ class Canvas:
     def open(self) -> None:
         self.loaded = False
         self.page.goto(self.url)
-        self.page.wait_for_function(READY, timeout=90_000)
-        self.page.wait_for_timeout(500)
-        self.loaded = True
+        self._arrive()
 
     def reload(self) -> None:
         """Load the page again, as F5 does: what ComfyUI has kept of the workflow comes back."""
         self.page.wait_for_timeout(1500)  # it keeps changes with some delay
         self.loaded = False
         self.page.reload()
+        self._arrive()
+
+    def _arrive(self) -> None:
         self.page.wait_for_function(READY, timeout=90_000)
+        self.page.wait_for_timeout(500)
         self.loaded = True
 
     def drop(self, workflow: dict[str, Any], name: str) -> None:
