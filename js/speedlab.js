@@ -55,13 +55,16 @@ app.registerExtension({
     },
   ],
   menuCommands: [{ path: ["View"], commands: ["SpeedLab.ShowRuns"] }],
-  beforeRegisterNodeDef(nodeType, nodeData) {
-    if (!samplers.prepareNode(nodeType, nodeData)) texts.prepareNode(nodeType, nodeData);
+  beforeRegisterNodeDef: (nodeType, nodeData) => samplers.noteType(nodeData),
+  nodeCreated(node) {
+    samplers.nodeCreated(node);
+    texts.nodeCreated(node);
   },
   afterConfigureGraph: () => samplers.restoreAll(),
   async setup() {
     useStyles();
     samplers.listen(wantsLive);
+    texts.listen();
     api.addEventListener("execution_success", afterPrompt);
     await loadWords();
     app.extensionManager.registerSidebarTab({

@@ -18,6 +18,7 @@ class DeepCache:
     NODE_ID = "SpeedLabDeepCache"
     DISPLAY_NAME = "DeepCache (SpeedLab)"
     CATEGORY = _CATEGORY
+    SEARCH_ALIASES = ["fast", "speed", "accelerate", "feature cache", "block cache", "teacache"]
     DESCRIPTION = (
         "Runs the whole UNet on every n-th step only; on the steps between, its outermost blocks run on top of the "
         "deep features of the last full step. Lossy: check the result with Compare Images. "
@@ -54,6 +55,7 @@ class DeepCache:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.01,
+                        "advanced": True,
                         "tooltip": "Share of the steps after which caching begins.",
                     },
                 ),
@@ -64,6 +66,7 @@ class DeepCache:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.01,
+                        "advanced": True,
                         "tooltip": "Share of the steps after which caching ends; the rest run in full.",
                     },
                 ),
@@ -71,6 +74,7 @@ class DeepCache:
                     ["uniform", "nonuniform"],
                     {
                         "default": "uniform",
+                        "advanced": True,
                         "tooltip": "uniform: full steps at equal distances. "
                         "nonuniform: as many, but closer together around one step.",
                     },
@@ -83,6 +87,7 @@ class DeepCache:
                         "default": 15,
                         "min": 0,
                         "max": 1000,
+                        "advanced": True,
                         "tooltip": "nonuniform only: the step around which full steps are closest together.",
                     },
                 ),
@@ -93,6 +98,7 @@ class DeepCache:
                         "min": 1.0,
                         "max": 10.0,
                         "step": 0.01,
+                        "advanced": True,
                         "tooltip": "nonuniform only: how strongly full steps gather around the center.",
                     },
                 ),
@@ -128,6 +134,7 @@ class DynamicCFG:
     NODE_ID = "SpeedLabDynamicCFG"
     DISPLAY_NAME = "Dynamic CFG (SpeedLab)"
     CATEGORY = _CATEGORY
+    SEARCH_ALIASES = ["fast", "speed", "accelerate", "adaptive guidance", "skip cfg", "guidance interval"]
     DESCRIPTION = (
         "Turns the negative prompt's half of each evaluation off for the last steps, where it changes the image "
         "least, or outside a window, or in every second step. Works together with DeepCache and Forecast. Where a "
@@ -182,6 +189,7 @@ class DynamicCFG:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.01,
+                        "advanced": True,
                         "tooltip": "Share of the steps before which there is no guidance. Above 0 the composition "
                         "changes.",
                     },
@@ -193,6 +201,7 @@ class DynamicCFG:
                         "min": 0.0,
                         "max": 1000.0,
                         "step": 0.01,
+                        "advanced": True,
                         "tooltip": "No guidance in steps that begin at this sigma or below; 0 is no limit. 0.28 is a "
                         "known value for SDXL.",
                     },
@@ -204,6 +213,7 @@ class DynamicCFG:
                         "min": 0.0,
                         "max": 1000.0,
                         "step": 0.01,
+                        "advanced": True,
                         "tooltip": "No guidance in steps that begin above this sigma; 0 is no limit. 5.42 is a known "
                         "value for SDXL; it changes the composition.",
                     },
@@ -214,6 +224,7 @@ class DynamicCFG:
                         "default": 1,
                         "min": 1,
                         "max": 10,
+                        "advanced": True,
                         "tooltip": "Inside the guided steps the negative prompt is evaluated every so many steps; in "
                         "between its last difference to the prompt stands for it. 1 is every step.",
                     },
@@ -225,6 +236,7 @@ class DynamicCFG:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.01,
+                        "advanced": True,
                         "tooltip": "Share of the steps from which uncond_interval counts.",
                     },
                 ),
@@ -241,6 +253,7 @@ class Forecast:
     NODE_ID = "SpeedLabForecast"
     DISPLAY_NAME = "Forecast (SpeedLab)"
     CATEGORY = _CATEGORY
+    SEARCH_ALIASES = ["fast", "speed", "accelerate", "skip steps", "easycache", "teacache", "taylorseer"]
     DESCRIPTION = (
         "Leaves out whole steps of the model: their denoised latent is continued from the steps before, and the "
         "sampler goes on with that. Lossy: check the result with Compare Images. Does nothing at 9 steps and fewer. "
@@ -291,6 +304,7 @@ class Forecast:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.01,
+                        "advanced": True,
                         "tooltip": "Share of the steps before which none is left out.",
                     },
                 ),
@@ -301,6 +315,7 @@ class Forecast:
                         "min": 0.0,
                         "max": 1.0,
                         "step": 0.01,
+                        "advanced": True,
                         "tooltip": "Share of the steps after which none is left out any more.",
                     },
                 ),

@@ -36,6 +36,7 @@ class Benchmark:
     pack_nodes: Mapping[str, type] = {}
     DISPLAY_NAME = "Benchmark (SpeedLab)"
     CATEGORY = "SpeedLab/measure"
+    SEARCH_ALIASES = ["speed test", "timer", "fps", "throughput", "xy plot", "sweep", "compare settings"]
     DESCRIPTION = (
         "Makes the same image with every value of one or two axes and tells what each costs: time with its spread, "
         "peak memory, and how far the image is from the baseline's. Cells run in turn, so that drift of the machine "

@@ -11,6 +11,7 @@ class CompareImages:
     NODE_ID = "SpeedLabCompareImages"
     DISPLAY_NAME = "Compare Images (SpeedLab)"
     CATEGORY = "SpeedLab/compare"
+    SEARCH_ALIASES = ["psnr", "ssim", "image difference", "image quality"]
     DESCRIPTION = "Tells how far image A is from image B, in decibels (PSNR) and structure (SSIM), and shows where."
     RETURN_TYPES = ("FLOAT", "FLOAT", "IMAGE", "STRING")
     RETURN_NAMES = ("psnr", "ssim", "diff", "report")
@@ -46,6 +47,7 @@ class CompareLatents:
     NODE_ID = "SpeedLabCompareLatents"
     DISPLAY_NAME = "Compare Latents (SpeedLab)"
     CATEGORY = "SpeedLab/compare"
+    SEARCH_ALIASES = ["latent difference", "relative error"]
     DESCRIPTION = "Tells how far latent A is from latent B before any decoding: 0 means bit for bit the same values."
     RETURN_TYPES = ("FLOAT", "FLOAT", "STRING")
     RETURN_NAMES = ("relative_error", "max_abs", "report")

@@ -17,6 +17,7 @@ class CompileModel:
     NODE_ID = "SpeedLabCompileModel"
     DISPLAY_NAME = "Compile Model (SpeedLab)"
     CATEGORY = _CATEGORY
+    SEARCH_ALIASES = ["fast", "speed", "torch.compile", "cuda graphs", "tensorrt", "onnx", "openvino", "onediff"]
     DESCRIPTION = (
         "Compiles the UNet block by block or as a whole. The first image takes longer, the next ones are faster. "
         "A LoRA, another checkpoint of the family or another size does not start all over. What a backend cannot do "
@@ -61,6 +62,7 @@ class CompileModel:
                     list(DYNAMIC),
                     {
                         "default": "auto",
+                        "advanced": True,
                         "tooltip": "auto: the first size exactly, from the second on for any size. true: for any size "
                         "at once. false: each size by itself. For inductor and cudagraphs.",
                     },
@@ -69,6 +71,7 @@ class CompileModel:
                     list(ON_FAILURE),
                     {
                         "default": "error",
+                        "advanced": True,
                         "tooltip": "What happens if compiling fails. error: stop and say why. eager: go on "
                         "uncompiled, and note it in the record.",
                     },
@@ -79,6 +82,7 @@ class CompileModel:
                     "BOOLEAN",
                     {
                         "default": False,
+                        "advanced": True,
                         "tooltip": "Fold the weights into the program: faster on CPUs, needs the memory of the "
                         "weights once more, and each change of a LoRA compiles again. For inductor and jit_trace.",
                     },
@@ -105,6 +109,7 @@ class CompileVAE:
     NODE_ID = "SpeedLabCompileVAE"
     DISPLAY_NAME = "Compile VAE (SpeedLab)"
     CATEGORY = _CATEGORY
+    SEARCH_ALIASES = ["fast", "speed", "torch.compile", "inductor", "fast decode"]
     DESCRIPTION = (
         "Compiles the decoder of a VAE, full or tiny, for all nodes that decode with it. The first image takes "
         "longer. Encoding stays as it is."

@@ -21,6 +21,7 @@ class VAEDecode:
     NODE_ID = "SpeedLabVAEDecode"
     DISPLAY_NAME = "VAE Decode (SpeedLab)"
     CATEGORY = "SpeedLab/decode"
+    SEARCH_ALIASES = ["latent to image", "tiled decode", "low vram"]
     DESCRIPTION = (
         "Turns latents into images as VAE Decode does, one at a time or in tiles if you like. What does not fit "
         "into memory is decoded again in smaller pieces; black images from half precision in a safer precision."
@@ -58,6 +59,7 @@ class VAEDecode:
                         "min": 0,
                         "max": 4096,
                         "step": 32,
+                        "advanced": True,
                         "tooltip": "How many pixels neighbouring tiles share, at most a quarter tile; more hides "
                         "the seams better.",
                     },
@@ -89,6 +91,7 @@ class TinyVAEDecode:
     NODE_ID = "SpeedLabTinyVAEDecode"
     DISPLAY_NAME = "Tiny VAE Decode (SpeedLab)"
     CATEGORY = "SpeedLab/decode"
+    SEARCH_ALIASES = ["taesd", "taesdxl", "tiny autoencoder", "fast decode", "fast vae", "vram"]
     DESCRIPTION = (
         "Turns latents into images with a tiny VAE (TAESD): more than ten times faster and with a fraction of the "
         "memory at any image size, at the price of some fine detail. Needs taesd_decoder or taesdxl_decoder in "
@@ -118,6 +121,7 @@ class TinyVAEDecode:
                         "default": 1,
                         "min": 0,
                         "max": 4096,
+                        "advanced": True,
                         "tooltip": "How many images of a batch to decode at once; 0 decodes all of them.",
                     },
                 ),
@@ -128,6 +132,7 @@ class TinyVAEDecode:
                         "min": 0,
                         "max": 16384,
                         "step": 64,
+                        "advanced": True,
                         "tooltip": "How much to decode at once: as many pixels as a square of this size, in bands "
                         "without seams; 0 chooses what is fast. The image is the same.",
                     },

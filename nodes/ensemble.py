@@ -19,6 +19,7 @@ class EnsembleSampler:
     NODE_ID = "SpeedLabEnsembleSampler"
     DISPLAY_NAME = "Ensemble Sampler (SpeedLab)"
     CATEGORY = "SpeedLab/sample"
+    SEARCH_ALIASES = ["refiner", "base and refiner", "ksampler advanced", "timer"]
     DESCRIPTION = (
         "Denoises with the base model down to a step and with the refiner from there on, on one noise schedule: the "
         "latent of two chained KSampler (Advanced), bit for bit, and measured. Each step of the profile says which "

@@ -19,6 +19,7 @@ class CheckpointLoader:
     NODE_ID = "SpeedLabCheckpointLoader"
     DISPLAY_NAME = "Load Checkpoint (SpeedLab)"
     CATEGORY = "SpeedLab/load"
+    SEARCH_ALIASES = ["load model", "ckpt", "quantize", "quantization", "fp8", "fp16", "bf16", "half precision"]
     DESCRIPTION = (
         "Loads a Stable Diffusion 1.x, 2.x or SDXL checkpoint, in the precision you choose, and tells its family, "
         "size and loading speed. The load time appears in the profile."
@@ -54,6 +55,7 @@ class CheckpointLoader:
                     ["contiguous", "channels_last"],
                     {
                         "default": "contiguous",
+                        "advanced": True,
                         "tooltip": "channels_last can speed up the convolutions of SD 1.x on recent GPUs; measure it.",
                     },
                 ),
@@ -73,6 +75,8 @@ class LoraStack:
     NODE_ID = "SpeedLabLoraStack"
     DISPLAY_NAME = "Load LoRA Stack (SpeedLab)"
     CATEGORY = "SpeedLab/load"
+    ESSENTIALS_CATEGORY = "Image Generation"
+    SEARCH_ALIASES = ["lora", "load lora", "apply lora", "multi lora"]
     DESCRIPTION = (
         "Applies up to four LoRAs one after the other, each with its own strength on UNet and text encoder: the same "
         "result as a chain of Load LoRA nodes. Says when a LoRA does not fit the model."
@@ -127,6 +131,7 @@ class VAELoader:
     NODE_ID = "SpeedLabVAELoader"
     DISPLAY_NAME = "Load VAE (SpeedLab)"
     CATEGORY = "SpeedLab/load"
+    SEARCH_ALIASES = ["vae loader", "fp16 vae", "sdxl vae fix"]
     DESCRIPTION = "Loads a VAE from models/vae in the precision you choose, for instance the SDXL VAE FP16 fix in fp16."
     RETURN_TYPES = ("VAE",)
     RETURN_NAMES = ("vae",)

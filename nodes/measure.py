@@ -18,6 +18,7 @@ class ProfileReport:
     NODE_ID = "SpeedLabProfileReport"
     DISPLAY_NAME = "Profile Report (SpeedLab)"
     CATEGORY = "SpeedLab/measure"
+    SEARCH_ALIASES = ["profile", "profiler", "timer", "fps", "it/s", "statistics", "vram usage"]
     DESCRIPTION = (
         "Completes a profile with decoding and the finished images, saves it as JSON, adds a row to "
         "output/speedlab/results.csv and saves the images in output/speedlab/images. Connect the images so that "

@@ -15,6 +15,7 @@ class MemoryPlan:
     NODE_ID = "SpeedLabMemoryPlan"
     DISPLAY_NAME = "Memory Plan (SpeedLab)"
     CATEGORY = _CATEGORY
+    SEARCH_ALIASES = ["vram", "low vram", "offload", "out of memory", "oom"]
     DESCRIPTION = (
         "Fits a model into the memory that you have. It predicts the peak of text encoding, sampling and decoding, "
         "picks the fastest way of offloading that fits, and tells the prediction. Images stay the same, bit for bit. "
@@ -29,6 +30,8 @@ class MemoryPlan:
         "The plan in words and numbers: predicted memory of each phase, and of the other plans.",
     )
     FUNCTION = "plan"
+    # A plan taken from the cache holds still: newer ComfyUI tells it again.
+    HAS_INTERMEDIATE_OUTPUT = True
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class AttentionBackend:
     NODE_ID = "SpeedLabAttention"
     DISPLAY_NAME = "Attention Backend (SpeedLab)"
     CATEGORY = _CATEGORY
+    SEARCH_ALIASES = ["fast", "speed", "sage attention", "flash attention", "xformers", "sdpa"]
     DESCRIPTION = (
         "Chooses what computes this model's attention; text encoders and VAE stay as they are. "
         "Exact up to rounding, but for sage, sage3 and kitchen_int8. A backend that cannot run here is an error that "
@@ -58,8 +59,8 @@ class AttentionBackend:
         return (attach_attention(model, AttentionConfig(backend)),)
 
 
-def _switch(tooltip: str) -> tuple[list[str], dict[str, Any]]:
-    return list(SWITCHES), {"default": "keep", "tooltip": f"{tooltip} keep: as ComfyUI has it."}
+def _switch(tooltip: str, **options: Any) -> tuple[list[str], dict[str, Any]]:
+    return list(SWITCHES), {"default": "keep", "tooltip": f"{tooltip} keep: as ComfyUI has it.", **options}
 
 
 class Precision:
@@ -68,6 +69,7 @@ class Precision:
     NODE_ID = "SpeedLabPrecision"
     DISPLAY_NAME = "Precision (SpeedLab)"
     CATEGORY = _CATEGORY
+    SEARCH_ALIASES = ["fast", "speed", "tf32", "fp16", "bf16", "autocast", "channels last", "cudnn"]
     DESCRIPTION = (
         "Sets PyTorch's speed flags, the layout of convolution weights, autocast and, on a CPU, the library behind "
         "linear layers, the way of convolutions and what becomes of freed memory while this model samples, and puts "
@@ -84,8 +86,12 @@ class Precision:
             "required": {
                 "model": ("MODEL", {"tooltip": "The model whose runs are to use these settings."}),
                 "tf32": _switch("TensorFloat-32 for matrix products of fp32 models (NVIDIA, Ampere or newer)."),
-                "cudnn_tf32": _switch("TensorFloat-32 for convolutions of fp32 models; PyTorch has it on by itself."),
-                "cudnn_benchmark": _switch("Try several convolution algorithms at each new size and keep the fastest."),
+                "cudnn_tf32": _switch(
+                    "TensorFloat-32 for convolutions of fp32 models; PyTorch has it on by itself.", advanced=True
+                ),
+                "cudnn_benchmark": _switch(
+                    "Try several convolution algorithms at each new size and keep the fastest.", advanced=True
+                ),
                 "fp16_accumulation": _switch("Sum up in fp16 in matrix products of fp16 models: faster, less exact."),
                 "memory_format": (
                     list(MEMORY_FORMATS),
@@ -116,6 +122,7 @@ class Precision:
                     list(MEMORIES),
                     {
                         "default": "keep",
+                        "advanced": True,
                         "tooltip": "On a CPU under Linux, what becomes of memory that a layer gives back. reuse keeps "
                         "it for the next layer until the run ends, in place of fresh pages from the system each time: "
                         "the same image, bit for bit, and faster steps. auto reuses where it can.",
@@ -125,6 +132,7 @@ class Precision:
                     list(CONVOLUTIONS),
                     {
                         "default": "keep",
+                        "advanced": True,
                         "tooltip": "On a CPU, how convolutions of an fp32 model with many weights and few pixels are "
                         "computed, as in the inner levels of a UNet at small sizes. matmul: as one product, faster, "
                         "equal to rounding; auto measures once and takes the faster way.",

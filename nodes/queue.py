@@ -15,6 +15,7 @@ class PromptQueue:
     NODE_ID = "SpeedLabPromptQueue"
     DISPLAY_NAME = "Prompt Queue (SpeedLab)"
     CATEGORY = "SpeedLab/memory"
+    SEARCH_ALIASES = ["prompt list", "prompt batch", "many prompts", "staged batch"]
     DESCRIPTION = (
         "Encodes many prompts at once and hands them on as a list: everything behind it runs once a prompt. All "
         "prompts are encoded before the first image is sampled, so the text encoders can be freed in between."
@@ -76,6 +77,7 @@ class FreeMemory:
     NODE_ID = "SpeedLabFreeMemory"
     DISPLAY_NAME = "Free Memory (SpeedLab)"
     CATEGORY = "SpeedLab/memory"
+    SEARCH_ALIASES = ["vram", "free vram", "unload model", "purge vram", "clear vram"]
     DESCRIPTION = (
         "Passes a value on and, before the next node gets it, unloads the text encoders, the diffusion model or the "
         "VAE. With a list it waits for the whole list and frees once. Everything else stays loaded."

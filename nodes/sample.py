@@ -17,6 +17,7 @@ class ProfileSampler:
     NODE_ID = "SpeedLabProfileSampler"
     DISPLAY_NAME = "Profile Sampler (SpeedLab)"
     CATEGORY = "SpeedLab/sample"
+    SEARCH_ALIASES = ["ksampler", "timer", "profile", "profiler", "speed", "fps", "it/s", "nvtx", "nsight"]
     DESCRIPTION = (
         "Makes exactly the latent that KSampler makes and measures it: every step, the first evaluation, memory "
         "peaks, and with the other SpeedLab nodes loading, text encoding and decoding too. Emits NVTX ranges for "

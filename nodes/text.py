@@ -12,6 +12,8 @@ class TextEncode:
     NODE_ID = "SpeedLabTextEncode"
     DISPLAY_NAME = "Text Encode (SpeedLab)"
     CATEGORY = "SpeedLab/load"
+    ESSENTIALS_CATEGORY = "Image Generation"
+    SEARCH_ALIASES = ["prompt", "clip text encode", "positive prompt", "negative prompt"]
     DESCRIPTION = "Encodes a prompt exactly as CLIP Text Encode does and notes the time for the profile."
     RETURN_TYPES = ("CONDITIONING",)
     RETURN_NAMES = ("conditioning",)

@@ -1,6 +1,6 @@
 // Two runs beside each other: A is the earlier one.
 import { legend, StepChart } from "./chart.js";
-import { section, settingsOf, table } from "./detail.js";
+import { section, settingName, settingsOf, table } from "./detail.js";
 import { el } from "./dom.js";
 import { duration, gigabytes, hasMedian, isNumber, KINDS, phasesOf, rate, recordBars } from "./figures.js";
 import { t } from "./i18n.js";
@@ -113,6 +113,6 @@ function kernels(a, b) {
 function differences(a, b) {
   const [before, after] = [settingsOf(a), settingsOf(b)];
   const names = [...new Set([...before.keys(), ...after.keys()])];
-  const rows = names.filter((name) => !NOT_SETTINGS.has(name) && before.get(name) !== after.get(name)).map((name) => [name, before.get(name) ?? "–", after.get(name) ?? "–"]);
+  const rows = names.filter((name) => !NOT_SETTINGS.has(name) && before.get(name) !== after.get(name)).map((name) => [settingName(name), before.get(name) ?? "–", after.get(name) ?? "–"]);
   return rows.length ? table([[t("setting"), "A", "B"], ...rows], "sl-differences") : null;
 }

@@ -48,6 +48,11 @@ export function section(title, content) {
   return content ? el("section", null, el("h4", { text: title }), content) : null;
 }
 
+/** The name of a setting, which may break behind a dot or an underscore. */
+export function settingName(name) {
+  return el("span", null, name.split(/(?<=[._])/).flatMap((part) => [part, el("wbr")]));
+}
+
 /** Rows of texts as a table, the first row its head. */
 export function table(rows, name = "") {
   const [head, ...body] = rows;
@@ -121,6 +126,6 @@ function* flat(value, prefix) {
 }
 
 function settingsTable(record) {
-  const rows = [...settingsOf(record)].filter(([name]) => name !== "sampled_as");
+  const rows = [...settingsOf(record)].filter(([name]) => name !== "sampled_as").map(([name, value]) => [settingName(name), value]);
   return rows.length ? el("details", null, el("summary", { text: t("n_settings", { n: rows.length }) }), table([[t("setting"), t("value")], ...rows])) : null;
 }

@@ -23,19 +23,6 @@ export function svg(tag, attributes, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
 }
 
-/**
- * Have `add(node)` run for each new node where the Vue renderer draws them: it shows the widgets that a node is born
- * with and none that come later.
- */
-export function atBirthInVue(nodeType, add) {
-  const original = nodeType.prototype.onNodeCreated;
-  nodeType.prototype.onNodeCreated = function () {
-    const result = original?.apply(this, arguments);
-    if (window.LiteGraph?.vueNodesMode) add(this);
-    return result;
-  };
-}
-
 /** Load the extension's style sheet once. */
 export function useStyles() {
   const href = new URL("../speedlab.css", import.meta.url).href;

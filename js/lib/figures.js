@@ -33,7 +33,8 @@ export const rate = (perSecond) =>
 /** Steps taken, and those asked for where the scheduler made others of them. */
 export function stepsText(taken, asked) {
   if (!isNumber(taken)) return "";
-  return isNumber(asked) && asked !== taken ? t("n_steps_of", { n: taken, asked }) : t("n_steps", { n: taken });
+  if (isNumber(asked) && asked !== taken) return t("n_steps_of", { n: taken, asked });
+  return t(taken === 1 ? "n_steps_one" : "n_steps", { n: taken });
 }
 
 export const gigabytes = (value) => (isNumber(value) ? `${value.toFixed(value < 10 ? 2 : 1)} GB` : "–");
@@ -113,7 +114,7 @@ export function barText(bar) {
   const parts = [which, duration(bar.ms), t(`kind_${bar.kind}`)];
   if (bar.step) {
     if (isNumber(bar.step.sigma)) parts.push(`σ ${bar.step.sigma.toPrecision(3)}`);
-    parts.push(t("rows", { evals: bar.step.evals, cond: bar.step.cond_rows, uncond: bar.step.uncond_rows }));
+    parts.push(t(bar.step.evals === 1 ? "rows_one" : "rows", { evals: bar.step.evals, cond: bar.step.cond_rows, uncond: bar.step.uncond_rows }));
   }
   return parts.join(" · ");
 }

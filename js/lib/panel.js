@@ -3,6 +3,7 @@ import { legend, StepChart } from "./chart.js";
 import { el } from "./dom.js";
 import { duration, isNumber, liveBars, rate, recordBars, remaining, timeToGo } from "./figures.js";
 import { t } from "./i18n.js";
+import { redraw } from "./nodes.js";
 import { memoryLine, phaseBar, statusBadge } from "./parts.js";
 
 const WIDGET = "speedlab_profile";
@@ -27,6 +28,7 @@ export function panelOf(node) {
     });
     widget.serialize = false; // nor of the saved workflow
     grow(node);
+    redraw();
     // What a run has to say, warnings first of all, may need more lines than the last one's, or wrap at another width.
     const watch = new ResizeObserver(() => shown.measure() && grow(node));
     watch.observe(panel.below);

@@ -23,6 +23,7 @@ export class RunsTab {
       class: "sl-filter",
       type: "search",
       placeholder: t("filter"),
+      title: t("filter_title"),
       "aria-label": t("filter"),
       value: this.words,
       oninput: () => this.#typed(),
@@ -158,7 +159,7 @@ export class RunsTab {
   }
 
   #show(...content) {
-    const back = el("button", { class: "sl-button", "data-act": "back" }, el("i", { class: "pi pi-arrow-left" }), ` ${t("back")}`);
+    const back = el("button", { class: "sl-button", "data-act": "back" }, el("i", { class: "pi pi-arrow-left" }), t("back"));
     back.addEventListener("click", () => {
       this.root.replaceChildren(this.listPage);
       this.load();
@@ -215,6 +216,5 @@ export function when(timestamp) {
   // Python writes the zone without a colon, which not every browser reads.
   const date = new Date(String(timestamp).replace(/([+-]\d\d)(\d\d)$/, "$1:$2"));
   if (Number.isNaN(date.getTime())) return "";
-  const today = date.toDateString() === new Date().toDateString();
-  return today ? date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" }) : date.toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+  return date.toLocaleString([], { dateStyle: "short", timeStyle: "short" });
 }

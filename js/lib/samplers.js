@@ -1,7 +1,6 @@
 // Leads events and results to the nodes that they belong to, and gives a reloaded workflow its last profiles back.
-import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { atBirthInVue } from "./dom.js";
+import { findNode, isHere, isVue, kindOf, redraw, rootGraph, shownOn } from "./nodes.js";
 import { fromRecord, panelOf } from "./panel.js";
 import { announceLive, readRun } from "./server.js";
 
@@ -9,15 +8,18 @@ import { announceLive, readRun } from "./server.js";
 const PROPERTY = "speedlab_run";
 const RUN_ID = /^\d{8}-\d{6}-[0-9a-f]{8}$/;
 const KEPT = 64;
+// Outlives a reload of the page, and not the browser's tab.
+const STORAGE = "SpeedLab.LastRuns";
 
 const samplers = new Set(); // node types
 const states = new Map(); // node's execution id -> live state
 const profiles = new Map(); // run id -> profile
 const lastRuns = new Map(); // workflow id and node's execution id -> run id, for workflows in other tabs
+// The same, of this page before it was reloaded: ComfyUI keeps a workflow as it was when somebody last touched it, so
+// that the id of a run that came later is not in it.
+const beforeReload = new Map(stored());
 
-const rootGraph = () => app.rootGraph ?? app.graph;
-const isSampler = (node) => samplers.has(node?.comfyClass ?? node?.type);
-const isHere = (workflow) => !workflow || !rootGraph()?.id || workflow === rootGraph().id;
+const isSampler = (node) => samplers.has(kindOf(node));
 
 function keep(map, key, value) {
   map.delete(key);
@@ -25,33 +27,39 @@ function keep(map, key, value) {
   if (map.size > KEPT) map.delete(map.keys().next().value);
 }
 
-/** The node of an execution id such as "12" or, inside subgraphs, "12:3". */
-function findNode(executionId) {
-  const path = String(executionId).split(":");
-  let graph = rootGraph();
-  for (const id of path.slice(0, -1)) graph = graph?.getNodeById(id)?.subgraph;
-  return graph?.getNodeById(path.at(-1)) ?? null;
+function stored() {
+  try {
+    return JSON.parse(sessionStorage.getItem(STORAGE)) ?? [];
+  } catch {
+    return []; // switched off in this browser, or not of ours
+  }
 }
 
-/** Have samplers show what they return. */
-export function prepareNode(nodeType, nodeData) {
-  if (!nodeData.name.startsWith("SpeedLab") || !nodeData.output?.includes("SPEEDLAB_PROFILE")) return false;
-  samplers.add(nodeData.name);
-  atBirthInVue(nodeType, panelOf);
-  const original = nodeType.prototype.onExecuted;
-  nodeType.prototype.onExecuted = function (output) {
-    original?.apply(this, arguments);
-    // A sampler that ran for each item of a list returns a profile for each; the last one is shown.
-    const profile = output?.speedlab?.at(-1);
-    if (profile && isHere(profile.workflow)) show(this, profile, output.text?.at(-1));
-  };
-  return true;
+function store(key, runId) {
+  const runs = new Map(stored());
+  keep(runs, key, runId);
+  try {
+    sessionStorage.setItem(STORAGE, JSON.stringify([...runs]));
+  } catch {
+    // Full, or switched off: then a reload shows the run that the workflow names.
+  }
+}
+
+/** Learn from the server's description of a node whether it returns profiles. */
+export function noteType(nodeData) {
+  if (nodeData.name.startsWith("SpeedLab") && nodeData.output?.includes("SPEEDLAB_PROFILE")) samplers.add(nodeData.name);
+}
+
+/** A node was made. */
+export function nodeCreated(node) {
+  if (isVue() && isSampler(node)) panelOf(node);
 }
 
 function show(node, profile, text) {
   keep(profiles, profile.run_id, profile);
   node.properties[PROPERTY] = profile.run_id;
   panelOf(node).showProfile(profile, warningsOf(text));
+  redraw();
 }
 
 // The summary's first lines say what the panel draws; what follows are warnings.
@@ -72,11 +80,19 @@ function onStep({ detail }) {
 }
 
 function onExecuted({ detail }) {
+  // A sampler that ran for each item of a list returns a profile for each; the last one is shown.
   const profile = detail?.output?.speedlab?.at?.(-1);
-  if (profile?.workflow && !isHere(profile.workflow)) {
+  if (!profile) return;
+  const key = `${profile.workflow}/${shownOn(detail)}`;
+  if (!isHere(profile.workflow)) {
     keep(profiles, profile.run_id, profile);
-    keep(lastRuns, `${profile.workflow}/${detail.display_node ?? detail.node}`, profile.run_id);
+    keep(lastRuns, key, profile.run_id);
+    return;
   }
+  const node = findNode(shownOn(detail));
+  if (!isSampler(node)) return;
+  show(node, profile, detail.output.text?.at(-1));
+  if (profile.workflow) store(key, profile.run_id);
 }
 
 /** Show the last profile on every sampler of the workflow just loaded. */
@@ -90,7 +106,9 @@ export function restoreAll(graph = rootGraph(), prefix = "") {
 async function restore(node, executionId) {
   const state = states.get(executionId);
   if (state?.state === "running" && state.workflow && isHere(state.workflow)) return panelOf(node).showLive(state);
-  const runId = lastRuns.get(`${rootGraph()?.id}/${executionId}`) ?? node.properties?.[PROPERTY];
+  const key = `${rootGraph()?.id}/${executionId}`;
+  const runId = lastRuns.get(key) ?? beforeReload.get(key) ?? node.properties?.[PROPERTY];
+  beforeReload.delete(key);
   if (typeof runId !== "string" || !RUN_ID.test(runId)) return;
   try {
     const profile = profiles.get(runId) ?? fromRecord(await readRun(runId));

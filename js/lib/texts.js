@@ -1,5 +1,7 @@
 // Shows what SpeedLab's measuring nodes say on the nodes themselves. Text only, never markup.
-import { atBirthInVue } from "./dom.js";
+import { api } from "../../../scripts/api.js";
+import { el } from "./dom.js";
+import { findNode, isVue, kindOf, redraw, shownOn } from "./nodes.js";
 
 const HEIGHTS = {
   SpeedLabBenchmark: 320,
@@ -10,31 +12,35 @@ const HEIGHTS = {
 const TABLES = ["SpeedLabProfileReport", "SpeedLabBenchmark"];
 const WIDGET = "speedlab_text";
 
-function textWidget(node, height) {
-  // The columns of a table must stay under each other; the other texts are sentences.
-  const wrap = TABLES.includes(node.comfyClass) ? "pre" : "pre-wrap";
+function textWidget(node) {
   const known = node.widgets?.find((widget) => widget.name === WIDGET);
   if (known) return known;
-  const element = document.createElement("pre");
-  element.className = "sl-text";
-  element.style.whiteSpace = wrap;
+  const kind = kindOf(node);
+  // The columns of a table must stay under each other; the other texts are sentences.
+  const wrap = TABLES.includes(kind) ? "pre" : "pre-wrap";
+  const element = el("pre", { class: "sl-text", style: `white-space: ${wrap}` });
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     serialize: false, // not part of the prompt
-    getMinHeight: () => height,
+    getMinHeight: () => HEIGHTS[kind],
   });
   widget.serialize = false; // nor of the saved workflow
   node.setSize([Math.max(node.size[0], node.computeSize()[0]), Math.max(node.size[1], node.computeSize()[1])]);
   return widget;
 }
 
+/** A node was made. */
+export function nodeCreated(node) {
+  if (isVue() && kindOf(node) in HEIGHTS) textWidget(node);
+}
+
+function onExecuted({ detail }) {
+  const node = detail?.output?.text ? findNode(shownOn(detail)) : null;
+  if (!(kindOf(node) in HEIGHTS)) return;
+  textWidget(node).element.textContent = detail.output.text.join("\n");
+  redraw();
+}
+
 /** Have measuring nodes show their text. */
-export function prepareNode(nodeType, nodeData) {
-  const height = HEIGHTS[nodeData.name];
-  if (!height) return;
-  atBirthInVue(nodeType, (node) => textWidget(node, height));
-  const original = nodeType.prototype.onExecuted;
-  nodeType.prototype.onExecuted = function (output) {
-    original?.apply(this, arguments);
-    if (output?.text) textWidget(this, height).element.textContent = output.text.join("\n");
-  };
+export function listen() {
+  api.addEventListener("executed", onExecuted);
 }

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .errors import first_line
@@ -70,15 +71,37 @@ class _Watches(threading.local):
         self.open: list[tuple[Callable[[], Any], list[tuple[Any, Any]]]] = []
         self.depth = 0
         self.begun: list[tuple[Callable[[], Any], list[tuple[Any, Any]], Any]] = []
+        # What the user was told of under the outermost watch, the seconds of such work so far, and when it began anew.
+        self.what = ""
+        self.seconds = 0.0
+        self.since = 0.0
 
 
 _watches = _Watches()
 
+# Gets what is done, the seconds of it so far, and whether all of it is over.
+Tell = Callable[[str, float, bool], None]
+
+
+@dataclass
+class _Listener:
+    """Who tells the user of work that can take minutes: nobody, until a server registers."""
+
+    tell: Tell = lambda *_: None
+
+
+_listener = _Listener()
+
+
+def tell_of_work_through(tell: Tell) -> None:
+    """Have `tell` called when work of `apart` begins while somebody measures, and when all of it is over."""
+    _listener.tell = tell
+
 
 @contextmanager
-def apart() -> Iterator[None]:
+def apart(what: str = "Compiling") -> Iterator[None]:
     """Around work that no repeat does again, which stands apart in a record: compiling, tracing, timing of ways."""
-    _begin()
+    _begin(what)
     try:
         yield
     finally:
@@ -91,20 +114,23 @@ def watching(mark: Callable[[], M], spans: list[tuple[M, M]]) -> Iterator[None]:
     watch = (mark, spans)
     if not _watches.open:
         _watches.depth, _watches.begun = 0, []
+        _watches.what, _watches.seconds = "", 0.0
     _watches.open.append(watch)
     watch_dynamo()
     try:
         yield
     finally:
         _watches.open.remove(watch)
+        if not _watches.open and _watches.what:
+            _listener.tell(_watches.what, _watches.seconds, True)
 
 
 def watch_dynamo() -> None:
     """Have torch.compile, which compiles in the middle of a call, tell when it does; where it is in use at all."""
     handler = compile_callbacks()
     # `torch._dynamo.reset` forgets them.
-    if handler is not None and _begin not in handler.start_callbacks:
-        handler.register_start_callback(_begin)
+    if handler is not None and _dynamo_begins not in handler.start_callbacks:
+        handler.register_start_callback(_dynamo_begins)
         handler.register_end_callback(_end)
 
 
@@ -113,15 +139,25 @@ def tells_of_dynamo() -> bool:
     return not is_dynamo_loaded() or compile_callbacks() is not None
 
 
-def _begin(*_: Any) -> None:
+def _dynamo_begins(*_: Any) -> None:
+    _begin("Compiling")
+
+
+def _begin(what: str) -> None:
     _watches.depth += 1
     if _watches.depth == 1:
+        if _watches.open:
+            if what != _watches.what:
+                _listener.tell(what, _watches.seconds, False)
+            _watches.what, _watches.since = what, time.perf_counter()
         _watches.begun = [(mark, spans, mark()) for mark, spans in _watches.open]
 
 
 def _end(*_: Any) -> None:
     _watches.depth = max(_watches.depth - 1, 0)
     if _watches.depth == 0:
+        if _watches.open:
+            _watches.seconds += time.perf_counter() - _watches.since
         begun, _watches.begun = _watches.begun, []
         for mark, spans, start in begun:
             spans.append((start, mark()))

@@ -19,6 +19,7 @@ from ..common.errors import first_line
 from ..measure.clock import Mark
 from ..measure.context import NodeContext
 from ..measure.summary import speed
+from ..measure.timeline import executing
 from ..measure.trace import Evaluation
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,21 @@ def open_feed(context: NodeContext, run_id: str, warmup: int, repeats: int) -> L
     except Exception as error:
         _warn_once(error)
         return None
+
+
+def tell_of_work(what: str, seconds: float, done: bool) -> None:
+    """Say on the node that runs what is done once, for the browser that queued it, where this ComfyUI shows such texts.
+
+    Compiling can take minutes in which nothing else is to be seen.
+    """
+    try:
+        server: Any = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+        send, client, node = getattr(server, "send_progress_text", None), server.client_id, executing().node_id
+        if send is not None and client is not None and node is not None:
+            text = f"{what}: {seconds:.1f} s, paid once" if done else f"{what} (once for this model and size) ..."
+            send(text, node, client)
+    except Exception as error:
+        _warn_once(error)
 
 
 class LiveFeed:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..common.core import output_directory
 from ..common.errors import ResultsError, SpeedLabError, first_line
+from ..common.timing import tell_of_work_through
 from ..measure.store import RunStore
 from ..sampling.profiled import show_runs_through
 from . import live
@@ -43,6 +44,7 @@ def register() -> bool:
         return False
     add_to(routes)
     show_runs_through(live.open_feed)
+    tell_of_work_through(live.tell_of_work)
     return True
 
 

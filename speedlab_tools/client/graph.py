@@ -198,7 +198,10 @@ class UnknownNodeError(KeyError):
 
 @dataclass(frozen=True)
 class InputSignature:
-    """One input: a socket (`widget` False) or a value with a widget; `extra` is the value of a second widget."""
+    """One input: a socket (`widget` False) or a value with a widget; `extra` is the value of a second widget.
+
+    The canvas shows an `advanced` one only where that is asked for.
+    """
 
     name: str
     type: str
@@ -207,6 +210,7 @@ class InputSignature:
     default: Any = None
     multiline: bool = False
     extra: str | None = None
+    advanced: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Only what differs from the defaults, so that the snapshot stays short."""
@@ -265,6 +269,7 @@ def _input_from_info(name: str, spec: list[Any], optional: bool) -> InputSignatu
         default=options.get("default") if widget else None,
         multiline=bool(options.get("multiline", False)),
         extra=extra,
+        advanced=widget and bool(options.get("advanced", False)),
     )
 
 

@@ -6,7 +6,7 @@ Where the nodes of a workflow lie: one column a group from left to right, one ro
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,14 @@ def _widget_values(node: Node) -> list[Any]:
     return values
 
 
+def _shows_advanced(node: Node) -> bool:
+    """Whether an advanced input is set: what a workflow sets is to be seen."""
+    return any(
+        entry.advanced and node.inputs.get(entry.name, entry.default) != entry.default
+        for entry in node.signature.widgets
+    )
+
+
 def _input_slots(node: Node, link_ids: Mapping[tuple[int, str], int]) -> list[dict[str, Any]]:
     slots: list[dict[str, Any]] = []
     for entry in (*node.signature.sockets, *node.signature.widgets):
@@ -56,7 +64,12 @@ def _slot_index(known: NodeSignature, name: str) -> int:
 
 
 def _ui_node(
-    node: Node, box: Box, order: int, link_ids: Mapping[tuple[int, str], int], links: list[list[Any]]
+    node: Node,
+    box: Box,
+    order: int,
+    link_ids: Mapping[tuple[int, str], int],
+    links: list[list[Any]],
+    models: Sequence[Mapping[str, str]],
 ) -> dict[str, Any]:
     outputs = [
         {
@@ -67,6 +80,8 @@ def _ui_node(
         }
         for slot, (name, kind) in enumerate(node.signature.outputs)
     ]
+    # ComfyUI offers to fetch a model that is missing where the node that names it says from where.
+    named = [model for model in models if model["name"] in node.inputs.values()]
     return {
         "id": node.id,
         "type": node.class_type,
@@ -75,12 +90,14 @@ def _ui_node(
         "flags": {},
         "order": order,
         "mode": 0,
+        **({"showAdvanced": True} if _shows_advanced(node) else {}),
         "inputs": _input_slots(node, link_ids),
         "outputs": outputs,
         "title": node.title,
         "properties": {
             "cnr_id": PACK if node.class_type.startswith("SpeedLab") else "comfy-core",
             "Node name for S&R": node.class_type,
+            **({"models": named} if named else {}),
         },
         "widgets_values": _widget_values(node),
     }
@@ -111,10 +128,19 @@ def _note_box(text: str) -> Box:
     return Box(-NOTE_WIDTH - NOTE_GAP, 0, NOTE_WIDTH, 60 + 22 * lines)
 
 
-def to_ui(graph: Graph, *, name: str, note: str, note_title: str = "Read me", extra: Mapping[str, Any]) -> UiGraph:
+def to_ui(
+    graph: Graph,
+    *,
+    name: str,
+    note: str,
+    note_title: str = "Read me",
+    extra: Mapping[str, Any],
+    models: Sequence[Mapping[str, str]] = (),
+) -> UiGraph:
     """The graph as a drag-in workflow with a note left of it.
 
     `name` fixes the workflow's id, `extra` is kept in the workflow's own `extra` and comes back with every run.
+    `models` are files that can be fetched: name, url and directory of each.
     """
     boxes = place(graph)
     links: list[list[Any]] = []
@@ -125,7 +151,9 @@ def to_ui(graph: Graph, *, name: str, note: str, note_title: str = "Read me", ex
             slot = _slot_index(node.signature, input_name)
             links.append([number, link.node, link.slot, node.id, slot, link.type])
             link_ids[(node.id, input_name)] = number
-    nodes = [_ui_node(node, boxes[node.id], order + 1, link_ids, links) for order, node in enumerate(graph.nodes)]
+    nodes = [
+        _ui_node(node, boxes[node.id], order + 1, link_ids, links, models) for order, node in enumerate(graph.nodes)
+    ]
     note_id = len(graph.nodes) + 1
     nodes.append(_note(note_id, 0, note_title, note, _note_box(note)))
     groups = [
@@ -233,7 +261,11 @@ def node_size(node: Node) -> tuple[int, int]:
     """(width, height) in pixels of a node's body with room for what it shows."""
     known = node.signature
     height = 6 + SLOT_HEIGHT * max(len(known.sockets), len(known.outputs), 1)
+    hides_some = any(entry.advanced for entry in known.widgets) and not _shows_advanced(node)
+    height += WIDGET_HEIGHT if hides_some else 0  # the Vue renderer's button that shows them
     for entry in known.widgets:
+        if entry.advanced and hides_some:
+            continue
         height += TEXT_HEIGHT if entry.multiline else WIDGET_HEIGHT
         height += WIDGET_HEIGHT if entry.extra is not None else 0
     more_width, more_height = EXTRA.get(node.class_type, (0, 0))

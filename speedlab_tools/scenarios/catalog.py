@@ -1,4 +1,5 @@
-"""The table of benchmark scenarios. A row makes a workflow, `workflows/api/<id>.json` and `bench <id>`.
+"""The table of benchmark scenarios. A row makes `workflows/api/<id>.json` and `bench <id>`, and a workflow of its own
+unless it is a variant of one.
 
 To add one: a row here (a new graph shape goes to `graphs.py`), then `python -m speedlab_tools workflows`.
 """
@@ -61,12 +62,22 @@ _TABLE = (
     *COMPILE_SCENARIOS,
 )  # fmt: skip
 
-# What ComfyUI's template browser shows, each with an image: `workflows/<id>.json`. All others are in its `scenarios/`.
-TEMPLATES = (
-    "txt2img-default", "profile-nvtx", "sd15-cpu-onnxruntime", "sdxl-torch-compile", "sdxl-deepcache",
-    "sdxl-fastest-deepcache", "sdxl-under-8gb", "sdxl-vae-tiling", "sdxl-staged-batch", "sdxl-refiner-ensemble",
-    "sweep-steps", "xy-grid",
-)  # fmt: skip
+# What ComfyUI's template browser shows, each with an image: `workflows/<name>.json`, by scenario. The browser knows no
+# title but the file's name, so that says what somebody wants. All others are in `workflows/scenarios`.
+TEMPLATES: Mapping[str, str] = MappingProxyType({
+    "txt2img-default": "See where time goes - one image",
+    "profile-nvtx": "See where time goes - Nsight time line",
+    "sd15-cpu-onnxruntime": "Same image, faster - on a CPU",
+    "sdxl-torch-compile": "Same image, faster - compiled",
+    "sdxl-deepcache": "Similar image, much faster - DeepCache",
+    "sdxl-fastest-deepcache": "Similar image, much faster - all together",
+    "sdxl-under-8gb": "Less VRAM - SDXL in 8, 6 or 4 GB",
+    "sdxl-vae-tiling": "Less VRAM - 4096x4096 in tiles",
+    "sdxl-staged-batch": "Less VRAM - several prompts in stages",
+    "sdxl-refiner-ensemble": "More detail - base and refiner",
+    "sweep-steps": "Compare settings - number of steps",
+    "xy-grid": "Compare settings - any two",
+})  # fmt: skip
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({entry.id: entry for entry in _TABLE})
 
 

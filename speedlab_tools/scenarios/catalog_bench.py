@@ -87,7 +87,7 @@ BENCH_SCENARIOS = (
         id="sdxl-fp16", source="S1", title="SDXL in fp16", shows="Four prompts in half precision.", family="sdxl",
         files=(CHECKPOINT_SDXL,), settings=replace(S1_SETTINGS, warmup=1, repeats=5),
         published=(Published("about 14 s an image, 11.24 GB", RTX_3090),), plan=replace(STOCK, name="fp16"),
-        build=text_to_image_in("fp16"),
+        build=text_to_image_in("fp16"), variant_of="sdxl-baseline-fp32",
     ),
     Scenario(
         id="sdxl-fewer-steps", source="S1", title="SDXL with fewer steps",

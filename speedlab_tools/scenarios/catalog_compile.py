@@ -35,12 +35,13 @@ _ASTRONAUT = replace(ASTRONAUT, seed=2023, negative="")
 
 
 def _sdxl(
-    id: str, title: str, shows: str, published: tuple[Published, ...], technique: Technique, *packages: str
-) -> Scenario:
+    id: str, title: str, shows: str, published: tuple[Published, ...], technique: Technique, *packages: str,
+    variant_of: str = "",
+) -> Scenario:  # fmt: skip
     return Scenario(
         id=id, source="S1", title=title, shows=shows, family="sdxl", files=(CHECKPOINT_SDXL,),
         settings=replace(S1_SETTINGS, warmup=1), published=published, plan=Plan(title, (technique,)),
-        build=text_to_image, packages=packages,
+        build=text_to_image, packages=packages, variant_of=variant_of,
     )  # fmt: skip
 
 
@@ -74,6 +75,7 @@ COMPILE_SCENARIOS = (
         (Published("the first image 19 s, the next ones far faster", RTX_3090),),
         compiled("stable_fast"),
         "sfast",
+        variant_of="sdxl-onediff",
     ),
     _sdxl(
         "sdxl-tensorrt",
@@ -83,6 +85,7 @@ COMPILE_SCENARIOS = (
         (Published("8 s against 14 s; half an hour to build", RTX_3090),),
         compiled("tensorrt"),
         "torch_tensorrt",
+        variant_of="sdxl-onediff",
     ),
     Scenario(
         id="sd15-cpu-onnxruntime", source="S2", title="SD 1.5 on a CPU with ONNX Runtime",

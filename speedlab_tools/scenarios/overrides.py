@@ -66,8 +66,8 @@ def with_file(scenario: Scenario, kind: str, name: str) -> Scenario:
     if known is None:
         extra = NeededFile(kind, f"models/{kind}", name, "given on the command line")
         return dataclasses.replace(scenario, files=(*scenario.files, extra))
-    files = tuple(dataclasses.replace(entry, default=name) if entry is known else entry for entry in scenario.files)
-    return dataclasses.replace(scenario, files=files)
+    other = dataclasses.replace(known, default=name, url="")
+    return dataclasses.replace(scenario, files=tuple(other if entry is known else entry for entry in scenario.files))
 
 
 def adapt(

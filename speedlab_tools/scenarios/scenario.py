@@ -7,7 +7,7 @@ Files, prompts and settings that many scenarios share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,13 +25,26 @@ FAMILIES = ("sd15", "sdxl", "refiner")
 
 @dataclass(frozen=True)
 class NeededFile:
-    """A model file. `kind` is what a substitution replaces, `default` the name in the shipped graph."""
+    """A model file. `kind` is what a substitution replaces, `default` the name in the shipped graph.
+
+    `url` is where its authors publish the very file under that name, "" where they do not.
+    """
 
     kind: str
     folder: str
     default: str
     where: str
     optional: bool = False
+    url: str = ""
+
+
+def models_of(files: Iterable[NeededFile]) -> list[dict[str, str]]:
+    """Those of the files that can be fetched, as ComfyUI's workflows name models."""
+    return [
+        {"name": entry.default, "url": entry.url, "directory": entry.folder.removeprefix("models/")}
+        for entry in files
+        if entry.url
+    ]
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,8 @@ class Published:
 class Scenario:
     """One row of the table: a drag-in workflow, the same graph headless, and what both need.
 
-    `packages` are Python modules beside ComfyUI's own that it cannot run without.
+    `packages` are Python modules beside ComfyUI's own that it cannot run without. `variant_of` names the scenario whose
+    workflow file it shares, since one setting of one kind of node is all that differs.
     """
 
     id: str
@@ -88,6 +102,7 @@ class Scenario:
     plan: Plan
     build: Callable[[Scenario], Graph]
     packages: tuple[str, ...] = ()
+    variant_of: str = ""
 
     def graph(self) -> Graph:
         """The scenario's graph with its own settings."""
@@ -159,19 +174,24 @@ def best_plan(available_nodes: Collection[str]) -> Plan:
     return Plan(" + ".join(names) or "stock", techniques, decoder)
 
 
+HUGGING_FACE = "https://huggingface.co"
 CHECKPOINT_SDXL = NeededFile(
     kind="checkpoint", folder="models/checkpoints", default="sd_xl_base_1.0.safetensors",
     where="SDXL base 1.0 by Stability AI, on Hugging Face as stabilityai/stable-diffusion-xl-base-1.0",
+    url=f"{HUGGING_FACE}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
 )  # fmt: skip
 CHECKPOINT_ANY = NeededFile(
     kind="checkpoint", folder="models/checkpoints", default="sd_xl_base_1.0.safetensors",
-    where="any SD 1.x, SD 2.x or SDXL checkpoint; the published figures were taken with an SDXL one",
+    where="any SD 1.x, SD 2.x or SDXL checkpoint; the published figures were taken with an SDXL one, such as SDXL base "
+    "1.0 by Stability AI, on Hugging Face as stabilityai/stable-diffusion-xl-base-1.0",
+    url=f"{HUGGING_FACE}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
 )  # fmt: skip
 CHECKPOINT_SD15 = NeededFile(
     kind="checkpoint",
     folder="models/checkpoints",
     default="v1-5-pruned-emaonly.safetensors",
     where="Stable Diffusion 1.5, on Hugging Face as stable-diffusion-v1-5/stable-diffusion-v1-5",
+    url=f"{HUGGING_FACE}/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/v1-5-pruned-emaonly.safetensors",
 )
 TINY_VAE_SDXL = NeededFile(
     kind="tiny_vae", folder="models/vae_approx", default="taesdxl_decoder.safetensors",

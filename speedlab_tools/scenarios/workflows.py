@@ -9,8 +9,10 @@ import argparse
 import asyncio
 import importlib.util
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from speedlab.measure.plan_names import made_of
 
@@ -18,12 +20,12 @@ from ..client.client import ComfyClient
 from ..client.errors import BenchError
 from ..client.events import SAMPLERS
 from ..client.files import ROOT, model_folders
-from ..client.graph import SNAPSHOT, ApiGraph, signature_from_info, snapshot, snapshot_text
+from ..client.graph import SNAPSHOT, ApiGraph, is_link, signature_from_info, snapshot, snapshot_text
+from .blueprints import BLUEPRINTS, blueprint_ui
 from .canvas import UiGraph, to_ui
 from .catalog import SCENARIOS, TEMPLATES
-from .scenario import SOURCES, NeededFile, Scenario
+from .scenario import SOURCES, NeededFile, Scenario, models_of
 
-FOLDER = ROOT / "workflows"
 # Samplers that write the name of their plan into a record; a name stands there with what it was given for.
 _NAMED = frozenset({"SpeedLabProfileSampler", "SpeedLabEnsembleSampler"})
 
@@ -38,6 +40,7 @@ def note_text(scenario: Scenario) -> str:
         f"{settings.width}x{settings.height}, batch {settings.batch}, {settings.steps} steps, CFG {settings.cfg:g}, "
         f"{settings.sampler}, {settings.scheduler}; plan: {scenario.plan.name}"
     ]
+    lines += _variant_lines(scenario)
     lines += ["", f"## Published by {SOURCES[scenario.source]}"]
     lines += [f"- {entry.figure} ({entry.device})" for entry in scenario.published]
     lines += [
@@ -47,6 +50,48 @@ def note_text(scenario: Scenario) -> str:
         f"Headless: `python run.py bench {scenario.id}`",
     ]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The one setting in which a variant differs: `value` of the input `name` on the nodes called `titles`."""
+
+    titles: tuple[str, ...]
+    name: str
+    value: Any
+
+
+def difference(variant: Scenario) -> Difference:
+    """What has to be set in the shared workflow for a variant; BenchError where more than one setting differs."""
+    base = api_graph(SCENARIOS[variant.variant_of])
+    found = [
+        (node["_meta"]["title"], name, value)
+        for (node_id, node), before in zip(api_graph(variant).items(), base.values(), strict=True)
+        for name, value in node["inputs"].items()
+        if (node["class_type"], value) != (before["class_type"], before["inputs"].get(name))
+    ]
+    values = {(name, value) for _, name, value in found if not is_link(value)}
+    if len(values) != 1 or any(is_link(value) for _, _, value in found):
+        raise BenchError(f"{variant.id} differs from {variant.variant_of} by {len(found)} settings; one is the most")
+    ((name, value),) = values
+    return Difference(tuple(dict.fromkeys(title for title, _, _ in found)), name, value)
+
+
+def variants(scenario: Scenario) -> list[Scenario]:
+    """The scenarios that share the workflow file of this one."""
+    return [other for other in SCENARIOS.values() if other.variant_of == scenario.id]
+
+
+def _variant_lines(scenario: Scenario) -> list[str]:
+    lines = []
+    for variant in variants(scenario):
+        change = difference(variant)
+        figures = "; ".join(f"{entry.figure} ({entry.device})" for entry in variant.published)
+        lines.append(
+            f"- **{variant.title}**: set `{change.name}` of {', '.join(change.titles)} to `{change.value}`. Published: "
+            f"{figures}. Headless: `python run.py bench {variant.id}`"
+        )
+    return ["", "## Variants of this workflow", *lines] if lines else []
 
 
 def ui_graph(scenario: Scenario) -> UiGraph:
@@ -60,7 +105,10 @@ def ui_graph(scenario: Scenario) -> UiGraph:
     if stands_for:
         named["made_of"] = stands_for
     extra = {"speedlab": named}
-    return to_ui(graph, name=scenario.id, note=note_text(scenario), note_title=scenario.title, extra=extra)
+    note = note_text(scenario)
+    return to_ui(
+        graph, name=scenario.id, note=note, note_title=scenario.title, extra=extra, models=models_of(scenario.files)
+    )
 
 
 def api_graph(scenario: Scenario) -> ApiGraph:
@@ -82,47 +130,48 @@ def _text(data: object) -> str:
 
 
 def files_of(scenario: Scenario) -> dict[str, str]:
-    """Both files of a scenario: relative path -> text."""
-    return {
-        f"api/{scenario.id}.json": _text(api_graph(scenario)),
-        ui_path(scenario.id): _text(ui_graph(scenario)),
-    }
+    """The files of a scenario, relative path -> text: for `/prompt`, and to drag in unless it is a variant."""
+    files = {f"workflows/api/{scenario.id}.json": _text(api_graph(scenario))}
+    if not scenario.variant_of:
+        files[ui_path(scenario.id)] = _text(ui_graph(scenario))
+    return files
 
 
 def ui_path(scenario_id: str) -> str:
-    """Where the drag-in workflow of a scenario is, below `workflows/`."""
-    return f"{scenario_id}.json" if scenario_id in TEMPLATES else f"scenarios/{scenario_id}.json"
+    """The drag-in workflow of a scenario, or the one that it is a variant of."""
+    shared = SCENARIOS[scenario_id].variant_of or scenario_id
+    return f"workflows/{TEMPLATES[shared]}.json" if shared in TEMPLATES else f"workflows/scenarios/{shared}.json"
 
 
-def all_files(scenarios: Iterable[Scenario] = SCENARIOS.values()) -> dict[str, str]:
-    """Every file that the table makes: path relative to `workflows/` -> text."""
-    return {path: text for scenario in scenarios for path, text in files_of(scenario).items()}
+def all_files() -> dict[str, str]:
+    """Every file that the tables make: path below the root -> text."""
+    files = {path: text for scenario in SCENARIOS.values() for path, text in files_of(scenario).items()}
+    return {**files, **{f"subgraphs/{entry.name}.json": _text(blueprint_ui(entry)) for entry in BLUEPRINTS}}
 
 
-def differences(folder: Path = FOLDER) -> list[str]:
-    """One line for each file in `folder` that is missing, out of date, or no longer in the table."""
+def differences(root: Path = ROOT) -> list[str]:
+    """One line for each file below `root` that is missing, out of date, or no longer in the tables."""
     wanted = all_files()
     found = {
-        path.relative_to(folder).as_posix()
-        for pattern in ("*.json", "scenarios/*.json", "api/*.json")
-        for path in folder.glob(pattern)
+        path.relative_to(root).as_posix()
+        for pattern in ("workflows/*.json", "workflows/scenarios/*.json", "workflows/api/*.json", "subgraphs/*.json")
+        for path in root.glob(pattern)
     }
-    lines = [f"{name}: no scenario makes it" for name in sorted(found - wanted.keys())]
+    lines = [f"{name}: nothing makes it" for name in sorted(found - wanted.keys())]
     for name, text in sorted(wanted.items()):
         if name not in found:
             lines.append(f"{name}: missing")
-        elif (folder / name).read_text(encoding="utf-8") != text:
+        elif (root / name).read_text(encoding="utf-8") != text:
             lines.append(f"{name}: out of date")
     return lines
 
 
-def write(folder: Path = FOLDER) -> list[Path]:
-    """Write every file into `folder`; returns their paths."""
-    for name in ("api", "scenarios"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+def write(root: Path = ROOT) -> list[Path]:
+    """Write every file below `root`; returns their paths."""
     paths = []
     for name, text in all_files().items():
-        path = folder / name
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")
         paths.append(path)
     return paths
@@ -152,6 +201,10 @@ def describe(scenario: Scenario, folders: Sequence[Path]) -> str:
     lacking = missing(scenario, folders)
     status = f"missing: {', '.join(lacking)}" if lacking else "ready"
     lines = [f"{scenario.id}  ({scenario.source})  {scenario.title}", f"    {status}"]
+    lines.append(f"    {ui_path(scenario.id)}")
+    if scenario.variant_of:
+        change = difference(scenario)
+        lines[-1] += f" with {change.name} = {change.value}"
     for entry in scenario.files:
         found = "there" if located(entry, folders) else "not there"
         lines.append(f"    {entry.folder}/{entry.default}: {found}")
@@ -178,7 +231,7 @@ def run_workflows(args: argparse.Namespace) -> int:
     if args.check:
         lines = differences()
         for line in lines:
-            print(f"workflows/{line}")
+            print(line)
         if lines:
             print("Run 'python -m speedlab_tools workflows' and commit what it writes.")
         return 1 if lines else 0

@@ -68,6 +68,16 @@ class Canvas:
     def open(self) -> None:
         self.loaded = False
         self.page.goto(self.url)
+        self._arrive()
+
+    def reload(self) -> None:
+        """Load the page again, as F5 does: what ComfyUI has kept of the workflow comes back."""
+        self.page.wait_for_timeout(1500)  # it keeps changes with some delay
+        self.loaded = False
+        self.page.reload()
+        self._arrive()
+
+    def _arrive(self) -> None:
         self.page.wait_for_function(READY, timeout=90_000)
         self.page.wait_for_timeout(500)
         self.loaded = True
@@ -260,12 +270,14 @@ def _note(canvas: Canvas, kind: str, text: str, location: Any) -> None:
 
 @pytest.fixture(scope="session")
 def workflows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Every shipped workflow: (drag-in file, API file)."""
+    """Every shipped workflow by the scenario that it is of: (drag-in file, API file)."""
     folder = pack_root() / "workflows"
-    return {
-        path.stem: (json.loads(path.read_text("utf-8")), json.loads((folder / "api" / path.name).read_text("utf-8")))
-        for path in sorted([*folder.glob("*.json"), *folder.glob("scenarios/*.json")])
-    }
+    found = {}
+    for path in sorted([*folder.glob("*.json"), *folder.glob("scenarios/*.json")]):
+        workflow = json.loads(path.read_text("utf-8"))
+        scenario = workflow["extra"]["speedlab"]["scenario"]
+        found[scenario] = (workflow, json.loads((folder / "api" / f"{scenario}.json").read_text("utf-8")))
+    return found
 
 
 @pytest.fixture

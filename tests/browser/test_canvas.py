@@ -7,6 +7,7 @@ from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 
+from speedlab_tools.host import pack_root
 from speedlab_tools.scenarios.catalog import TEMPLATES
 
 pytestmark = pytest.mark.browser
@@ -18,6 +19,14 @@ SIDEBAR_OPEN = ".sl-tab"
 def open_sidebar(canvas) -> None:
     canvas.evaluate("() => app.extensionManager.command.execute('SpeedLab.ShowRuns')")
     canvas.page.wait_for_selector(f"{SIDEBAR_OPEN} .sl-row", timeout=20_000)
+
+
+def has_chart(template: str) -> bool:
+    """Whether the image of a template is a chart of figures, which it keeps as a comment, and not of its graph."""
+    from PIL import Image
+
+    with Image.open(pack_root() / "workflows" / f"{template}.jpg") as image:
+        return "comment" in image.info
 
 
 def live_steps(seen: list[str]) -> list[int]:
@@ -53,8 +62,8 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
             ".filter((type) => !LiteGraph.registered_node_types[type])"
         )
         assert unknown == [], name
-        if templates:
-            canvas.template_image(name)
+        if templates and not has_chart(TEMPLATES[name]):
+            canvas.template_image(TEMPLATES[name])
         made = canvas.evaluate("async () => (await app.graphToPrompt()).output")
         for node in (*made.values(), *api.values()):
             node["_meta"].pop("speedlab", None)
@@ -121,7 +130,8 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
 
     box = canvas.page.locator(".sl-panel .sl-bar").nth(2).bounding_box()
     canvas.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert canvas.page.locator(".sl-panel .sl-tip").text_content().startswith("Step 3 ·")
+    tip = canvas.page.locator(".sl-panel .sl-tip").text_content()
+    assert tip.startswith("Step 3 ·") and tip.endswith("· 1 evaluation, 1+1 rows")
 
     saved = canvas.evaluate("() => (app.rootGraph ?? app.graph).serialize()")
     node = next(n for n in saved["nodes"] if n["type"] == "SpeedLabProfileSampler")
@@ -138,6 +148,9 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     open_sidebar(canvas)
     listed = canvas.evaluate("() => [...document.querySelectorAll('.sl-row')].map((row) => row.dataset.run)")
     assert listed[:2] == [second, first]
+    when = canvas.page.locator(f".sl-row[data-run='{second}'] .sl-sub").text_content()
+    assert when.startswith(canvas.evaluate(DAY, record_of(canvas, second)["timestamp"])), "today's runs have a date"
+    assert canvas.evaluate(PLACEHOLDER), "the filter's hint is not cut off"
     canvas.shot("sidebar")
     figures = (
         "(id) => [...document.querySelectorAll(`.sl-row[data-run='${id}'] .sl-numbers > *`)].map((e) => e.textContent)"
@@ -180,6 +193,9 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     picture.scroll_into_view_if_needed()
     canvas.page.wait_for_function("() => document.querySelector('.sl-pictures img')?.naturalWidth === 64")
     canvas.shot("detail")
+    assert canvas.evaluate(GAP) >= 4, "the arrow stands apart from the words"
+    detail.locator("summary").click()
+    assert canvas.evaluate(LINES, "accelerators") == 1, "a word of a setting's name is whole"
     record = canvas.output / "speedlab" / "runs" / f"{second}.json"
     detail.locator("[data-act=delete]").click()
     assert record.is_file(), "the first click only asks"
@@ -197,6 +213,63 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     for queued, words in ((True, "2.00 it/s (queued)"), (False, "2.00 it/s")):
         canvas.evaluate(SEND_LIVE, queued)
         assert canvas.evaluate(f"() => {PANEL}.querySelector('.sl-figure').textContent") == words
+
+
+DAY = """(text) =>
+  new Date(text.replace(/([+-]\\d\\d)(\\d\\d)$/, "$1:$2")).toLocaleDateString([], {dateStyle: "short"}) + ", "
+"""
+PLACEHOLDER = """() => {
+  const input = document.querySelector(".sl-filter"), style = getComputedStyle(input);
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = `${style.fontSize} ${style.fontFamily}`;
+  const room = input.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  return pen.measureText(input.placeholder).width <= room;
+}"""
+GAP = """() => {
+  const button = document.querySelector("[data-act=back]"), words = document.createRange();
+  words.selectNodeContents(button.lastChild);
+  return words.getBoundingClientRect().left - button.firstChild.getBoundingClientRect().right;
+}"""
+LINES = """(name) => {
+  const cell = [...document.querySelectorAll(".sl-detail details td")].find((one) => one.textContent === name);
+  const words = document.createRange();
+  words.selectNodeContents(cell);
+  return new Set([...words.getClientRects()].filter((box) => box.width).map((box) => Math.round(box.top))).size;
+}"""
+# Where the sampler lies on the screen, and the panel on it.
+PLACES = """() => {
+  const node = app.graph.nodes.find((one) => one.type === "SpeedLabProfileSampler");
+  const view = app.canvas.canvas.getBoundingClientRect(), {scale, offset} = app.canvas.ds;
+  const panel = document.querySelector(".sl-panel").getBoundingClientRect();
+  const left = view.left + (node.pos[0] + offset[0]) * scale, top = view.top + (node.pos[1] + offset[1]) * scale;
+  return {node: [left, top, left + node.size[0] * scale, top + node.size[1] * scale],
+          panel: [panel.left, panel.top, panel.right, panel.bottom]};
+}"""
+
+
+@pytest.mark.parametrize("touched", [False, True], ids=["untouched", "touched"])
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+def test_a_page_that_is_loaded_again_shows_the_last_run_in_its_place(open_canvas, small, vue, touched):
+    """ComfyUI keeps a workflow as it was when somebody last touched it; a run since then changed nothing of that."""
+    canvas = open_canvas(**{"Comfy.VueNodes.Enabled": vue})
+    canvas.drop(small(seed=61 + 2 * vue + touched), "small")
+    canvas.queue()
+    run = canvas.evaluate(f"() => {PANEL}.dataset.run")
+    if touched:
+        fit(canvas)
+        canvas.evaluate("() => { app.graph.nodes.find((n) => n.type === 'SpeedLabProfileReport').pos[0] += 40; }")
+        canvas.page.mouse.click(700, 120)
+    for _ in range(2):
+        canvas.reload()
+        canvas.page.wait_for_function(f"(run) => {PANEL}?.dataset.run === run", arg=run, timeout=20_000)
+        canvas.page.wait_for_timeout(1000)
+        places = canvas.evaluate(PLACES)
+        node, panel = places["node"], places["panel"]
+        assert panel[2] - panel[0] >= 0.8 * (node[2] - node[0]), f"as wide as its node: {places}"
+        edge = 3
+        assert panel[0] >= node[0] - edge and panel[2] <= node[2] + edge, f"on its node: {places}"
+        assert panel[1] >= node[1] - edge, f"on its node: {places}"
+        assert canvas.evaluate(f"() => {PANEL}.querySelectorAll('.sl-bar').length") == 4
 
 
 def test_the_vue_renderer_on_the_light_theme_and_a_reload(open_canvas, small):

@@ -62,6 +62,13 @@ def test_every_input_has_a_tooltip(pack, model_files):
             assert len(spec[1].get("tooltip", "")) > 10, f"{node_id}.{name}"
 
 
+def test_every_node_is_found_by_other_words_than_its_name(pack, model_files):
+    for node_id, cls in node_classes(pack):
+        words = cls.SEARCH_ALIASES
+        assert words and len(set(words)) == len(words), node_id
+        assert all(word == word.lower().strip() for word in words)
+
+
 def test_every_node_has_a_help_page_that_names_its_inputs(pack, model_files):
     for node_id, cls in node_classes(pack):
         page = ROOT / "js" / "docs" / f"{node_id}.md"

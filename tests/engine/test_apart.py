@@ -120,3 +120,38 @@ def test_work_that_fails_is_closed():
 def _work():
     with timing.apart():
         pass
+
+
+def test_the_user_is_told_of_work_once_at_its_beginning_and_once_when_it_is_over(monkeypatch):
+    told = []
+    monkeypatch.setattr(timing._listener, "tell", lambda *words: told.append(words))
+    with timing.apart():
+        pass
+    assert told == [], "nobody measures, so that no node stands for it"
+    with timing.watching(time.perf_counter, []), timing.watching(time.perf_counter, []):
+        for _ in range(3):
+            with timing.apart(), timing.apart():
+                pass
+        with timing.apart("Timing"):
+            time.sleep(0.01)
+        assert [(what, done) for what, _, done in told] == [("Compiling", False), ("Timing", False)]
+    assert [(what, done) for what, _, done in told[2:]] == [("Timing", True)]
+    assert told[2][1] >= 0.01
+    with timing.watching(time.perf_counter, []):
+        pass
+    assert len(told) == 3, "where nothing was done there is nothing to tell"
+
+
+def test_another_threads_work_is_not_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(timing._listener, "tell", lambda *words: told.append(words))
+
+    def work():
+        with timing.apart():
+            pass
+
+    with timing.watching(time.perf_counter, []):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert told == []

@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from speedlab_tools.scenarios.catalog import TEMPLATES
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"\]\((?!https?://)([^)\s#]*)(?:#([^)\s]+))?\)")
@@ -16,8 +19,8 @@ FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 README_WORDS = 800
 
 
-def _load():
-    spec = importlib.util.spec_from_file_location("docs_tables", ROOT / "benchmarks" / "docs_tables.py")
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -25,7 +28,8 @@ def _load():
     return module
 
 
-docs_tables = _load()
+docs_tables = _load("docs_tables")
+template_images = _load("template_images")
 DOCUMENTS = docs_tables.documents(ROOT)
 
 
@@ -141,10 +145,22 @@ def test_the_readme_is_short_and_its_translation_has_the_same_parts():
 
 
 @pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
-def test_workflows_named_in_the_readme_are_there(name):
-    """The last column of its first table."""
+def test_templates_named_in_the_readme_are_there(name):
+    """The last column of its first table: what the names of templates begin with."""
     text = (ROOT / name).read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    named = [workflow for row in rows if len(row) == 5 for workflow in re.findall(r"`([\w-]+)`", row[-1])]
-    there = {path.stem for path in (ROOT / "workflows").rglob("*.json")}
-    assert named and [workflow for workflow in named if workflow not in there] == []
+    named = [workflow for row in rows if len(row) == 5 for workflow in re.findall(r"`([^`]+)`", row[-1])]
+    there = {path.stem.partition(" - ")[0] for path in (ROOT / "workflows").glob("*.json")}
+    assert len(named) > 4 and [workflow for workflow in named if workflow not in there] == []
+
+
+def test_images_of_templates_hold_the_figures_of_the_results():
+    """Where this fails, `python benchmarks/template_images.py` draws them again."""
+    made = template_images.images(docs_tables.Results(ROOT / docs_tables.RESULTS))
+    assert made.keys() | set(template_images.GRAPHS) == TEMPLATES.keys()
+    for scenario, picture in made.items():
+        with Image.open(ROOT / "workflows" / f"{TEMPLATES[scenario]}.jpg") as image:
+            assert image.info["comment"].decode() == picture.comment(), scenario
+    chart = made["sdxl-fastest-deepcache"]
+    assert chart.bars[0][1] == 1 and max(value for _, value, _ in chart.bars) > 2
+    assert template_images.draw(chart)[1:4] == b"PNG"

@@ -10,6 +10,7 @@ import pytest
 
 from speedlab.measure.clock import Mark
 from speedlab.measure.context import NodeContext
+from speedlab.measure.timeline import Executing
 from speedlab.measure.trace import Evaluation
 from speedlab.web import live
 
@@ -191,3 +192,33 @@ def test_the_clients_that_listen_are_kept_to_a_number():
     assert live._listeners.has("client-999")
     for number in range(1000):
         live.listen(f"client-{number}", False)
+
+
+def test_work_that_is_done_once_is_told_on_the_node_that_runs(server, monkeypatch):
+    told = []
+    monkeypatch.setattr(live, "executing", lambda: Executing("prompt", "12:3"))
+    live.tell_of_work("Compiling", 0.0, False)  # a ComfyUI that shows no such text
+    server.send_progress_text = lambda *words: told.append(words)
+    live.tell_of_work("Compiling", 0.0, False)
+    live.tell_of_work("Compiling", 12.34, True)
+    assert told == [
+        ("Compiling (once for this model and size) ...", "12:3", CLIENT),
+        ("Compiling: 12.3 s, paid once", "12:3", CLIENT),
+    ]
+    monkeypatch.setattr(live, "executing", lambda: Executing())
+    live.tell_of_work("Compiling", 0.0, False)
+    server.client_id = None
+    live.tell_of_work("Compiling", 0.0, False)
+    assert len(told) == 2, "outside of a prompt, or for a script, nobody looks"
+
+
+def test_a_text_that_cannot_be_sent_reaches_no_run(server, monkeypatch, caplog):
+    def broken(*_):
+        raise OSError("the browser is gone")
+
+    monkeypatch.setattr(live, "executing", lambda: Executing("prompt", "12:3"))
+    monkeypatch.setattr(live, "_warned", False)
+    server.send_progress_text = broken
+    for _ in range(2):
+        live.tell_of_work("Compiling", 0.0, False)
+    assert caplog.text.count("the browser is gone") == 1

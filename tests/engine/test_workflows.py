@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from speedlab_tools.client.errors import BenchError
 from speedlab_tools.client.events import SAMPLERS
 from speedlab_tools.client.graph import GROUPS, is_link
 from speedlab_tools.scenarios import workflows
@@ -15,8 +17,12 @@ from speedlab_tools.scenarios.canvas import NOTE_TYPE, Box, ui_to_api
 from speedlab_tools.scenarios.catalog import SCENARIOS, TEMPLATES, UnknownScenarioError, find
 from speedlab_tools.scenarios.scenario import FAMILIES, SOURCES, Plan, best_plan
 
-FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "workflows"
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
+WITH_FILE = {name: scenario for name, scenario in SCENARIOS.items() if not scenario.variant_of}
+every_workflow = pytest.mark.parametrize("scenario", WITH_FILE.values(), ids=WITH_FILE.keys())
+VARIANTS = {name: scenario for name, scenario in SCENARIOS.items() if scenario.variant_of}
 
 
 def shape(scenario) -> str:
@@ -25,43 +31,79 @@ def shape(scenario) -> str:
     return repr([(n["class_type"], [v for v in n["inputs"].values() if is_link(v)]) for n in api.values()])
 
 
-SHAPES = {shape(scenario): scenario for scenario in SCENARIOS.values()}
+SHAPES = {shape(scenario): scenario for scenario in WITH_FILE.values()}
 every_shape = pytest.mark.parametrize("scenario", SHAPES.values(), ids=[one.id for one in SHAPES.values()])
 
 
 def committed(scenario) -> tuple[dict, dict]:
     """Both committed files of a scenario."""
-    ui = json.loads((FOLDER / workflows.ui_path(scenario.id)).read_text(encoding="utf-8"))
+    ui = json.loads((ROOT / workflows.ui_path(scenario.id)).read_text(encoding="utf-8"))
     return ui, json.loads((FOLDER / "api" / f"{scenario.id}.json").read_text(encoding="utf-8"))
 
 
 def test_committed_files_are_what_the_builder_makes():
-    assert workflows.differences(FOLDER) == []
+    assert workflows.differences(ROOT) == []
 
 
 def test_differences_name_missing_stale_and_foreign_files(tmp_path):
     workflows.write(tmp_path)
     assert workflows.differences(tmp_path) == []
-    (tmp_path / "profile-nvtx.json").unlink()
-    (tmp_path / "api" / "sdxl-tiny-vae.json").write_text("{}")
-    (tmp_path / "api" / "gone.json").write_text("{}")
+    template = f"workflows/{TEMPLATES['profile-nvtx']}.json"
+    (tmp_path / template).unlink()
+    (tmp_path / "workflows/api/sdxl-tiny-vae.json").write_text("{}")
+    (tmp_path / "workflows/api/gone.json").write_text("{}")
+    (tmp_path / "subgraphs/Fast SDXL.json").write_text("{}")
     assert workflows.differences(tmp_path) == [
-        "api/gone.json: no scenario makes it",
-        "api/sdxl-tiny-vae.json: out of date",
-        "profile-nvtx.json: missing",
+        "workflows/api/gone.json: nothing makes it",
+        "subgraphs/Fast SDXL.json: out of date",
+        f"{template}: missing",
+        "workflows/api/sdxl-tiny-vae.json: out of date",
     ]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_titled_by_what_somebody_wants_and_stand_together():
+    names = list(TEMPLATES.values())
+    wishes = [name.partition(" - ")[0] for name in names]
+    assert 8 <= len(names) <= 12 and len(set(names)) == len(names)
+    assert len(set(wishes)) <= 6, "groups of a wish each, which a list in alphabetical order keeps together"
+    assert all(re.fullmatch(r"[A-Z][A-Za-z ,]+ - [\w ,]+", name) for name in names), "names of files everywhere"
+    assert not TEMPLATES.keys() - WITH_FILE.keys()
+
+
+@pytest.mark.parametrize("name", TEMPLATES.values())
 def test_a_template_has_its_image(name):
     """ComfyUI's template browser shows `<name>.jpg` beside `<name>.json`."""
     with Image.open(FOLDER / f"{name}.jpg") as image:
         assert image.format == "JPEG" and min(image.size) >= 300
     assert (FOLDER / f"{name}.jpg").stat().st_size < 120_000
-    assert not (FOLDER / "scenarios" / f"{name}.json").exists()
 
 
-@every_scenario
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_a_variant_is_the_shared_workflow_with_one_value_set(variant):
+    base = SCENARIOS[variant.variant_of]
+    assert not base.variant_of
+    ui, api = committed(variant)
+    change = workflows.difference(variant)
+    made = ui_to_api(ui)
+    for node in made.values():
+        if node["_meta"]["title"] in change.titles:
+            node["inputs"][change.name] = change.value
+    assert [node["inputs"] for node in made.values()] == [node["inputs"] for node in api.values()]
+    (note,) = [node for node in ui["nodes"] if node["type"] == NOTE_TYPE]
+    text = note["widgets_values"][0]
+    assert f"set `{change.name}` of {', '.join(change.titles)} to `{change.value}`" in text
+    assert f"run.py bench {variant.id}" in text
+    assert all(f"{entry.figure} ({entry.device})" in text for entry in variant.published)
+
+
+def test_what_differs_by_more_than_one_setting_is_no_variant():
+    from dataclasses import replace
+
+    with pytest.raises(BenchError, match="sdxl-torch-compile differs from sdxl-onediff by 2 settings"):
+        workflows.difference(replace(SCENARIOS["sdxl-torch-compile"], variant_of="sdxl-onediff"))
+
+
+@every_workflow
 def test_both_formats_are_the_same_graph(scenario):
     ui, api = committed(scenario)
     told = ui["extra"]["speedlab"]
@@ -121,7 +163,7 @@ def test_links_run_from_left_to_right(scenario):
     assert all(boxes[link[1]].right < boxes[link[3]].x for link in ui["links"])
 
 
-@every_scenario
+@every_workflow
 def test_the_note_says_what_files_and_figures(scenario):
     ui, _ = committed(scenario)
     notes = [node for node in ui["nodes"] if node["type"] == NOTE_TYPE]
@@ -133,6 +175,35 @@ def test_the_note_says_what_files_and_figures(scenario):
     for entry in scenario.published:
         assert f"{entry.figure} ({entry.device})" in text
     assert f"run.py bench {scenario.id}" in text
+
+
+@every_workflow
+def test_a_node_says_where_its_model_can_be_fetched(scenario):
+    """ComfyUI's dialog of missing models offers what it finds in `properties.models` beside a value of that name."""
+    ui, _ = committed(scenario)
+    known = {entry.default: entry for entry in scenario.files if entry.url}
+    offered = set()
+    for node in ui["nodes"]:
+        models = node["properties"].get("models", [])
+        assert [model["name"] for model in models] == [value for value in node["widgets_values"] if value in known]
+        for model in models:
+            entry = known[model["name"]]
+            assert model == {"name": entry.default, "url": entry.url, "directory": entry.folder.removeprefix("models/")}
+            offered.add(entry.default)
+    assert offered == set(known), "each file that has an address is offered"
+
+
+def test_addresses_are_those_of_the_repositories_that_the_notes_name():
+    entries = {entry for scenario in SCENARIOS.values() for entry in scenario.files}
+    assert {entry.default for entry in entries if entry.url} == {
+        "sd_xl_base_1.0.safetensors",
+        "sd_xl_refiner_1.0.safetensors",
+        "v1-5-pruned-emaonly.safetensors",
+    }
+    for entry in entries:
+        if entry.url:
+            (repository,) = re.findall(r"on Hugging Face as ([\w.-]+/[\w.-]+)$", entry.where)
+            assert entry.url == f"https://huggingface.co/{repository}/resolve/main/{entry.default}"
 
 
 @every_scenario

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import time
+import urllib.parse
+import urllib.request
 
 import pytest
 
 from speedlab_tools.contract import read_contract
 from speedlab_tools.host import from_environment
+from speedlab_tools.scenarios.catalog import TEMPLATES
 
 pytestmark = pytest.mark.server
 
@@ -39,17 +42,58 @@ def test_the_pack_is_loaded_with_names_help_and_templates(server):
     for node_id, node in ours.items():
         assert node["display_name"].endswith(" (SpeedLab)")
         assert node["description"]
-        page = server.get  # the help page is served beside the extension
-        assert page
-        import urllib.request
-
         with urllib.request.urlopen(
             f"{server.url}/extensions/ComfyUI-SpeedLab/docs/{node_id}.md", timeout=30
         ) as answer:
             assert answer.status == 200
     templates = server.get("/api/workflow_templates")
-    assert "txt2img-default" in templates["ComfyUI-SpeedLab"]
+    assert set(templates["ComfyUI-SpeedLab"]) == set(TEMPLATES.values())
+    for name in TEMPLATES.values():
+        address = f"/api/workflow_templates/ComfyUI-SpeedLab/{urllib.parse.quote(name)}"
+        assert server.get(f"{address}.json")["extra"]["speedlab"]["scenario"] in TEMPLATES
+        with urllib.request.urlopen(f"{server.url}{address}.jpg", timeout=30) as answer:
+            assert answer.headers["Content-Type"] == "image/jpeg"
     assert not any("IMPORT FAILED" in line and "SpeedLab" in line for line in server.server.tail(500))
+
+
+# A word that somebody types into the search of nodes, and nodes that it has to find.
+FOUND = {
+    "fast": {"DeepCache", "DynamicCFG", "Forecast", "Attention", "Precision", "CompileModel"},
+    "speed": {"DeepCache", "DynamicCFG", "Forecast", "Attention", "CompileModel", "ProfileSampler"},
+    "timer": {"ProfileSampler", "ProfileReport", "Benchmark"},
+    "profile": {"ProfileSampler", "ProfileReport"},
+    "taesd": {"TinyVAEDecode"},
+    "quantize": {"CheckpointLoader"},
+    "vram": {"MemoryPlan", "FreeMemory"},
+    "lora": {"LoraStack"},
+    "fps": {"ProfileSampler", "ProfileReport", "Benchmark"},
+}
+ADVANCED = {
+    "DeepCache": {"start_percent", "end_percent", "schedule", "center", "power"},
+    "DynamicCFG": {"start_at", "sigma_low", "sigma_high", "uncond_interval", "uncond_from"},
+    "CompileModel": {"dynamic", "on_failure", "freeze_weights"},
+    "VAEDecode": {"overlap"},
+    "ProfileSampler": set(),
+}
+
+
+def test_searching_finds_nodes_and_seldom_used_inputs_are_advanced(server):
+    """Newer ComfyUI reads these attributes of a node, and says so of its own nodes; older ignores them."""
+    info = server.get("/object_info")
+    ours = {node_id.removeprefix("SpeedLab"): node for node_id, node in info.items() if node_id.startswith("SpeedLab")}
+    told = {name: set(node.get("search_aliases", ())) for name, node in ours.items()}
+    if info["KSampler"].get("search_aliases"):
+        assert all(told.values()), "each node is found by more than its name"
+        for word, nodes in FOUND.items():
+            assert {name for name, aliases in told.items() if word in aliases} >= nodes, word
+        for name, core in (("TextEncode", "ConditioningCombine"), ("LoraStack", "LoraLoader")):
+            assert ours[name]["essentials_category"] == info[core]["essentials_category"]
+        assert {name for name, node in ours.items() if node["has_intermediate_output"]} == {"MemoryPlan"}
+    else:
+        assert not any(told.values())
+    for name, inputs in ADVANCED.items():
+        specs = {**ours[name]["input"]["required"], **ours[name]["input"].get("optional", {})}
+        assert {key for key, spec in specs.items() if spec[1].get("advanced")} == inputs, name
 
 
 def test_the_main_job_leaves_a_whole_record_and_one_row(server, graph):

@@ -92,7 +92,7 @@ class ChoiceTable:
             return Choice(PREFERRED)
         known = self._choices.get(shape)
         if known is None:
-            with apart():
+            with apart("Timing attention backends"):
                 known = self._choices[shape] = pick(measure(runners()))
             times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in known.seconds.items())
             logging.info("Attention Backend: auto picked %s for %s on %s (%s).", known.name, shape, shape.device, times)

@@ -41,7 +41,7 @@ _ROUNDS = 3
 
 
 @cache
-@apart()
+@apart("Timing ways to compute")
 def most_pixels_here() -> int:
     """Up to how many pixels, over all rows, a product is clearly faster at 1280 channels; 0 where it never is.
 

@@ -55,7 +55,7 @@ def why_not() -> str:
 
 
 @cache
-@apart()
+@apart("Timing ways to compute")
 def is_faster_here() -> bool:
     """Whether oneDNN computes linear layers clearly faster than PyTorch's own choice: measured once a process."""
     if why_not():

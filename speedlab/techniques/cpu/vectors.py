@@ -27,7 +27,7 @@ _FUNCTIONS = {512: "Sleef_expf16_u10", 256: "Sleef_expf8_u10"}
 
 
 @cache
-@apart()
+@apart("Timing ways to compute")
 def known_to_work() -> bool:
     """Whether compiler and PyTorch have all that the widest vectors of this CPU need; False where that cannot
     be known, and inductor's own test decides."""

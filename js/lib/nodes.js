@@ -1,0 +1,30 @@
+// Finds nodes of the workflow on the canvas.
+import { app } from "../../../scripts/app.js";
+
+export const rootGraph = () => app.rootGraph ?? app.graph;
+
+/** The id of a node's class. */
+export const kindOf = (node) => node?.comfyClass ?? node?.type;
+
+/** Whether the Vue renderer draws nodes: it shows the widgets that a node is born with and none that come later. */
+export const isVue = () => Boolean(window.LiteGraph?.vueNodesMode);
+
+/** Whether a workflow, by its id, is the one on the canvas; one without an id is taken to be. */
+export const isHere = (workflow) => !workflow || !rootGraph()?.id || workflow === rootGraph().id;
+
+/** The node of an execution id such as "12" or, inside subgraphs, "12:3". */
+export function findNode(executionId) {
+  const path = String(executionId).split(":");
+  let graph = rootGraph();
+  for (const id of path.slice(0, -1)) graph = graph?.getNodeById(id)?.subgraph;
+  return graph?.getNodeById(path.at(-1)) ?? null;
+}
+
+/** The id of the node that shows the result of an `executed` message: an expanded node's is its parent's. */
+export const shownOn = (detail) => detail?.display_node ?? detail?.node;
+
+/** Draw all anew: where a widget came to a node without the canvas being touched, it has no place until then. */
+export function redraw() {
+  app.canvas?.setDirty(true, true);
+  requestAnimationFrame(() => app.canvas?.setDirty(true, true));
+}
