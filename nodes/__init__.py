@@ -23,5 +23,5 @@ _MODULES = (
 )  # fmt: skip
 
 NODE_CLASS_MAPPINGS = {node.NODE_ID: node for module in _MODULES for node in module.NODES}
-benchmark.Benchmark.pack_nodes = NODE_CLASS_MAPPINGS
+accelerate.Accelerate.pack_nodes = benchmark.Benchmark.pack_nodes = NODE_CLASS_MAPPINGS
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in NODE_CLASS_MAPPINGS.items()}

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from ..speedlab.common.core import core_nodes, show_on_node
+from ..speedlab.measure.context import NodeContext
+from ..speedlab.plans import presets
+from ..speedlab.plans.techniques import Parts
 from ..speedlab.techniques.deepcache.attach import DeepCacheConfig, attach_deepcache
 from ..speedlab.techniques.forecast.attach import ForecastConfig, attach_forecast
 from ..speedlab.techniques.guidance.dynamic_cfg import DynamicCFGConfig, attach_dynamic_cfg
@@ -329,4 +334,83 @@ class Forecast:
         return (attach_forecast(model, config),)
 
 
-NODES = (DeepCache, DynamicCFG, Forecast)
+class Accelerate:
+    """A whole plan in one node."""
+
+    NODE_ID = "SpeedLabAccelerate"
+    # The nodes that plans are made of, by id: set where they are all known.
+    pack_nodes: Mapping[str, type] = {}
+    DISPLAY_NAME = "Accelerate (SpeedLab)"
+    CATEGORY = _CATEGORY
+    DESCRIPTION = (
+        "Puts a whole plan on the model: what Attention Backend, Precision, Forecast, DeepCache, Dynamic CFG, Tiny VAE "
+        "Decode, Memory Plan and Compile Model do one behind the other, and nothing else. With clip and vae connected "
+        "it places memory and decoder too. For SD 1.x, SD 2.x and the SDXL family."
+    )
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE", "STRING")
+    RETURN_NAMES = ("model", "clip", "vae", "plan")
+    OUTPUT_TOOLTIPS = (
+        "The model with the plan on it. The input model is untouched.",
+        "The text encoder under the plan; nothing where none was connected.",
+        "A VAE that decodes as the plan says, in ComfyUI's VAE Decode too; nothing where none was connected.",
+        "The plan line that was applied, as Benchmark's plan and custom take it.",
+    )
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        lines = " ".join(f"{name}: {line}." for name, line in presets.PRESETS.items())
+        return {
+            "required": {
+                "model": ("MODEL", {"tooltip": "An SD 1.x, SD 2.x or SDXL-family model."}),
+                "preset": (
+                    list(presets.CHOICES),
+                    {
+                        "default": "balanced",
+                        "tooltip": f"{lines} tuned: what Tune found here for this model, size and sampler. "
+                        "custom: the line in custom. With clip and vae, the first three place memory too.",
+                    },
+                ),
+            },
+            "optional": {
+                "custom": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "For the preset custom: a plan line, such as "
+                        "attention(sdpa)+deepcache(3)+dynamic_cfg(0.75)+tiny.",
+                    },
+                ),
+                "compile": (
+                    "BOOLEAN",
+                    {
+                        "default": False,
+                        "tooltip": "Compile the UNet too, with the backend that was fastest when measured and runs "
+                        "here. The first image takes longer.",
+                    },
+                ),
+                "clip": ("CLIP", {"tooltip": "The text encoder, to be part of the memory plan."}),
+                "vae": ("VAE", {"tooltip": "The VAE, for the plan's decoder and memory plan."}),
+            },
+            "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, preset: str = "", **_: Any) -> str:
+        """A plan that Tune found since is another one."""
+        return presets.changed(preset)
+
+    def apply(
+        self, model: Any, preset: str, custom: str = "", compile: bool = False, clip: Any = None, vae: Any = None,
+        prompt: Any = None, unique_id: Any = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        nodes = {**core_nodes().NODE_CLASS_MAPPINGS, **self.pack_nodes}
+        done = presets.accelerate(
+            Parts(model, clip, vae), preset, custom, compile, nodes, NodeContext.of(prompt, None, unique_id)
+        )
+        parts = done.parts
+        show_on_node(done.text, unique_id)
+        return {"ui": {"text": [done.text]}, "result": (parts.model, parts.clip, parts.vae, done.line)}
+
+
+NODES = (DeepCache, DynamicCFG, Forecast, Accelerate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ def compute_device() -> Any:
     import comfy.model_management as mm
 
     return mm.get_torch_device()
+
+
+def show_on_node(text: str, node_id: str | None) -> None:
+    """Show a text on a node in the browser. Newer servers can; without one, in tests say, nothing happens."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
 
 
 def missing_input(message: str) -> Any:

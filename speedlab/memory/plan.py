@@ -19,7 +19,7 @@ from ..patching.compiled import has_compile_wrapper, refusal_of_streaming
 from ..patching.notes import report_note, report_ran
 from ..patching.wrappers import Accelerator, Site, accelerators, attach, declare
 from ..vae.decode import require_vae
-from ..vae.variants import is_compiled_vae
+from ..vae.variants import is_compiled_vae, refuse_decoding_by
 from .out_of_memory import clip_with_advice, settling, vae_with_advice, with_advice_in_sampling
 from .placement import Group, Offload, Placement, is_planned, planned, unplanned
 from .predict import (
@@ -81,6 +81,7 @@ def plan_memory(
     """
     if vae is not None:
         require_vae(vae)
+        refuse_decoding_by(vae, "Memory Plan")
     size = image_size(model, latent)
     parts = parts_of(model, clip, vae, size)
     predictions = {offload: predict(parts, offload) for offload in OFFLOADS}

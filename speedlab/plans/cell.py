@@ -28,7 +28,7 @@ from ..vae import decode as decoding
 from ..vae import taesd
 from .axes import CellSettings
 from .plan_text import SweepTextError
-from .techniques import DECODERS, WEIGHTS, NodeTable, Parts, attach, options_of
+from .techniques import DECODERS, WEIGHTS, NodeTable, Parts, attach_all, options_of
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,7 @@ def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Re
     if settings.weights is not None:
         wanted = options_of(settings.weights, WEIGHTS, nodes)
         parts = reloader.parts_in(wanted.get("precision", "auto"), wanted.get("memory_format"))
-    for technique in settings.techniques:
-        # A VAE that is not used has no place in a memory plan.
-        alone = technique.name == "memory_plan" and settings.decoder.name == "tiny"
-        made = attach(replace(parts, vae=None) if alone else parts, technique, nodes)
-        parts = replace(made, vae=parts.vae) if alone else made
+    parts = attach_all(parts, settings, nodes)
     if settings.decoder.name == "full":
         decoding.require_vae(parts.vae)
     conditioning.require_clip(parts.clip)

@@ -8,7 +8,6 @@ How far a sweep is: ComfyUI's bar over all steps, and a line with the time left.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ..common.core import output_directory
+from ..common.core import output_directory, show_on_node
 from ..common.errors import ResultsError
 from ..measure import timeline
 from ..measure.context import NodeContext
@@ -350,10 +349,7 @@ class SweepProgress:
         left = self.left_s()
         line = text if left is None else f"{text}, {_duration(left)} left"
         log.info("SpeedLab: %s", line)
-        # The text is a convenience of newer servers; none is there in tests and in headless use.
-        server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-        if server is not None and self._node is not None and hasattr(server, "send_progress_text"):
-            server.send_progress_text(line, self._node)
+        show_on_node(line, self._node)
 
     def step(self, step: int) -> None:
         """Step number `step` of the running sampling is done. Raises ComfyUI's interrupt where one is asked for."""

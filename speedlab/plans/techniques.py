@@ -111,6 +111,16 @@ def attach(parts: Parts, technique: TechniqueText, nodes: NodeTable) -> Parts:
     return parts
 
 
+def attach_all(parts: Parts, settings: CellSettings, nodes: NodeTable) -> Parts:
+    """The parts with every technique of the settings, in order. Raises as `attach` does."""
+    for technique in settings.techniques:
+        # A VAE that is not used has no place in a memory plan.
+        alone = technique.name == "memory_plan" and settings.decoder.name == "tiny"
+        made = attach(replace(parts, vae=None) if alone else parts, technique, nodes)
+        parts = replace(made, vae=parts.vae) if alone else made
+    return parts
+
+
 def _node_class(name: str, known: Known, nodes: NodeTable) -> Any:
     cls = nodes.get(known.node_id)
     if cls is None:

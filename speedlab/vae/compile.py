@@ -27,7 +27,7 @@ from ..techniques.compile import backends
 from ..techniques.compile.backends import FOR_VAE, MODES, CompileOptions, dynamo
 from ..techniques.compile.graphs import kind_of
 from ..techniques.compile.run import CompileError, cache_folder, passing, raise_what_passes
-from .variants import COMPILED, HOLDS_WEIGHTS, Derivation, placement_of, set_derivation
+from .variants import COMPILED, HOLDS_WEIGHTS, Derivation, placement_of, refuse_decoding_by, set_derivation
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
             f"backend {backend_name!r}, mode {mode!r}: choose of {', '.join(FOR_VAE)} and {', '.join(MODES)}"
         )
     vae.throw_exception_if_invalid()
+    refuse_decoding_by(vae, "Compile VAE")
     backend = backends.load(backend_name)
     if mode not in backend.SUPPORTED_MODES:
         raise UnavailableError(f"Compile VAE: {backend_name} has no mode {mode}. Choose default, or inductor.")

@@ -18,7 +18,7 @@ from ..models.latent_mark import mark_of
 from ..models.loading import FAMILIES, VAE_SOURCE
 from .attempts import SMALLEST_TILE, Way, decode_fitting
 from .precision import abilities_for, remember_not_finite, safer, sibling, sibling_bytes, slow_choice, starting_dtype
-from .variants import COMPILED, derivations_of
+from .variants import COMPILED, decoding_by, derivations_of
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,12 @@ def decode(vae: Any, latent: Mapping[str, Any], config: DecodeConfig) -> Decoded
         for bad in not_finite:
             remember_not_finite(vae, bad)
     return Decoded(result.images, _info(vae, chosen, way, config, warnings))
+
+
+def vae_of(vae: Any, config: DecodeConfig, words: str) -> Any:
+    """A VAE that decodes as `decode` does with `config`, for nodes that have no such settings."""
+    require_vae(vae)
+    return decoding_by(vae, words, lambda samples: decode(vae, {"samples": samples}, config).images, vae)
 
 
 def _info(vae: Any, chosen: Any, way: Way, config: DecodeConfig, warnings: list[str]) -> dict[str, Any]:

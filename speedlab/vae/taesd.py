@@ -29,6 +29,7 @@ from ..models.latent_mark import mark_of
 from ..models.loading import FAMILIES, readable, refuse_unsafe
 from .attempts import until_it_fits
 from .decode import Decoded, check_latent, image_latents, report, report_bad_latents
+from .variants import decoding_by
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,19 @@ def decode_tiny(latent: Mapping[str, Any], config: TinyDecodeConfig, model: Any 
     if warnings:
         info["warning"] = " ".join(warnings)
     return Decoded(images, info)
+
+
+def tiny_vae(vae: Any, config: TinyDecodeConfig, model: Any) -> Any:
+    """A VAE that decodes as `decode_tiny` does with this model's latents, and encodes as `vae`.
+
+    Raises SpeedLabError for latents without a tiny decoder, ModelFileError where its file is missing or broken.
+    """
+    latent_format = _latent_format({}, model)
+    chosen = replace(config, decoder=resolve_decoder(config.decoder, latent_format))
+    tiny = load_tiny_vae(chosen.decoder, latent_format)
+    return decoding_by(
+        tiny, f"tiny({chosen.decoder})", lambda samples: decode_tiny({"samples": samples}, chosen, model).images, vae
+    )
 
 
 def resolve_decoder(decoder: str, latent_format: Any | None) -> str:

@@ -6,11 +6,15 @@ and Memory Plan note here, by name, how they do to another module of the same we
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..common.errors import UnavailableError
+
 _DERIVATIONS = "speedlab_derivations"
+_DECODES_BY = "speedlab_decodes_by"
 COMPILED = "compile"
 # On the network of a compiled VAE: its programs hold the weights once more.
 HOLDS_WEIGHTS = "speedlab_holds_weights"
@@ -56,3 +60,28 @@ def set_derivation(vae: Any, name: str, derivation: Derivation | None) -> None:
 def is_compiled_vae(vae: Any) -> bool:
     """Whether Compile VAE made this VAE."""
     return COMPILED in derivations_of(vae)
+
+
+def decoding_by(vae: Any, words: str, decode: Callable[[Any], Any], encoder: Any) -> Any:
+    """A second VAE object for all nodes that decode with it: `decode` makes the images of latents, `encoder` encodes.
+
+    `words` say how it decodes, in the message of a node that cannot follow that.
+    """
+    second = copy.copy(vae)
+    for name in ("decode", "decode_tiled"):
+        setattr(second, name, lambda samples, *_args, **_kwargs: decode(samples))
+    if encoder is not vae:
+        for name in ("encode", "encode_tiled"):
+            setattr(second, name, getattr(encoder, name))
+    setattr(second, _DECODES_BY, words)
+    return second
+
+
+def refuse_decoding_by(vae: Any, who: str) -> None:
+    """Refuse, for a node named `who`, a VAE of `decoding_by`. Raises UnavailableError."""
+    words = getattr(vae, _DECODES_BY, None)
+    if words is not None:
+        raise UnavailableError(
+            f"{who} cannot act on the VAE of Accelerate, which decodes by {words}. Put {who} before Accelerate, or "
+            "into its plan."
+        )

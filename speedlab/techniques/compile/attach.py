@@ -100,6 +100,32 @@ def attach_compile(model: Any, config: CompileConfig) -> Any:
     return clone
 
 
+# What was fastest on full-size SD 1.5 (docs/benchmarks.md), the fastest first: options, and the types it computes in.
+_FASTEST: Mapping[str, tuple[tuple[Mapping[str, str], tuple[torch.dtype, ...]], ...]] = {
+    "cpu": (
+        ({"backend": "openvino"}, (torch.float32, torch.bfloat16)),
+        ({"backend": "onnxruntime"}, (torch.float32,)),
+        ({"backend": "inductor", "freeze_weights": "true"}, ()),
+    ),
+}
+
+
+def fastest_here(model: Any, by_blocks: bool) -> Mapping[str, str]:
+    """Options of the fastest backend that can run MODEL `model` here; `by_blocks`: beside a technique that excludes
+    programs of the whole network. Raises UnavailableError, with each one's reason, where none can.
+    """
+    reasons = []
+    for options, dtypes in _FASTEST.get(model.load_device.type, (({"backend": "inductor"}, ()),)):
+        name = options["backend"]
+        if (by_blocks and name not in backends.GRAPH_BY_GRAPH) or (dtypes and model.model.get_dtype() not in dtypes):
+            continue
+        able, reason = backends.usable(backends.load(name), CompileOptions(device=model.load_device))
+        if able:
+            return options
+        reasons.append(f"{name}: {reason}")
+    raise UnavailableError(f"No compile backend can run here: {'; '.join(reasons)}.")
+
+
 def held_copies(model: Any) -> int:
     """How often compiled programs hold the UNet's weights once more while MODEL `model` is loaded."""
     options = next((one.options for one in accelerators(model) if one.name == "compile"), None)

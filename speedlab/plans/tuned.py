@@ -1,0 +1,151 @@
+"""The plans that Tune found, one file each, by what they were found for: device, family, size, sampler."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import SpeedLabError
+from ..measure.context import NodeContext, inputs_of
+from ..measure.store import RunStore, cannot_write, write_atomically
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+# With another one of these a plan was measured on other software, and may no longer be the fastest.
+_VERSIONS = ("torch", "comfyui", "speedlab")
+
+
+@dataclass(frozen=True)
+class TunedFor:
+    """What a plan was found for."""
+
+    device: str
+    family: str
+    width: int
+    height: int
+    batch: int
+    sampler: str
+    scheduler: str
+
+    def words(self) -> str:
+        """`512x512, batch 1, euler/normal`."""
+        return f"{self.width}x{self.height}, batch {self.batch}, {self.sampler}/{self.scheduler}"
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """`plan` is what Accelerate can apply; `settings` what the user sets on the sampler beside it (fewer steps, say);
+    `versions` the software that it was measured on, `figures` what was found, `made` the time in seconds.
+    """
+
+    tuned_for: TunedFor
+    plan: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    made: float = 0.0
+    schema: int = SCHEMA
+
+
+def versions_of(env: Mapping[str, Any]) -> dict[str, str]:
+    """The versions, of an environment, that a tuned plan holds for."""
+    return {name: str(env.get(name)) for name in _VERSIONS}
+
+
+def folder_of(store: RunStore) -> Path:
+    """Where the tuned plans lie."""
+    return store.root / "tuned"
+
+
+def state(store: RunStore) -> str:
+    """Another text after each change of the tuned plans."""
+    found = sorted(folder_of(store).glob("*.json"))
+    return ",".join(f"{path.name}:{path.stat().st_mtime_ns}" for path in found)
+
+
+def keep(store: RunStore, plan: TunedPlan) -> Path:
+    """Write a plan in place of the one that was found for the same before. Raises ResultsError naming the path."""
+    key = json.dumps(asdict(plan.tuned_for), sort_keys=True)
+    path = folder_of(store) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        store.refuse_symlink_out()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(plan), indent=2).encode())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return path
+
+
+def read_all(store: RunStore) -> list[TunedPlan]:
+    """Every plan that can be read, the newest first; the others are named in the log."""
+    plans = []
+    for path in sorted(folder_of(store).glob("*.json")):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            if told.get("schema") != SCHEMA:
+                log.warning("SpeedLab: %s was written by another version of SpeedLab: run Tune again.", path)
+                continue
+            plans.append(TunedPlan(**{**told, "tuned_for": TunedFor(**told["tuned_for"])}))
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            log.warning("SpeedLab: %s is no tuned plan (%s): delete it, or run Tune again.", path, error)
+    return sorted(plans, key=lambda plan: plan.made, reverse=True)
+
+
+def find(store: RunStore, device: str, family: str, wanted: Mapping[str, Any]) -> TunedPlan:
+    """The newest plan for a device and family that has the `wanted` size and sampler, as far as these are known.
+
+    Raises SpeedLabError where there is none, with what there is.
+    """
+    plans = read_all(store)
+    mine = [plan for plan in plans if (plan.tuned_for.device, plan.tuned_for.family) == (device, family)]
+    for plan in mine:
+        if all(getattr(plan.tuned_for, name) == value for name, value in wanted.items()):
+            return plan
+    asked = f" with {', '.join(f'{name} {value}' for name, value in wanted.items())}" if wanted else ""
+    there = "; ".join(plan.tuned_for.words() for plan in mine)
+    elsewhere = sorted({f"{plan.tuned_for.family} on {plan.tuned_for.device}" for plan in plans if plan not in mine})
+    raise SpeedLabError(
+        f"There is no tuned plan for {family} on {device}{asked}: run Tune with this checkpoint, size and sampler, or "
+        "choose another preset."
+        + (f" There are plans for {there}." if there else "")
+        + (f" Those of {', '.join(elsewhere)} are for others." if elsewhere else "")
+    )
+
+
+def notes_of(plan: TunedPlan, env: Mapping[str, Any]) -> list[str]:
+    """What a user has to know of a plan that is taken: what it is for, what to set beside it, whether it is stale."""
+    notes = [f"Tuned for {plan.tuned_for.words()}."]
+    if plan.settings:
+        named = ", ".join(f"{name} {value}" for name, value in plan.settings.items())
+        notes.append(f"Set {named} on the sampler: the plan was found with that.")
+    now = versions_of(env)
+    changed = [f"{name} {old}, now {now[name]}" for name, old in plan.versions.items() if now.get(name, old) != old]
+    if changed:
+        notes.append(f"This plan is stale, measured with {', '.join(changed)}: run Tune again.")
+    return notes
+
+
+def wanted_by(context: NodeContext) -> dict[str, Any]:
+    """Size and sampler of what samples behind a node, as far as the prompt tells them and all agree."""
+    ids = [node_id for node_id in context.samplers(context.graph) if context.node_id in context.upstream(node_id)]
+    found: dict[str, set[Any]] = {}
+    for node_id in ids:
+        sources = context.upstream(node_id, ("latent_image", "latent"))
+        own = inputs_of(context.graph[node_id])
+        values: list[tuple[str, Any, type]] = [
+            ("sampler", own.get("sampler_name"), str), ("scheduler", own.get("scheduler"), str),
+        ]  # fmt: skip
+        for source in sources:
+            inputs = inputs_of(context.graph.get(source))
+            if "width" in inputs and "height" in inputs:
+                sizes = (("width", "width"), ("height", "height"), ("batch_size", "batch"))
+                values += [(name, inputs.get(key), int) for key, name in sizes]
+        for name, value, kind in values:
+            found.setdefault(name, set()).add(value if isinstance(value, kind) else None)
+    return {name: next(iter(values)) for name, values in found.items() if len(values) == 1 and None not in values}
