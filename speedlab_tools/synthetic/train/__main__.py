@@ -1,0 +1,139 @@
+"""`python -m speedlab_tools.synthetic.train STAGE`: see docs/drawn-model.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from speedlab.common.errors import SpeedLabError
+
+from ..drawn import factors
+from . import autoencoder, data, diffusion
+from .net import UNet
+from .optimiser import Muon
+from .state import Training, run
+
+SEED = 0
+CAPTIONS = 3000
+DROPPED = 0.1
+CFG = 3.0
+SHEET = 16
+DECODER_RATE, UNET_RATE = 1e-3, 1e-3
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m speedlab_tools.synthetic.train", description=__doc__)
+    parser.add_argument("stage", choices=("captions", "decoder", "unet", "sheet"))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training's state, log and sheets")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--captions", type=int, default=CAPTIONS, help="how many captions to encode and train on")
+    parser.add_argument("--until", type=int, default=1000, help="train to this step")
+    parser.add_argument("--side", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=None)
+    parser.add_argument("--cool", type=int, default=None, metavar="STEP", help="let the rate fall from this step on")
+    parser.add_argument("--start", type=Path, default=None, help="packed factors to begin with")
+    parser.add_argument("--fp32", action="store_true", help="compute in fp32 instead of bf16 autocast")
+    parser.add_argument("--sheet-every", type=int, default=500)
+    return parser.parse_args(argv)
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Stage 1: TAESD's decoder."""
+    net = autoencoder.decoder(args.seed).to(memory_format=torch.channels_last)
+    rate = args.rate or DECODER_RATE
+    training = Training(net, torch.optim.Adam(net.parameters(), rate, (0.9, 0.99)), rate, warm_up=50)
+    _resume(training, args.out / "decoder.pt")
+
+    def loss_of(step: int) -> tuple[torch.Tensor, int]:
+        noisy, pictures = autoencoder.batch(args.seed, step, args.batch, args.side)
+        with _autocast(args):
+            loss = autoencoder.loss(net, noisy.to(memory_format=torch.channels_last), pictures)
+        return loss, args.batch
+
+    run(training, args.out, "decoder", args.until, loss_of, about={"side": args.side, "batch": args.batch},
+        cool_from=args.cool)  # fmt: skip
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    """Stage 2: the UNet."""
+    pool = data.open_pool(args.out / "captions", args.seed, args.captions)
+    net = UNet(args.seed).to(memory_format=torch.channels_last)
+    rate = args.rate or UNET_RATE
+    training = Training(net, Muon(net.named_parameters(), rate), rate, warm_up=100)
+    _resume(training, args.out / "unet.pt")
+
+    def loss_of(step: int) -> tuple[torch.Tensor, int]:
+        clean, context = pool.batch(args.seed, step, args.batch, args.side, DROPPED)
+        rng = data.world.generator(args.seed, data.NOISES, step)
+        t = diffusion.draw_timesteps(args.batch, rng)
+        noise = torch.from_numpy(rng.standard_normal(clean.shape)).float()
+        noisy = diffusion.add_noise(clean, noise, t).to(memory_format=torch.channels_last)
+        with _autocast(args):
+            predicted = net(noisy, torch.from_numpy(t).float(), context)
+        return (predicted.float() - noise).square().mean(), args.batch
+
+    def sheet() -> None:
+        write_sheet(args, pool, training)
+
+    run(training, args.out, "unet", args.until, loss_of, about={"side": args.side, "batch": args.batch},
+        sheet=sheet, sheet_every=args.sheet_every, cool_from=args.cool)  # fmt: skip
+
+
+def write_sheet(args: argparse.Namespace, pool: data.Pool, training: Training) -> None:
+    """A sheet of samples of the averaged weights, for captions of the pool."""
+    net = UNet(args.seed).to(memory_format=torch.channels_last).eval()
+    net.load_state_dict(training.ema)
+    context = torch.from_numpy(pool.encoded[1 : 1 + SHEET]).float()
+    empty = torch.from_numpy(pool.encoded[:1]).float()
+    decoder = autoencoder.decoder(args.seed)
+    if (args.out / "decoder.pt").is_file():
+        decoder.load_state_dict(torch.load(args.out / "decoder.pt", weights_only=True)["ema"])
+    with torch.no_grad(), _autocast(args):
+        latents = diffusion.sample(net, context, empty, args.side // 8, 25, CFG, seed=args.seed)
+        pictures = decoder(latents).float().clamp(0, 1)
+    rows = pictures.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    (args.out / "sheets").mkdir(exist_ok=True)
+    path = args.out / "sheets" / f"{training.step:06d}.png"
+    Image.fromarray((rows * 255).round().to(torch.uint8).numpy()).save(path)
+
+
+def _resume(training: Training, path: Path) -> None:
+    if path.is_file():
+        training.load(path)
+
+
+def _autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32)
+
+
+def encode_captions(args: argparse.Namespace) -> None:
+    """Stage 0: ComfyUI's text encoder on every caption, once."""
+    from .captions import encoder
+
+    data.open_pool(args.out / "captions", args.seed, args.captions, encoder(args.out))
+
+
+STAGES = {"captions": encode_captions, "decoder": train_decoder, "unet": train_unet}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        STAGES[args.stage](args)
+    except (SpeedLabError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    raise SystemExit(main())
