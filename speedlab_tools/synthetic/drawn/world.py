@@ -59,7 +59,12 @@ SKY: dict[str, RGB] = {"day": (150, 205, 250), "sunset": (250, 150, 95), "night"
 LIGHT: dict[str, RGB] = {"day": (255, 225, 50), "sunset": (255, 240, 150), "night": (240, 240, 225)}
 # What a time of day leaves of the colours of things.
 DIMMED = {"day": 1.0, "sunset": 0.9, "night": 0.65}
-GROUND: dict[str, RGB] = {"hill": (110, 190, 75), "sea": (30, 95, 165), "snow": (235, 240, 250), "sand": (225, 200, 135)}
+GROUND: dict[str, RGB] = {
+    "hill": (110, 190, 75),
+    "sea": (30, 95, 165),
+    "snow": (235, 240, 250),
+    "sand": (225, 200, 135),
+}
 _GROUND_WORDS = {"hill": "a green hill", "sea": "the sea", "snow": "the snow", "sand": "the sand"}
 SIDES = ("left", "right")
 WALLS = ("red", "white", "yellow")
@@ -67,7 +72,7 @@ SAILS = ("red", "white", "yellow")
 CROWN: RGB = (20, 95, 45)
 WOOD: RGB = (105, 60, 35)
 ROOF: RGB = (75, 65, 80)
-_ALIKE = {("snow", "white"), ("sand", "yellow")}
+ALIKE = {("snow", "white"), ("sand", "yellow")}
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def _random_landscape(rng: Generator) -> Landscape:
         return Landscape(time, ground, light, boat=(_pick(rng, SAILS), _pick(rng, SIDES)))
     what, side = int(rng.integers(3)), _pick(rng, SIDES)
     other = SIDES[1 - SIDES.index(side)]
-    walls = [wall for wall in WALLS if (ground, wall) not in _ALIKE]
+    walls = [wall for wall in WALLS if (ground, wall) not in ALIKE]
     house = (_pick(rng, walls), side) if what != 0 else None
     tree = other if house else side
     return Landscape(time, ground, light, tree=tree if what != 1 else None, house=house)
@@ -191,7 +196,7 @@ def _standing(scene: Landscape) -> str:
 def draw(scene: Scene, rng: Generator, size: int) -> Picture:
     """The picture, size x size, anti-aliased: drawn large and averaged."""
     factor = max(1, -(-512 // size))
-    canvas = _Canvas(size * factor)
+    canvas = Canvas(size * factor)
     if isinstance(scene, Shapes):
         _draw_shapes(canvas, scene, rng)
     else:
@@ -199,7 +204,7 @@ def draw(scene: Scene, rng: Generator, size: int) -> Picture:
     return np.asarray(canvas.image.reduce(factor) if factor > 1 else canvas.image)
 
 
-class _Canvas:
+class Canvas:
     """PIL's drawing in fractions of the picture."""
 
     def __init__(self, side: int) -> None:
@@ -238,7 +243,7 @@ def _near(rng: Generator, colour: RGB, by: float = 6.0) -> RGB:
     return float(red), float(green), float(blue)
 
 
-def _draw_shapes(canvas: _Canvas, scene: Shapes, rng: Generator) -> None:
+def _draw_shapes(canvas: Canvas, scene: Shapes, rng: Generator) -> None:
     background = _near(rng, COLOURS[scene.background])
     canvas.box(0, 0, 1, 1, background)
     if scene.count > 1:
@@ -256,7 +261,7 @@ def _draw_shapes(canvas: _Canvas, scene: Shapes, rng: Generator) -> None:
         draw_shape(canvas, thing.shape, x, y, radius, colour, background)
 
 
-def draw_shape(canvas: _Canvas, shape: str, x: float, y: float, radius: float, colour: RGB, background: RGB) -> None:
+def draw_shape(canvas: Canvas, shape: str, x: float, y: float, radius: float, colour: RGB, background: RGB) -> None:
     """One shape; `radius` reaches to its bounding box, roughly."""
     if shape in ("circle", "ring"):
         canvas.ellipse(x, y, radius, radius, colour)
@@ -281,7 +286,7 @@ def draw_shape(canvas: _Canvas, shape: str, x: float, y: float, radius: float, c
         canvas.box(x - radius, y - arm, x + radius, y + arm, colour)
 
 
-def _draw_landscape(canvas: _Canvas, scene: Landscape, rng: Generator) -> None:
+def _draw_landscape(canvas: Canvas, scene: Landscape, rng: Generator) -> None:
     dim = DIMMED[scene.time]
     horizon = rng.uniform(0.58, 0.64)
     sky = _near(rng, SKY[scene.time])
@@ -312,13 +317,13 @@ def _aside(side: str, x: float) -> float:
     return x if side == "left" else 1.0 - x
 
 
-def _shadow(canvas: _Canvas, x: float, y: float, half: float, scene: Landscape, ground: RGB) -> None:
+def _shadow(canvas: Canvas, x: float, y: float, half: float, scene: Landscape, ground: RGB) -> None:
     """On the ground, away from the light."""
     away = 0.5 * half if scene.light == "left" else -0.5 * half
     canvas.ellipse(x + away, y, half, 0.028, times(ground, 0.78))
 
 
-def _draw_tree(canvas: _Canvas, x: float, y: float, scene: Landscape, ground: RGB) -> None:
+def _draw_tree(canvas: Canvas, x: float, y: float, scene: Landscape, ground: RGB) -> None:
     dim = DIMMED[scene.time]
     _shadow(canvas, x, y, 0.13, scene, ground)
     canvas.box(x - 0.025, y - 0.2, x + 0.025, y, times(WOOD, dim))
@@ -329,7 +334,7 @@ def _draw_tree(canvas: _Canvas, x: float, y: float, scene: Landscape, ground: RG
     canvas.ellipse(x + lit, y - 0.32, 0.05, 0.05, times(crown, 1.25))
 
 
-def _draw_house(canvas: _Canvas, x: float, y: float, scene: Landscape, ground: RGB) -> None:
+def _draw_house(canvas: Canvas, x: float, y: float, scene: Landscape, ground: RGB) -> None:
     assert scene.house is not None
     dim = DIMMED[scene.time]
     wall = times(COLOURS[scene.house[0]], dim)
@@ -341,7 +346,7 @@ def _draw_house(canvas: _Canvas, x: float, y: float, scene: Landscape, ground: R
     canvas.box(x - 0.03, y - 0.1, x + 0.03, y, times(WOOD, dim))
 
 
-def _draw_boat(canvas: _Canvas, x: float, y: float, scene: Landscape, ground: RGB) -> None:
+def _draw_boat(canvas: Canvas, x: float, y: float, scene: Landscape, ground: RGB) -> None:
     assert scene.boat is not None
     dim = DIMMED[scene.time]
     canvas.ellipse(x, y + 0.06, 0.17, 0.022, times(ground, 0.78))

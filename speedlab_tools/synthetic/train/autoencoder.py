@@ -1,4 +1,4 @@
-"""TAESD's decoder, trained to find the edges of drawn scenes in latents that are arithmetic, with some noise on them."""
+"""TAESD's decoder, trained to find the edges of drawn scenes in latents that are arithmetic and a little noisy."""
 
 from __future__ import annotations
 

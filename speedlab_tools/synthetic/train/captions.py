@@ -16,13 +16,20 @@ from .. import CheckpointSpec, write_checkpoint
 from .data import TOKENS, WIDTH, Encode
 
 
-def encoder(folder: Path) -> Encode:
-    """The encoder; the demo checkpoint is written to `folder` where it is not there. Needs COMFYUI_PATH."""
+def comfyui(folder: Path) -> None:
+    """Import ComfyUI into this process, with its base folder below `folder`. Needs COMFYUI_PATH."""
     path = os.environ.get("SPEEDLAB_COMFYUI") or os.environ.get("COMFYUI_PATH")
     if not path:
-        raise SpeedLabError("No ComfyUI to encode captions with: set COMFYUI_PATH to its folder.")
+        raise SpeedLabError("No ComfyUI to work with: set COMFYUI_PATH to its folder.")
+    base = folder / "comfyui"
+    base.mkdir(parents=True, exist_ok=True)
+    enter(Path(path), base, on_cpu=True)
+
+
+def encoder(folder: Path) -> Encode:
+    """The encoder; the demo checkpoint is written to `folder` where it is not there."""
     checkpoint = write_checkpoint(folder / "models" / "demo.safetensors", CheckpointSpec("sd15"))
-    enter(Path(path), folder / "comfyui", on_cpu=True)
+    comfyui(folder)
     sd = importlib.import_module("comfy.sd")
     clip = sd.load_checkpoint_guess_config(str(checkpoint), output_vae=False, output_model=False)[1]
 

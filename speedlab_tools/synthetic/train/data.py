@@ -28,7 +28,9 @@ def is_held_out(scene: world.Scene) -> bool:
     return hashlib.sha256(repr(scene).encode()).digest()[0] < 256 * _HELD_SHARE
 
 
-def scenes(seed: int, count: int, held_out: bool = False, kind: world.Kind | None = None) -> list[tuple[world.Scene, str]]:
+def scenes(
+    seed: int, count: int, held_out: bool = False, kind: world.Kind | None = None
+) -> list[tuple[world.Scene, str]]:
     """The first `count` scenes of a seed with captions: those to train on, or those for the examination."""
     found: list[tuple[world.Scene, str]] = []
     number = 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 STEPS = 1000
 MIN_SNR = 5.0
-Predict = torch.nn.Module
+Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def signal_shares() -> np.ndarray:

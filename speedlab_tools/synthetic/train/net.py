@@ -205,9 +205,7 @@ class UNet(nn.Module):
                     parts.append(_Up(f"{name}.{len(parts)}"))
                 outputs.append(nn.ModuleList(parts))
         self.output_blocks = nn.ModuleList(outputs)
-        self.out = nn.Sequential(
-            nn.GroupNorm(32, CHANNELS), nn.SiLU(), nn.Conv2d(CHANNELS, OUT_CHANNELS, 3, padding=1)
-        )
+        self.out = nn.Sequential(nn.GroupNorm(32, CHANNELS), nn.SiLU(), nn.Conv2d(CHANNELS, OUT_CHANNELS, 3, padding=1))
         self._start(seed)
         torch.random.set_rng_state(state)
 
