@@ -39,7 +39,7 @@ def pack(unet: Mapping[str, torch.Tensor], decoder: Mapping[str, torch.Tensor]) 
         if name.endswith(".second"):
             continue
         if not name.endswith(".first"):
-            packed[name] = tensor.to(torch.float16)
+            packed[name] = tensor.to(torch.float16).contiguous()
             continue
         layer = name.removesuffix(".first")
         first, scale = _rounded(tensor)

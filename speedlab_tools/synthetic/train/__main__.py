@@ -26,7 +26,7 @@ CAPTIONS = 3000
 DROPPED = 0.1
 CFG = 3.0
 SHEET = 16
-DECODER_RATE, UNET_RATE = 1e-3, 1e-3
+DECODER_RATE, UNET_RATE = 5e-4, 1e-3
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
