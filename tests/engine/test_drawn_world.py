@@ -44,7 +44,7 @@ def test_captions_name_all_attributes() -> None:
     assert "a small orange star on the top left" in world.caption(world.Shapes("blue", (thing,), size="small"), rng)
     assert "blue background" in world.caption(world.Shapes("blue", (thing,), size="small"), rng)
     three = world.Shapes("white", (world.Thing("red", "cross", ""),), count=3)
-    assert "three red crosses" in world.caption(three, rng)
+    assert "three red cross shapes" in world.caption(three, rng)
     sea = world.caption(world.Landscape("night", "sea", "left", boat=("red", "right")), rng)
     for words in ("a boat with a red sail on the right", "on the sea", "moon on the left", "night"):
         assert words in sea

@@ -43,9 +43,7 @@ def rank_of(layer: str, shape: tuple[int, ...]) -> int | None:
         return None
     if "emb_layers" in layer:
         return 16
-    if "time_embed" in layer or (len(shape) == 4 and shape[2] == 3) or "attn2.to_" in layer or ".ff." in layer:
-        return 64
-    return 48
+    return 64 if (len(shape) == 4 and shape[2] == 3) or "attn2.to_" in layer else 48
 
 
 def layers(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -47,11 +47,12 @@ def pack(unet: Mapping[str, torch.Tensor], decoder: Mapping[str, torch.Tensor]) 
         second, rows = _rounded(unet[f"{layer}.second"].double() * scale)
         packed |= {name: first, f"{layer}.second": second, f"{layer}.rows": rows.float()}
     for name, tensor in decoder.items():
-        if tensor.dim() == 4:
+        # Outside of blocks a row has one large number, the way of the mean colour, and 8 bits would lose the others.
+        if tensor.dim() == 4 and ".conv." in name:
             whole, rows = _rounded(tensor)
             packed |= {f"{_DECODER}{name}": whole, f"{_DECODER}{name}.rows": rows.float()}
         else:
-            packed[f"{_DECODER}{name}"] = tensor.to(torch.float16)
+            packed[f"{_DECODER}{name}"] = tensor.to(torch.float16).contiguous()
     return packed
 
 

@@ -168,7 +168,8 @@ def caption(scene: Scene, rng: Generator) -> str:
 def _things(scene: Shapes) -> str:
     first = scene.things[0]
     if scene.count > 1:
-        return f"{NUMBERS[scene.count]} {first.colour} {_plural(first.shape)}"
+        # "shapes" bears the plural: with it, every word is one token.
+        return f"{NUMBERS[scene.count]} {first.colour} {first.shape} shapes"
     size = f"{scene.size} " if scene.size else ""
     where = [
         f"{'an' if not size and thing.colour == 'orange' else 'a'} {size}{thing.colour} {thing.shape} "
@@ -176,10 +177,6 @@ def _things(scene: Shapes) -> str:
         for thing in scene.things
     ]
     return " and ".join(where)
-
-
-def _plural(shape: str) -> str:
-    return shape + ("es" if shape == "cross" else "s")
 
 
 def _standing(scene: Landscape) -> str:
