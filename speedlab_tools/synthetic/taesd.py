@@ -47,11 +47,12 @@ def _seed(name: str, part: str, seed: int) -> int:
 def _parts(name: str) -> Iterator[tuple[str, Layout]]:
     if name not in get_args(TaesdName):
         raise ValueError(f"tiny autoencoder {name!r} is unknown; choose one of {', '.join(get_args(TaesdName))}")
-    yield "encoder", _encoder()
-    yield "decoder", _decoder()
+    yield "encoder", encoder_layout()
+    yield "decoder", decoder_layout()
 
 
-def _encoder() -> Layout:
+def encoder_layout() -> Layout:
+    """Every parameter of the encoder."""
     layout = Layout()
     layout.conv("0", 3, _WIDTH)
     _block(layout, "1")
@@ -65,7 +66,8 @@ def _encoder() -> Layout:
     return layout
 
 
-def _decoder() -> Layout:
+def decoder_layout() -> Layout:
+    """Every parameter of the decoder."""
     layout = Layout()
     layout.conv("1", 4, _WIDTH, gain=AFTER_RELU)  # 0 is a clamp, 2 a ReLU
     index = 3

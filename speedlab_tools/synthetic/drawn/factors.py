@@ -1,0 +1,83 @@
+"""The model's weights as factors: which layers have how many, and the checkpoint that is built from them.
+
+A large layer is the product of two thin matrices; the text encoder is the demo checkpoint's random one and costs
+nothing. The first convolution, the last and the way between them begin as the random UNet's, which hands the noise on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from ..files import Layout
+from ..spec import UNetConfig
+from ..unet import unet_layout
+
+# ComfyUI knows SD 1.x by 320 channels and a context of 768; levels and transformers are read from the weights.
+UNET = UNetConfig(
+    model_channels=320,
+    channel_mult=(1, 1, 1),
+    num_res_blocks=1,
+    depth_in=(0, 1, 0),
+    depth_out=(0, 0, 1, 1, 0, 0),
+    depth_middle=1,
+    context_dim=768,
+    linear_projection=False,
+)
+LAST_BLOCK = 5
+# Dense, because the noise goes through them from the start.
+DENSE = ("input_blocks.0.0", f"output_blocks.{LAST_BLOCK}.0.skip_connection", "out.2")
+Tensors = dict[str, torch.Tensor]
+
+
+def unet() -> Layout:
+    """Every parameter of the UNet by its name."""
+    return unet_layout(UNET)
+
+
+def rank_of(layer: str, shape: tuple[int, ...]) -> int | None:
+    """How many factors a layer has; None for one that is kept whole: norms, biases, and what is small anyway."""
+    if len(shape) < 2 or layer in DENSE:
+        return None
+    if "emb_layers" in layer:
+        return 16
+    return 64 if (len(shape) == 4 and shape[2] == 3) or "attn2.to_" in layer else 48
+
+
+def layers(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the weights with two dimensions or more."""
+    for name, weight in layout.items():
+        if name.endswith(".weight") and len(weight.shape) > 1:
+            yield name.removesuffix(".weight"), weight.shape
+
+
+def multiply(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The weight of a layer whose input goes through `first` (rank x inputs) and then `second` (outputs x rank)."""
+    return (second.flatten(1) @ first.flatten(1)).reshape(second.shape[0], *first.shape[1:])
+
+
+def merged(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Factors `<layer>.first` and `<layer>.second` made into `<layer>.weight`; everything else as it is."""
+    whole: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".first"):
+            layer = name.removesuffix(".first")
+            whole[f"{layer}.weight"] = multiply(tensor, tensors[f"{layer}.second"])
+        elif not name.endswith(".second"):
+            whole[name] = tensor
+    return whole
+
+
+def numbers(layout: Layout) -> int:
+    """How many numbers the factors of a layout hold."""
+    total = 0
+    ranks = {name: (rank_of(name, shape), shape) for name, shape in layers(layout)}
+    for name, weight in layout.items():
+        rank, shape = ranks.get(name.removesuffix(".weight"), (None, weight.shape))
+        if rank is None:
+            total += math.prod(weight.shape)
+        else:
+            total += rank * (math.prod(shape[1:]) + shape[0])
+    return total

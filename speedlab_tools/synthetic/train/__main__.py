@@ -1,0 +1,170 @@
+"""`python -m speedlab_tools.synthetic.train STAGE`: see docs/drawn-model.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from PIL import Image
+
+from speedlab.common.errors import SpeedLabError
+
+from ..drawn import packed
+from . import autoencoder, data, diffusion
+from .net import UNet
+from .optimiser import Muon
+from .state import Training, run
+
+_Net = TypeVar("_Net", bound=torch.nn.Module)
+SEED = 0
+CAPTIONS = 3000
+DROPPED = 0.1
+CFG = 3.0
+SHEET = 16
+DECODER_RATE, UNET_RATE = 5e-4, 1e-3
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m speedlab_tools.synthetic.train", description=__doc__)
+    parser.add_argument("stage", choices=tuple(STAGES))
+    parser.add_argument("--out", type=Path, required=True, help="folder of the training's state, log and sheets")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--captions", type=int, default=CAPTIONS, help="how many captions to encode and train on")
+    parser.add_argument("--until", type=int, default=1000, help="train to this step")
+    parser.add_argument("--side", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=None)
+    parser.add_argument("--cool", type=int, default=None, metavar="STEP", help="let the rate fall from this step on")
+    parser.add_argument("--start", type=Path, default=None, help="packed factors to begin with")
+    parser.add_argument("--fp32", action="store_true", help="compute in fp32 instead of bf16 autocast")
+    parser.add_argument("--packed", type=Path, default=packed.PACKED, help="the packed factors to write or to read")
+    parser.add_argument("--count", type=int, default=256, help="how many held-out captions to examine")
+    parser.add_argument("--cfg", type=float, default=CFG)
+    parser.add_argument("--sheet-every", type=int, default=500)
+    return parser.parse_args(argv)
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Stage 1: TAESD's decoder."""
+    net = _channels_last(autoencoder.decoder(args.seed))
+    rate = args.rate or DECODER_RATE
+    training = Training(net, torch.optim.Adam(net.parameters(), rate, (0.9, 0.99)), rate, warm_up=50)
+    _resume(training, args, "decoder")
+
+    def loss_of(step: int) -> tuple[torch.Tensor, int]:
+        noisy, pictures = autoencoder.batch(args.seed, step, args.batch, args.side)
+        with _autocast(args):
+            loss = autoencoder.loss(net, noisy.to(memory_format=torch.channels_last), pictures)
+        return loss, args.batch
+
+    run(training, args.out, "decoder", args.until, loss_of, about={"side": args.side, "batch": args.batch},
+        cool_from=args.cool)  # fmt: skip
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    """Stage 2: the UNet."""
+    pool = data.open_pool(args.out / "captions", args.seed, args.captions)
+    net = _channels_last(UNet(args.seed))
+    rate = args.rate or UNET_RATE
+    training = Training(net, Muon(net.named_parameters(), rate), rate, warm_up=100)
+    _resume(training, args, "unet")
+
+    def loss_of(step: int) -> tuple[torch.Tensor, int]:
+        clean, context = pool.batch(args.seed, step, args.batch, args.side, DROPPED)
+        rng = data.world.generator(args.seed, data.NOISES, step)
+        t = diffusion.draw_timesteps(args.batch, rng)
+        noise = torch.from_numpy(rng.standard_normal(clean.shape)).float()
+        noisy = diffusion.add_noise(clean, noise, t).to(memory_format=torch.channels_last)
+        with _autocast(args):
+            predicted = net(noisy, torch.from_numpy(t).float(), context)
+        return (predicted.float() - noise).square().mean(), args.batch
+
+    def sheet() -> None:
+        write_sheet(args, pool, training)
+
+    run(training, args.out, "unet", args.until, loss_of, about={"side": args.side, "batch": args.batch},
+        sheet=sheet, sheet_every=args.sheet_every, cool_from=args.cool)  # fmt: skip
+
+
+def write_sheet(args: argparse.Namespace, pool: data.Pool, training: Training) -> None:
+    """A sheet of samples of the averaged weights, for captions of the pool."""
+    net = _channels_last(UNet(args.seed))
+    net.load_state_dict(training.ema)
+    context = torch.from_numpy(pool.encoded[1 : 1 + SHEET]).float()
+    empty = torch.from_numpy(pool.encoded[:1]).float()
+    decoder = autoencoder.decoder(args.seed)
+    if (args.out / "decoder.pt").is_file():
+        decoder.load_state_dict(torch.load(args.out / "decoder.pt", weights_only=True)["ema"])
+    with torch.no_grad(), _autocast(args):
+        latents = diffusion.sample(net, context, empty, args.side // 8, 25, CFG, seed=args.seed)
+        pictures = decoder(latents).float().clamp(0, 1)
+    rows = pictures.unflatten(0, (-1, 8)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    (args.out / "sheets").mkdir(exist_ok=True)
+    path = args.out / "sheets" / f"{training.step:06d}.png"
+    Image.fromarray((rows * 255).round().to(torch.uint8).numpy()).save(path)
+
+
+def _channels_last(net: _Net) -> _Net:
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _resume(training: Training, args: argparse.Namespace, stage: str) -> None:
+    """Go on with the folder's state; where there is none, begin with packed factors if any are named."""
+    path = args.out / f"{stage}.pt"
+    if path.is_file():
+        training.load(path)
+    elif args.start is not None:
+        tensors, about = packed.load_packed(args.start)
+        training.warm_start(packed.unpack(tensors)[stage == "decoder"])
+        training.step = int(about["step"]) if stage == "unet" else 0
+
+
+def _autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32)
+
+
+def encode_captions(args: argparse.Namespace) -> None:
+    """Stage 0: ComfyUI's text encoder on every caption, once."""
+    from .captions import encoder
+
+    data.open_pool(args.out / "captions", args.seed, args.captions, encoder(args.out))
+
+
+def pack(args: argparse.Namespace) -> None:
+    """Stage 3: the averaged weights in 8 bits."""
+    kept = [torch.load(args.out / f"{stage}.pt", weights_only=True) for stage in ("unet", "decoder")]
+    packed.save_packed(args.packed, packed.pack(kept[0]["ema"], kept[1]["ema"]), kept[0]["step"])
+    print(f"{args.packed}: {args.packed.stat().st_size / 1e6:.1f} MB, step {kept[0]['step']}")
+
+
+def examine(args: argparse.Namespace) -> None:
+    """Stage 4: ComfyUI's own sampling of held-out captions, read by the examiner."""
+    from .examine import examine as read
+
+    read(args.packed, args.out, args.seed, args.count, args.side, args.cfg)
+
+
+STAGES = {
+    "captions": encode_captions, "decoder": train_decoder, "unet": train_unet, "pack": pack, "examine": examine,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        STAGES[args.stage](args)
+    except (SpeedLabError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    raise SystemExit(main())

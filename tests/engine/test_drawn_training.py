@@ -1,0 +1,220 @@
+"""The trainer of the model that draws, at a few steps of tiny batches, and its packed factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from speedlab.common.errors import SpeedLabError
+from speedlab_tools.synthetic.drawn import factors, latents, packed, world
+from speedlab_tools.synthetic.train import autoencoder, data, diffusion
+from speedlab_tools.synthetic.train.__main__ import main
+from speedlab_tools.synthetic.train.net import UNet
+from speedlab_tools.synthetic.train.optimiser import orthogonal
+
+
+def encode(texts: Sequence[str]) -> torch.Tensor:
+    """A stand-in for the text encoder's numbers: random ones that follow the text."""
+    drawn = [
+        np.random.default_rng(list(text.encode()) or 0).standard_normal((data.TOKENS, data.WIDTH)) for text in texts
+    ]
+    return torch.from_numpy(np.stack(drawn)).float()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with captions and four steps of both stages at once."""
+    folder = tmp_path_factory.mktemp("trained")
+    data.open_pool(folder / "captions", 0, 6, encode)
+    train(folder, "decoder", 4)
+    train(folder, "unet", 4)
+    return folder
+
+
+def train(folder: Path, stage: str, until: int) -> None:
+    assert main([stage, "--out", str(folder), "--captions", "6", "--until", str(until), "--batch", "2", "--side", "64",
+                 "--fp32"]) == 0  # fmt: skip
+
+
+def state(folder: Path, stage: str) -> dict:
+    return torch.load(folder / f"{stage}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("stage", ["decoder", "unet"])
+def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
+    trained: Path, tmp_path: Path, stage: str
+) -> None:
+    data.open_pool(tmp_path / "captions", 0, 6, encode)
+    for until in (2, 4):
+        train(tmp_path, stage, until)
+    whole, parts = state(trained, stage), state(tmp_path, stage)
+    assert whole["step"] == parts["step"] == 4
+    for kept in ("net", "ema"):
+        for name, tensor in whole[kept].items():
+            torch.testing.assert_close(parts[kept][name], tensor, rtol=1e-4, atol=1e-6)
+    assert (trained / f"{stage}.csv").read_text().startswith("step,images,seconds,loss,rate,side,batch")
+
+
+def test_the_captions_are_encoded_once_and_more_are_added(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def counting(texts: Sequence[str]) -> torch.Tensor:
+        calls.extend(texts)
+        return encode(texts)
+
+    first = data.open_pool(tmp_path, 0, 5, counting, batch=2)
+    assert len(calls) == 6
+    assert calls[0] == ""
+    more = data.open_pool(tmp_path, 0, 8, counting, batch=2)
+    assert len(calls) == 9
+    assert np.array_equal(more.encoded[:6], first.encoded)
+    assert torch.equal(torch.from_numpy(np.array(more.encoded[7])), encode([calls[7]])[0].half())
+    with pytest.raises(ValueError, match="another seed"):
+        data.open_pool(tmp_path, 1, 5, counting)
+
+
+def test_a_batch_follows_seed_and_step_alone(tmp_path: Path) -> None:
+    pool = data.open_pool(tmp_path, 0, 5, encode)
+    one, again, other = (pool.batch(0, step, 4, 64, 0.1) for step in (3, 3, 4))
+    assert torch.equal(one[0], again[0])
+    assert torch.equal(one[1], again[1])
+    assert not torch.equal(one[0], other[0])
+
+
+def test_what_is_held_out_is_never_trained_on() -> None:
+    trained_on = {scene for scene, _ in data.scenes(0, 300)}
+    held = {scene for scene, _ in data.scenes(0, 60, held_out=True)}
+    assert not trained_on & held
+    assert all(data.is_held_out(scene) for scene in held)
+
+
+def test_the_encoder_in_taesd_s_layout_is_the_arithmetic() -> None:
+    from speedlab_tools.synthetic.files import draw
+
+    weights = {name: draw(name, weight, 0, torch.float32, "cpu") for name, weight in latents.encoder().items()}
+    rng = world.generator(5)
+    pictures = np.stack([world.draw(world.random_scene(rng), rng, 64) for _ in range(3)])
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255.0
+    conv = torch.nn.functional.conv2d
+    x = conv(x, weights["0.weight"], weights["0.bias"], padding=1)
+    for index in range(1, 14):
+        if f"{index}.weight" in weights:
+            x = conv(x, weights[f"{index}.weight"], stride=2, padding=1)
+        else:
+            h = x
+            for part in (0, 2, 4):
+                h = conv(h.relu() if part else h, weights[f"{index}.conv.{part}.weight"],
+                         weights[f"{index}.conv.{part}.bias"], padding=1)  # fmt: skip
+            x = (h + x).relu()
+    x = conv(x, weights["14.weight"], weights["14.bias"], padding=1)
+    torch.testing.assert_close(x, torch.from_numpy(latents.encode(pictures)), rtol=1e-3, atol=1e-4)
+
+
+def test_the_decoder_begins_as_a_mosaic_and_learns(trained: Path) -> None:
+    noisy, pictures = autoencoder.batch(0, 0, 1)
+    net = autoencoder.decoder()
+    with torch.no_grad():
+        mosaic = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(pictures, 8), scale_factor=8.0)
+        assert (net(noisy) - mosaic).abs().mean() < 0.15
+    optimiser = torch.optim.Adam(net.parameters(), 1e-4)
+    losses = []
+    for _ in range(8):
+        loss = autoencoder.loss(net, noisy, pictures)
+        losses.append(loss.item())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_unet_begins_as_the_noise_itself() -> None:
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        predicted = UNet()(x, torch.tensor([900.0, 300.0]), encode(["a", "b"]))
+    torch.testing.assert_close(predicted, x, rtol=0.2, atol=0.1)
+
+
+def test_the_net_has_the_checkpoint_s_names_and_shapes() -> None:
+    merged = factors.merged(UNet().state_dict())
+    expected = {name: weight.shape for name, weight in factors.unet().items()}
+    assert {name: tuple(tensor.shape) for name, tensor in merged.items()} == expected
+
+
+def test_packing_keeps_the_weights_within_a_hundredth_and_twelve_megabytes(trained: Path, tmp_path: Path) -> None:
+    unet, decoder = state(trained, "unet")["ema"], state(trained, "decoder")["ema"]
+    file = tmp_path / "factors.safetensors"
+    packed.save_packed(file, packed.pack(unet, decoder), step=4)
+    assert file.stat().st_size < 12e6, file.stat().st_size
+    tensors, about = packed.load_packed(file)
+    assert about["step"] == "4"
+    again, decoder_again = packed.unpack(tensors)
+    for before, after in ((unet, again), (decoder, decoder_again)):
+        whole, back = factors.merged(before), factors.merged(after)
+        assert whole.keys() == back.keys()
+        for name, tensor in whole.items():
+            assert (back[name] - tensor).norm() <= 0.015 * tensor.norm() + 1e-3, name
+    UNet().load_state_dict(again)
+    layout = packed.checkpoint_layout(tensors)
+    merged = factors.merged(again)
+    for name in ("input_blocks.1.0.in_layers.2.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"):
+        built = torch.empty(layout[f"model.diffusion_model.{name}"].shape)
+        layout[f"model.diffusion_model.{name}"].adjust(built)  # type: ignore[misc]
+        torch.testing.assert_close(built, merged[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_changed_packed_file_is_refused(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "factors.safetensors"
+    tensors = packed.pack(state(trained, "unet")["ema"], state(trained, "decoder")["ema"])
+    packed.save_packed(file, tensors, step=4)
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(bytes(raw))
+    with pytest.raises(SpeedLabError, match="builds another checkpoint"):
+        packed.write_drawn(tmp_path / "drawn.safetensors", file)
+    file.write_bytes(bytes(raw[:1000]))
+    with pytest.raises(SpeedLabError, match="cannot be read"):
+        packed.write_drawn(tmp_path / "drawn.safetensors", file)
+    assert not (tmp_path / "drawn.safetensors").exists()
+
+
+def test_training_goes_on_from_packed_factors(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "factors.safetensors"
+    packed.save_packed(file, packed.pack(state(trained, "unet")["ema"], state(trained, "decoder")["ema"]), step=4)
+    assert load_file(file)
+    data.open_pool(tmp_path / "captions", 0, 6, encode)
+    assert main(["unet", "--out", str(tmp_path), "--captions", "6", "--until", "5", "--batch", "2", "--side", "64",
+                 "--fp32", "--start", str(file)]) == 0  # fmt: skip
+    assert state(tmp_path, "unet")["step"] == 5
+
+
+def test_timesteps_follow_the_weight_of_min_snr() -> None:
+    drawn = np.concatenate([diffusion.draw_timesteps(64, np.random.default_rng(n)) for n in range(200)])
+    share = diffusion.signal_shares()
+    snr = share / (1 - share)
+    weight = np.minimum(snr, diffusion.MIN_SNR) / snr
+    expected = np.add.reduceat(weight, np.arange(0, 1000, 100)) / weight.sum()
+    found = np.histogram(drawn, bins=10, range=(0, 1000))[0] / len(drawn)
+    np.testing.assert_allclose(found, expected, atol=0.01)
+
+
+def test_the_sampler_finds_what_a_perfect_net_knows() -> None:
+    truth = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+
+    def perfect(x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        share = float(diffusion.signal_shares()[int(t[0])])
+        return (x - share**0.5 * truth) / (1 - share) ** 0.5
+
+    found = diffusion.sample(perfect, torch.zeros(2, 77, 768), torch.zeros(1, 77, 768), 8, 10, 3.0, seed=0)
+    torch.testing.assert_close(found, truth.expand(2, -1, -1, -1), rtol=1e-3, atol=1e-3)
+
+
+def test_orthogonal_steps_have_singular_values_near_one() -> None:
+    for shape in ((2, 16, 40), (2, 40, 16)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
+        assert values.min() > 0.5
+        assert values.max() < 1.4
