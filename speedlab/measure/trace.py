@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import Any, Protocol
 
 from ..patching.notes import REPORT_CACHED, REPORT_NOTE, REPORT_RAN
 from ..patching.schedule import StepTracker
-from ..patching.wrappers import Site, Wrapper, attach
+from ..patching.wrappers import SharedState, Site, Wrapper, attach, has_work_units
 from . import nvtx
 from .clock import Clock, Mark, host_ms
 from .environment import Conditions, conditions_now
@@ -77,10 +78,11 @@ class Observer(Protocol):
 
 
 @dataclass
-class SamplingTrace:
+class SamplingTrace(SharedState):
     """Marks and counts of one run of a sampler.
 
     Where a run goes on with another model, `then` is the trace of that part and `first_step` its place in the schedule.
+    Forwards may run in several threads at once, everything else in one.
     """
 
     clock: Clock
@@ -106,6 +108,7 @@ class SamplingTrace:
     _current: Evaluation | None = None
     _open_step: bool = False
     _tracker: StepTracker | None = None
+    _counting: Lock = field(default_factory=Lock)
 
     def parts(self) -> Iterator[SamplingTrace]:
         """This trace and those that follow it in the same run."""
@@ -170,12 +173,14 @@ class SamplingTrace:
     @contextmanager
     def forward(self, cond_or_uncond: Sequence[int], rows: int) -> Iterator[None]:
         """One forward of `rows` rows, which `cond_or_uncond` names in chunks of equal size."""
-        if self._current is not None:
-            self._current.forwards += 1
+        current = self._current
+        if current is not None:
             chunk = rows // max(len(cond_or_uncond), 1)
             uncond = chunk * sum(1 for which in cond_or_uncond if which == 1)
-            self._current.uncond_rows += uncond
-            self._current.cond_rows += rows - uncond
+            with self._counting:
+                current.forwards += 1
+                current.uncond_rows += uncond
+                current.cond_rows += rows - uncond
         with nvtx.nvtx_range(self.emitter, nvtx.FORWARD, rows):
             yield
 
@@ -200,6 +205,11 @@ class SamplingTrace:
 
 def traced(model: Any, trace: SamplingTrace) -> Any:
     """A clone of `model` whose sampling is seen by `trace`: outermost for evaluations, innermost for forwards."""
+    if has_work_units(model):
+        trace.add_note(
+            "MultiGPU Work Units evaluate conds on several GPUs at once: memory and device time in this record are "
+            f"those of {model.load_device} alone."
+        )
     return attach(
         model, KEY, _wrappers(trace), outermost=(Site.PREPARE_SAMPLING, Site.SAMPLER_SAMPLE, Site.PREDICT_NOISE)
     )

@@ -103,12 +103,20 @@ def accelerators(model: Any) -> tuple[Accelerator, ...]:
     return model.get_attachment(ACCELERATORS) or ()
 
 
+def has_work_units(patcher: Any) -> bool:
+    """Whether ComfyUI's MultiGPU Work Units evaluate this model's conds in threads, each on a model of its own.
+
+    What acts around all conds of an evaluation, from CALC_COND_BATCH outward, stays in one thread.
+    """
+    return bool(patcher.get_additional_models_with_key("multigpu"))
+
+
 def refuse_work_units(patcher: Any, technique: str) -> None:
-    """Refuse ComfyUI's MultiGPU Work Units: they evaluate conds in threads, each on a model of its own.
+    """Refuse MultiGPU Work Units beside a technique that acts within an evaluation.
 
     State of a run is for one thread, and so is what is swapped into a model for an evaluation. Raises UnavailableError.
     """
-    if patcher.get_additional_models_with_key("multigpu"):
+    if has_work_units(patcher):
         raise UnavailableError(
             f"{technique} and MultiGPU Work Units cannot work on one model: those evaluate it on several GPUs at once, "
             "and it works on one. Take one of the two nodes out of the graph. Fleet uses several GPUs in another way."

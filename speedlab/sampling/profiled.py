@@ -24,6 +24,7 @@ from ..measure.torch_trace import require_profiler
 from ..measure.trace import SamplingTrace, part_rows, traced
 from ..models.latent_mark import marked
 from ..patching.compiled import CompileCounts, compile_counts, counts_between
+from ..patching.wrappers import has_work_units
 from .run_record import Feed, SamplingRequest, Session, record_of, with_others
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def profile_run(
     sampling when results cannot be written, UnavailableError for a detail that cannot run here, and whatever the
     sampler raises.
     """
-    _check(options, latent)
+    _check(model, options, latent)
     store = RunStore(output_directory())
     store.check_writable()
     session = Session(new_run_id(), first_use=_is_first_use(model))
@@ -225,10 +226,16 @@ def _look_closer(
     )
 
 
-def _check(options: ProfileOptions, latent: Mapping[str, Any]) -> None:
+def _check(model: Any, options: ProfileOptions, latent: Mapping[str, Any]) -> None:
     if options.detail not in DETAILS:
         raise UnavailableError(f"Profile Sampler has no detail '{options.detail}'. Choose one of {', '.join(DETAILS)}.")
     if options.detail != TIMING:
+        if has_work_units(model):
+            raise UnavailableError(
+                f"Profile Sampler's detail {options.detail} and MultiGPU Work Units cannot work on one model: those "
+                "evaluate it on several GPUs at once, and kernels and operations are recorded on one. Set detail to "
+                f"{TIMING}, or take MultiGPU Work Units out of the graph."
+            )
         require_profiler(options.detail)
     samples = latent["samples"]
     if not getattr(samples, "is_nested", False) and samples.shape[0] == 0:

@@ -5,7 +5,10 @@ Those that need GPUs or weights are stood in for by what they leave on a model, 
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +62,124 @@ def test_work_units_on_several_gpus_are_refused_by_name(
     with pytest.raises(engine("common.errors").UnavailableError, match=f"{name} and MultiGPU Work Units"):
         tiny.sample(model, steps=1, size=SIZE)
     assert not any({"forward", "_forward"} & vars(part).keys() for part in tiny.unet.modules())
+
+
+def in_threads(tiny: Any, threaded: bool = True, calls: list[int] | None = None) -> Callable[[Any], Any]:
+    """MultiGPU Work Units: each cond in a thread, on a copy of the network, gathered. Innermost, as core is.
+
+    `threaded` False: the same forwards one after the other. `calls` gets the place of each cond that is evaluated.
+    """
+    other = copy.deepcopy(tiny.model.model)
+
+    def calc_cond_batch(executor: Any, model: Any, conds: list, x: Any, timestep: Any, options: dict) -> list:
+        other.current_patcher = model.current_patcher
+        out = [torch.zeros_like(x) for _ in conds]
+
+        def work(index: int) -> None:
+            if calls is not None:
+                calls.append(index)
+            alone = [cond if place == index else None for place, cond in enumerate(conds)]
+            with torch.inference_mode():
+                out[index] = executor((model, other)[index % 2], alone, x, timestep, options)[index]
+
+        asked = [index for index, cond in enumerate(conds) if cond is not None]
+        if threaded:
+            with ThreadPoolExecutor(len(conds)) as pool:
+                list(pool.map(work, asked))
+        else:
+            for index in asked:
+                work(index)
+        return out
+
+    def attach(model: Any) -> Any:
+        clone = model.clone()
+        clone.set_additional_models("multigpu", [tiny.model.clone()])
+        clone.add_wrapper_with_key("calc_cond_batch", "units", calc_cond_batch)
+        return clone
+
+    return attach
+
+
+GOES_WITH_UNITS = {
+    "Forecast": ("techniques.forecast.attach", "attach_forecast", "ForecastConfig", ("fixed",)),
+    "Dynamic CFG": ("techniques.guidance.dynamic_cfg", "attach_dynamic_cfg", "DynamicCFGConfig", ("fixed", 0.5)),
+    "Dynamic CFG, adaptive": (
+        "techniques.guidance.dynamic_cfg", "attach_dynamic_cfg", "DynamicCFGConfig", ("adaptive", 1.0, 0.9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOES_WITH_UNITS)
+def test_what_acts_around_all_conds_goes_with_work_units(tiny: Any, engine: Any, name: str) -> None:
+    """The same latents, bit for bit, as the same forwards in one thread give, and fewer forwards than stock."""
+    module, attach, config, options = GOES_WITH_UNITS[name]
+    module = engine(module)
+    model = getattr(module, attach)(tiny.model, getattr(module, config)(*options))
+    expected = tiny.sample(in_threads(tiny, threaded=False)(model), steps=12, size=SIZE)
+    calls: list[int] = []
+    result = tiny.sample(in_threads(tiny, calls=calls)(model), steps=12, size=SIZE)
+    assert torch.equal(result, expected)
+    assert 12 <= len(calls) < 24, "and it left out what it leaves out"
+
+
+def test_uncond_in_intervals_goes_with_work_units(tiny: Any, engine: Any) -> None:
+    guidance = engine("techniques.guidance.dynamic_cfg")
+    config = guidance.DynamicCFGConfig("fixed", 1.0, uncond_interval=2, uncond_from=0.0)
+    model = guidance.attach_dynamic_cfg(tiny.model, config)
+    expected = tiny.sample(in_threads(tiny, threaded=False)(model), steps=12, size=SIZE)
+    assert torch.equal(tiny.sample(in_threads(tiny)(model), steps=12, size=SIZE), expected)
+
+
+def _profile(tiny: Any, node: Any, model: Any, detail: str = "timing") -> Any:
+    latent = {"samples": torch.zeros(1, 4, *SIZE)}
+    return node("SpeedLabProfileSampler").sample(
+        model, 1, 4, 5.0, "euler", "normal", tiny.cond(1), tiny.cond(2), latent, detail=detail
+    )["result"][1]
+
+
+def test_profile_sampler_counts_the_forwards_of_work_units(tiny: Any, node: Any) -> None:
+    record, plain = _profile(tiny, node, in_threads(tiny)(tiny.model)), _profile(tiny, node, tiny.model)
+    assert [(step["cond_rows"], step["uncond_rows"]) for step in record.steps] == [(1, 1)] * 4
+    assert [step["evals"] for step in record.steps] == [step["evals"] for step in plain.steps]
+    assert [text for text in record.warnings if "MultiGPU Work Units" in text and "those of cpu alone" in text]
+    assert not [text for text in plain.warnings if "MultiGPU" in text]
+
+
+@pytest.mark.parametrize("detail", ["kernels", "trace"])
+def test_what_is_recorded_on_one_gpu_is_refused_beside_work_units(
+    tiny: Any, node: Any, engine: Any, detail: str
+) -> None:
+    told = f"Profile Sampler's detail {detail} and MultiGPU Work Units .*Set detail to timing"
+    with pytest.raises(engine("common.errors").UnavailableError, match=told):
+        _profile(tiny, node, in_threads(tiny)(tiny.model), detail)
+
+
+class SlowRows(int):
+    """Rows that take a moment to be added, in which another thread may add its own."""
+
+    def __sub__(self, other: int) -> SlowRows:
+        return SlowRows(int(self) - int(other))
+
+    def __add__(self, other: int) -> SlowRows:
+        time.sleep(0.002)
+        return SlowRows(int(self) + int(other))
+
+    __radd__ = __add__
+
+
+def test_forwards_in_several_threads_are_all_counted(engine: Any) -> None:
+    measure = engine("measure.trace")
+    trace = measure.SamplingTrace(
+        engine("measure.clock").clock_for(torch.device("cpu")), engine("measure.nvtx").NullEmitter()
+    )
+
+    def forward(_number: int) -> None:
+        with trace.forward([0], SlowRows(2)):
+            pass
+
+    with trace.evaluation(torch.ones(1)), ThreadPoolExecutor(4) as pool:
+        list(pool.map(forward, range(20)))
+    (evaluation,) = trace.evaluations
+    assert (evaluation.cond_rows, evaluation.forwards) == (40, 20)
 
 
 class Follower:
