@@ -18,13 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from .deepcache_oracle import with_oracle
+from .deepcache_oracle import PlainCache, with_oracle, with_plain_cache
 from .forecast_oracle import Plain, published_plan, with_forecasts
 from .tiny_unet import TinyUNet, build, fill, relative
 
 Patch = Callable[[Any], Any]
 # Forecast leaves out nothing of fewer steps.
 STEPS, STOP_AT = 10, 0.5
+# What caching may add to the latent, wide enough that a random UNet has cached steps.
+ADAPTIVE = 0.3
 # One row alone, another kernel or another layout against the same row: rounding, carried through ten steps.
 SAME = 3e-5
 DIFFERENT = 1e-4
@@ -299,6 +301,37 @@ def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], known: Known, fi
     for one, other in ((a, second), (b, first)):
         if one.changes:
             assert relative(picture, known.alone(other)) > DIFFERENT, "one does nothing"
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize(
+    "other", [pytest.param(name, marks=pytest.mark.full if name == "TorchCompileModel" else ()) for name in ALL[1:]]
+)
+def test_adaptive_deepcache(
+    tiny: TinyUNet, techniques: dict[str, Technique], pack: ModuleType, other: str, order: str
+) -> None:
+    """With a line through features, and steps that are chosen by what caching missed."""
+    deepcache = importlib.import_module("speedlab.techniques.deepcache.attach")
+    config = deepcache.DeepCacheConfig(
+        interval=3, branch=1, schedule="adaptive", features="extrapolate", tolerance=ADAPTIVE
+    )
+    technique, stack = techniques[other], [lambda model: deepcache.attach_deepcache(model, config)]
+    model = tiny.model
+    for node in [*stack, technique.node] if order == "first" else [technique.node, *stack]:
+        model = node(model)
+    if other in ("Forecast", "EasyCache"):
+        with pytest.raises(Exception, match=rf"(?s)DeepCache.*{other}|{other}.*DeepCache"):
+            _sample(tiny, model, technique)
+        return
+    with technique.watch() as works:
+        picture = _sample(tiny, model, technique)
+        assert works is None or works(), f"{other} did nothing"
+    plain = PlainCache(tiny, tolerance=ADAPTIVE, by_line=True)
+    if other == "Dynamic CFG":
+        plain.alone_from = STOP_AT * STEPS
+    reference = _sample(tiny, with_plain_cache(technique.oracle(tiny.model), plain), technique)
+    assert 0 < len(plain.cached) < STEPS - 2
+    assert relative(picture, reference) < SAME
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
