@@ -131,9 +131,7 @@ def test_off(tiny: TinyUNet, attach: Any, ran: Any) -> None:
     assert attach(tiny.model, schedule="adaptive", interval=1) is tiny.model
     stock, made = ran(tiny.model), ran(attach(tiny.model, schedule="adaptive", tolerance=1e-9))
     assert torch.equal(made.latent, stock.latent) and made.ran == {"deepcache": None}
-    assert made.notes == [
-        "DeepCache: no step of this run was cached, for none would have stayed within tolerance."
-    ]
+    assert made.notes == ["DeepCache: no step of this run was cached, for none would have stayed within tolerance."]
 
 
 def test_new_options_are_told_where_they_act(tiny: TinyUNet, attach: Any, pack: ModuleType) -> None:
