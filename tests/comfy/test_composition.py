@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,6 +285,10 @@ def _tier(pair: tuple[str, str]) -> Any:
     return pytest.param(*pair, marks=pytest.mark.full if full else ())
 
 
+def _each(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.full if name == "TorchCompileModel" else ()) for name in names]
+
+
 @pytest.mark.parametrize(("first", "second"), map(_tier, itertools.permutations(ALL, 2)))
 def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], known: Known, first: str, second: str) -> None:
     a, b = techniques[first], techniques[second]
@@ -304,9 +308,7 @@ def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], known: Known, fi
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
-@pytest.mark.parametrize(
-    "other", [pytest.param(name, marks=pytest.mark.full if name == "TorchCompileModel" else ()) for name in ALL[1:]]
-)
+@pytest.mark.parametrize("other", _each(ALL[1:]))
 def test_adaptive_deepcache(
     tiny: TinyUNet, techniques: dict[str, Technique], pack: ModuleType, other: str, order: str
 ) -> None:
@@ -335,19 +337,12 @@ def test_adaptive_deepcache(
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
-@pytest.mark.parametrize(
-    ("products", "other"),
-    [
-        _tier(pair)
-        for pair in itertools.product(("Dynamic CFG", "Precision"), ALL)
-        if len({*pair}) == 2 and "EasyCache" not in pair and pair != ("Dynamic CFG", "Precision")
-    ],
-)
+@pytest.mark.parametrize("other", _each(name for name in ALL if name not in ("Precision", "EasyCache")))
 def test_convolutions_as_products(
     tiny: TinyUNet, techniques: dict[str, Technique], known: Known, pack: ModuleType, monkeypatch: pytest.MonkeyPatch,
-    products: str, other: str, order: str,
+    other: str, order: str,
 ) -> None:  # fmt: skip
-    """As on a CPU in the inner levels of large models, with everything else."""
+    """As on a CPU in the inner levels of large models, where Precision is asked for them, with everything else."""
     names = ("cpu.conv_as_matmul", "precision.attach")
     conv, precision = (importlib.import_module(f"speedlab.techniques.{name}") for name in names)
     monkeypatch.setattr(conv, "_FEWEST_WEIGHTS", 1)
@@ -355,21 +350,15 @@ def test_convolutions_as_products(
     technique, calls = techniques[other], []
     real = conv.convolve
     monkeypatch.setattr(conv, "convolve", lambda *args: calls.append(1) or real(*args))
-    nodes = {
-        "Dynamic CFG": techniques["Dynamic CFG"].node,
-        "Precision": lambda model: precision.attach_precision(
-            model, precision.PrecisionConfig(convolution="matmul", linear="onednn")
-        ),
-    }
-    stack = [nodes[products], technique.node]
+    config = precision.PrecisionConfig(convolution="matmul", linear="onednn")
+    stack = [lambda model: precision.attach_precision(model, config), technique.node]
     model = tiny.model
     for node in stack if order == "first" else reversed(stack):
         model = node(model)
-    picture = _sample(tiny, model, technique, techniques[products])
-    # Of a compiled model Precision still reaches what the compiler leaves out; Dynamic CFG leaves such a model alone.
-    if other != "TorchCompileModel" or products == "Dynamic CFG":
-        assert bool(calls) is (other != "TorchCompileModel")
-    assert relative(picture, known.reference(other, products)) < SAME
+    picture = _sample(tiny, model, technique, techniques["Precision"])
+    # Of a compiled model Precision still reaches what the compiler leaves out.
+    assert calls or other == "TorchCompileModel"
+    assert relative(picture, known.reference(other, "Precision")) < SAME
 
 
 @pytest.mark.full

@@ -8,15 +8,14 @@ aside for the run with a warning, and the image is the one without it.
 
 Inside the window uncond may be evaluated every k-th step alone (`reuse`); guidance goes on in the others.
 
-Half the rows take more than half the time where a layer's work is to read its weights. So on a CPU convolutions with
-many weights and few pixels are matrix products in an evaluation without uncond, where that was measured to be faster.
+Half the rows take more than half the time where a layer's work is to read its weights. On a CPU Precision's
+`convolution` is there for that: nothing here decides by timing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -24,13 +23,11 @@ import torch
 
 from ...common.errors import SpeedLabError, UnavailableError
 from ...models.unet import require_unet
-from ...patching.compiled import is_compiled
 from ...patching.cond_identity import scheduled_hooks
 from ...patching.notes import is_forecast, report_note, report_ran, warn
 from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.schedule import steps_before
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
-from ..cpu.conv_as_matmul import few_pixels_as_products, may_gain
 from .reuse import Difference, evaluate_with_difference
 from .rows import evaluate_without_uncond, is_guided, needs_a_value, obstacle, reads_attention, with_observer
 
@@ -120,9 +117,6 @@ class Run(SharedState):
     # Whether another node sets the CFG inside of this one.
     overridden: bool = False
     told_of_part: bool = False
-    # Whether evaluations without uncond may compute convolutions as products; None before the first.
-    may_gain: bool | None = None
-    told_of_products: bool = False
 
     def step_aside(self, reason: str, model_options: Mapping[str, Any]) -> None:
         """Keep uncond for the rest of the run, and say why, once."""
@@ -171,10 +165,6 @@ def attach_dynamic_cfg(model: Any, config: DynamicCFGConfig) -> Any:
     require_unet(model, "Dynamic CFG")
     # Outside Forecast, which then hears of no uncond that the model did not evaluate.
     clone = attach(model, KEY, _wrappers(config), outermost=(Site.CALC_COND_BATCH,))
-    if model.load_device.type == "cpu":
-        may_gain(
-            model.model.diffusion_model
-        )  # measures once a process: here, and not in a step that is measured itself
     declare(clone, Accelerator("dynamic_cfg", config.options()))
     return clone
 
@@ -260,8 +250,7 @@ def _predict_noise(
         run.keeps(reason, options)
         way = "full"
     if way == "none":
-        with _at_half_the_time(run, executor.class_obj, options):
-            result, idle = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
+        result, idle = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
         if idle is None:
             if not run.overridden:
                 run.overridden = True
@@ -294,27 +283,6 @@ def _calc_cond_batch(
     out, stood = evaluate_with_difference(run.difference, executor, model, conds, x, timestep, model_options, *args)
     run.left_out = run.left_out or stood
     return out
-
-
-@contextmanager
-def _at_half_the_time(run: Run, guider: Any, model_options: Mapping[str, Any]) -> Iterator[None]:
-    """For an evaluation of half the rows: convolutions that would take as long as with all, in another way."""
-    network, patcher = guider.inner_model.diffusion_model, guider.model_patcher
-    if run.may_gain is None:
-        # Compiled code would notice other layers than before, and be compiled again.
-        run.may_gain = patcher.load_device.type == "cpu" and not is_compiled(patcher) and may_gain(network)
-    if not run.may_gain:
-        yield
-        return
-    with few_pixels_as_products(network) as replaced:
-        yield
-    if replaced.calls and not run.told_of_products:
-        run.told_of_products = True
-        report_note(
-            model_options.get("transformer_options", {}),
-            f"Dynamic CFG: while uncond is off, {replaced.calls} convolutions with few pixels are matrix products, "
-            "which were measured to be faster here (equal to rounding).",
-        )
 
 
 def _way_of(run: Run, model_options: dict, timestep: Any) -> tuple[Way, Position | None]:
