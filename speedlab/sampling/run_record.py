@@ -91,6 +91,7 @@ def record_of(
     first_eval = first_eval_ms(session.traces[0]) if session.traces else None
     first_rows = step_rows(session.traces[0]) if session.traces else ()
     summary = summarise(runs, rows, first_eval, first_rows[0].ms if first_rows else None)
+    summary["saved"] = _saved(session)
     now = timeline.executing()
     entries = timeline.entries(now.prompt_id)
     run = summary["run"]
@@ -266,6 +267,16 @@ def _request(
         "loras": [match.describe() for match in model.get_attachment(LORAS) or ()],
         **request.more,
     }
+
+
+def _saved(session: Session) -> list[dict[str, Any]]:
+    """What each technique left out in the first measured run, 0 included, of each model of it."""
+    trace = next(iter(session.measured or session.traces[-1:]), None)
+    return [
+        {"technique": name, "saved": saved, "of": of, "unit": unit, "share": round(saved / of, 4) if of else 0.0}
+        for part in (() if trace is None else trace.parts())
+        for name, (saved, of, unit) in part.saved.items()
+    ]
 
 
 def _described(role: str, techniques: Iterable[Accelerator]) -> list[str]:

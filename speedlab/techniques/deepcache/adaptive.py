@@ -78,8 +78,8 @@ class ErrorControl:
 
     config: DeepCacheConfig
     decided: set[int] = field(default_factory=set)
-    # How often the outer blocks ran to measure.
-    passes: int = 0
+    # How many rows of the outer blocks ran to measure.
+    rows: int = 0
     _tests: Backtests = field(default_factory=Backtests)
     _budget: Budget = field(init=False)
     # What was evaluated in the last full step.

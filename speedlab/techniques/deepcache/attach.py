@@ -19,13 +19,13 @@ from comfy.samplers import CFGGuider
 from ...common.errors import UnavailableError
 from ...models.unet import require_unet
 from ...patching.cond_identity import scheduled_hooks, with_unique_uuids
-from ...patching.notes import report_cached, report_note, report_ran, warn
+from ...patching.notes import MOST_FEW_STEPS, report_cached, report_note, report_ran, report_saved, warn
 from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, refuse_work_units, run_state, state_of
 from ..error_control import obstacle
 from .features import Expected, Run, chunk_keys
 from .forward import keeping, largest_branch, partial_forward, reusing
-from .schedule import DeepCacheConfig, fallback
+from .schedule import DeepCacheConfig, fallback, sources
 
 __all__ = ["KEY", "DeepCacheConfig", "attach_deepcache"]
 
@@ -130,7 +130,11 @@ def _owner(function: Any) -> Any:
 
 
 def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
-    """At the sampler's end the record hears of a run without a cached step."""
+    """At the sampler's end the record hears what was cached, and of a run without a cached step."""
+    unit = "rows by their deep blocks"
+    if run.control is not None:
+        unit += f" ({run.control.rows} more rows of the outer blocks measured that)"
+    report_saved(options, "deepcache", run.cached_rows, run.rows, unit)
     if not run.reused:
         measured = run.control is not None and not run.stepped_aside
         why = ", for none would have stayed within tolerance" if measured else "; all were evaluated in full"
@@ -183,6 +187,14 @@ def _tell(run: Run, position: Position, options: Mapping[str, Any]) -> None:
         report_ran(options, "deepcache", _options(config))
     if run.finder.is_lost and (config.start > 0.0 or config.end < 1.0):
         warn(options, run.finder.lost_text("DeepCache", "its window"))
+    plan = sources(config, position.steps, position.part)
+    if position.part.total <= MOST_FEW_STEPS and any(source not in (None, step) for step, source in enumerate(plan)):
+        warn(
+            options,
+            f"DeepCache: of {position.part.total} steps each changes the image much, so cached ones make another image "
+            "than the model would. Take the node out for models of few steps, or choose the adaptive schedule, which "
+            "caches what it measured to be small.",
+        )
     uniform = fallback(config, position.steps, position.part)
     if uniform is not None:
         warn(options, uniform)
@@ -220,8 +232,11 @@ def _apply_model(
     options = {} if transformer_options is None else transformer_options
     inputs = (x, timestep, c_concat, c_crossattn, control, options)
     run: Run | None = state_of(options, KEY)
-    evaluation = None if run is None else run.current
-    if run is None or evaluation is None or evaluation.source is None:
+    if run is None:
+        return executor(*inputs, **kwargs)
+    run.rows += len(x)
+    evaluation = run.current
+    if evaluation is None or evaluation.source is None:
         return executor(*inputs, **kwargs)
     keys = chunk_keys(x, options, evaluation)
     if keys is None:
@@ -231,6 +246,7 @@ def _apply_model(
         if features is not None:
             report_cached(options)
             run.reused = True
+            run.cached_rows += len(x)
             with reusing(options, features):
                 return executor(*inputs, **kwargs)
     expected = None if evaluation.previous is None else run.expected(keys, evaluation)
@@ -253,6 +269,6 @@ def _as_cached(run: Run, executor: Any, inputs: tuple, kwargs: dict, expected: E
     """What a cached step would answer where a full one is to follow. Before that one, which uses up the ControlNet's
     residuals; a copy, since what a CUDA graph returns is overwritten."""
     assert run.control is not None
-    run.control.passes += 1
+    run.control.rows += len(inputs[0])
     with reusing(inputs[-1], expected.features):
         return executor(*inputs, **kwargs).clone()

@@ -75,6 +75,9 @@ class Run(SharedState):
     # Whether an evaluation of this run was answered from features.
     reused: bool = False
     stepped_aside: bool = False
+    # Of the network's rows all, those of the outer blocks alone, and those that measured.
+    rows: int = 0
+    cached_rows: int = 0
     control: ErrorControl | None = field(init=False)
     _plan: list[int | None] = field(default_factory=list)
     _entries: dict[Hashable, tuple[_Entry, ...]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...patching.notes import report_note, warn
+from ...patching.notes import report_note, report_saved, warn
 from ...patching.position import Position, StepFinder
 from ...patching.wrappers import SharedState
 from ..error_control import Budget, obstacle
@@ -32,6 +32,9 @@ class Run(SharedState):
     stepped_aside: bool = False
     # Whether an evaluation of this run was answered by a forecast.
     answered: bool = False
+    # Calls of calc_cond_batch, all and those that were forecast.
+    calls: int = 0
+    forecasts: int = 0
     _steps: int | None = None
     _open: range = range(0)
     _plan: frozenset[int] = frozenset()
@@ -105,7 +108,8 @@ class Run(SharedState):
         return self._budget.refuses() if error is None else self._budget.allows(error, step, last, sigmas)
 
     def end(self, told: Mapping[str, Any]) -> bool:
-        """Whether anything was forecast; if not, the record hears why."""
+        """Whether anything was forecast, and how much; if not, the record hears why."""
+        report_saved(told, "forecast", self.forecasts, self.calls, "evaluations")
         if not self.answered and not self.stepped_aside:
             report_note(told, f"Forecast: no step of this run was forecast, because {self.reason or self._why_not()}.")
         return self.answered

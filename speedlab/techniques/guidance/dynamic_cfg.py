@@ -24,7 +24,7 @@ import torch
 from ...common.errors import SpeedLabError, UnavailableError
 from ...models.unet import require_unet
 from ...patching.cond_identity import scheduled_hooks
-from ...patching.notes import is_forecast, report_note, report_ran, warn
+from ...patching.notes import is_forecast, report_note, report_ran, report_saved, warn
 from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.schedule import steps_before
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
@@ -109,6 +109,9 @@ class Run(SharedState):
     stepped_aside: bool = False
     # Whether an evaluation of this run was made without uncond, or with another value in its place.
     left_out: bool = False
+    # Evaluations, all and those whose uncond the model did not make.
+    evaluations: int = 0
+    without: int = 0
     guided: bool = False
     # What stands for uncond in steps that do not evaluate it.
     difference: Difference = field(default_factory=Difference)
@@ -190,7 +193,8 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
 
 
 def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
-    """At the sampler's end the record hears of a run that left out nothing."""
+    """At the sampler's end the record hears what was left out, and of a run that left out nothing."""
+    report_saved(options, "dynamic_cfg", run.without, run.evaluations, "evaluations of the negative prompt")
     if not run.left_out:
         report_ran(options, "dynamic_cfg", None)
         if not run.stepped_aside and not run.told_of_keeping:
@@ -235,7 +239,11 @@ def _predict_noise(
 ) -> torch.Tensor:
     options = {} if model_options is None else model_options
     run: Run | None = state_of(options.get("transformer_options", {}), KEY)
-    if run is None or run.stepped_aside or not is_guided(executor.class_obj):
+    if run is None:
+        return executor(x, timestep, options, *args, **kwargs)
+    # At CFG 1 there is no evaluation of the negative prompt that could be left out.
+    run.evaluations += is_guided(executor.class_obj)
+    if run.stepped_aside or not is_guided(executor.class_obj):
         return executor(x, timestep, options, *args, **kwargs)
     run.guided = True
     reason = obstacle(executor.class_obj, options)
@@ -258,6 +266,7 @@ def _predict_noise(
             return result
         run.tell_of_idle(idle, options)
         run.left_out = True
+        run.without += 1
         return result
     if way == "full" and run.config.mode == "adaptive":
         options = with_observer(options, lambda predictions: _compare(run, predictions))
@@ -282,6 +291,7 @@ def _calc_cond_batch(
         return executor(model, conds, x, timestep, model_options, *args)
     out, stood = evaluate_with_difference(run.difference, executor, model, conds, x, timestep, model_options, *args)
     run.left_out = run.left_out or stood
+    run.without += stood
     return out
 
 
