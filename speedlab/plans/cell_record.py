@@ -132,7 +132,7 @@ def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     request = {
         "checkpoint": None if source is None else {"name": source.name, "family": source.family},
         "sampler": settings.sampler,
-        "scheduler": settings.scheduler,
+        "scheduler": settings.schedule,
         "steps": settings.steps,
         "cfg": settings.cfg,
         "width": settings.width,

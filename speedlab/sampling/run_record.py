@@ -42,7 +42,9 @@ _NOTABLE_EXCESS, _NOTABLE_EXCESS_MS = 0.1, 50.0
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """KSampler's settings. `more` goes into the record as it is: what a sampler of another kind has beside them.
+    """KSampler's settings; with `sigmas` those of SamplerCustom, and `scheduler` says what they are.
+
+    `more` goes into the record as it is: what a sampler of another kind has beside them.
 
     `others` are further models of the run by their role, whose techniques count too.
     """
@@ -55,6 +57,7 @@ class SamplingRequest:
     denoise: float = 1.0
     more: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
+    sigmas: Any = field(default=None, compare=False)
 
 
 class Feed(Protocol):
