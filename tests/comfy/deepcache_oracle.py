@@ -13,8 +13,13 @@ from typing import Any
 import torch
 
 
-def with_oracle(tiny: Any, model: Any, *, interval: int = 3, branch: int = 0, first: int = 0, end: int = 10**6) -> Any:
-    """A clone of `model` for one single run in which steps `first` <= step < `end` are cached."""
+def with_oracle(
+    tiny: Any, model: Any, *, interval: int = 3, branch: int = 0, first: int = 0, end: int = 10**6, unseen: bool = False
+) -> Any:
+    """A clone of `model` for one single run in which steps `first` <= step < `end` are cached.
+
+    `unseen`: what replaces attention of the blocks that are left out does not see them.
+    """
     from comfy.patcher_extension import WrappersMP
 
     place = ("output", len(tiny.unet.output_blocks) - 1 - branch)
@@ -40,6 +45,8 @@ def with_oracle(tiny: Any, model: Any, *, interval: int = 3, branch: int = 0, fi
                 return h, skip
             return torch.cat([kept[key][n] for key, n in zip(keys, newest, strict=True)]), skip
 
+        if unseen and step % interval:
+            options = {**options, "patches_replace": {}}
         patches = dict(options.get("patches", {}))
         patches["output_block_patch"] = [swap, *patches.get("output_block_patch", [])]
         return executor(x, t, context, y, control, {**options, "patches": patches}, **kwargs)
@@ -141,6 +148,8 @@ class PlainCache:
         if not self.by_line or not older or place - new_place <= 1e-5:
             return new, place - new_place, None
         old_place, old, _ = self.kept[key][older[0]]
+        if old.shape != new.shape:  # of a node that shrinks the inner blocks
+            return new, place - new_place, None
         rows = []
         for row in range(len(new)):
             share, holds = (0.5, 1.0) if lasts is None else lasts[row]
@@ -151,7 +160,8 @@ class PlainCache:
 
     def keep(self, key: Any, step: int, place: float, found: torch.Tensor) -> None:
         lasts, known = None, self.before(key, step)
-        if len(known) == 2 and place - self.kept[key][known[1]][0] > 1e-5:
+        shapes = {self.kept[key][one][1].shape for one in known} | {found.shape}
+        if len(known) == 2 and place - self.kept[key][known[1]][0] > 1e-5 and len(shapes) == 1:
             (old_place, old, _), (new_place, new, _) = (self.kept[key][one] for one in known)
             line, _, _ = self.predicted(key, step, place, as_it_holds=False)
             lasts = []

@@ -146,7 +146,7 @@ class Run(SharedState):
     def _measured(self, others: Sequence[_Entry], evaluation: Evaluation, found: torch.Tensor) -> tuple:
         """What a line through the features of the two steps before would have been worth."""
         pair = _line([e for e in others if e.step < evaluation.step], evaluation.log_snr)
-        if pair is None:
+        if pair is None or found.shape != pair[1].features.shape:
             return ()
         older, newer = (entry.anchor(as_it_holds=False) for entry in pair)
         true = found.float()
@@ -201,11 +201,15 @@ class Run(SharedState):
 
 
 def _line(entries: Sequence[_Entry], log_snr: float) -> tuple[_Entry, _Entry] | None:
-    """The last two of `entries` where they lie one behind the other and before `log_snr`."""
+    """The last two of `entries` where they lie one behind the other and before `log_snr`, and are of one shape.
+
+    A node may compute the inner blocks at another size for a part of the run, as Kohya's Deep Shrink does.
+    """
     last = sorted(entries, key=lambda entry: entry.step)[-2:]
     places = [*(entry.log_snr for entry in last), log_snr]
     in_order = all(later - earlier > CLOSEST for earlier, later in itertools.pairwise(places))
-    return (last[0], last[1]) if len(last) == 2 and in_order else None
+    alike = len({entry.features.shape for entry in last}) == 1
+    return (last[0], last[1]) if len(last) == 2 and in_order and alike else None
 
 
 def chunk_keys(x: torch.Tensor, options: Mapping[str, Any], evaluation: Evaluation) -> tuple[Hashable, ...] | None:
