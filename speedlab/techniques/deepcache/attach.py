@@ -82,7 +82,7 @@ def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wra
         refuse_work_units(patcher, "DeepCache")
         _refuse_followers(patcher.model_options)
         if config.is_adaptive:
-            _refuse_easy_cache(patcher.model_options)
+            _refuse_easy_cache(executor.class_obj.model_options)
         run = Run(config, StepFinder.of_run(executor.class_obj, *args, **kwargs), clamped=clamped)
         try:
             with run_state(executor.class_obj, KEY, run):
