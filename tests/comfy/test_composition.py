@@ -307,7 +307,7 @@ def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], known: Known, fi
             assert relative(picture, known.alone(other)) > DIFFERENT, "one does nothing"
 
 
-@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("order", ["first", pytest.param("last", marks=pytest.mark.full)])
 @pytest.mark.parametrize("other", _each(ALL[1:]))
 def test_adaptive_deepcache(
     tiny: TinyUNet, techniques: dict[str, Technique], pack: ModuleType, other: str, order: str

@@ -77,7 +77,10 @@ def _both(tiny: TinyUNet, attach: Any, plain: PlainCache, options: dict, **confi
     return tiny.sample(model, **options), tiny.sample(with_plain_cache(tiny.model, plain), **options)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in ("euler", "dpmpp_sde") else pytest.mark.full) for case in CASES],
+)
 def test_a_line_like_the_plain_one(tiny: TinyUNet, attach: Any, case: str) -> None:
     options = {"steps": STEPS, **CASES[case]}
     plain = PlainCache(tiny, by_line=True, cfg=options.get("cfg", 5.0))
@@ -87,7 +90,9 @@ def test_a_line_like_the_plain_one(tiny: TinyUNet, attach: Any, case: str) -> No
 
 
 @pytest.mark.parametrize("by_line", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in ("euler", "heun", "batch") else pytest.mark.full) for case in CASES]
+)
 def test_adaptive_like_the_plain_one(tiny: TinyUNet, attach: Any, case: str, by_line: bool) -> None:
     options = {"steps": STEPS, **CASES[case]}
     outcomes = set()

@@ -94,16 +94,18 @@ def test_few_steps_of_a_distilled_model(sampled: Any, all_three: Any, tiny: Any,
 
 @pytest.mark.parametrize("sampler", ["lcm", "euler", "euler_ancestral"])
 def test_the_adaptive_schedule_pretends_nothing(sampled: Any, all_three: Any, tiny: Any, sampler: str) -> None:
-    """What caching would miss is far more than its tolerance, so that the latent is that of Dynamic CFG alone."""
+    """It caches what it measured to be small, and says how little that is; the uniform one misses far more."""
     how = {"steps": 4, "cfg": 1.0, "sampler": sampler, "scheduler": "sgm_uniform"}
     model = _distilled(tiny.model)
+    stock = sampled(model, **how)[0]["samples"]
     latent, record, _, _ = sampled(all_three(model, schedule="adaptive"), **how)
-    assert torch.equal(latent["samples"], sampled(model, **how)[0]["samples"])
+    error, of_uniform = (
+        float((made["samples"] - stock).norm() / stock.norm()) for made in (latent, sampled(all_three(model), **how)[0])
+    )
+    assert error <= 0.02 and error < of_uniform / 3
     (cached,) = (its for its in record.summary["saved"] if its["technique"] == "deepcache")
-    assert (cached["saved"], cached["of"]) == (0, 4) and "2 more rows of the outer blocks" in cached["unit"]
-    assert any("none would have stayed within tolerance" in warning for warning in record.warnings)
+    assert cached["of"] == 4 and cached["saved"] <= 1 and "more rows of the outer blocks" in cached["unit"]
     assert not any("steps each changes" in warning for warning in record.warnings)
-    assert record.request["accelerators"] == []
 
 
 def test_a_part_of_a_long_schedule_is_not_few_steps(sampled: Any, all_three: Any, tiny: Any, node: Any) -> None:

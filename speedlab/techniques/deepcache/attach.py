@@ -256,10 +256,11 @@ def _apply_model(
     # More than one forward, or one of other rows: another node evaluates in a way of its own, with parts unnamed here.
     is_plain = len(kept) == 1 and kept[0].shape[0] == x.shape[0]
     if evaluation.previous is not None:
-        if expected is None or cached is None or not is_plain:
+        kinds = options.get("cond_or_uncond", ())
+        if expected is None or cached is None or not is_plain or len(kinds) != len(keys):
             evaluation.missed.is_whole = False
         else:
-            evaluation.missed.compare(result, cached, options["cond_or_uncond"], expected.reach, expected.base)
+            evaluation.missed.compare(result, cached, kinds, expected.reach, expected.base)
     if is_plain:
         run.store(keys, evaluation, kept[0])
     return result
