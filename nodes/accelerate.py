@@ -26,8 +26,8 @@ class DeepCache:
     SEARCH_ALIASES = ["fast", "speed", "accelerate", "feature cache", "block cache", "teacache"]
     DESCRIPTION = (
         "Runs the whole UNet on every n-th step only; on the steps between, its outermost blocks run on top of the "
-        "deep features of the last full step. Lossy: check the result with Compare Images. "
-        "For SD 1.x, SD 2.x and the SDXL family."
+        "deep features of the last full step. Lossy: check the result with Compare Images. Not for models of 1 to 8 "
+        "steps. For SD 1.x, SD 2.x and the SDXL family."
     )
     RETURN_TYPES = ("MODEL",)
     RETURN_NAMES = ("model",)
@@ -41,7 +41,12 @@ class DeepCache:
                 "model": ("MODEL", {"tooltip": "An SD 1.x, SD 2.x or SDXL-family model."}),
                 "cache_interval": (
                     "INT",
-                    {"default": 3, "min": 1, "max": 100, "tooltip": "One full step in this many; 1 is off."},
+                    {
+                        "default": 3,
+                        "min": 1,
+                        "max": 100,
+                        "tooltip": "One full step in this many, adaptive: in at most this many; 1 is off.",
+                    },
                 ),
                 "cache_branch_id": (
                     "INT",
@@ -76,12 +81,13 @@ class DeepCache:
                     },
                 ),
                 "schedule": (
-                    ["uniform", "nonuniform"],
+                    ["uniform", "nonuniform", "adaptive"],
                     {
                         "default": "uniform",
                         "advanced": True,
                         "tooltip": "uniform: full steps at equal distances. "
-                        "nonuniform: as many, but closer together around one step.",
+                        "nonuniform: as many, but closer together around one step. "
+                        "adaptive: a step is cached while the measured error stays within tolerance.",
                     },
                 ),
             },
@@ -107,6 +113,25 @@ class DeepCache:
                         "tooltip": "nonuniform only: how strongly full steps gather around the center.",
                     },
                 ),
+                "features": (
+                    ["copy", "extrapolate"],
+                    {
+                        "default": "copy",
+                        "tooltip": "copy: deep features of the last full step. extrapolate: a line through those of "
+                        "the last two, where that was closer at the last full step.",
+                    },
+                ),
+                "tolerance": (
+                    "FLOAT",
+                    {
+                        "default": 0.02,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.005,
+                        "tooltip": "adaptive only: how much of the latent the steps cached in a row may get wrong. "
+                        "0.05 is faster; 0 is off.",
+                    },
+                ),
             },
         }
 
@@ -120,6 +145,8 @@ class DeepCache:
         schedule: Any,
         center: int = 15,
         power: float = 1.4,
+        features: Any = "copy",
+        tolerance: float = 0.02,
     ) -> tuple[Any]:
         config = DeepCacheConfig(
             interval=cache_interval,
@@ -129,6 +156,8 @@ class DeepCache:
             schedule=schedule,
             center=center,
             power=power,
+            features=features,
+            tolerance=tolerance,
         )
         return (attach_deepcache(model, config),)
 

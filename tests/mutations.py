@@ -63,7 +63,7 @@ MUTATIONS = (
              "for waiting in waited if waiting.run_id in known", ("engine/test_store.py",)),
     Mutation("sign", "plans/batch_search.py", "return int(max(top - start, 0) + slope",
              "return int(max(top - start, 0) - slope", ("engine/test_sweep_text.py",)),
-    Mutation("dropped clone", "techniques/deepcache/features.py", "_Entry(step, chunk.clone())", "_Entry(step, chunk)",
+    Mutation("dropped clone", "techniques/deepcache/features.py", "_Entry(step, chunk.clone(),", "_Entry(step, chunk,",
              (*_SAMPLING, "comfy/test_deepcache_patches.py")),
     Mutation("comparison", "techniques/deepcache/features.py", "if evaluation.source <= e.step <= evaluation.step]",
              "if evaluation.source <= e.step]", (*_SAMPLING, "comfy/test_schedule_places.py")),

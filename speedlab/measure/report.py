@@ -51,6 +51,8 @@ def summary_text(record: RunRecord) -> str:
             for kind, its in kinds.items()
         )
         lines.append(f"steps by kind: {'; '.join(by_kind)}")
+    if summary.get("saved"):
+        lines.append(f"left out: {'; '.join(_saved(its) for its in summary['saved'])}")
     if summary.get("repeats", 1) > 1:
         lines.append(
             f"{summary['repeats']} runs: sampling min {_s(run.get('min'))}, max {_s(run.get('max'))}, "
@@ -58,6 +60,10 @@ def summary_text(record: RunRecord) -> str:
         )
     lines.append(_memory_line(record.memory.get("overall", {})))
     return "\n".join([*lines, *kernel_profile_lines(record), *record.warnings])
+
+
+def _saved(its: Mapping[str, Any]) -> str:
+    return f"{its['technique']} {its['saved']} of {its['of']} {its['unit']}, {100 * its['share']:.0f} %"
 
 
 def report_text(record: RunRecord) -> str:

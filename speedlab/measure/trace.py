@@ -13,7 +13,7 @@ from functools import partial
 from threading import Lock
 from typing import Any, Protocol
 
-from ..patching.notes import REPORT_CACHED, REPORT_NOTE, REPORT_RAN
+from ..patching.notes import REPORT_CACHED, REPORT_NOTE, REPORT_RAN, REPORT_SAVED
 from ..patching.schedule import StepTracker
 from ..patching.wrappers import SharedState, Site, Wrapper, attach, has_work_units
 from . import nvtx
@@ -101,6 +101,8 @@ class SamplingTrace(SharedState):
     conditions: Conditions | None = None
     # What techniques ran with where that is not what they declare; None: the technique did nothing.
     ran: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    # What techniques left out, by name: how much, of how much, and of what.
+    saved: dict[str, tuple[int, int, str]] = field(default_factory=dict)
     on_step: Callable[[int], None] | None = None
     first_step: int = 0
     then: SamplingTrace | None = None
@@ -198,6 +200,10 @@ class SamplingTrace(SharedState):
         """A technique did something else than it declares."""
         self.ran[name] = options
 
+    def note_saved(self, name: str, saved: int, of: int, unit: str) -> None:
+        """What a technique left out in this run."""
+        self.saved[name] = (saved, of, unit)
+
     def _push_step(self, index: int) -> None:
         self.emitter.push(nvtx.STEP, index)
         self._open_step = True
@@ -224,6 +230,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
         options[REPORT_CACHED] = trace.mark_cached
         options[REPORT_NOTE] = trace.add_note
         options[REPORT_RAN] = trace.note_ran
+        options[REPORT_SAVED] = trace.note_saved
         trace.begin(sigmas.detach().float().cpu().tolist())
         try:
             return executor(model_wrap, sigmas, extra_args, _observed(callback, trace), *args, **kwargs)
@@ -232,6 +239,7 @@ def _wrappers(trace: SamplingTrace) -> Mapping[Site, Wrapper]:
             options.pop(REPORT_CACHED, None)
             options.pop(REPORT_NOTE, None)
             options.pop(REPORT_RAN, None)
+            options.pop(REPORT_SAVED, None)
 
     def prepare_sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
         start = trace.clock.mark()

@@ -37,7 +37,14 @@ _OPEN_END = re.compile(r"max(?:@(\d{1,9}))?", re.IGNORECASE)
 # Axes whose value has a column of its own in every table that is shown; the other ones name the plan.
 OWN_COLUMN = frozenset({"batch", "resolution", "steps", "cfg"})
 # Axes of settings, which hold whatever a technique did in place of what it was asked for.
-_OF_SETTINGS = frozenset({"sampler", "scheduler", "prompt_tokens", "precision", "handoff"})
+_OF_SETTINGS = frozenset({"sampler", "scheduler", "sigmas", "prompt_tokens", "precision", "handoff"})
+# Core's nodes that make sigmas. Without options those of _SCHEDULERS_TOO are the schedulers of KSampler.
+SIGMAS = {
+    "ays": "AlignYourStepsScheduler", "gits": "GITSScheduler", "polyexponential": "PolyexponentialScheduler",
+    "laplace": "LaplaceScheduler", "vp": "VPScheduler", "sd_turbo": "SDTurboScheduler",
+    "karras": "KarrasScheduler", "exponential": "ExponentialScheduler", "beta": "BetaSamplingScheduler",
+}  # fmt: skip
+_SCHEDULERS_TOO = frozenset({"karras", "exponential", "beta"})
 
 
 @dataclass(frozen=True)
@@ -91,14 +98,18 @@ def _sampler(text: str) -> AxisValue:
         raise SweepTextError(f"'{shorten(text)}' is no sampler: write dpmpp_2m, dpmpp_2m/karras or dpmpp_2m/karras@20.")
     changes: dict[str, object] = {"sampler": match["sampler"]}
     if match["scheduler"]:
-        changes["scheduler"] = match["scheduler"]
+        changes |= {"scheduler": match["scheduler"], "sigmas": None}
     if match["steps"]:
         changes["steps"] = int(match["steps"])
     return AxisValue(text, lambda s: replace(s, **changes))  # type: ignore[arg-type]
 
 
 def _scheduler(text: str) -> AxisValue:
-    return AxisValue(text, lambda s: replace(s, scheduler=text))
+    return AxisValue(text, lambda s: replace(s, scheduler=text, sigmas=None))
+
+
+def _sigmas(text: str) -> AxisValue:
+    return AxisValue(text, lambda s: s.with_sigmas(text))
 
 
 def _prompt_tokens(text: str) -> AxisValue:
@@ -159,6 +170,7 @@ _PARSERS: dict[str, Callable[[str], AxisValue]] = {
     "cfg": _cfg,
     "sampler": _sampler,
     "scheduler": _scheduler,
+    "sigmas": _sigmas,
     "prompt_tokens": _prompt_tokens,
     "precision": _technique("weights"),
     "attention": _technique("attention"),
@@ -244,6 +256,8 @@ class CellSettings:
     techniques: tuple[TechniqueText, ...] = ()
     decoder: TechniqueText = field(default_factory=lambda: TechniqueText("full"))
     weights: TechniqueText | None = None
+    # One of SIGMAS in place of the scheduler, with its options.
+    sigmas: TechniqueText | None = None
     prompt_tokens: int | None = None
     handoff: float | None = None
 
@@ -268,6 +282,23 @@ class CellSettings:
             return self._changed_by(technique)
         others = tuple(known for known in self.techniques if known.name != technique.name)
         return replace(self, techniques=(*others, technique))
+
+    def with_sigmas(self, text: str) -> CellSettings:
+        """The settings with another schedule: one of SIGMAS with its options, or a scheduler of KSampler."""
+        written = parse_technique(text)
+        if written.name in SIGMAS and (written.options or written.name not in _SCHEDULERS_TOO):
+            given = written.options.keys() & {"steps", "denoise"}
+            if given:
+                raise SweepTextError(f"{written.words()}: leave {min(given)} out, which the cell's settings say.")
+            return replace(self, sigmas=written)
+        if written.options:
+            raise SweepTextError(f"{written.words()}: there is no such schedule. Choose {', '.join(SIGMAS)}.")
+        return replace(self, scheduler=written.name, sigmas=None)
+
+    @property
+    def schedule(self) -> str:
+        """What the record and the tables call the schedule."""
+        return self.scheduler if self.sigmas is None else self.sigmas.words()
 
     def without(self, name: str) -> CellSettings:
         """The settings without a technique of the model, or without `weights`."""
@@ -295,10 +326,14 @@ class CellSettings:
                 changed = replace(changed, **{name: whole_number(text, name)})  # type: ignore[arg-type]
             elif name == "cfg":
                 changed = replace(changed, cfg=number(text, name))
-            elif name in ("sampler", "scheduler"):
-                changed = replace(changed, **{name: text})  # type: ignore[arg-type]
+            elif name == "sampler":
+                changed = replace(changed, sampler=text)
+            elif name == "scheduler":
+                changed = replace(changed, scheduler=text, sigmas=None)
+            elif name == "sigmas":
+                changed = changed.with_sigmas(text)
             else:
-                known = "width, height, batch, steps, cfg, sampler, scheduler"
+                known = "width, height, batch, steps, cfg, sampler, scheduler, sigmas"
                 raise SweepTextError(f"settings({name or text}): the settings of a plan are {known}.")
         return changed
 
@@ -371,7 +406,9 @@ def make_cells(base: CellSettings, axis_x: Axis, axis_y: Axis) -> tuple[Cell, ..
     if axis_x.name == axis_y.name and axis_x.name != "none":
         raise SweepTextError(f"Both axes are {axis_x.name}: choose two different ones, or none for the second.")
     axes = {axis.name: axis for axis in (axis_x, axis_y)}
-    for other, mark in (("steps", "@"), ("scheduler", "/")):
+    if {"scheduler", "sigmas"} <= axes.keys():
+        raise SweepTextError("Both axes set the schedule: write schedulers among the values of sigmas, too.")
+    for other, mark in (("steps", "@"), ("scheduler", "/"), ("sigmas", "/")):
         written = [value.label for value in axes["sampler"].values if mark in value.label] if "sampler" in axes else []
         if other in axes and written:
             raise SweepTextError(

@@ -28,7 +28,7 @@ from ..vae import decode as decoding
 from ..vae import taesd
 from .axes import CellSettings
 from .plan_text import SweepTextError
-from .techniques import DECODERS, WEIGHTS, NodeTable, Parts, attach_all, options_of
+from .techniques import DECODERS, WEIGHTS, NodeTable, Parts, attach_all, options_of, sigmas_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Prepared:
     parts: Parts
     settings: CellSettings
     decoder: dict[str, Any] | None
+    # Those of a schedule that is none of KSampler's.
+    sigmas: Any | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Re
             "The handoff axis needs a refiner: connect its checkpoint's model and clip to Benchmark's inputs refiner "
             "and refiner_clip."
         )
+    if settings.handoff is not None and settings.sigmas is not None:
+        raise SpeedLabError(f"The handoff axis goes with schedulers of KSampler, not with {settings.schedule}.")
     if settings.weights is not None:
         wanted = options_of(settings.weights, WEIGHTS, nodes)
         parts = reloader.parts_in(wanted.get("precision", "auto"), wanted.get("memory_format"))
@@ -93,7 +97,8 @@ def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Re
     conditioning.require_clip(parts.clip)
     if settings.handoff is not None:
         conditioning.require_clip(parts.refiner_clip)
-    return Prepared(parts, settings, options_of(settings.decoder, DECODERS[settings.decoder.name], nodes))
+    decoder = options_of(settings.decoder, DECODERS[settings.decoder.name], nodes)
+    return Prepared(parts, settings, decoder, sigmas_of(settings, parts.model, nodes))
 
 
 def check_sampler(settings: CellSettings) -> None:
@@ -171,12 +176,11 @@ def sample(
     """The base alone, or base and refiner where the cell hands over."""
     settings, (base, refiner) = prepared.settings, experts
     latent = core_nodes().EmptyLatentImage().generate(settings.width, settings.height, settings.batch)[0]
-    chosen = (seed, settings.steps, settings.cfg, settings.sampler, settings.scheduler)
+    chosen = (seed, settings.steps, settings.cfg, settings.sampler, settings.schedule)
     if refiner is not None and settings.handoff is not None:
         return sample_ensemble(base, refiner, latent, EnsembleRequest(*chosen, settings.handoff), options, context)
-    return profile_sampling(
-        base.model, SamplingRequest(*chosen), base.positive, base.negative, latent, options, context
-    )
+    request = SamplingRequest(*chosen, sigmas=prepared.sigmas)
+    return profile_sampling(base.model, request, base.positive, base.negative, latent, options, context)
 
 
 def _decode(prepared: Prepared, latent: dict[str, Any]) -> decoding.Decoded:

@@ -81,6 +81,7 @@ def measured_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
         **speed(phases["sample"], summary["steps"]),
         "totals_ms": [round(ms, 3) for ms in totals],
         "first_run_ms": round(begin.total_ms + begin.compile_ms, 3),
+        "saved": first.record.summary.get("saved", []),
         "images_per_min": round(60000.0 * runs.cell.settings.batch / median, 4) if median > 0 else None,
     }
     memory: Mapping[str, Any] = first.record.memory
@@ -131,7 +132,7 @@ def failed_record(runs: CellRuns, facts: SweepFacts) -> RunRecord:
     request = {
         "checkpoint": None if source is None else {"name": source.name, "family": source.family},
         "sampler": settings.sampler,
-        "scheduler": settings.scheduler,
+        "scheduler": settings.schedule,
         "steps": settings.steps,
         "cfg": settings.cfg,
         "width": settings.width,

@@ -15,11 +15,13 @@ MAIN = ""
 # The option that a value without a name stands for.
 MAIN_OPTION: Mapping[str, str] = {
     "attention": "backend",
+    "ays": "model_type",
     "compile": "backend",
     "compile_vae": "backend",
     "deepcache": "cache_interval",
     "dynamic_cfg": "stop_at",
     "forecast": "tolerance",
+    "gits": "coeff",
     "memory_plan": "offload",
     "tiny": "decoder",
     "weights": "precision",

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..common.errors import SpeedLabError, UnavailableError
-from .axes import CellSettings, number, whole_number
+from ..models.loading import family_of
+from .axes import SIGMAS, CellSettings, number, whole_number
 from .plan_text import MAIN, MAIN_OPTION, SweepTextError, TechniqueText
 
 NodeTable = Mapping[str, Any]
@@ -53,6 +54,32 @@ class Parts:
     refiner_clip: Any = None
 
 
+def sigmas_of(settings: CellSettings, model: Any, nodes: NodeTable) -> Any | None:
+    """The sigmas of a cell whose schedule is a node of core's, else None.
+
+    Raises SweepTextError for what that node does not take, UnavailableError without it.
+    """
+    written = settings.sigmas
+    if written is None:
+        return None
+    options = {**written.options, "steps": str(settings.steps)}
+    if written.name == "ays" and not {MAIN, "model_type"} & options.keys():
+        options["model_type"] = _trained_as(model)
+    result = _called(TechniqueText(written.name, options), Known(SIGMAS[written.name]), nodes, {"MODEL": model})
+    return result[0]
+
+
+def _trained_as(model: Any) -> str:
+    """What Align Your Steps was searched for that is nearest to this model."""
+    family = family_of(model)
+    if not family.startswith(("SD 1", "SD 2", "SDXL")):
+        raise UnavailableError(
+            f"Align Your Steps knows the steps of SD 1.x, SDXL and SVD, and this model is {family}. Choose one: "
+            "ays(model_type=SD1), or another schedule."
+        )
+    return "SDXL" if family.startswith("SDXL") else "SD1"
+
+
 def of_core(technique: TechniqueText) -> bool:
     """Whether a technique of the model is a node of ComfyUI's own, which tells no record that it acts."""
     return not TECHNIQUES[technique.name].node_id.startswith("SpeedLab")
@@ -67,6 +94,9 @@ def check_techniques(settings: CellSettings, nodes: NodeTable) -> None:
             hint = f" Did you mean {close[0]}?" if close else ""
             raise SweepTextError(f"There is no technique '{technique.name}'.{hint} There are {', '.join(names)}.")
         _check(technique, TECHNIQUES[technique.name], nodes)
+    if settings.sigmas is not None:
+        steps = {**settings.sigmas.options, "steps": str(settings.steps)}
+        _check(TechniqueText(settings.sigmas.name, steps), Known(SIGMAS[settings.sigmas.name]), nodes)
     _check(settings.decoder, DECODERS[settings.decoder.name], nodes)
     if settings.weights is not None:
         _check(settings.weights, WEIGHTS, nodes)
@@ -94,21 +124,26 @@ def options_of(technique: TechniqueText, known: Known, nodes: NodeTable) -> dict
 def attach(parts: Parts, technique: TechniqueText, nodes: NodeTable) -> Parts:
     """The parts with one technique more. Raises UnavailableError without its node, and what the node raises."""
     known = TECHNIQUES[technique.name]
+    have = {"MODEL": parts.model, "CLIP": parts.clip, "VAE": parts.vae}
+    outputs = _called(technique, known, nodes, have)
+    for kind, value in zip(_node_class(technique.name, known, nodes).RETURN_TYPES, outputs, strict=False):
+        if kind in have:
+            parts = replace(parts, **{kind.lower(): value})
+    return parts
+
+
+def _called(technique: TechniqueText, known: Known, nodes: NodeTable, have: Mapping[str, Any]) -> Any:
+    """What the node gives, with the technique's options, defaults for the others and `have` in its sockets."""
     cls = _node_class(technique.name, known, nodes)
     specs = _inputs(cls)
     values = {name: default for name, spec in specs.items() if (default := _default(spec)) is not None}
     values |= options_of(technique, known, nodes)
-    have = {"MODEL": parts.model, "CLIP": parts.clip, "VAE": parts.vae}
     values |= {name: have[spec[0]] for name, spec in specs.items() if isinstance(spec[0], str) and spec[0] in have}
     try:
         result = getattr(cls(), cls.FUNCTION)(**values)
     except ValueError as error:
         raise SpeedLabError(f"{technique.words()}: {error}") from error
-    outputs = result["result"] if isinstance(result, dict) else getattr(result, "result", result)
-    for kind, value in zip(cls.RETURN_TYPES, outputs, strict=False):
-        if kind in have:
-            parts = replace(parts, **{kind.lower(): value})
-    return parts
+    return result["result"] if isinstance(result, dict) else getattr(result, "result", result)
 
 
 def attach_all(parts: Parts, settings: CellSettings, nodes: NodeTable) -> Parts:

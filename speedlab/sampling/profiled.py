@@ -90,9 +90,14 @@ def profile_sampling(
     options: ProfileOptions,
     context: NodeContext,
 ) -> ProfiledLatent:
-    """Sample as core's KSampler does and measure it; see `profile_run`. The model given is not changed."""
+    """Sample as core's KSampler does, or as SamplerCustom on sigmas, and measure it; see `profile_run`.
+
+    The model given is not changed.
+    """
 
     def observe(observed: Any) -> dict[str, Any]:
+        if request.sigmas is not None:
+            return _on_sigmas(observed, request, positive, negative, latent)
         (result,) = core_nodes().common_ksampler(
             observed, request.seed, request.steps, request.cfg, request.sampler_name, request.scheduler, positive,
             negative, latent, denoise=request.denoise,
@@ -103,6 +108,19 @@ def profile_sampling(
         return observe(traced(model, trace))
 
     return profile_run(model, request, latent, options, context, sample, observe=observe)
+
+
+def _on_sigmas(
+    model: Any, request: SamplingRequest, positive: Any, negative: Any, latent: Mapping[str, Any]
+) -> dict[str, Any]:
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+    made = getattr(SamplerCustom(), SamplerCustom.FUNCTION)(
+        model=model, add_noise=True, noise_seed=request.seed, cfg=request.cfg, positive=positive, negative=negative,
+        sampler=comfy.samplers.sampler_object(request.sampler_name), sigmas=request.sigmas, latent_image=latent,
+    )  # fmt: skip
+    return dict(getattr(made, "result", made)[0])
 
 
 def profile_run(

@@ -42,7 +42,9 @@ _NOTABLE_EXCESS, _NOTABLE_EXCESS_MS = 0.1, 50.0
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """KSampler's settings. `more` goes into the record as it is: what a sampler of another kind has beside them.
+    """KSampler's settings; with `sigmas` those of SamplerCustom, and `scheduler` says what they are.
+
+    `more` goes into the record as it is: what a sampler of another kind has beside them.
 
     `others` are further models of the run by their role, whose techniques count too.
     """
@@ -55,6 +57,7 @@ class SamplingRequest:
     denoise: float = 1.0
     more: Mapping[str, Any] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
+    sigmas: Any = field(default=None, compare=False)
 
 
 class Feed(Protocol):
@@ -91,6 +94,7 @@ def record_of(
     first_eval = first_eval_ms(session.traces[0]) if session.traces else None
     first_rows = step_rows(session.traces[0]) if session.traces else ()
     summary = summarise(runs, rows, first_eval, first_rows[0].ms if first_rows else None)
+    summary["saved"] = _saved(session)
     now = timeline.executing()
     entries = timeline.entries(now.prompt_id)
     run = summary["run"]
@@ -266,6 +270,16 @@ def _request(
         "loras": [match.describe() for match in model.get_attachment(LORAS) or ()],
         **request.more,
     }
+
+
+def _saved(session: Session) -> list[dict[str, Any]]:
+    """What each technique left out in the first measured run, 0 included, of each model of it."""
+    trace = next(iter(session.measured or session.traces[-1:]), None)
+    return [
+        {"technique": name, "saved": saved, "of": of, "unit": unit, "share": round(saved / of, 4) if of else 0.0}
+        for part in (() if trace is None else trace.parts())
+        for name, (saved, of, unit) in part.saved.items()
+    ]
 
 
 def _described(role: str, techniques: Iterable[Accelerator]) -> list[str]:

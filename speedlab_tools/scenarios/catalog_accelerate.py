@@ -61,6 +61,49 @@ def _sampler(name: str, sampler: str, scheduler: str, steps: int) -> Variant:
     return Variant(Plan(name), sampler=sampler, scheduler=scheduler, steps=steps)
 
 
+_LCM = Technique("LCM steps", "ModelSamplingDiscrete", {"sampling": "lcm", "zsnr": False})
+_FORECAST = Technique("Forecast", "SpeedLabForecast", {"mode": "adaptive", "tolerance": 0.02})
+_CACHE = Technique("DeepCache", "SpeedLabDeepCache", {"cache_interval": 3, "schedule": "adaptive"})
+_GUIDANCE = Technique("Dynamic CFG", "SpeedLabDynamicCFG", {"stop_at": 0.75})
+
+
+def _few_steps(family: str, title: str, checkpoint: NeededFile, lora: NeededFile, side: int) -> Scenario:
+    """30 plain steps and what this pack leaves out of them, beside 8 and 4 steps of a distilled model."""
+
+    def distilled(name: str, steps: int, *more: Technique) -> Variant:
+        return Variant(
+            Plan(name, (_LCM, *more)), sampler="lcm", scheduler="sgm_uniform", steps=steps, cfg=1.0, lora=True
+        )
+
+    variants = (
+        ALONE,
+        Variant(Plan("Forecast + Dynamic CFG", (_FORECAST, _GUIDANCE))),
+        Variant(Plan("DeepCache adaptive + Dynamic CFG", (_CACHE, _GUIDANCE))),
+        distilled("LCM, 8 steps", 8),
+        distilled("LCM, 4 steps", 4),
+        distilled("LCM, 8 steps, DeepCache adaptive + Dynamic CFG", 8, _CACHE, _GUIDANCE),
+    )
+    settings = Settings(prompts=(replace(ASTRONAUT, negative="blurry"),), width=side, height=side, steps=30, cfg=7.0)
+    return Scenario(
+        id=f"{family}-few-steps", source="S4", title=title,
+        shows="One prompt: 30 plain steps, the same with Forecast or DeepCache and with Dynamic CFG, and 8 and 4 steps "
+        "with an LCM LoRA at CFG 1. The last lane puts the techniques on few steps: its report says what they leave "
+        "out there, which is nothing or next to it.",
+        family=family, files=(checkpoint, lora),
+        settings=replace(settings, prompts=lanes_of(variants, settings.prompts)),
+        published=(Published("none", "the guide gives no figure"),), plan=variants[0].plan,
+        build=in_variants(variants, settings),
+    )  # fmt: skip
+
+
+_LCM_SD15 = NeededFile(
+    kind="lora", folder="models/loras", default="lcm-lora-sdv1-5.safetensors",
+    where="LCM-LoRA for SD 1.5, on Hugging Face as latent-consistency/lcm-lora-sdv1-5",
+)  # fmt: skip
+_LCM_SDXL = NeededFile(
+    kind="lora", folder="models/loras", default="lcm-lora-sdxl.safetensors",
+    where="LCM-LoRA for SDXL, on Hugging Face as latent-consistency/lcm-lora-sdxl",
+)  # fmt: skip
 CONTROLNET = NeededFile(
     kind="controlnet",
     folder="models/controlnet",
@@ -145,6 +188,8 @@ ACCELERATE_SCENARIOS = (
         ),
         build=with_control,
     ),
+    _few_steps("sd15", "SD 1.5 in few steps", CHECKPOINT_SD15, _LCM_SD15, 512),
+    _few_steps("sdxl", "SDXL in few steps", CHECKPOINT_SDXL, _LCM_SDXL, 1024),
     _scenario(
         "sd15-samplers", "S4", "Samplers and their steps",
         "One prompt by eight samplers, each with the number of steps that suits it: time and image.",

@@ -306,20 +306,25 @@ def text_to_image_in(precision: str) -> Callable[[Scenario], Graph]:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way: a plan on the checkpoint in `precision`, and where it differs, sampler, scheduler and steps."""
+    """One way: a plan on the checkpoint in `precision`, and where it differs, sampler, scheduler, steps and CFG.
+
+    `lora`: with the scenario's LoRA, under the plan.
+    """
 
     plan: Plan
     precision: str = "auto"
     sampler: str | None = None
     scheduler: str | None = None
     steps: int | None = None
+    cfg: float | None = None
+    lora: bool = False
 
     def settings(self, settings: Settings, whole: Settings) -> Settings:
         """The scenario's `settings` with this variant's own, unless a command line changed the steps of `whole`."""
         steps = settings.steps if self.steps is None or settings.steps != whole.steps else self.steps
         return replace(
             settings, steps=steps, sampler=self.sampler or settings.sampler,
-            scheduler=self.scheduler or settings.scheduler,
+            scheduler=self.scheduler or settings.scheduler, cfg=settings.cfg if self.cfg is None else self.cfg,
         )  # fmt: skip
 
 
@@ -346,9 +351,10 @@ def in_variants(variants: tuple[Variant, ...], settings: Settings) -> Callable[[
             variant = variants[lane // each]
             loaded, label = loaders[variant.precision], f": {prompt.name}"
             if lane % each == 0:  # the lanes of a variant share its model
-                model = variant.plan.apply(graph, loaded.model, lane)
+                under = _with_lora(graph, scenario, loaded, lane) if variant.lora else loaded
+                model = variant.plan.apply(graph, under.model, lane)
             own = variant.settings(scenario.settings, settings)
-            conds = encode(graph, loaded.clip, prompt, lane, label)
+            conds = encode(graph, under.clip, prompt, lane, label)
             sampler = sample(graph, own, prompt, model, conds, latent, lane, label)
             graph.plans[sampler.id] = variant.plan.name
             image = decode(graph, variant.plan, sampler["latent"], replace(loaded, model=model), lane, label)
@@ -356,6 +362,19 @@ def in_variants(variants: tuple[Variant, ...], settings: Settings) -> Callable[[
         return graph
 
     return build
+
+
+def _with_lora(graph: Graph, scenario: Scenario, loaded: Loaded, lane: int) -> Loaded:
+    """The scenario's LoRA, once for all lanes that have it."""
+    file = scenario.file("lora")
+    if file is None:
+        raise ValueError(f"scenario '{scenario.id}' names no LoRA")
+    stacks = graph.find("SpeedLabLoraStack")
+    stack = stacks[0] if stacks else graph.add(
+        "SpeedLabLoraStack", group="Load", lane=lane, title="Load LoRA Stack", model=loaded.model, clip=loaded.clip,
+        lora_1=file.default, strength_1=1.0,
+    )  # fmt: skip
+    return Loaded(stack["model"], stack["clip"], loaded.vae)
 
 
 def _precisions(variants: Iterable[Variant]) -> list[str]:

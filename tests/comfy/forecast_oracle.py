@@ -42,9 +42,10 @@ class Plain:
     error: dict[int, list[tuple[float, float, float]]] = field(default_factory=dict)
     spent: float = 0.0
     seen: set[int] = field(default_factory=set)
+    # Whether what replaces attention does not see evaluations that are forecast.
+    unseen: bool = False
 
     def calc_cond_batch(self, executor: Any, model: Any, conds: list, x: Any, t: Any, options: dict) -> list:
-        out = executor(model, conds, x, t, options)
         sigmas = [float(s) for s in options["transformer_options"]["sample_sigmas"]]
         sigma = float(t[0])
         step = max(i for i, s in enumerate(sigmas[:-1]) if s >= sigma * (1 - 1e-5) or i == 0)
@@ -53,6 +54,9 @@ class Plain:
             self.seen.add(step)
             if self.decides(step, sigmas):
                 self.left_out.add(step)
+        if self.unseen and step in self.left_out:
+            options = {**options, "transformer_options": {**options["transformer_options"], "patches_replace": {}}}
+        out = executor(model, conds, x, t, options)
         groups = [group for group, members in enumerate(conds) if members is not None]
         keys = {group: (len(conds), group) for group in groups}
         before = [known for known in self.full if known < step][-2:]

@@ -163,6 +163,46 @@ def test_the_picture_is_profile_samplers_decoded_by_vae_decode(bench, node, load
     assert numpy.array_equal(numpy.asarray(Image.open(file)), wanted[0].numpy())
 
 
+def test_schedules_of_core_are_those_of_their_nodes(bench, loaded, node, core, output):
+    """Align Your Steps as AlignYourStepsScheduler, SamplerCustom and VAE Decode make it."""
+    import numpy
+    from comfy.samplers import sampler_object
+    from comfy_extras.nodes_align_your_steps import AlignYourStepsScheduler
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+    from PIL import Image
+
+    model, clip, vae = loaded
+    _, rows, _ = bench(axis_x="sigmas", values_x="ays, gits(coeff=1.1), karras(rho=5), simple, vp", steps=4)
+    assert [row["status"] for row in rows] == ["ok"] * 5
+    by_schedule = {row["scheduler"]: row for row in rows}
+    assert set(by_schedule) == {"ays", "gits(coeff=1.1)", "karras(rho=5)", "simple", "vp"}
+    assert all(row["steps"] == "4" and row["plan"] == f"sigmas={name}" for name, row in by_schedule.items())
+    sigmas = AlignYourStepsScheduler.execute("SD1", 4, 1.0).result[0]
+    steps = record_of(output, by_schedule["ays"])["steps"]
+    assert [step["sigma"] for step in steps] == pytest.approx(sigmas[:-1].tolist(), rel=1e-3)
+    encode, zero = node("SpeedLabTextEncode").encode, node("SpeedLabTextEncode").encode(clip, "")[0]
+    latent = core.EmptyLatentImage().generate(64, 64, 1)[0]
+    made = SamplerCustom.execute(
+        model, True, 7, 4.0, encode(clip, "a tree")[0], zero, sampler_object("euler"), sigmas, latent
+    ).result[0]
+    wanted = (vae.decode(made["samples"]).clamp(0, 1) * 255).to(dtype=importlib.import_module("torch").uint8)
+    file = output / record_of(output, by_schedule["ays"])["artifacts"]["images"][0]
+    assert numpy.array_equal(numpy.asarray(Image.open(file)), wanted[0].numpy())
+
+
+def test_a_schedule_that_a_cell_cannot_have_is_said(bench, engine):
+    error = engine("common.errors").SpeedLabError
+    for changes, words in (
+        ({"values_x": "gits", "steps": 1}, "steps in gits"),
+        ({"values_x": "gits(9)"}, "out of range"),
+        ({"values_x": "ays(SD9)"}, "no choice"),
+        ({"values_x": "fastest"}, "no scheduler 'fastest'"),
+        ({"values_x": "ays", "axis_y": "scheduler", "values_y": "normal"}, "Both axes set the schedule"),
+    ):
+        with pytest.raises(error, match=words):
+            bench(axis_x="sigmas", **changes)
+
+
 def test_plans_change_techniques_decoder_and_settings(bench, output, taesd_files, base_dir):
     for file in taesd_files.glob("taesd_decoder*"):
         target = base_dir / "models" / "vae_approx" / file.name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from .deepcache_oracle import with_oracle
+from .deepcache_oracle import PlainCache, with_oracle, with_plain_cache
 from .forecast_oracle import Plain, published_plan, with_forecasts
 from .tiny_unet import TinyUNet, build, fill, relative
 
 Patch = Callable[[Any], Any]
 # Forecast leaves out nothing of fewer steps.
 STEPS, STOP_AT = 10, 0.5
+# What caching may add to the latent, wide enough that a random UNet has cached steps.
+ADAPTIVE = 0.3
 # One row alone, another kernel or another layout against the same row: rounding, carried through ten steps.
 SAME = 3e-5
 DIFFERENT = 1e-4
@@ -283,6 +285,10 @@ def _tier(pair: tuple[str, str]) -> Any:
     return pytest.param(*pair, marks=pytest.mark.full if full else ())
 
 
+def _each(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.full if name == "TorchCompileModel" else ()) for name in names]
+
+
 @pytest.mark.parametrize(("first", "second"), map(_tier, itertools.permutations(ALL, 2)))
 def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], known: Known, first: str, second: str) -> None:
     a, b = techniques[first], techniques[second]
@@ -301,20 +307,42 @@ def test_pair(tiny: TinyUNet, techniques: dict[str, Technique], known: Known, fi
             assert relative(picture, known.alone(other)) > DIFFERENT, "one does nothing"
 
 
+@pytest.mark.parametrize("order", ["first", pytest.param("last", marks=pytest.mark.full)])
+@pytest.mark.parametrize("other", _each(ALL[1:]))
+def test_adaptive_deepcache(
+    tiny: TinyUNet, techniques: dict[str, Technique], pack: ModuleType, other: str, order: str
+) -> None:
+    """With a line through features, and steps that are chosen by what caching missed."""
+    deepcache = importlib.import_module("speedlab.techniques.deepcache.attach")
+    config = deepcache.DeepCacheConfig(
+        interval=3, branch=1, schedule="adaptive", features="extrapolate", tolerance=ADAPTIVE
+    )
+    technique, stack = techniques[other], [lambda model: deepcache.attach_deepcache(model, config)]
+    model = tiny.model
+    for node in [*stack, technique.node] if order == "first" else [technique.node, *stack]:
+        model = node(model)
+    if other in ("Forecast", "EasyCache"):
+        with pytest.raises(Exception, match=rf"(?s)DeepCache.*{other}|{other}.*DeepCache"):
+            _sample(tiny, model, technique)
+        return
+    with technique.watch() as works:
+        picture = _sample(tiny, model, technique)
+        assert works is None or works(), f"{other} did nothing"
+    plain = PlainCache(tiny, tolerance=ADAPTIVE, by_line=True)
+    if other == "Dynamic CFG":
+        plain.alone_from = STOP_AT * STEPS
+    reference = _sample(tiny, with_plain_cache(technique.oracle(tiny.model), plain), technique)
+    assert 0 < len(plain.cached) < STEPS - 2
+    assert relative(picture, reference) < SAME
+
+
 @pytest.mark.parametrize("order", ["first", "last"])
-@pytest.mark.parametrize(
-    ("products", "other"),
-    [
-        _tier(pair)
-        for pair in itertools.product(("Dynamic CFG", "Precision"), ALL)
-        if len({*pair}) == 2 and "EasyCache" not in pair and pair != ("Dynamic CFG", "Precision")
-    ],
-)
+@pytest.mark.parametrize("other", _each(name for name in ALL if name not in ("Precision", "EasyCache")))
 def test_convolutions_as_products(
     tiny: TinyUNet, techniques: dict[str, Technique], known: Known, pack: ModuleType, monkeypatch: pytest.MonkeyPatch,
-    products: str, other: str, order: str,
+    other: str, order: str,
 ) -> None:  # fmt: skip
-    """As on a CPU in the inner levels of large models, with everything else."""
+    """As on a CPU in the inner levels of large models, where Precision is asked for them, with everything else."""
     names = ("cpu.conv_as_matmul", "precision.attach")
     conv, precision = (importlib.import_module(f"speedlab.techniques.{name}") for name in names)
     monkeypatch.setattr(conv, "_FEWEST_WEIGHTS", 1)
@@ -322,21 +350,15 @@ def test_convolutions_as_products(
     technique, calls = techniques[other], []
     real = conv.convolve
     monkeypatch.setattr(conv, "convolve", lambda *args: calls.append(1) or real(*args))
-    nodes = {
-        "Dynamic CFG": techniques["Dynamic CFG"].node,
-        "Precision": lambda model: precision.attach_precision(
-            model, precision.PrecisionConfig(convolution="matmul", linear="onednn")
-        ),
-    }
-    stack = [nodes[products], technique.node]
+    config = precision.PrecisionConfig(convolution="matmul", linear="onednn")
+    stack = [lambda model: precision.attach_precision(model, config), technique.node]
     model = tiny.model
     for node in stack if order == "first" else reversed(stack):
         model = node(model)
-    picture = _sample(tiny, model, technique, techniques[products])
-    # Of a compiled model Precision still reaches what the compiler leaves out; Dynamic CFG leaves such a model alone.
-    if other != "TorchCompileModel" or products == "Dynamic CFG":
-        assert bool(calls) is (other != "TorchCompileModel")
-    assert relative(picture, known.reference(other, products)) < SAME
+    picture = _sample(tiny, model, technique, techniques["Precision"])
+    # Of a compiled model Precision still reaches what the compiler leaves out.
+    assert calls or other == "TorchCompileModel"
+    assert relative(picture, known.reference(other, "Precision")) < SAME
 
 
 @pytest.mark.full

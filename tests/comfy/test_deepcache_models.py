@@ -39,7 +39,8 @@ def test_layout(deepcache: ModuleType, comfy: ModuleType, layout: str, caplog: p
         oracle = tiny.sample(with_oracle(tiny, tiny.model, interval=2, branch=branch), **options)
         assert relative(ours, oracle) < 1e-6
         assert relative(ours, tiny.sample(**options)) > 1e-6
-    assert not caplog.records
+    # Of few steps it warns whatever the model is.
+    assert not [record for record in caplog.records if "steps each changes" not in record.getMessage()]
 
 
 def test_branch_is_clamped_with_a_warning(deepcache: ModuleType, caplog: pytest.LogCaptureFixture) -> None:

@@ -460,39 +460,25 @@ def test_guider_is_restored(tiny: TinyUNet, attach: Any, error: str) -> None:
     assert "speedlab_run_states" not in repr(model.model_options)
 
 
-@pytest.fixture
-def products(pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Convolutions as matrix products in the tiny UNet too, on any CPU."""
-    root = "speedlab.techniques.cpu"
-    conv_as_matmul = importlib.import_module(f"{root}.conv_as_matmul")
-    if importlib.import_module(f"{root}.onednn").why_not():
-        pytest.skip(importlib.import_module(f"{root}.onednn").why_not())
+@pytest.mark.parametrize("options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": 0.5}])
+def test_timing_decides_no_bits(
+    tiny: TinyUNet, attach: Any, pack: ModuleType, monkeypatch: pytest.MonkeyPatch, options: dict
+) -> None:
+    """No layer is computed in another way, however fast that would be here; Precision does it where it is asked to."""
+    conv_as_matmul = importlib.import_module("speedlab.techniques.cpu.conv_as_matmul")
     monkeypatch.setattr(conv_as_matmul, "_FEWEST_WEIGHTS", 1)
-    monkeypatch.setattr(conv_as_matmul, "most_pixels_here", lambda: 1 << 30)
-    return conv_as_matmul
+    latents = []
+    for most in (0, 1 << 30):
+        monkeypatch.setattr(conv_as_matmul, "most_pixels_here", lambda most=most: most)
+        seen: list[int] = []
+        with tiny.counted() as calls:
+            latents.append(tiny.sample(watched(attach(tiny.model, **options), lambda: _layers_changed(tiny), seen)))
+        assert {rows for rows, _ in calls} == {1, 2} and not any(seen)
+    assert torch.equal(*latents)
 
 
 def _layers_changed(tiny: TinyUNet) -> int:
     return sum("forward" in vars(part) for part in tiny.unet.modules())
-
-
-@pytest.mark.parametrize("options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": 0.5}])
-def test_convolutions_are_products_while_uncond_is_off(
-    tiny: TinyUNet, attach: Any, products: ModuleType, monkeypatch: pytest.MonkeyPatch, options: dict
-) -> None:
-    """In evaluations of half the rows and in no other, and the latent is the same to rounding."""
-    seen: list[int] = []
-    model = attach(tiny.model, **options)
-    with tiny.counted() as calls:
-        result = tiny.sample(watched(model, lambda: _layers_changed(tiny), seen), steps=STEPS)
-    rows = [number for number, _ in calls]
-    assert 1 in rows and 2 in rows
-    assert [changed > 10 for changed in seen] == [number == 1 for number in rows]
-    assert not any(changed for changed, number in zip(seen, rows, strict=True) if number == 2)
-    assert _layers_changed(tiny) == 0
-    monkeypatch.setattr(products, "most_pixels_here", lambda: 0)
-    as_they_are = tiny.sample(model, steps=STEPS)
-    assert relative(result, as_they_are) < SAME
 
 
 def test_every_latent_of_a_batch_has_to_agree(pack: ModuleType) -> None:
@@ -504,52 +490,6 @@ def test_every_latent_of_a_batch_has_to_agree(pack: ModuleType) -> None:
         predictions = {"input": noisy, "cond_denoised": alike, "uncond_denoised": uncond, "model_options": {}}
         module._compare(run, predictions)
         assert run.converged is converged
-
-
-def test_layers_are_restored_after_an_error(tiny: TinyUNet, attach: Any, products: ModuleType) -> None:
-    def fail() -> None:
-        assert _layers_changed(tiny)
-        raise RuntimeError("in the middle")
-
-    with pytest.raises(RuntimeError, match="in the middle"):
-        tiny.sample(watched(attach(tiny.model, stop_at=0.0), fail, []), steps=STEPS)
-    assert _layers_changed(tiny) == 0
-
-
-@pytest.mark.parametrize("how", ["not at all", "core's node", "Compile Model", "a block in place"])
-def test_a_compiled_model_keeps_its_layers(
-    tiny: TinyUNet, attach: Any, products: ModuleType, pack: ModuleType, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
-    """Code that is compiled for them would have to be compiled anew."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-
-    dynamic_cfg, compiling = (
-        importlib.import_module(f"speedlab.techniques.{name}") for name in ("guidance.dynamic_cfg", "compile.attach")
-    )
-    entered, block = [], tiny.unet.out
-    real = products.few_pixels_as_products
-    monkeypatch.setattr(dynamic_cfg, "few_pixels_as_products", lambda network: entered.append(1) or real(network))
-    model = attach(tiny.model, stop_at=0.0)
-    if how == "core's node":
-        set_torch_compile_wrapper(model, backend="eager")
-    elif how == "Compile Model":
-        model = compiling.attach_compile(model, compiling.CompileConfig("jit_trace", on_failure="eager"))
-    elif how == "a block in place":
-        block.compile(backend="eager")
-    try:
-        tiny.sample(model, steps=2)
-    finally:
-        block._compiled_call_impl = None
-    assert len(entered) == (2 if how == "not at all" else 0)
-
-
-def test_the_record_tells_of_products(tiny: TinyUNet, attach: Any, products: ModuleType, pack: ModuleType) -> None:
-    notes: list[str] = []
-    run_notes = importlib.import_module("speedlab.patching.notes")
-    model = attach(tiny.model, stop_at=0.5)
-    model.model_options["transformer_options"][run_notes.REPORT_NOTE] = notes.append
-    tiny.sample(model, steps=STEPS)
-    assert len(notes) == 1 and "convolutions with few pixels are matrix products" in notes[0]
 
 
 @pytest.mark.parametrize("mode", ["fixed", "adaptive"])

@@ -86,6 +86,13 @@ def test_what_each_axis_sets():
     assert only("decoder", "taesd").decoder == TechniqueText("tiny", {MAIN: "taesd"})
     assert only("decoder", "full(tile_size=512, overlap=32)").decoder.options == {"tile_size": "512", "overlap": "32"}
     assert only("handoff", "0.8").handoff == 0.8
+    assert (only("sigmas", "simple").scheduler, only("sigmas", "simple").sigmas) == ("simple", None)
+    assert (only("sigmas", "karras").scheduler, only("sigmas", "karras").sigmas) == ("karras", None)
+    assert only("sigmas", "ays").sigmas == TechniqueText("ays")
+    assert only("sigmas", "gits(1.1)").schedule == "gits(1.1)"
+    assert only("sigmas", "karras(rho=5)").sigmas == TechniqueText("karras", {"rho": "5"})
+    assert only("plan", "a=settings(sigmas=ays(SDXL), steps=10)").sigmas == TechniqueText("ays", {MAIN: "SDXL"})
+    assert only("plan", "a=settings(sigmas=ays, scheduler=simple)").schedule == "simple"
     assert only("prompt_tokens", "77").prompt_tokens == 77
     fast = only("plan", "fast=weights(fp16)+attention(sdpa)+tiny+settings(steps=30, sampler=ddim)")
     assert (fast.plan, fast.steps, fast.sampler, fast.decoder.name) == ("fast", 30, "ddim", "tiny")
@@ -115,6 +122,9 @@ def test_what_each_axis_sets():
         ("steps", "*1, *2", "more than one baseline"),
         ("deepcache_interval", "0", "choose 1 to 100"),
         ("handoff", "2", "0 to 1"),
+        ("sigmas", "simple(rho=5)", "no such schedule"),
+        ("sigmas", "ays(steps=10)", "leave steps out"),
+        ("sigmas", "gits(", "without its partner"),
         ("prompt_tokens", "1", "choose 2 to"),
         ("plan", "=deepcache", "no name before"),
         ("plan", "a=deepcache(3", "without its partner"),
@@ -163,7 +173,10 @@ def test_samplers_name_their_rows():
     assert [cell.plan() for cell in cells] == ["sampler=euler", "sampler=heun"]
 
 
-@pytest.mark.parametrize(("other", "values"), [("steps", "euler@30, heun"), ("scheduler", "euler/karras, heun")])
+@pytest.mark.parametrize(
+    ("other", "values"),
+    [("steps", "euler@30, heun"), ("scheduler", "euler/karras, heun"), ("sigmas", "euler/karras, heun")],
+)
 def test_a_sampler_that_sets_the_other_axis_too_is_refused(other, values):
     samplers, axis = parse_axis("sampler", values), parse_axis(other, "10, 20" if other == "steps" else "normal")
     for x, y in ((samplers, axis), (axis, samplers)):

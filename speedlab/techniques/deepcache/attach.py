@@ -3,7 +3,7 @@
 On full steps ComfyUI's own forward runs, and what reaches one of the outer output blocks from below is kept. On cached
 steps only the outer blocks run. A step is full or cached with all its evaluations: samplers such as Heun and DPM++ SDE
 evaluate twice a step, and an evaluation belongs to the last step whose sigma is at or above its own (at or below, where
-sigmas rise).
+sigmas rise). The adaptive schedule decides step by step (`adaptive`); the others know their full steps before the run.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from comfy.samplers import CFGGuider
 
 from ...common.errors import UnavailableError
 from ...models.unet import require_unet
-from ...patching.cond_identity import with_unique_uuids
-from ...patching.notes import report_cached, report_note, report_ran, warn
+from ...patching.cond_identity import scheduled_hooks, with_unique_uuids
+from ...patching.notes import MOST_FEW_STEPS, report_cached, report_note, report_ran, report_saved, warn
 from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, refuse_work_units, run_state, state_of
-from .features import Run, chunk_keys
+from ..error_control import obstacle
+from .features import Expected, Run, chunk_keys
 from .forward import keeping, largest_branch, partial_forward, reusing
-from .schedule import DeepCacheConfig, fallback
+from .schedule import DeepCacheConfig, fallback, sources
 
 __all__ = ["KEY", "DeepCacheConfig", "attach_deepcache"]
 
@@ -62,6 +64,10 @@ def _options(config: DeepCacheConfig) -> Mapping[str, Any]:
     }
     if config.schedule == "nonuniform":
         options |= {"center": config.center, "power": config.power}
+    if config.is_adaptive:
+        options["tolerance"] = config.tolerance
+    if config.features != "copy":
+        options["features"] = config.features
     return options
 
 
@@ -75,6 +81,8 @@ def _wrappers(config: DeepCacheConfig, clamped: str | None) -> Mapping[Site, Wra
         patcher = executor.class_obj.model_patcher
         refuse_work_units(patcher, "DeepCache")
         _refuse_followers(patcher.model_options)
+        if config.is_adaptive:
+            _refuse_easy_cache(executor.class_obj.model_options)
         run = Run(config, StepFinder.of_run(executor.class_obj, *args, **kwargs), clamped=clamped)
         try:
             with run_state(executor.class_obj, KEY, run):
@@ -107,14 +115,30 @@ def _refuse_followers(model_options: Mapping[str, Any]) -> None:
             )
 
 
+def _refuse_easy_cache(model_options: Mapping[str, Any]) -> None:
+    """EasyCache counts the forwards that it sees, and answers some itself: what caching misses cannot be measured."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
+    if wrappers.get(Site.DIFFUSION_MODEL.value, {}).get("easycache"):
+        raise UnavailableError(
+            "DeepCache with the adaptive schedule and EasyCache cannot work on one model: EasyCache would take what "
+            "DeepCache measures for steps of the sampler. Choose the uniform schedule, or take one of the two out."
+        )
+
+
 def _owner(function: Any) -> Any:
     return getattr(function, "__self__", None)
 
 
 def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
-    """At the sampler's end the record hears of a run without a cached step."""
+    """At the sampler's end the record hears what was cached, and of a run without a cached step."""
+    unit = "rows by their deep blocks"
+    if run.control is not None:
+        unit += f" ({run.control.rows} more rows of the outer blocks measured that)"
+    report_saved(options, "deepcache", run.cached_rows, run.rows, unit)
     if not run.reused:
-        report_note(options, "DeepCache: no step of this run was cached; all were evaluated in full.")
+        measured = run.control is not None and not run.stepped_aside
+        why = ", for none would have stayed within tolerance" if measured else "; all were evaluated in full"
+        report_note(options, f"DeepCache: no step of this run was cached{why}.")
         report_ran(options, "deepcache", None)
 
 
@@ -127,11 +151,12 @@ def _predict_noise(
         return executor(x, timestep, model_options, *args, **kwargs)
     position = run.finder.locate(model_options, timestep)
     options = model_options.get("transformer_options", {})
-    if position is None:
+    reason = _obstacle(run, position, executor.class_obj)
+    if reason is not None or position is None:
         run.stepped_aside = True
         run.clear()
         rest = "the rest of this run" if run.reused else "this run"
-        warn(options, f"DeepCache: {run.finder.why_not()}; nothing is cached in {rest}.")
+        warn(options, f"DeepCache: {reason}; nothing is cached in {rest}.")
         return executor(x, timestep, model_options, *args, **kwargs)
     if not run.warned:
         run.warned = True
@@ -140,8 +165,18 @@ def _predict_noise(
         report_note(
             options, "DeepCache: this sampler goes back to steps that it had left, and evaluates there in full."
         )
-    with run.evaluating(position):
+    guider = executor.class_obj
+    combines_as_core = type(guider).predict_noise is CFGGuider.predict_noise
+    with run.evaluating(position, float(guider.cfg) if combines_as_core else None, options):
         return executor(x, timestep, model_options, *args, **kwargs)
+
+
+def _obstacle(run: Run, position: Position | None, guider: Any) -> str | None:
+    """Why nothing is cached from here on; what the adaptive schedule measures needs more to hold still."""
+    if run.control is None:
+        return None if position is not None else run.finder.why_not()
+    is_new = position is not None and position.step not in run.control.decided
+    return obstacle(run.finder, position, is_new) or scheduled_hooks(guider)
 
 
 def _tell(run: Run, position: Position, options: Mapping[str, Any]) -> None:
@@ -152,14 +187,35 @@ def _tell(run: Run, position: Position, options: Mapping[str, Any]) -> None:
         report_ran(options, "deepcache", _options(config))
     if run.finder.is_lost and (config.start > 0.0 or config.end < 1.0):
         warn(options, run.finder.lost_text("DeepCache", "its window"))
+    plan = sources(config, position.steps, position.part)
+    if position.part.total <= MOST_FEW_STEPS and any(source not in (None, step) for step, source in enumerate(plan)):
+        warn(
+            options,
+            f"DeepCache: of {position.part.total} steps each changes the image much, so cached ones make another image "
+            "than the model would. Take the node out for models of few steps, or choose the adaptive schedule, which "
+            "caches what it measured to be small.",
+        )
     uniform = fallback(config, position.steps, position.part)
     if uniform is not None:
         warn(options, uniform)
         report_ran(options, "deepcache", _options(replace(config, schedule="uniform")))
 
 
-def _calc_cond_batch(executor: Any, model: Any, conds: list, *args: Any, **kwargs: Any) -> Any:
-    return executor(model, with_unique_uuids(conds), *args, **kwargs)
+def _calc_cond_batch(
+    executor: Any, model: Any, conds: list, x: torch.Tensor, timestep: Any, model_options: dict, *args: Any
+) -> Any:
+    conds = with_unique_uuids(conds)
+    options = model_options.get("transformer_options", {})
+    run: Run | None = state_of(options, KEY)
+    if run is None or run.control is None or run.current is None or run.current.source is None:
+        return executor(model, conds, x, timestep, model_options, *args)
+    evaluation, step = run.current, run.current.step
+    if not run.control.is_known(step, evaluation.source == step, float(timestep.reshape(-1)[0]), conds, x, options):
+        run.evaluate_in_full(evaluation)
+    out = executor(model, conds, x, timestep, model_options, *args)
+    if evaluation.source == step:
+        run.control.observe(step, evaluation.missed.end_call())
+    return out
 
 
 def _apply_model(
@@ -176,8 +232,11 @@ def _apply_model(
     options = {} if transformer_options is None else transformer_options
     inputs = (x, timestep, c_concat, c_crossattn, control, options)
     run: Run | None = state_of(options, KEY)
-    evaluation = None if run is None else run.current
-    if run is None or evaluation is None or evaluation.source is None:
+    if run is None:
+        return executor(*inputs, **kwargs)
+    run.rows += len(x)
+    evaluation = run.current
+    if evaluation is None or evaluation.source is None:
         return executor(*inputs, **kwargs)
     keys = chunk_keys(x, options, evaluation)
     if keys is None:
@@ -187,11 +246,30 @@ def _apply_model(
         if features is not None:
             report_cached(options)
             run.reused = True
+            run.cached_rows += len(x)
             with reusing(options, features):
                 return executor(*inputs, **kwargs)
+    expected = None if evaluation.previous is None else run.expected(keys, evaluation)
+    cached = None if expected is None else _as_cached(run, executor, inputs, kwargs, expected)
     with keeping(options) as kept:
         result = executor(*inputs, **kwargs)
     # More than one forward, or one of other rows: another node evaluates in a way of its own, with parts unnamed here.
-    if len(kept) == 1 and kept[0].shape[0] == x.shape[0]:
+    is_plain = len(kept) == 1 and kept[0].shape[0] == x.shape[0]
+    if evaluation.previous is not None:
+        kinds = options.get("cond_or_uncond", ())
+        if expected is None or cached is None or not is_plain or len(kinds) != len(keys):
+            evaluation.missed.is_whole = False
+        else:
+            evaluation.missed.compare(result, cached, kinds, expected.reach, expected.base)
+    if is_plain:
         run.store(keys, evaluation, kept[0])
     return result
+
+
+def _as_cached(run: Run, executor: Any, inputs: tuple, kwargs: dict, expected: Expected) -> torch.Tensor:
+    """What a cached step would answer where a full one is to follow. Before that one, which uses up the ControlNet's
+    residuals; a copy, since what a CUDA graph returns is overwritten."""
+    assert run.control is not None
+    run.control.rows += len(inputs[0])
+    with reusing(inputs[-1], expected.features):
+        return executor(*inputs, **kwargs).clone()

@@ -10,7 +10,8 @@ import numpy as np
 
 from ...patching.position import Part, window
 
-Schedule = Literal["uniform", "nonuniform"]
+Schedule = Literal["uniform", "nonuniform", "adaptive"]
+Features = Literal["copy", "extrapolate"]
 _POWER_DECREMENT = 0.02
 
 
@@ -18,10 +19,13 @@ _POWER_DECREMENT = 0.02
 class DeepCacheConfig:
     """What the DeepCache node sets.
 
-    interval: one full step in this many; 1 is off.
+    interval: one full step in this many, `adaptive`: in at most this many; 1 is off.
     branch: 0 caches deepest; cached steps run input blocks 0..branch and the last branch + 1 output blocks.
     start, end: the window as fractions of the whole schedule's n steps, floor(start * n) <= step < floor(end * n).
     schedule: `uniform`, or `nonuniform` with full steps denser around step `center`, the more so the larger `power`.
+    `adaptive`: a step is cached while the error that this adds to the latent, as the last full step measured it, stays
+    within `tolerance` (relative to the denoised latent) since that step.
+    features: those of the last full step, or a line through those of the last two where that was measured to be closer.
     Raises ValueError for a value out of range.
     """
 
@@ -32,6 +36,8 @@ class DeepCacheConfig:
     schedule: Schedule = "uniform"
     center: int = 15
     power: float = 1.4
+    features: Features = "copy"
+    tolerance: float = 0.02
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -41,23 +47,33 @@ class DeepCacheConfig:
         for name, value in (("start_percent", self.start), ("end_percent", self.end)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} is {value}; it must lie between 0 and 1")
-        if self.schedule not in get_args(Schedule):
-            raise ValueError(f"schedule is {self.schedule!r}; choose one of {', '.join(get_args(Schedule))}")
+        for name, choices in (("schedule", get_args(Schedule)), ("features", get_args(Features))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if not 0.0 <= self.tolerance <= 1.0:
+            raise ValueError(f"tolerance is {self.tolerance}; it must lie between 0 and 1")
         if self.center < 0:
             raise ValueError(f"center is {self.center}; it must be 0 or more")
 
     @property
     def is_off(self) -> bool:
         """Whether no step of any schedule would be cached."""
-        return self.interval == 1 or self.start >= self.end
+        is_exact = self.is_adaptive and self.tolerance == 0.0
+        return self.interval == 1 or self.start >= self.end or is_exact
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether each run decides about its steps by itself."""
+        return self.schedule == "adaptive"
 
 
 def sources(config: DeepCacheConfig, steps: int, part: Part | None = None) -> tuple[int | None, ...]:
     """For each of a run's `steps` steps the full step whose features serve it.
 
     A step that is its own source is evaluated in full and its features are kept; None is a step outside the window,
-    evaluated in full without keeping anything. The run's first step in the window is always its own source. `part` is
-    the run's place in the whole schedule; without it the run is the whole.
+    evaluated in full without keeping anything. The run's first step in the window is always its own source, and of the
+    adaptive schedule every step is until the run decides otherwise. `part` is the run's place in the whole schedule;
+    without it the run is the whole.
     """
     first, end = window(config.start, config.end, steps, part)
     if config.interval == 1 or first >= end:
@@ -73,6 +89,8 @@ def sources(config: DeepCacheConfig, steps: int, part: Part | None = None) -> tu
 
 def full_steps(config: DeepCacheConfig, first: int, end: int) -> frozenset[int]:
     """The full steps of the window `first` <= step < `end`; uniform ones where `fallback` has something to say."""
+    if config.is_adaptive:
+        return frozenset(range(first, end))
     spread = _spread(config, first, end)
     if spread is None:
         return frozenset(range(first, end, config.interval))
@@ -82,7 +100,7 @@ def full_steps(config: DeepCacheConfig, first: int, end: int) -> frozenset[int]:
 def fallback(config: DeepCacheConfig, steps: int, part: Part | None = None) -> str | None:
     """Why a run of `steps` steps has uniform full steps though others were asked for; None where it has those."""
     first, end = window(config.start, config.end, steps, part)
-    if config.schedule == "uniform" or first >= end or _spread(config, first, end) is not None:
+    if config.schedule != "nonuniform" or first >= end or _spread(config, first, end) is not None:
         return None
     if config.power <= 1.0:
         why = f"with power {config.power:g} a non-uniform schedule gathers nothing around its center"
@@ -95,8 +113,8 @@ def fallback(config: DeepCacheConfig, steps: int, part: Part | None = None) -> s
 
 
 def _spread(config: DeepCacheConfig, first: int, end: int) -> tuple[int, ...] | None:
-    """The non-uniform full steps, counted from `first`; None where the schedule is uniform or there are none."""
-    if config.schedule == "uniform":
+    """The non-uniform full steps, counted from `first`; None where the schedule is another one or there are none."""
+    if config.schedule != "nonuniform":
         return None
     steps = end - first
     return nonuniform_steps(steps, -(-steps // config.interval), config.center - first, config.power)

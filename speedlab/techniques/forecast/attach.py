@@ -117,14 +117,18 @@ def _calc_cond_batch(
 ) -> Any:
     told = model_options.get("transformer_options", {})
     run: Run | None = state_of(told, KEY)
-    evaluation = None if run is None else run.current
-    if run is None or evaluation is None:
+    if run is None:
+        return executor(model, conds, x, timestep, model_options, *args)
+    run.calls += 1
+    evaluation = run.current
+    if evaluation is None:
         return executor(model, conds, x, timestep, model_options, *args)
     conds = with_unique_uuids(conds)
     keys = keys_of(conds, x, told, evaluation)
     is_forecast = run.is_forecast and run.histories.is_ready(keys, evaluation)
     if is_forecast:
         run.answered = True
+        run.forecasts += 1
         report_cached(told)
         out = [torch.zeros_like(x) for _ in conds]
         for group, key in keys.items():

@@ -8,16 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...patching.notes import report_note, warn
+from ...patching.notes import report_note, report_saved, warn
 from ...patching.position import Position, StepFinder
 from ...patching.wrappers import SharedState
+from ..error_control import Budget, obstacle
 from .history import Evaluation, Histories
 from .plan import FEWEST_STEPS, ForecastConfig, fixed_plan, open_steps
-
-# A sampler that follows its schedule begins a step at the step's sigma; for flow models some begin just below 1.
-_BEGINS_WITHIN = 0.01
-# What a forecast misses varies from step to step, so that more is expected than the last full step has measured.
-_CAUTION = 1.5
 
 
 @dataclass
@@ -36,12 +32,18 @@ class Run(SharedState):
     stepped_aside: bool = False
     # Whether an evaluation of this run was answered by a forecast.
     answered: bool = False
+    # Calls of calc_cond_batch, all and those that were forecast.
+    calls: int = 0
+    forecasts: int = 0
     _steps: int | None = None
     _open: range = range(0)
     _plan: frozenset[int] = frozenset()
     _decided: dict[int, bool] = field(default_factory=dict)
-    _spent: float = 0.0
+    _budget: Budget = field(init=False)
     _told_of_numbers: bool = False
+
+    def __post_init__(self) -> None:
+        self._budget = Budget(self.config.tolerance)
 
     @property
     def is_new(self) -> bool:
@@ -57,16 +59,8 @@ class Run(SharedState):
 
     def obstacle(self, position: Position | None) -> str | None:
         """Why the place of an evaluation in the run is not sound enough to forecast anything from here on."""
-        if position is None:
-            return self.finder.why_not()
-        if not self.finder.falls:
-            return "the sigmas of this schedule do not fall from step to step"
-        if position.went_back:
-            return "this sampler goes back to steps that it had left"
-        begins = self.finder.sigmas[position.step]
-        if position.step not in self._decided and abs(position.sigma - begins) > _BEGINS_WITHIN * begins:
-            return "this sampler takes steps of its own, not those of its schedule"
-        return None
+        is_new = position is not None and position.step not in self._decided
+        return obstacle(self.finder, position, is_new)
 
     @contextmanager
     def evaluating(self, position: Position, cfg: float | None, told: Mapping[str, Any]) -> Iterator[None]:
@@ -107,27 +101,15 @@ class Run(SharedState):
             return False
         if self.config.mode == "fixed":
             return step in self._plan
-        wanted = self._stays_within_tolerance(step)
-        self._spent = wanted if wanted is not None else 0.0
-        return wanted is not None
-
-    def _stays_within_tolerance(self, step: int) -> float | None:
-        """What forecasts since the last full step will have added to the latent with this step's; None: too much.
-
-        An error of the denoised latent enters the latent with 1 - next sigma / sigma.
-        """
         sigmas, last = self.finder.sigmas, max((full for full in self.histories.full if full < step), default=-1)
         if last < 0 or step - last > self.config.max_skip:
-            return None
-        error = self.histories.error_at(last, math.log(sigmas[last] / sigmas[step]))
-        if error is None:
-            return None
-        spent = self._spent if step - last > 1 else 0.0
-        spent += _CAUTION * (1.0 - sigmas[step + 1] / sigmas[step]) * error
-        return spent if spent <= self.config.tolerance else None
+            return self._budget.refuses()
+        error = self.histories.backtests.error_at(last, math.log(sigmas[last] / sigmas[step]))
+        return self._budget.refuses() if error is None else self._budget.allows(error, step, last, sigmas)
 
     def end(self, told: Mapping[str, Any]) -> bool:
-        """Whether anything was forecast; if not, the record hears why."""
+        """Whether anything was forecast, and how much; if not, the record hears why."""
+        report_saved(told, "forecast", self.forecasts, self.calls, "evaluations")
         if not self.answered and not self.stepped_aside:
             report_note(told, f"Forecast: no step of this run was forecast, because {self.reason or self._why_not()}.")
         return self.answered

@@ -8,15 +8,14 @@ aside for the run with a warning, and the image is the one without it.
 
 Inside the window uncond may be evaluated every k-th step alone (`reuse`); guidance goes on in the others.
 
-Half the rows take more than half the time where a layer's work is to read its weights. So on a CPU convolutions with
-many weights and few pixels are matrix products in an evaluation without uncond, where that was measured to be faster.
+Half the rows take more than half the time where a layer's work is to read its weights. On a CPU Precision's
+`convolution` is there for that: nothing here decides by timing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -24,13 +23,11 @@ import torch
 
 from ...common.errors import SpeedLabError, UnavailableError
 from ...models.unet import require_unet
-from ...patching.compiled import is_compiled
 from ...patching.cond_identity import scheduled_hooks
-from ...patching.notes import is_forecast, report_note, report_ran, warn
+from ...patching.notes import is_forecast, report_note, report_ran, report_saved, warn
 from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.schedule import steps_before
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
-from ..cpu.conv_as_matmul import few_pixels_as_products, may_gain
 from .reuse import Difference, evaluate_with_difference
 from .rows import evaluate_without_uncond, is_guided, needs_a_value, obstacle, reads_attention, with_observer
 
@@ -112,6 +109,9 @@ class Run(SharedState):
     stepped_aside: bool = False
     # Whether an evaluation of this run was made without uncond, or with another value in its place.
     left_out: bool = False
+    # Evaluations, all and those whose uncond the model did not make.
+    evaluations: int = 0
+    without: int = 0
     guided: bool = False
     # What stands for uncond in steps that do not evaluate it.
     difference: Difference = field(default_factory=Difference)
@@ -120,9 +120,6 @@ class Run(SharedState):
     # Whether another node sets the CFG inside of this one.
     overridden: bool = False
     told_of_part: bool = False
-    # Whether evaluations without uncond may compute convolutions as products; None before the first.
-    may_gain: bool | None = None
-    told_of_products: bool = False
 
     def step_aside(self, reason: str, model_options: Mapping[str, Any]) -> None:
         """Keep uncond for the rest of the run, and say why, once."""
@@ -171,10 +168,6 @@ def attach_dynamic_cfg(model: Any, config: DynamicCFGConfig) -> Any:
     require_unet(model, "Dynamic CFG")
     # Outside Forecast, which then hears of no uncond that the model did not evaluate.
     clone = attach(model, KEY, _wrappers(config), outermost=(Site.CALC_COND_BATCH,))
-    if model.load_device.type == "cpu":
-        may_gain(
-            model.model.diffusion_model
-        )  # measures once a process: here, and not in a step that is measured itself
     declare(clone, Accelerator("dynamic_cfg", config.options()))
     return clone
 
@@ -200,7 +193,8 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
 
 
 def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
-    """At the sampler's end the record hears of a run that left out nothing."""
+    """At the sampler's end the record hears what was left out, and of a run that left out nothing."""
+    report_saved(options, "dynamic_cfg", run.without, run.evaluations, "evaluations of the negative prompt")
     if not run.left_out:
         report_ran(options, "dynamic_cfg", None)
         if not run.stepped_aside and not run.told_of_keeping:
@@ -245,7 +239,11 @@ def _predict_noise(
 ) -> torch.Tensor:
     options = {} if model_options is None else model_options
     run: Run | None = state_of(options.get("transformer_options", {}), KEY)
-    if run is None or run.stepped_aside or not is_guided(executor.class_obj):
+    if run is None:
+        return executor(x, timestep, options, *args, **kwargs)
+    # At CFG 1 there is no evaluation of the negative prompt that could be left out.
+    run.evaluations += is_guided(executor.class_obj)
+    if run.stepped_aside or not is_guided(executor.class_obj):
         return executor(x, timestep, options, *args, **kwargs)
     run.guided = True
     reason = obstacle(executor.class_obj, options)
@@ -260,8 +258,7 @@ def _predict_noise(
         run.keeps(reason, options)
         way = "full"
     if way == "none":
-        with _at_half_the_time(run, executor.class_obj, options):
-            result, idle = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
+        result, idle = evaluate_without_uncond(executor, x, timestep, options, *args, **kwargs)
         if idle is None:
             if not run.overridden:
                 run.overridden = True
@@ -269,6 +266,7 @@ def _predict_noise(
             return result
         run.tell_of_idle(idle, options)
         run.left_out = True
+        run.without += 1
         return result
     if way == "full" and run.config.mode == "adaptive":
         options = with_observer(options, lambda predictions: _compare(run, predictions))
@@ -293,28 +291,8 @@ def _calc_cond_batch(
         return executor(model, conds, x, timestep, model_options, *args)
     out, stood = evaluate_with_difference(run.difference, executor, model, conds, x, timestep, model_options, *args)
     run.left_out = run.left_out or stood
+    run.without += stood
     return out
-
-
-@contextmanager
-def _at_half_the_time(run: Run, guider: Any, model_options: Mapping[str, Any]) -> Iterator[None]:
-    """For an evaluation of half the rows: convolutions that would take as long as with all, in another way."""
-    network, patcher = guider.inner_model.diffusion_model, guider.model_patcher
-    if run.may_gain is None:
-        # Compiled code would notice other layers than before, and be compiled again.
-        run.may_gain = patcher.load_device.type == "cpu" and not is_compiled(patcher) and may_gain(network)
-    if not run.may_gain:
-        yield
-        return
-    with few_pixels_as_products(network) as replaced:
-        yield
-    if replaced.calls and not run.told_of_products:
-        run.told_of_products = True
-        report_note(
-            model_options.get("transformer_options", {}),
-            f"Dynamic CFG: while uncond is off, {replaced.calls} convolutions with few pixels are matrix products, "
-            "which were measured to be faster here (equal to rounding).",
-        )
 
 
 def _way_of(run: Run, model_options: dict, timestep: Any) -> tuple[Way, Position | None]:
