@@ -371,6 +371,8 @@ class Accelerate:
     pack_nodes: Mapping[str, type] = {}
     DISPLAY_NAME = "Accelerate (SpeedLab)"
     CATEGORY = _CATEGORY
+    SEARCH_ALIASES = ["fast", "speed", "preset", "plan", "all in one", "optimize", "vram"]
+    ESSENTIALS_CATEGORY = "Image Generation"
     DESCRIPTION = (
         "Puts a whole plan on the model: what Attention Backend, Precision, Forecast, DeepCache, Dynamic CFG, Tiny VAE "
         "Decode, Memory Plan and Compile Model do one behind the other, and nothing else. With clip and vae connected "

@@ -14,7 +14,7 @@ from speedlab_tools.bench.runner import parts_of
 from speedlab_tools.scenarios.catalog import SCENARIOS
 
 # Nodes of ComfyUI beside those of `nodes.py`.
-EXTRA = ("nodes_canny.py", "nodes_freelunch.py", "nodes_images.py")
+EXTRA = ("nodes_canny.py", "nodes_freelunch.py", "nodes_images.py", "nodes_model_advanced.py")
 
 
 @pytest.fixture(scope="module")
