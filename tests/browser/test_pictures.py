@@ -74,6 +74,7 @@ EXAMPLE = """(type) => {
 }"""
 
 
+@pytest.mark.full
 def test_every_node_has_its_example_graph(open_canvas, request):
     """All its sockets find a partner; the image is taken with SPEEDLAB_PICTURES=1, on the pinned frontend."""
     if "newest" in request.node.name:

@@ -291,6 +291,7 @@ def test_a_branch_that_was_clamped_is_named_by_what_ran(bench, output):
     assert labels == ["deepcache(2,cache_branch_id=20)", "deep"]
 
 
+@pytest.mark.full
 def test_cells_whose_technique_stepped_aside_keep_what_tells_them_apart(bench, output, loaded, core, monkeypatch):
     """Two lengths of the prompt are no repeats of each other, nor are two hand-overs or two strengths of FreeU."""
     aside = {"plan": "off=dynamic_cfg(0.5)", "sampler_name": "euler_cfg_pp", "cfg": 1.5, "repeats": 1}
@@ -335,6 +336,7 @@ def test_out_of_memory_is_a_row_and_the_largest_batch_is_found(bench, engine, mo
     assert sheet.shape[2] > 6 * 256
 
 
+@pytest.mark.full
 def test_a_search_with_the_mark_on_the_other_axis_ends_with_every_row(bench, engine, monkeypatch):
     """A size that the marked row never came to has nothing to be compared with, and is a row all the same."""
     runner = engine("plans.sweep")
@@ -373,6 +375,7 @@ def test_labels_may_look_like_formulas(bench):
     assert [row["plan"] for row in rows] == ["$x_$"] and plot.shape[1] > 64
 
 
+@pytest.mark.full
 def test_weights_of_past_cells_are_let_go(bench, engine, monkeypatch):
     runner = engine("plans.sweep")
     kept: list[int] = []

@@ -123,6 +123,7 @@ def test_a_damaged_graph_is_exported_anew(unet: Any, compiled: Any, engine: Any,
         caplog.clear()
 
 
+@pytest.mark.full
 def test_two_fixed_sizes_of_a_frozen_trace_are_both_kept(unet: Any, compiled: Any, caplog: Any) -> None:
     """With and without CFG in turn; with more than two in turn the record says what that costs."""
     caplog.set_level("INFO")
@@ -182,6 +183,7 @@ def test_a_cancel_that_a_library_wrapped_is_a_cancel(
         unet.sample(model, steps=1, size=(16, 8))
 
 
+@pytest.mark.full
 def test_frozen_traces_follow_a_lora(unet: Any, compiled: Any) -> None:
     config = compiled.CompileConfig("jit_trace", freeze_weights=True)
     for model in (unet.model, lora(unet.model, 1.0), unet.model):

@@ -100,6 +100,7 @@ def test_a_lora_costs_no_graph_and_acts(unet: Any, compiled: Any, graphs: Any) -
     assert graphs() == 0
 
 
+@pytest.mark.full
 def test_a_second_checkpoint_of_the_family_costs_no_graph(unet: Any, compiled: Any, graphs: Any) -> None:
     config = compiled.CompileConfig(scope="blocks")
     unet.sample(compiled.attach_compile(unet.model, config), steps=1, size=SIZE)
@@ -221,6 +222,7 @@ def test_values_that_change_each_step_are_no_guards(unet: Any, compiled: Any, gr
         assert graphs() == expected, scope
 
 
+@pytest.mark.full
 def test_split_conds_and_patches_of_blocks(unet: Any, compiled: Any, graphs: Any) -> None:
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope="blocks"))
     model.set_model_attn2_patch(lambda q, k, v, extra: (q, k * 0.5, v))
@@ -311,6 +313,7 @@ def test_cores_compile_beside_ours_is_refused(unet: Any, compiled: Any, engine: 
         unet.sample(model, steps=1, size=SIZE)
 
 
+@pytest.mark.full
 def test_controlnet_residuals_reach_compiled_blocks(unet: Any, compiled: Any) -> None:
     """`get_control` gives residuals that a forward pops."""
     import comfy.controlnet

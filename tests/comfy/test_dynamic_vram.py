@@ -56,7 +56,7 @@ def lora(model: Any, strength: float = 1.0) -> Any:
     return clone
 
 
-@pytest.mark.parametrize("backend", ["jit_trace", "openvino"])
+@pytest.mark.parametrize("backend", ["jit_trace", pytest.param("openvino", marks=pytest.mark.full)])
 @pytest.mark.parametrize("order", ["before", "behind"])
 def test_a_program_runs_on_weights_that_lie_still_and_has_the_lora(
     paged: Any, compiled: Any, backend: str, order: str

@@ -405,6 +405,7 @@ def test_schedules_that_do_not_fall(tiny: TinyUNet, attach: Any, run: Any, name:
     assert len(made.notes) == 1 and "do not fall" in made.notes[0] and made.ran == {"forecast": None}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
 def test_samplers_with_steps_of_their_own(tiny: TinyUNet, attach: Any, run: Any, sampler: str) -> None:
     made = run(attach(tiny.model), sampler=sampler)
@@ -433,6 +434,7 @@ def test_a_sampler_without_a_schedule(tiny: TinyUNet, attach: Any, run: Any) -> 
     assert len([note for note in made.notes if "gives no schedule" in note]) == 1 and made.ran == {"forecast": None}
 
 
+@pytest.mark.full
 def test_every_sampler_keeps_the_plan_or_says_why_not(tiny: TinyUNet, attach: Any, run: Any) -> None:
     import comfy.samplers
 

@@ -103,7 +103,11 @@ def test_where_the_image_goes_on_changing_more_steps_are_evaluated(
     assert (statistics.median(errors) < 0.6 * statistics.median(plain)) is gains
 
 
-@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "lcm"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["euler_ancestral", "lcm",
+     *(pytest.param(name, marks=pytest.mark.full) for name in ("dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde"))],
+)  # fmt: skip
 def test_ancestral_samplers(clear: mixture.Oracle, crowded: mixture.Oracle, compare: Any, sampler: str) -> None:
     """New noise at each step: nothing is left out, but where the image hardly depends on it any more."""
     how = {"steps": 20, "sampler": sampler, "scheduler": "karras"}

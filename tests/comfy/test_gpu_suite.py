@@ -119,6 +119,7 @@ def test_a_call_without_time_writes_what_it_has_and_says_what_is_left(comfy: Mod
     assert "7 measurements are left; the same command goes on with peak/fp16" in done.stdout
 
 
+@pytest.mark.full
 def test_a_plan_of_the_command_line_is_measured_beside_stock(comfy: ModuleType, tmp_path: Path) -> None:
     done = suite(tmp_path, "--try", "mine=deepcache(2)+tiny", "dynamic_cfg(0.5)", "--model", "sd15")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -247,6 +248,7 @@ def test_a_block_that_is_never_done_in_time_is_given_up(engine: Any, bench: Any,
     assert "no result in its time, twice" in bench.journal.rows["slow/variant"]["error"] and bench.journal.started == {}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("rounds", "kept", "end"),
     [
@@ -344,6 +346,7 @@ def test_a_row_tells_the_figures_of_benchmarks_record(engine: Any, measured: Any
     assert rows["cached"]["relative_error"] > 0.0
 
 
+@pytest.mark.full
 def test_a_row_is_named_by_what_ran_and_says_why(engine: Any, measured: Any) -> None:
     asked = "deepcache(cache_interval=2,cache_branch_id=32)"
     row = measured(stock="stock", deep=asked)[0]["deep"]
@@ -351,6 +354,7 @@ def test_a_row_is_named_by_what_ran_and_says_why(engine: Any, measured: Any) -> 
     assert "cache_branch_id" in row["note"] or "branch" in row["note"]
 
 
+@pytest.mark.full
 def test_a_variant_that_fails_is_a_row_and_the_others_are_measured_with_their_weights_in_place(
     engine: Any, bench: Any, measured: Any, monkeypatch: Any
 ) -> None:

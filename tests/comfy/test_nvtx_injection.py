@@ -52,6 +52,7 @@ def counted(injection: Path, comfy: object, tmp_path: Path):
     return run
 
 
+@pytest.mark.full
 def test_a_tool_sees_every_range_and_as_many_names_for_more_steps(counted):
     """The extra passes of a detail emit none."""
     few, totals = counted(3, detail="trace")

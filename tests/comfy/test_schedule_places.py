@@ -261,6 +261,7 @@ def test_a_sigma_twice_in_a_row(tiny, techniques, run, sampler) -> None:
         assert sum(note.startswith(name) for note in notes) == within, (name, notes)
 
 
+@pytest.mark.full
 def test_sigmas_that_repeat_for_many_steps(tiny, techniques, run, whole) -> None:
     """The simple scheduler has 1000 sigmas to give."""
     sigmas = whole(1200, "simple")

@@ -23,6 +23,7 @@ def stress(*arguments, cwd):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.full
 def test_it_prints_and_keeps_its_figures(tmp_path):
     done = stress("--inputs", "400", "--faults", "0", "--soak", "0", "--out", "figures", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -115,6 +115,7 @@ def test_full_layouts_are_comfyui_s_own(comfy: ModuleType, family: str) -> None:
     assert {name: shape for name, shape in shapes(spec).items() if name.startswith(UNET_PREFIX)} == expected
 
 
+@pytest.mark.full
 def test_twenty_steps_end_with_a_latent_and_a_picture_of_usual_strength(comfy: ModuleType, sd15: Loaded) -> None:
     latent = sample(comfy, sd15, sd15.encode(PROMPT), sd15.encode(""), steps=20, size=16)
     assert torch.isfinite(latent).all()

@@ -170,6 +170,7 @@ def site(made: Site, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return Site(root, dataclasses.replace(made.spec, lock=lock, test_lock=test_lock), index)
 
 
+@pytest.mark.full
 def test_onediffs_environment_is_set_up_by_the_same_stages(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,7 @@ def test_numbers_agree(server: Any, build: Any, overhead_s: float, names: tuple[
     assert (record["roofline"] or {}).get("peak_share") is None
 
 
+@pytest.mark.full
 def test_no_share_of_a_peak_is_above_the_whole(server: Any, build: Any) -> None:
     prompt, _ = build((), detail="kernels")
     record = server.record(queued(server, prompt)[0]["outputs"]["7"]["speedlab"][0]["run_id"])

@@ -124,6 +124,7 @@ def test_an_interrupt_stops_the_run_and_the_next_one_works(server):
     assert talk(server.url, work).images("SaveImage")
 
 
+@pytest.mark.full
 def test_a_run_that_takes_too_long_is_stopped(server):
     settings = Settings(prompts=(Prompt("text", "too long", 4, ""),), width=64, height=64, steps=5000)
 
@@ -135,6 +136,7 @@ def test_a_run_that_takes_too_long_is_stopped(server):
     assert talk(server.url, work).images("SaveImage")
 
 
+@pytest.mark.full
 def test_a_socket_that_drops_is_survived_and_the_log_says_so(server, monkeypatch):
     settings = Settings(prompts=(Prompt("text", "drop", 5, ""),), width=64, height=64, steps=20)
     sockets = []
@@ -178,6 +180,7 @@ def test_bench_runs_a_scenario_on_a_running_server(server, tmp_path):
     assert (tmp_path / "speedlab" / "runs" / f"{row['run_id']}.json").is_file()
 
 
+@pytest.mark.full
 def test_each_image_of_a_bench_is_a_warm_repeat_with_its_texts_encoded(server, tmp_path):
     """Texts that an earlier image had too count again, and the short run before leaves nothing behind."""
     before = server.get("/speedlab/runs?limit=1")["files"]

@@ -52,6 +52,7 @@ def stressed(start_server, tmp_path_factory):
     api.server.stop()
 
 
+@pytest.mark.full
 def test_prompts_cancelled_in_every_phase_leave_nothing(stressed):
     tally = faults.cancel_at_random(stressed.url, stressed.output, CHECKPOINT, CANCELS, Random(1))
     assert not tally.broken

@@ -251,6 +251,7 @@ def test_a_fleet_that_is_interrupted_and_whose_workers_are_killed_loses_nothing(
     assert f"{len(PROMPTS) - 1} are the same, the first that differs is number 4" in changed.text
 
 
+@pytest.mark.full
 def test_cells_are_spread_over_a_cluster_that_runs(fleet, tmp_path):
     """The pack travels to the workers, whose cluster this call neither starts nor ends."""
     out, port = tmp_path / "out", free_port()

@@ -70,6 +70,7 @@ def test_start_answer_stop(host: Host, tmp_path: Path) -> None:
     server.stop()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform == "win32", reason="kills with a signal of POSIX")
 def test_a_killed_owner_takes_its_server_along(host: Host, tmp_path: Path) -> None:
     owner = f"""

@@ -48,6 +48,7 @@ def guarded(start_server, tmp_path_factory):
     api.server.stop()
 
 
+@pytest.mark.full
 def test_a_whole_prompt_runs_with_the_network_cut_off(guarded, graph):
     api, notes = guarded
     entry = api.run(graph(tiny=False))

@@ -52,6 +52,7 @@ def test_the_disk_is_as_small_as_it_says(disk):
     (disk.path / "more").unlink()
 
 
+@pytest.mark.full
 def test_a_disk_that_fills_up_is_told_and_costs_no_run(api, disk):
     tally = fill_real_disk(api.url, disk, CHECKPOINT, 8, Random(5))
     assert not tally.broken

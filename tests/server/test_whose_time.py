@@ -156,6 +156,7 @@ def test_hires_fix_with_two_profile_samplers_has_no_total_at_either(whose, job):
     assert found["23"][0]["phases_ms"]["decode"] > 0
 
 
+@pytest.mark.full
 def test_hires_fix_over_pixels_counts_no_part_of_the_work_as_the_whole(whose, job):
     """Decode, scale, encode, sample, decode."""
     prompt = job()
@@ -171,6 +172,7 @@ def test_hires_fix_over_pixels_counts_no_part_of_the_work_as_the_whole(whose, jo
     assert_empty(whose, records(whose, prompt)[0]["7"][0], "KSampler (23)", "VAEEncode (22)")
 
 
+@pytest.mark.full
 def test_a_refined_latent_is_the_work_of_the_sampler_before_too(whose, job):
     prompt = job(denoise=0.6)
     prompt["20"] = core_sampler(["1", 0], ["4", 0], denoise=1.0)
@@ -178,6 +180,7 @@ def test_a_refined_latent_is_the_work_of_the_sampler_before_too(whose, job):
     assert_empty(whose, records(whose, prompt)[0]["7"][0], "KSampler (20)")
 
 
+@pytest.mark.full
 def test_what_no_network_does_in_between_is_no_work(whose, job):
     prompt = job()
     prompt["20"] = upscaled(["5", 0])
@@ -204,6 +207,7 @@ def test_samplers_side_by_side_have_their_own(whose, job):
     assert sum(found[node][0]["phases_ms"]["total"] for node in ("7", "37")) <= wall_ms + 5
 
 
+@pytest.mark.full
 def test_pictures_of_another_sampler_are_not_this_profiles(whose, job):
     prompt = job()
     prompt["20"] = core_sampler(["1", 0], ["4", 0], denoise=1.0)
@@ -246,6 +250,7 @@ def test_freeing_memory_on_the_way_to_the_image_is_a_phase_of_it(whose, job, cha
     assert record["phases_ms"]["total"] <= wall_ms + 5
 
 
+@pytest.mark.full
 def test_freeing_memory_before_a_core_decoder_is_in_the_span_to_the_report_alone(whose, job):
     prompt = job()
     freed_behind(prompt)
@@ -256,6 +261,7 @@ def test_freeing_memory_before_a_core_decoder_is_in_the_span_to_the_report_alone
     assert_whole(whose, record)
 
 
+@pytest.mark.full
 def test_freeing_memory_for_another_branch_is_no_phase_of_this_image(whose, job):
     prompt = job()
     prompt["20"] = free_memory(["2", 0], "text_encoders")
@@ -265,6 +271,7 @@ def test_freeing_memory_for_another_branch_is_no_phase_of_this_image(whose, job)
     assert_whole(whose, record)
 
 
+@pytest.mark.full
 def test_a_core_decoder_beside_other_work_is_not_timed(whose, job):
     """What ComfyUI runs between sampling and report is then not only this image's."""
     prompt = job()
@@ -295,6 +302,7 @@ def test_each_item_of_a_list_has_its_own(whose, job):
     assert sum(record["phases_ms"]["total"] for record in found["7"]) <= wall_ms + 5
 
 
+@pytest.mark.full
 def test_a_core_decoder_of_a_list_is_not_timed(whose, job):
     prompt = queue_of(job(), 3)
     prompt["6"] = core_decoder(["5", 0])
@@ -334,6 +342,7 @@ def test_each_round_of_an_expansion_has_its_own(whose, job, depth):
     assert sum(record["phases_ms"]["total"] for record in made) <= wall_ms + 5
 
 
+@pytest.mark.full
 def test_a_chain_of_rounds_has_a_total_only_where_it_begins(whose, job):
     made, _ = made_by_rounds(whose, rounds(job(), chained=1))
     made.sort(key=lambda record: record["request"]["seed"])
@@ -344,6 +353,7 @@ def test_a_chain_of_rounds_has_a_total_only_where_it_begins(whose, job):
         assert record["phases_ms"]["decode"] > 0
 
 
+@pytest.mark.full
 def test_text_of_a_core_node_in_a_round_is_unknown_as_in_a_flat_graph(whose, job):
     made, _ = made_by_rounds(whose, rounds(job(), core_negative=1))
     flat = job()
@@ -353,6 +363,7 @@ def test_text_of_a_core_node_in_a_round_is_unknown_as_in_a_flat_graph(whose, job
         assert_empty(whose, record, "A core node encoded the text")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_report_outside_of_an_expansion_knows_what_was_inside(whose, job, depth):
     prompt = rounds(job(), n=1, depth=depth)
@@ -363,6 +374,7 @@ def test_a_report_outside_of_an_expansion_knows_what_was_inside(whose, job, dept
     assert_whole(whose, record)
 
 
+@pytest.mark.full
 def test_a_sampler_behind_an_expansion_is_not_alone(whose, job):
     prompt = {**job(denoise=0.6), **rounds(job(), n=2)}
     prompt["5"]["inputs"]["latent_image"] = ["9", 0]
@@ -383,6 +395,7 @@ def test_nodes_in_subgraphs_are_nodes_like_others(whose, job):
     assert_whole(whose, records(whose, prompt)[0]["7"][0])
 
 
+@pytest.mark.full
 def test_a_part_from_the_cache_leaves_the_total_of_that_image_empty(whose, job):
     prompt = job()
     prompt["35"] = {**prompt["5"], "inputs": {**prompt["5"]["inputs"], "seed": 9, "positive": ["30", 0]}}
@@ -398,6 +411,7 @@ def test_a_part_from_the_cache_leaves_the_total_of_that_image_empty(whose, job):
     assert_empty(whose, found["37"][0], "in its cache")
 
 
+@pytest.mark.full
 def test_a_second_pass_that_was_changed_leaves_the_time_empty_again(whose, job):
     """Hires fix, queued again: what is before the second pass did not change, and the image is not its work alone."""
     prompt = job()
@@ -411,6 +425,7 @@ def test_a_second_pass_that_was_changed_leaves_the_time_empty_again(whose, job):
     assert_empty(whose, again, "KSampler (21)")
 
 
+@pytest.mark.full
 def test_an_expansion_from_the_cache_leaves_the_time_empty(whose, job):
     prompt = rounds(job(), n=1)
     prompt["11"] = report_of(["9", 1], ["9", 2])
@@ -420,6 +435,7 @@ def test_an_expansion_from_the_cache_leaves_the_time_empty(whose, job):
     assert_empty(whose, records(whose, prompt)[0]["12"][0], "of an earlier prompt")
 
 
+@pytest.mark.full
 def test_the_encoding_of_a_picture_to_start_from_is_work_on_the_image_too(whose, job):
     prompt = job(denoise=0.6)
     prompt["20"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 99}}
