@@ -125,7 +125,8 @@ class Precision:
                         "advanced": True,
                         "tooltip": "On a CPU under Linux, what becomes of memory that a layer gives back. reuse keeps "
                         "it for the next layer until the run ends, in place of fresh pages from the system each time: "
-                        "the same image, bit for bit, and faster steps. auto reuses where it can.",
+                        "the same image, bit for bit, and faster steps. Blocks above 64 MB are kept where ComfyUI was "
+                        "started with --cpu. auto reuses where it can.",
                     },
                 ),
                 "convolution": (

@@ -16,6 +16,7 @@ from typing import Any
 from speedlab.common.core import compute_device, core_nodes
 from speedlab.common.errors import SpeedLabError, UnavailableError, first_line
 from speedlab.measure.context import NodeContext
+from speedlab.measure.environment import dynamic_vram
 from speedlab.measure.store import new_run_id
 from speedlab.memory.streaming import NetworkStream
 from speedlab.plans.axes import Cell, CellSettings
@@ -79,7 +80,7 @@ class Bench:
         self.nodes: Mapping[str, Any] = {**core_nodes().NODE_CLASS_MAPPINGS, **pack.NODE_CLASS_MAPPINGS}
         self.journal, self.settings = journal, settings
         self.device = compute_device()
-        self.models = Models(self.device, settings.small)
+        self.models = Models(self.device, settings.small, from_files=bool(dynamic_vram()))
         self._open: set[str] = set()
         self._deadline = began + 60.0 * settings.minutes
 

@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from speedlab.common.errors import UnavailableError
 from speedlab.common.torch_private import clear_inductor
+from speedlab.measure.environment import dynamic_vram
 from speedlab.measure.record import RunRecord
 from speedlab.measure.roofline import share_of_peak
 from speedlab.patching.compiled import compile_counts, counts_between
@@ -32,12 +34,21 @@ log = logging.getLogger(__name__)
 # With so many images a row is worth keeping where time ends before all of them.
 _ENOUGH = 3
 _STOCK = Variant(STOCK)
+_NO_SMALLER_GPU = (
+    "ComfyUI's dynamic VRAM holds weights outside of PyTorch's allocator, so this suite cannot make the GPU look "
+    "smaller. It can with a ComfyUI that has no dynamic VRAM (before 0.33)."
+)
 
 
 def run(bench: Bench, block: Block) -> None:
     """A row for each variant that has none: first image, median of the others, memory, ratio to stock here."""
     pending = bench.pending(block)
     if not pending:
+        return
+    if block.cap_gb is not None and dynamic_vram():
+        for variant in pending:
+            with bench.into_row(block, variant):
+                raise UnavailableError(_NO_SMALLER_GPU)
         return
     stock = [variant for variant in block.variants if variant.is_stock and variant not in pending]
     variants = [bench.series(block, variant) for variant in (*stock, *pending)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 from speedlab.common.dtypes import CheckpointPrecision, unet_options
@@ -18,10 +20,13 @@ FAMILIES: dict[str, Family] = {"sdxl": "sdxl", "sd15": "sd15", "refiner": "sdxl_
 
 
 class Models:
-    """Models by name and dtype; only those of the last request are kept. `small`: the tiny SD 1.5 for each of them."""
+    """Models by name and dtype; only those of the last request are kept. `small`: the tiny SD 1.5 for each of them.
 
-    def __init__(self, device: Any, small: bool) -> None:
-        self._device, self._small = device, small
+    `from_files`: loaded from a checkpoint, as users do, which ComfyUI's dynamic VRAM reads from and loads again.
+    """
+
+    def __init__(self, device: Any, small: bool, from_files: bool = False) -> None:
+        self._device, self._small, self._from_files = device, small, from_files
         self._known: dict[tuple[str, str], Parts] = {}
 
     def parts(self, name: str, dtype: str) -> Parts:
@@ -31,8 +36,12 @@ class Models:
     def together(self, wanted: list[tuple[str, str]]) -> list[Parts]:
         """Several models at once; any other leaves memory."""
         if any(key not in wanted for key in self._known):
+            gone = self._known.keys() - wanted
             self._known = {key: parts for key, parts in self._known.items() if key in wanted}
             release()
+            for key in gone:
+                with contextlib.suppress(OSError):  # Windows keeps a file that is mapped; it goes with the folder
+                    _file_of(*key).unlink()
         for key in wanted:
             if key not in self._known:
                 self._known[key] = self._build(*key)
@@ -48,19 +57,32 @@ class Models:
     def _build(self, name: str, dtype: str) -> Parts:
         import comfy.sd
         import folder_paths
+        from safetensors.torch import save_file
 
         log.info("building %s in %s on %s", name, dtype, self._device)
         options, te_options = unet_options(cast(CheckpointPrecision, dtype))
         weights = synthetic.build_state_dict(self.spec(name, dtype), self._device)
-        model, clip, vae = comfy.sd.load_state_dict_guess_config(
-            weights,
-            embedding_directory=folder_paths.get_folder_paths("embeddings"),
-            model_options=options,
-            te_model_options=te_options,
-        )[:3]
-        weights.clear()
+        settings: dict[str, Any] = {
+            "embedding_directory": folder_paths.get_folder_paths("embeddings"),
+            "model_options": options,
+            "te_model_options": te_options,
+        }
+        if self._from_files:
+            path = _file_of(name, dtype)
+            save_file({key: tensor.cpu().contiguous() for key, tensor in weights.items()}, path)
+            weights.clear()
+            model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(path), **settings)[:3]
+        else:
+            model, clip, vae = comfy.sd.load_state_dict_guess_config(weights, **settings)[:3]
+            weights.clear()
         release()
         return Parts(model, clip, vae)
+
+
+def _file_of(name: str, dtype: str) -> Path:
+    import folder_paths
+
+    return Path(folder_paths.get_folder_paths("checkpoints")[0]) / f"speedlab_gpu_{name}_{dtype}.safetensors"
 
 
 def release() -> None:

@@ -33,8 +33,10 @@ COLUMNS = (
     "ratio", "sampling_ratio", "images_per_min", "tflops", "peak_share", "peak_allocated_gb", "peak_reserved_gb",
     "peak_rss_gb", "relative_error", "graphs", "graph_breaks", "recompiles", "overhead_percent", "steps_over_wall",
     "gb_per_s", "flop_per_step", "note", "error", "device", "torch", "comfyui", "timestamp",
+    "dynamic_vram",
 )  # fmt: skip
 DIED = "died"
+_DYNAMIC_VRAM = {True: "on", False: "off", None: "not there"}
 
 
 class Journal:
@@ -74,7 +76,7 @@ class Journal:
 
     def write(self, row: str, fields: Mapping[str, Any]) -> None:
         """The result of a measurement; `status` is ok where `fields` name no other."""
-        env = {"device": self.env.get("device"), "torch": self.env.get("torch"), "comfyui": self.env.get("comfyui")}
+        env = {name: self.env.get(name) for name in ("device", "torch", "comfyui", "dynamic_vram")}
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.rows[row] = {"id": row, "status": "ok", **fields, **env, "timestamp": stamp}
         self.started = self._without(row)
@@ -162,15 +164,17 @@ def _overrun(block: str) -> str:
 def open_journal(
     out: Path, earlier: Iterable[Path], env: Mapping[str, Any], settings: Mapping[str, Any], *, small: bool, again: bool
 ) -> Journal:
-    """The journal to go on with: the newest of this device and torch in `out` or `earlier`, else a new one in `out`.
+    """The journal to go on with: the newest of this device, torch and way of weights (dynamic VRAM, or whole) in `out`
+    or `earlier`, else a new one in `out`.
 
     `again` begins anew. What was found elsewhere goes on under its name in `out`.
     """
-    stem = result_stem(str(env["device"]), str(env["torch"]))
+    paged = "dynamic-vram_" if env.get("dynamic_vram") else ""
+    stem = result_stem(str(env["device"]), str(env["torch"])) + paged
     suffix = SUFFIX_SMALL if small else SUFFIX
     if not again:
         folders = dict.fromkeys((out, *earlier))
-        found = [path for folder in folders for path in folder.glob(f"{stem}*{suffix}")]
+        found = [path for folder in folders for path in folder.glob(f"{stem}[0-9]*{suffix}")]
         if found:
             newest = max(found, key=lambda path: (path.name, path.stat().st_mtime))
             return Journal.read(newest, out / newest.name)
@@ -220,8 +224,9 @@ TARGETS = (
 def text(journal: Journal, blocks: Sequence[Block]) -> str:
     """What a call prints last: a line a row, the targets with what was measured, and what is left."""
     env = journal.env
-    lines = [f"{env.get('device')}, torch {env.get('torch')}, ComfyUI {env.get('comfyui')}. Random weights: times and "
-             "memory are real, images are noise."]  # fmt: skip
+    paged = _DYNAMIC_VRAM[env.get("dynamic_vram")]
+    lines = [f"{env.get('device')}, torch {env.get('torch')}, ComfyUI {env.get('comfyui')}, dynamic VRAM "
+             f"{paged}. Random weights: times and memory are real, images are noise."]  # fmt: skip
     if journal.settings.get("small"):
         lines.append("Tiny models on the way through the suite: no figure below says anything of a real one.")
     lines += ["", *aligned([_HEAD, *(_cells(row) for row in _in_order(journal, blocks))], numbers=True)]

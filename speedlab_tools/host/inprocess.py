@@ -11,6 +11,7 @@ from types import ModuleType
 
 from speedlab.common.errors import SpeedLabError
 
+from . import dynamic_vram
 from .base import pack_root
 
 PACK_NAME = "speedlab_pack"
@@ -21,6 +22,9 @@ NEEDED = {
     "einops": "einops", "scipy": "scipy", "psutil": "psutil", "yaml": "pyyaml", "tqdm": "tqdm", "torchsde": "torchsde",
     "torchvision": "torchvision", "filelock": "filelock",
 }  # fmt: skip
+NEEDED_SINCE_033 = {"comfy_aimdo": "comfy-aimdo", "comfy_kitchen": "comfy-kitchen"}
+# What stands for a driver: NVIDIA's, that of Windows in its Linux, AMD's.
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 # Imported by ComfyUI for video and sound alone; binaries, so a carried wheel of it fits one Python only.
 _UNUSED = ("av", "torchaudio")
 
@@ -69,8 +73,8 @@ def enter(
     """Import ComfyUI with `base` as its base directory; without a GPU, or where `on_cpu` says so, it uses the CPU.
 
     `wheels` is a folder of unpacked packages that stands behind those installed. Torch must not be imported yet, so
-    that ComfyUI can choose its allocator as its `main.py` does, unless `native_allocator` asks for PyTorch's own.
-    Raises SpeedLabError for packages that are missing.
+    that ComfyUI can choose its allocator and switch on dynamic VRAM as its `main.py` does, unless `native_allocator`
+    asks for PyTorch's own allocator. Raises SpeedLabError for packages that are missing.
     """
     for kind in ("checkpoints", "loras", "vae", "vae_approx", "controlnet", "embeddings"):
         (base / "models" / kind).mkdir(parents=True, exist_ok=True)
@@ -79,26 +83,34 @@ def enter(
     # This pack's `nodes/` must not stand for ComfyUI's module of that name.
     kept = [part for part in sys.path if Path(part or ".").resolve() != _ROOT]
     sys.path[:] = [str(comfyui), *kept, *([str(wheels)] if wheels is not None else [])]
-    _require_packages()
+    _require_packages(comfyui)
     sys.meta_path.append(_AbsentFinder(tuple(n for n in _UNUSED if importlib.util.find_spec(n) is None)))  # type: ignore[arg-type]
     args = importlib.import_module("comfy.cli_args").args
     args.base_directory = str(base)
-    if (
-        not native_allocator
-        and "torch" not in sys.modules
-        and shutil.which("nvidia-smi")
-        and importlib.util.find_spec("cuda_malloc")
-    ):
+    is_first = "torch" not in sys.modules
+    args.cpu = on_cpu or not _may_have_gpu()
+    if is_first and not native_allocator and shutil.which("nvidia-smi") and importlib.util.find_spec("cuda_malloc"):
         importlib.import_module("cuda_malloc")
+    pages = is_first and dynamic_vram.begin()
     import torch
 
     args.cpu = on_cpu or not torch.cuda.is_available()
     importlib.import_module("nodes")
+    if pages and not args.cpu:
+        dynamic_vram.finish()
     importlib.import_module("comfy.utils").set_progress_bar_enabled(False)
 
 
-def _require_packages() -> None:
-    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+def _may_have_gpu() -> bool:
+    """Whether a driver of a GPU is there: all that can be known before PyTorch is imported."""
+    return bool(shutil.which("nvidia-smi")) or any(Path(path).exists() for path in _DRIVERS)
+
+
+def _require_packages(comfyui: Path) -> None:
+    listed = comfyui / "requirements.txt"
+    asked = listed.read_text(encoding="utf-8") if listed.is_file() else ""
+    needed = NEEDED | {module: package for module, package in NEEDED_SINCE_033.items() if package in asked}
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise SpeedLabError(
             f"{sys.executable} lacks {', '.join(missing)}. Install them. Where there is no network, make on another "

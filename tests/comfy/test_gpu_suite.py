@@ -7,6 +7,7 @@ import gzip
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -117,6 +118,135 @@ def test_a_call_without_time_writes_what_it_has_and_says_what_is_left(comfy: Mod
     done = suite(tmp_path, "--minutes", "0.001", "--only", "peak", "sdxl-fp16")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "7 measurements are left; the same command goes on with peak/fp16" in done.stdout
+    # On a CPU ComfyUI has none, whether it knows the word or not.
+    (path,) = tmp_path.glob("*_gpu-small.json")
+    paged = json.loads(path.read_text())["env"]["dynamic_vram"]
+    assert paged is (False if hasattr(importlib.import_module("comfy.cli_args"), "enables_dynamic_vram") else None)
+    assert f"dynamic VRAM {'not there' if paged is None else 'off'}" in done.stdout
+
+
+class Aimdo:
+    """comfy_aimdo.control as `main.py` calls it: 0.4.13, or with `ids_alone` that of 0.4.9."""
+
+    def __init__(self, works: bool = True, ids_alone: bool = False) -> None:
+        self.works, self.ids_alone, self.calls = works, ids_alone, []
+
+    def init(self, implementation: Any = None, simple_vram_headroom: Any = None, nvml_pressure: bool = False) -> bool:
+        self.calls.append(("init", "torch" in sys.modules, simple_vram_headroom, nvml_pressure))
+        return True
+
+    def init_devices(self, devices: Any) -> bool:
+        devices = list(devices)
+        if self.ids_alone and any(isinstance(device, tuple) for device in devices):
+            raise TypeError("int() argument must be a string, a bytes-like object or a real number, not 'tuple'")
+        self.calls.append(("devices", devices))
+        return self.works
+
+
+class PlainAimdo(Aimdo):
+    def init(self) -> bool:  # type: ignore[override]
+        return super().init()
+
+
+@pytest.fixture
+def as_on_a_gpu(comfy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `main.py` asks of a ComfyUI with a card, with `aimdo` for the library. Returns the module of the switch."""
+    import comfy.model_management as mm
+    import comfy.model_patcher as patchers
+
+    switch = importlib.import_module("speedlab_tools.host.dynamic_vram")
+
+    def ready(aimdo: Any, **arguments: Any) -> SimpleNamespace:
+        args = {"enable_dynamic_vram": False, "reserve_vram": 2.0, "vram_headroom": 0.5, **arguments}
+        cli = SimpleNamespace(args=SimpleNamespace(**args), enables_dynamic_vram=lambda: args.get("wanted", True))
+        management = SimpleNamespace(aimdo_enabled=False)
+        for name, module in (
+            ("comfy.cli_args", cli), ("comfy_aimdo.control", aimdo), ("comfy.memory_management", management)
+        ):  # fmt: skip
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(patchers, "CoreModelPatcher", patchers.ModelPatcher, raising=False)
+        monkeypatch.setattr(patchers, "ModelPatcherDynamic", "dynamic", raising=False)
+        for name, value in (
+            ("is_nvidia", lambda: args.get("nvidia", True)), ("is_amd", lambda: not args.get("nvidia", True)),
+            ("rocm_version", args.get("rocm", (0, 0))), ("torch_version_numeric", args.get("torch", (2, 12))),
+            ("get_all_torch_devices", lambda: [torch.device("cuda", 0), torch.device("cuda", 1)]),
+        ):  # fmt: skip
+            monkeypatch.setattr(mm, name, value, raising=False)
+        return SimpleNamespace(switch=switch, is_on=lambda: (management.aimdo_enabled, patchers.CoreModelPatcher))
+
+    return ready
+
+
+GIB = 1024**3
+
+
+@pytest.mark.parametrize("aimdo, init, devices", [
+    (Aimdo(), (2 * GIB, True), [(0, GIB // 2), (1, GIB // 2)]),
+    (Aimdo(ids_alone=True), (2 * GIB, True), [0, 1]),
+    (PlainAimdo(), (None, False), [(0, GIB // 2), (1, GIB // 2)]),
+])  # fmt: skip
+def test_dynamic_vram_is_switched_on_as_main_does(as_on_a_gpu: Any, aimdo: Any, init: Any, devices: Any) -> None:
+    gpus = as_on_a_gpu(aimdo)
+    assert gpus.switch.begin() and gpus.switch.finish()
+    assert [call[2:] if call[0] == "init" else call[1] for call in aimdo.calls] == [init, devices]
+    assert gpus.is_on() == (True, "dynamic")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    ({"nvidia": False, "rocm": (7, 2)}, "ROCm 7.14"), ({"torch": (2, 7)}, "PyTorch 2.8"),
+    ({"broken": True}, "comfy-aimdo"),
+])  # fmt: skip
+def test_where_main_leaves_dynamic_vram_off_the_suite_does(
+    as_on_a_gpu: Any, caplog: pytest.LogCaptureFixture, arguments: Any, said: str
+) -> None:
+    gpus = as_on_a_gpu(Aimdo(works="broken" not in arguments), **arguments)
+    caplog.set_level("INFO")
+    assert gpus.switch.begin() and not gpus.switch.finish()
+    assert said in caplog.text
+    assert gpus.is_on()[0] is False and gpus.is_on()[1] != "dynamic"
+
+
+def test_a_comfyui_that_wants_none_gets_none(as_on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    aimdo = Aimdo()
+    gpus = as_on_a_gpu(aimdo, wanted=False)
+    assert not gpus.switch.begin()
+    monkeypatch.setitem(sys.modules, "comfy.cli_args", SimpleNamespace(args=SimpleNamespace()))  # as in 0.3.75
+    assert not gpus.switch.begin() and aimdo.calls == []
+
+
+def test_main_switches_on_nothing_that_the_suite_does_not_know(comfy: ModuleType) -> None:
+    """ComfyUI's own main.py: what it calls of comfy-aimdo, and what it sets."""
+    text = (Path(importlib.import_module("nodes").__file__).parent / "main.py").read_text(encoding="utf-8")
+    called = {name for name in re.findall(r"comfy_aimdo\.control\.(\w+)", text) if not name.startswith("set_log_")}
+    set_here = set(re.findall(r"^\s+comfy\.(model_patcher|memory_management)\.(\w+) = ", text, re.M))
+    has_it = hasattr(importlib.import_module("comfy.cli_args"), "enables_dynamic_vram")
+    assert called == ({"init", "init_devices"} if has_it else set())
+    names = {("model_patcher", "CoreModelPatcher"), ("memory_management", "aimdo_enabled")}
+    assert set_here == (names if has_it else set())
+
+
+def test_under_dynamic_vram_models_come_from_a_file_as_users_have_them(comfy: ModuleType, base_dir: Path) -> None:
+    models = gpu("models")
+    files, built = models.Models(torch.device("cpu"), True, from_files=True), models.Models(torch.device("cpu"), True)
+    (loaded,), (made,) = files.together([("sd15", "fp16")]), built.together([("sd15", "fp16")])
+    ours, theirs = (parts.model.model.diffusion_model.state_dict() for parts in (loaded, made))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    if hasattr(loaded.model, "cached_patcher_init"):
+        assert loaded.model.cached_patcher_init is not None, "Compile Model loads it a second time"
+    assert [path.name for path in base_dir.rglob("speedlab_gpu_*")] == ["speedlab_gpu_sd15_fp16.safetensors"]
+    del loaded, ours
+    files.together([("refiner", "fp16")])
+    assert [path.name for path in base_dir.rglob("speedlab_gpu_*")] == ["speedlab_gpu_refiner_fp16.safetensors"]
+    files.together([])
+    assert not [*base_dir.rglob("speedlab_gpu_*")]
+
+
+def test_under_dynamic_vram_no_smaller_gpu_is_claimed(engine: Any, bench: Any, monkeypatch: Any) -> None:
+    plan, pictures = gpu("plan"), gpu("measure_models")
+    monkeypatch.setattr(pictures, "dynamic_vram", lambda: True)
+    pictures.run(bench, plan.Block("cap", "pictures", "", (plan.Variant("plan", "stock"),), apart=True, cap_gb=4.0))
+    row = bench.journal.rows["cap/plan"]
+    assert row["status"] == "unavailable" and "dynamic VRAM" in row["error"]
 
 
 @pytest.mark.full

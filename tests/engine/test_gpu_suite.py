@@ -103,6 +103,20 @@ def test_each_row_is_on_disk_at_once_and_the_next_call_goes_on(tmp_path: Path) -
     assert new_journal(tmp_path, torch="2.12.0").rows == {}
 
 
+def test_rows_with_and_without_dynamic_vram_stand_in_files_of_their_own(tmp_path: Path) -> None:
+    plain = new_journal(tmp_path)
+    plain.write("a/stock", {"picture_s": 2.5})
+    paged = open_journal(tmp_path, [], {**ENV, "dynamic_vram": True}, SETTINGS, small=False, again=False)
+    assert paged.rows == {}
+    paged.write("a/stock", {"picture_s": 1.5})
+    assert "_dynamic-vram_" in paged.path.name and paged.rows["a/stock"]["dynamic_vram"] is True
+    assert "dynamic VRAM on" in text(paged, []) and "dynamic VRAM not there" in text(plain, [])
+    assert new_journal(tmp_path).value("a/stock", "picture_s") == 2.5
+    assert open_journal(
+        tmp_path, [], {**ENV, "dynamic_vram": True}, SETTINGS, small=False, again=False
+    ).value("a/stock", "picture_s") == 1.5  # fmt: skip
+
+
 def test_earlier_results_elsewhere_go_on_in_the_new_folder(tmp_path: Path) -> None:
     new_journal(tmp_path / "old").write("a/stock", {"picture_s": 2.5})
     moved = open_journal(tmp_path / "new", [tmp_path / "old"], ENV, SETTINGS, small=False, again=False)

@@ -112,6 +112,51 @@ def test_runs_within_runs_and_errors() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+_LARGE_IN_A_THREAD = """
+import resource
+import threading
+
+from speedlab.techniques.cpu.host_allocator import memory_reused
+
+
+def run():
+    import torch
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        for _ in range(8):
+            torch.empty(96 << 20, dtype=torch.uint8).fill_(1)
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    torch.set_num_threads(1)
+    plain = faults()
+    with memory_reused() as keeps_large:
+        faults()
+        kept = faults()
+    print(keeps_large, plain, kept)
+
+
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("arenas", ["1", "8"])
+def test_blocks_above_64_mb_are_kept_in_a_thread_of_the_first_arena(arenas: str) -> None:
+    """As `prestartup_script.py` arranges it; elsewhere it is told that they are not."""
+    ended = subprocess.run(
+        [sys.executable, "-c", _LARGE_IN_A_THREAD], env={**os.environ, "MALLOC_ARENA_MAX": arenas},
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    keeps_large, plain, kept = ended.stdout.split()
+    assert keeps_large == str(arenas == "1")
+    if arenas == "1":
+        assert int(kept) < FEW
+    assert int(plain) > 100  # also where a page has 2 MB
+
+
 @pytest.mark.parametrize("variable, value", [("GLIBC_TUNABLES", "glibc.malloc.mmap_max=10"), ("MALLOC_MMAP_MAX_", "1")])
 def test_what_the_user_has_set_stays(variable: str, value: str) -> None:
     code = "from speedlab.techniques.cpu.host_allocator import why_not_reused; print(why_not_reused())"

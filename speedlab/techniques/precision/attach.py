@@ -44,6 +44,10 @@ _WORDS = {
     "convolution": CONVOLUTIONS,
 }
 _OTHER_WAYS = {"linear": linear_layers_on_onednn, "convolution": conv_as_matmul.few_pixels_as_products}
+_LARGE_BLOCKS = (
+    "Precision: memory keeps blocks of up to 64 MB only: the thread that samples does not use the first of the C "
+    "library's arenas, which alone can keep larger ones. Start ComfyUI with MALLOC_ARENA_MAX=1 in its environment."
+)
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -207,8 +211,8 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
             report_note(options, f"Precision: {', '.join(sorted(idle))} had no effect on {device.type}.")
         with ExitStack() as stack:
             on_cpu = device.type == "cpu"
-            if config.memory == "reuse" and on_cpu:
-                stack.enter_context(memory_reused())
+            if config.memory == "reuse" and on_cpu and not stack.enter_context(memory_reused()):
+                say(_LARGE_BLOCKS)
             if layout is not None and not stack.enter_context(conv_weights_in(network, layout, device)):
                 say(_why_no_layout(network, is_dynamic(model_wrap.model_patcher)))
                 idle.add("memory_format")
