@@ -64,7 +64,8 @@ def _core_node(module: str, name: str, *values: Any) -> Patch:
     def patch(model: Any) -> Any:
         node = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
         if hasattr(node, "execute"):
-            return node.execute(model, *values).args[0]
+            made = node.execute(model, *values)
+            return getattr(made, "args", made)[0]
         return getattr(node(), node.FUNCTION)(model, *values)[0]
 
     return patch
