@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
@@ -69,6 +70,24 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
             node["_meta"].pop("speedlab", None)
             node["_meta"].pop("cnr_id", None)  # newer frontends say which pack a node came from
         assert made == api, name
+
+
+def test_a_model_that_is_missing_can_be_fetched(open_canvas, workflows):
+    """ComfyUI's own dialog names each file that the workflow's loaders want, and where it is published."""
+    canvas = open_canvas()
+    workflow, _ = workflows["sdxl-refiner-ensemble"]
+    canvas.drop(workflow, "refiner")
+    models = {
+        model["name"]: model["url"] for node in workflow["nodes"] for model in node["properties"].get("models", [])
+    }
+    assert len(models) == 2
+    for name in models:
+        # The canvas is no text of the page: this is the dialog's.
+        canvas.page.wait_for_function("(name) => document.body.innerText.includes(name)", arg=name, timeout=20_000)
+    deadline = time.monotonic() + 20
+    while canvas.offered < set(models.values()) and time.monotonic() < deadline:
+        canvas.page.wait_for_timeout(200)
+    assert canvas.offered == set(models.values())
 
 
 SEND_LIVE = """(queued) => {
