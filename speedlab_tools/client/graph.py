@@ -186,6 +186,7 @@ def split_lanes(graph: Graph) -> list[ApiGraph]:
 
 SNAPSHOT = Path(__file__).with_name("signatures.json")
 WIDGET_TYPES = frozenset({"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"})
+OURS = "SpeedLab"
 SEED_NAMES = frozenset({"seed", "noise_seed"})
 
 
@@ -279,7 +280,9 @@ def signature_from_info(node_id: str, info: Mapping[str, Any]) -> NodeSignature:
     for section in ("required", "optional"):
         entries: Mapping[str, Any] = info["input"].get(section, {})
         order = info.get("input_order", {}).get(section, list(entries))
-        inputs += [_input_from_info(name, entries[name], section == "optional") for name in order]
+        found = [_input_from_info(name, entries[name], section == "optional") for name in order]
+        # Which inputs of core's nodes are advanced differs by version; the snapshot holds for all.
+        inputs += found if node_id.startswith(OURS) else [replace(entry, advanced=False) for entry in found]
     types = [str(entry) if not isinstance(entry, list) else "COMBO" for entry in info["output"]]
     return NodeSignature(
         id=node_id,

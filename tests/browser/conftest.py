@@ -63,7 +63,17 @@ class Canvas:
     url: str
     output: Path
     faults: list[str] = field(default_factory=list)
+    # Addresses of models whose size the frontend asked for, to offer them.
+    offered: set[str] = field(default_factory=set)
     loaded: bool = False
+
+    def refuse(self, route: Any) -> None:
+        """No request leaves this machine: what the frontend asks of other hosts is refused, and is its business."""
+        if route.request.method == "HEAD" and route.request.url.startswith("https://huggingface.co/"):
+            self.offered.add(route.request.url)
+            route.fulfill(status=200, headers={"content-length": "1000000", "access-control-allow-origin": "*"})
+        else:
+            route.abort()
 
     def open(self) -> None:
         self.loaded = False
@@ -237,12 +247,9 @@ def open_canvas(server: ComfyServer, chromium: Any) -> Iterator[Callable[..., Ca
             ).close()
         context = chromium.new_context(viewport={"width": width, "height": height})
         contexts.append(context)
-        # No request leaves this machine: what the frontend asks of other hosts is refused here, and is its business.
-        context.route(
-            lambda url: not url.startswith(server.url) and url.startswith("http"), lambda route: route.abort()
-        )
         canvas = Canvas(context.new_page(), server.url, server.base / "output")
         canvases.append(canvas)
+        context.route(lambda url: not url.startswith(server.url) and url.startswith("http"), canvas.refuse)
         canvas.page.on("console", lambda message: _note(canvas, message.type, message.text, message.location))
         canvas.page.on("pageerror", lambda error: _note(canvas, "error", f"{error}\n{error.stack or ''}", {}))
         canvas.open()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
 
 from speedlab_tools.host import pack_root
+from speedlab_tools.scenarios.blueprints import BLUEPRINTS
 from speedlab_tools.scenarios.catalog import TEMPLATES
 
 pytestmark = pytest.mark.browser
@@ -69,6 +71,56 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
             node["_meta"].pop("speedlab", None)
             node["_meta"].pop("cnr_id", None)  # newer frontends say which pack a node came from
         assert made == api, name
+
+
+def test_a_model_that_is_missing_can_be_fetched(open_canvas, workflows):
+    """ComfyUI's own dialog names each file that the workflow's loaders want, and where it is published."""
+    canvas = open_canvas()
+    workflow, _ = workflows["sdxl-refiner-ensemble"]
+    canvas.drop(workflow, "refiner")
+    named = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    models = {model["name"]: model["url"] for model in named}
+    assert len(models) == 2
+    for name in models:
+        # The canvas is no text of the page: this is the dialog's.
+        canvas.page.wait_for_function("(name) => document.body.innerText.includes(name)", arg=name, timeout=20_000)
+    deadline = time.monotonic() + 20
+    while not canvas.offered >= set(models.values()) and time.monotonic() < deadline:
+        canvas.page.wait_for_timeout(200)
+    assert canvas.offered >= set(models.values()), "beside those of the workflow that ComfyUI opens with"
+
+
+BLUEPRINT = """async (name) => {
+  const graph = app.rootGraph ?? app.graph;
+  graph.clear();
+  const node = LiteGraph.createNode(`SubgraphBlueprint.${name}`);
+  graph.add(node);
+  const shown = Object.fromEntries(node.widgets.map((widget) => [widget.label ?? widget.name, widget.value]));
+  const preview = LiteGraph.createNode("PreviewImage");
+  graph.add(preview);
+  node.connect(0, preview, 0);
+  return [shown, (await app.graphToPrompt()).output];
+}"""
+
+
+def test_a_blueprint_is_a_node_with_its_settings_on_its_face(open_canvas):
+    canvas = open_canvas()
+    for blueprint in BLUEPRINTS:
+        canvas.page.wait_for_function(
+            "(name) => Boolean(LiteGraph.registered_node_types[`SubgraphBlueprint.${name}`])",
+            arg=blueprint.name,
+            timeout=20_000,
+        )
+        shown, made = canvas.evaluate(BLUEPRINT, blueprint.name)
+        api = blueprint.graph.to_api()
+        for one in blueprint.promoted:
+            assert shown[one.name] == api[str(one.node.id)]["inputs"][one.input], one.name
+        inside = {key.partition(":")[2]: node for key, node in made.items() if ":" in key}
+        for number, node in api.items():
+            wanted = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+            now = inside[number]
+            assert now["class_type"] == node["class_type"]
+            assert {name: now["inputs"][name] for name in wanted} == wanted
 
 
 SEND_LIVE = """(queued) => {

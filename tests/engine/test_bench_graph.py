@@ -173,3 +173,13 @@ def test_signature_from_object_info_reads_all_kinds_of_inputs():
     assert known.outputs == (("picture", "IMAGE"), ("choice", "COMBO"))
     assert known.inputs[-1].optional
     assert signatures.signature_from_json("Thing", known.to_json()) == known
+
+
+def test_which_inputs_are_advanced_is_known_of_our_nodes_alone():
+    """Of core's, newer versions mark some; the same snapshot holds for all."""
+    spec = {"power": ["FLOAT", {"default": 1.0, "advanced": True}], "model": ["MODEL", {"advanced": True}]}
+    info = {"input": {"required": spec}, "output": [], "output_name": []}
+    ours = signatures.signature_from_info("SpeedLabThing", info)
+    assert [entry.advanced for entry in ours.inputs] == [True, False]
+    assert signatures.signature_from_json("SpeedLabThing", ours.to_json()) == ours
+    assert not any(entry.advanced for entry in signatures.signature_from_info("Thing", info).inputs)

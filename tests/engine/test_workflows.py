@@ -11,7 +11,7 @@ from PIL import Image
 
 from speedlab_tools.client.errors import BenchError
 from speedlab_tools.client.events import SAMPLERS
-from speedlab_tools.client.graph import GROUPS, is_link
+from speedlab_tools.client.graph import GROUPS, is_link, signature
 from speedlab_tools.scenarios import workflows
 from speedlab_tools.scenarios.canvas import NOTE_TYPE, Box, ui_to_api
 from speedlab_tools.scenarios.catalog import SCENARIOS, TEMPLATES, UnknownScenarioError, find
@@ -118,6 +118,21 @@ def test_both_formats_are_the_same_graph(scenario):
         else:
             assert named is None
     assert ui_to_api(ui) == api
+
+
+def test_a_node_shows_its_advanced_inputs_where_a_workflow_sets_one():
+    shown = {}
+    for scenario in WITH_FILE.values():
+        ui, api = committed(scenario)
+        for node in ui["nodes"]:
+            if node["type"] == NOTE_TYPE:
+                continue
+            entries = signature(node["type"]).widgets
+            values = api[str(node["id"])]["inputs"]
+            is_set = any(e.advanced and values.get(e.name, e.default) != e.default for e in entries)
+            assert node.get("showAdvanced", False) is is_set, (scenario.id, node["title"])
+            shown.setdefault(node["type"], set()).add(is_set)
+    assert shown["SpeedLabCompileModel"] == shown["SpeedLabVAEDecode"] == {True, False}
 
 
 @every_shape

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,11 @@ def command(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
 def test_the_signature_snapshot_is_what_the_server_says(server):
     info = talk(server.url, lambda client: client.object_info())
     live = {node_id: signature_from_info(node_id, info[node_id]) for node_id in snapshot()}
-    assert live == dict(snapshot())
+    for node_id, known in snapshot().items():
+        now = live[node_id]
+        if not node_id.startswith("SpeedLab"):  # newer versions of core's nodes have more outputs behind these
+            now = replace(now, outputs=now.outputs[: len(known.outputs)])
+        assert now == known
     assert {node_id for node_id in info if node_id.startswith("SpeedLab")} <= set(snapshot())
 
 
