@@ -1,7 +1,6 @@
 """Muon for matrices, Adam for the rest.
 
-Muon makes the momentum of a matrix orthogonal before it is a step: every direction is learnt at the same rate. On this
-model it needs about half the steps of Adam (docs/drawn-model.md).
+Muon makes the momentum of a matrix orthogonal before it is a step, so that every direction is learnt at the same rate.
 """
 
 from __future__ import annotations
