@@ -74,6 +74,7 @@ def test_the_captions_are_encoded_once_and_more_are_added(tmp_path: Path) -> Non
     assert len(calls) == 9
     assert np.array_equal(more.encoded[:6], first.encoded)
     assert torch.equal(torch.from_numpy(np.array(more.encoded[7])), encode([calls[7]])[0].half())
+    assert np.array_equal(data.open_pool(tmp_path, 0, 3).encoded, first.encoded[:4])
     with pytest.raises(ValueError, match="another seed"):
         data.open_pool(tmp_path, 1, 5, counting)
 
@@ -215,6 +216,10 @@ def test_the_sampler_finds_what_a_perfect_net_knows() -> None:
 
 def test_orthogonal_steps_have_singular_values_near_one() -> None:
     for shape in ((2, 16, 40), (2, 40, 16)):
-        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
+        given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        found = orthogonal(given)
+        values = torch.linalg.svdvals(found)
         assert values.min() > 0.5
         assert values.max() < 1.4
+        left, _, right = torch.linalg.svd(given, full_matrices=False)
+        torch.testing.assert_close(found, left @ right, rtol=0.0, atol=0.3)
