@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from speedlab.common.errors import SpeedLabError
 from speedlab_tools.synthetic.drawn import factors, latents, packed, world
 from speedlab_tools.synthetic.train import autoencoder, data, diffusion
-from speedlab_tools.synthetic.train.__main__ import main
+from speedlab_tools.synthetic.train.__main__ import PLAN, STAGES, main
 from speedlab_tools.synthetic.train.net import UNet
 from speedlab_tools.synthetic.train.optimiser import orthogonal
 
@@ -191,6 +191,19 @@ def test_training_goes_on_from_packed_factors(trained: Path, tmp_path: Path) -> 
     assert main(["unet", "--out", str(tmp_path), "--captions", "6", "--until", "5", "--batch", "2", "--side", "64",
                  "--fp32", "--start", str(file)]) == 0  # fmt: skip
     assert state(tmp_path, "unet")["step"] == 5
+
+
+def test_the_whole_plan_has_every_stage_and_goes_onwards() -> None:
+    assert {stage for stage, _ in PLAN} == set(STAGES)
+    for stage in ("decoder", "unet"):
+        steps = [changes["until"] for name, changes in PLAN if name == stage]
+        assert steps == sorted(steps)
+    assert [stage for stage, _ in PLAN][-2:] == ["pack", "examine"]
+
+
+def test_packing_without_training_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", "--out", str(tmp_path), "--packed", str(tmp_path / "factors.safetensors")]) == 2
+    assert "run the stage decoder first" in capsys.readouterr().err
 
 
 def test_timesteps_follow_the_weight_of_min_snr() -> None:
