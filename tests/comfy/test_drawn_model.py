@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from speedlab_tools.synthetic.drawn import latents, packed, world
-from speedlab_tools.synthetic.train import autoencoder, data
+from speedlab_tools.synthetic.train import autoencoder, data, examine
 from speedlab_tools.synthetic.train.net import UNet
 
 
@@ -71,6 +71,13 @@ def test_the_checkpoint_loads_whole_samples_and_computes_what_was_trained(
     assert torch.isfinite(sampled["samples"]).all()
     picture = core.VAEDecode().decode(vae, sampled)[0]
     assert picture.shape == (1, 64, 64, 3)
+
+    # The examination samples many captions in a batch: each as if it were alone.
+    two = examine.sample(model, clip, vae, texts, 5, 64, 3.0, steps=3)
+    assert [each.shape for each in two] == [(64, 64, 3)] * 2
+    alone = examine.sample(model, clip, vae, texts[:1], 5, 64, 3.0, steps=3)[0]
+    assert np.abs(two[0].astype(int) - alone.astype(int)).mean() < 3.0
+    assert np.abs(two[0].astype(int) - two[1].astype(int)).mean() > 3.0
 
     rng = world.generator(3)
     drawn = world.draw(world.random_scene(rng), rng, 64)

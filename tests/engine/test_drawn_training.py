@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from speedlab.common.errors import SpeedLabError
 from speedlab_tools.synthetic.drawn import factors, latents, packed, world
 from speedlab_tools.synthetic.train import autoencoder, data, diffusion
-from speedlab_tools.synthetic.train.__main__ import main
+from speedlab_tools.synthetic.train.__main__ import PLAN, STAGES, main
 from speedlab_tools.synthetic.train.net import UNet
 from speedlab_tools.synthetic.train.optimiser import orthogonal
 
@@ -74,6 +74,7 @@ def test_the_captions_are_encoded_once_and_more_are_added(tmp_path: Path) -> Non
     assert len(calls) == 9
     assert np.array_equal(more.encoded[:6], first.encoded)
     assert torch.equal(torch.from_numpy(np.array(more.encoded[7])), encode([calls[7]])[0].half())
+    assert np.array_equal(data.open_pool(tmp_path, 0, 3).encoded, first.encoded[:4])
     with pytest.raises(ValueError, match="another seed"):
         data.open_pool(tmp_path, 1, 5, counting)
 
@@ -192,6 +193,19 @@ def test_training_goes_on_from_packed_factors(trained: Path, tmp_path: Path) -> 
     assert state(tmp_path, "unet")["step"] == 5
 
 
+def test_the_whole_plan_has_every_stage_and_goes_onwards() -> None:
+    assert {stage for stage, _ in PLAN} == set(STAGES)
+    for stage in ("decoder", "unet"):
+        steps = [changes["until"] for name, changes in PLAN if name == stage]
+        assert steps == sorted(steps)
+    assert [stage for stage, _ in PLAN][-2:] == ["pack", "examine"]
+
+
+def test_packing_without_training_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", "--out", str(tmp_path), "--packed", str(tmp_path / "factors.safetensors")]) == 2
+    assert "run the stage decoder first" in capsys.readouterr().err
+
+
 def test_timesteps_follow_the_weight_of_min_snr() -> None:
     drawn = np.concatenate([diffusion.draw_timesteps(64, np.random.default_rng(n)) for n in range(200)])
     share = diffusion.signal_shares()
@@ -215,6 +229,10 @@ def test_the_sampler_finds_what_a_perfect_net_knows() -> None:
 
 def test_orthogonal_steps_have_singular_values_near_one() -> None:
     for shape in ((2, 16, 40), (2, 40, 16)):
-        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=torch.Generator().manual_seed(1))))
+        given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        found = orthogonal(given)
+        values = torch.linalg.svdvals(found)
         assert values.min() > 0.5
         assert values.max() < 1.4
+        left, _, right = torch.linalg.svd(given, full_matrices=False)
+        torch.testing.assert_close(found, left @ right, rtol=0.0, atol=0.3)

@@ -28,6 +28,9 @@ _SMALLEST = 0.004  # of the picture; what is smaller is a speck
 _BIG = 0.195  # half the extent of a big thing is above this, of a small one below
 _MASK = 32
 _RING = 6  # pixels at the border that tell the background
+_PLAIN = 0.6  # of an area that is to be of one colour, so much must be near its median
+_ALIKE = 0.55  # of an outline, so much must be that of the shape
+_NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,13 @@ def _pixels(picture: world.Picture) -> Floats:
     return ndimage.median_filter(picture.astype(np.float64), size=(3, 3, 1))
 
 
+def _plain(pixels: Floats, names: Mapping[str, world.RGB]) -> tuple[Floats, str]:
+    """The median colour of an area with its name, which is "none" where the area is of many colours."""
+    colour = np.median(pixels.reshape(-1, 3), axis=0)
+    near = np.linalg.norm(pixels.reshape(-1, 3) - colour, axis=1) < _SEEN
+    return colour, _nearest(colour, names) if near.mean() >= _PLAIN else _NONE
+
+
 def _nearest(colour: Floats, names: Mapping[str, world.RGB]) -> str:
     return min(names, key=lambda name: math.dist(names[name], colour))
 
@@ -129,7 +139,7 @@ def read_shapes(picture: world.Picture) -> tuple[str, list[Found]]:
     pixels = _pixels(picture)
     border = np.ones((SIDE, SIDE), dtype=bool)
     border[_RING:-_RING, _RING:-_RING] = False
-    background = np.median(pixels[border], axis=0)
+    background, named = _plain(pixels[border], world.COLOURS)
     distance = np.linalg.norm(pixels - background, axis=2)
     things = []
     for area in _areas(distance > _SEEN):
@@ -149,7 +159,7 @@ def read_shapes(picture: world.Picture) -> tuple[str, list[Found]]:
                 max(y1 - y0, x1 - x0) / 2 / SIDE,
             )
         )  # fmt: skip
-    return _nearest(background, world.COLOURS), things
+    return named, things
 
 
 def _areas(mask: Mask) -> list[Mask]:
@@ -165,7 +175,8 @@ def _shape(mask: Mask) -> str:
         shape: np.minimum(fitted, outline).sum() / np.maximum(fitted, outline).sum()
         for shape, outline in _outlines().items()
     }
-    return max(scores, key=lambda shape: scores[shape])
+    best = max(scores, key=lambda shape: scores[shape])
+    return best if scores[best] >= _ALIKE else _NONE
 
 
 def _fit(mask: Mask) -> Floats:
@@ -189,7 +200,7 @@ def _outlines() -> dict[str, Floats]:
 
 def _attributes(scene: world.Landscape) -> dict[str, str]:
     asked = {"time": scene.time, "ground": scene.ground, "light": scene.light}
-    asked |= {"tree": scene.tree or "none", "house": "none", "boat": "none"}
+    asked |= {"tree": scene.tree or _NONE, "house": _NONE, "boat": _NONE}
     if scene.house:
         asked |= {"house": scene.house[1], "wall": scene.house[0]}
     if scene.boat:
@@ -200,11 +211,12 @@ def _attributes(scene: world.Landscape) -> dict[str, str]:
 def read_landscape(picture: world.Picture) -> dict[str, str]:
     """Time of day, ground, the side of the light, and what stands there with side and colour."""
     pixels = _pixels(picture)
-    sky = np.median(pixels[2:10].reshape(-1, 3), axis=0)
-    time = _nearest(sky, world.SKY)
-    dim = world.DIMMED[time]
-    ground_colour = np.median(pixels[-6:].reshape(-1, 3), axis=0)
-    ground = _nearest(ground_colour, {name: world.times(rgb, dim) for name, rgb in world.GROUND.items()})
+    sky, time = _plain(pixels[2:10], world.SKY)
+    dim = world.DIMMED.get(time, 1.0)
+    grounds = {name: world.times(rgb, dim) for name, rgb in world.GROUND.items()}
+    ground_colour, ground = _plain(pixels[-6:], grounds)
+    if _NONE in (time, ground):
+        return {"time": time, "ground": ground}
 
     named = {"sky": tuple(sky), "ground": tuple(ground_colour), "shadow": tuple(0.78 * ground_colour),
              "light": world.LIGHT[time]}  # fmt: skip
@@ -231,7 +243,7 @@ def read_landscape(picture: world.Picture) -> dict[str, str]:
     seen = {name: area(name, low, high) for name in things}
     least = 0.006 * SIDE**2
     standing = {"tree": "crown", "house": "roof"} if ground != "sea" else {"boat": "wood"}
-    found |= dict.fromkeys(("tree", "house", "boat"), "none")
+    found |= dict.fromkeys(("tree", "house", "boat"), _NONE)
     for thing, part in standing.items():
         mask = seen[part]
         if mask.sum() >= least:
@@ -248,5 +260,5 @@ def read_landscape(picture: world.Picture) -> dict[str, str]:
 def _side(mask: Mask) -> str:
     columns = np.nonzero(mask)[1]
     if not len(columns):
-        return "none"
+        return _NONE
     return "left" if np.median(columns) < SIDE / 2 else "right"

@@ -245,7 +245,7 @@ def _draw_shapes(canvas: Canvas, scene: Shapes, rng: Generator) -> None:
     canvas.box(0, 0, 1, 1, background)
     if scene.count > 1:
         places = _ROW[scene.count]
-        low, high = (0.11, 0.125) if scene.count == 3 else (0.13, 0.15)
+        low, high = (0.095, 0.11) if scene.count == 3 else (0.13, 0.15)
         things = scene.things * scene.count
     else:
         places = tuple(PLACES[thing.place] for thing in scene.things)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from .data import TOKENS, WIDTH, Encode
 
 def comfyui(folder: Path) -> None:
     """Import ComfyUI into this process, with its base folder below `folder`. Needs COMFYUI_PATH."""
+    if "nodes" in sys.modules:
+        return
     path = os.environ.get("SPEEDLAB_COMFYUI") or os.environ.get("COMFYUI_PATH")
     if not path:
         raise SpeedLabError("No ComfyUI to work with: set COMFYUI_PATH to its folder.")

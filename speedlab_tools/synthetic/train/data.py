@@ -72,7 +72,8 @@ def open_pool(folder: Path, seed: int, count: int, encode: Encode | None = None,
     if about.is_file() and path.is_file():
         kept = json.loads(about.read_text())
         done = min(len(kept), path.stat().st_size // (2 * TOKENS * WIDTH))
-        if kept[:done] != texts[:done]:
+        known = min(done, len(texts))
+        if kept[:known] != texts[:known]:
             raise ValueError(f"{folder} holds captions of another seed or grammar; choose another folder")
     if done < len(texts):
         if encode is None:

@@ -6,6 +6,7 @@ import csv
 import importlib
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .data import scenes
 STEPS, SAMPLER, SCHEDULER = 25, "dpmpp_2m", "karras"
 BATCH = 8
 SHEET = 32
+Rows = list[tuple[str, examiner.Score, str]]
 
 
 def examine(factors: Path, folder: Path, seed: int, count: int, side: int, cfg: float) -> float:
@@ -26,28 +28,38 @@ def examine(factors: Path, folder: Path, seed: int, count: int, side: int, cfg: 
     checkpoint = packed.write_drawn(folder / "models" / "drawn.safetensors", factors)
     model, clip, vae = importlib.import_module("comfy.sd").load_checkpoint_guess_config(str(checkpoint))[:3]
     pairs = scenes(seed, count, held_out=True)
-    rows, pictures = [], []
-    with torch.inference_mode():
-        empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-        for start in range(0, count, BATCH):
-            part = pairs[start : start + BATCH]
-            conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for _, text in part]
-            positive = [[torch.cat([cond[0] for cond in conds]), {"pooled_output": None}]]
-            latent = {"samples": torch.zeros(len(part), 4, side // 8, side // 8)}
-            sampled = importlib.import_module("nodes").common_ksampler(
-                model, seed + start, STEPS, cfg, SAMPLER, SCHEDULER, positive, empty, latent
-            )[0]["samples"]
-            decoded = (vae.decode(sampled).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-            for (scene, text), picture in zip(part, decoded, strict=True):
-                score = examiner.examine(picture, scene)
-                rows.append((kind_of(scene), score, text))
-                pictures.append(picture)
-            print(f"examined {len(rows)} of {count}: {_share(rows):.1%}", flush=True)
+    rows: Rows = []
+    pictures: list[world.Picture] = []
+    for start in range(0, count, BATCH):
+        part = pairs[start : start + BATCH]
+        drawn = sample(model, clip, vae, [text for _, text in part], seed + start, side, cfg)
+        pictures += drawn
+        rows += [
+            (kind_of(scene), examiner.examine(picture, scene), text)
+            for (scene, text), picture in zip(part, drawn, strict=True)
+        ]
+        print(f"examined {len(rows)} of {count}: {by_kind(rows)['all']:.1%}", flush=True)
     sheet(pictures[:SHEET]).save(folder / "examined.png")
     _write(folder / "examined.csv", rows)
-    for name, share in by_kind(rows).items():
+    shares = by_kind(rows)
+    for name, share in shares.items():
         print(f"{name}: {share:.1%}")
-    return _share(rows)
+    return shares["all"]
+
+
+def sample(
+    model: Any, clip: Any, vae: Any, texts: list[str], seed: int, side: int, cfg: float, steps: int = STEPS
+) -> list[world.Picture]:
+    """A picture of each text in one batch, through ComfyUI's own encoding, sampling and decoding."""
+    with torch.inference_mode():
+        conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0] for text in texts]
+        empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+        positive = [[torch.cat(conds), {"pooled_output": None}]]
+        latent = {"samples": torch.zeros(len(texts), 4, side // 8, side // 8)}
+        core = importlib.import_module("nodes")
+        sampled = core.common_ksampler(model, seed, steps, cfg, SAMPLER, SCHEDULER, positive, empty, latent)[0]
+        decoded = vae.decode(sampled["samples"]).clamp(0, 1)
+    return list((decoded * 255).round().to(torch.uint8).numpy())
 
 
 def kind_of(scene: world.Scene) -> str:
@@ -57,19 +69,16 @@ def kind_of(scene: world.Scene) -> str:
     return "many" if scene.count > 1 else ("one", "two")[len(scene.things) - 1]
 
 
-Rows = list[tuple[str, examiner.Score, str]]
-
-
-def _share(rows: Rows) -> float:
-    return sum(score.right for _, score, _ in rows) / sum(score.asked for _, score, _ in rows)
-
-
 def by_kind(rows: Rows) -> dict[str, float]:
     """Attribute accuracy of each kind of scene, and of all."""
     kinds: dict[str, Rows] = defaultdict(list)
     for row in rows:
         kinds[row[0]].append(row)
-    return {**{kind: _share(part) for kind, part in sorted(kinds.items())}, "all": _share(rows)}
+    kinds["all"] = rows
+    return {
+        kind: sum(score.right for _, score, _ in part) / sum(score.asked for _, score, _ in part)
+        for kind, part in sorted(kinds.items())
+    }
 
 
 def sheet(pictures: list[world.Picture]) -> Image.Image:
