@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 _EMA = 0.999
 SAVE_SECONDS = 240.0
@@ -43,7 +44,7 @@ class Training:
         self.optimiser.zero_grad(set_to_none=True)
         keep = min(_EMA, (1 + self.step) / (10 + self.step))
         own = self.net.state_dict()
-        torch._foreach_lerp_(list(self.ema.values()), [own[name] for name in self.ema], 1 - keep)
+        get_ema_multi_avg_fn(keep)(list(self.ema.values()), [own[name] for name in self.ema], self.step)
 
     def save(self, path: Path) -> None:
         """Write the state; the file is whole or the one before."""
