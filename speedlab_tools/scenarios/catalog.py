@@ -67,6 +67,7 @@ TEMPLATES = (
     "sdxl-fastest-deepcache", "sdxl-under-8gb", "sdxl-vae-tiling", "sdxl-staged-batch", "sdxl-refiner-ensemble",
     "sweep-steps", "xy-grid",
 )  # fmt: skip
+ALL = "all"
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({entry.id: entry for entry in _TABLE})
 
 
