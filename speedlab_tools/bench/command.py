@@ -19,7 +19,7 @@ from speedlab.measure.store import RunStore, write_atomically
 from ..client.client import ComfyClient
 from ..client.errors import BenchError, ServerGone
 from ..client.files import ServerOptions, Target, open_server, prepare_output
-from ..scenarios.catalog import SCENARIOS, find
+from ..scenarios.catalog import ALL, SCENARIOS, find
 from ..scenarios.overrides import Overrides, adapt, overrides_of
 from ..scenarios.scenario import Scenario
 from .html import html_page, write_html
@@ -27,7 +27,6 @@ from .models import ModelChoice, choose_models, server_checkpoint, server_refine
 from .results import Journal, Outcome, series_key
 from .runner import run_scenario
 
-ALL = "all"
 MOST_RESTARTS = 3
 BACK_WITHIN_S = 120.0  # how long a server of somebody else may take to come back
 _ASKED_EVERY_S = 1.0

@@ -30,7 +30,8 @@ class UsageError(SpeedLabError):
 class Command:
     """One command. `runs` is `module:function` of speedlab_tools, called in the host's Python with what was read;
     without it `run.py` does the work itself. `passes`: arguments that are not declared are left to another program.
-    `moves`: it runs in the folder where the user stands, else in the pack's.
+    `moves`: it runs in the folder where the user stands, else in the pack's. `alone`: it needs no ComfyUI, and nothing
+    is set up for it.
     """
 
     text: str
@@ -38,6 +39,7 @@ class Command:
     runs: str | None = None
     passes: bool = False
     moves: bool = True
+    alone: bool = False
     description: str | None = None
     epilog: str | None = None
     usage: str | None = None
@@ -251,11 +253,12 @@ COMMANDS: Mapping[str, Command] = {
         "bench.command:run", description="Run scenarios on a real server, measure them and print their rows.",
     ),
     "scenarios": Command(
-        "list the scenarios, what each needs and whether that is there", runs="scenarios.workflows:run_scenarios"
+        "list the scenarios, what each needs and whether that is there", runs="scenarios.workflows:run_scenarios",
+        alone=True,
     ),
     "compare": Command(
         "two results tables: ratio of times with a confidence interval, regressions named", _compare,
-        "compare.command:run",
+        "compare.command:run", alone=True,
         description="Two results tables: ratio of times; from three runs of each in turn, a verdict.",
     ),
     "test": Command(

@@ -43,7 +43,14 @@ _COMFYUI, _WHEELS = "comfyui", "wheels"
 _MOST_STARTS = 6
 
 
-def run(arguments: Sequence[str], comfyui: str | None, install: bool, managed: bool, reporter: Reporter) -> int:
+def run(
+    arguments: Sequence[str],
+    comfyui: str | None,
+    install: bool,
+    managed: bool,
+    reporter: Reporter,
+    version: str | None = None,
+) -> int:
     """Do what the command line asks for. Returns the exit code. Raises HostError."""
     options, _ = parse("gpu", arguments)
     try:
@@ -57,7 +64,7 @@ def run(arguments: Sequence[str], comfyui: str | None, install: bool, managed: b
     if options.pack is not None:
         make_pack(as_called(options.pack), reporter)
         return 0
-    host, wheels = _host(comfyui, install, managed, reporter)
+    host, wheels = _host(comfyui, install, managed, version, reporter)
     env = {**child_environment(host), CALLED_FROM: str(Path.cwd())}
     if wheels is not None:
         env[WHEELS_VARIABLE] = str(wheels)
@@ -84,17 +91,20 @@ def _crashed(code: int) -> bool:
     return code > 128 and code not in (INTERRUPTED, 128 + signal.SIGTERM)
 
 
-def _host(comfyui: str | None, install: bool, managed: bool, reporter: Reporter) -> tuple[Host, Path | None]:
+def _host(
+    comfyui: str | None, install: bool, managed: bool, version: str | None, reporter: Reporter
+) -> tuple[Host, Path | None]:
     """The ComfyUI to measure, and the folder of packages that comes with it.
 
     The user's own, else the one of `--pack` with the running Python where that has PyTorch, else the managed one.
     """
+    managed = managed or version is not None
     own = None if managed else choose(comfyui, os.environ, pack_locations())
     packed = PACK_FOLDER / _COMFYUI
     if own is None and not managed and is_comfyui(packed) and importlib.util.find_spec("torch") is not None:
         origin = f"brought along in {PACK_FOLDER}"
         return Host(packed, Path(sys.executable), False, origin), PACK_FOLDER / _WHEELS
-    return resolve(comfyui, install=install, managed=managed, reporter=reporter), None
+    return resolve(comfyui, install=install, managed=managed, version=version, reporter=reporter), None
 
 
 def make_pack(folder: Path, reporter: Reporter) -> None:

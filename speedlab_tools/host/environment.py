@@ -82,20 +82,20 @@ class StagedEnvironment:
 
     def lock_stage(self, name: str, title: str, lock: Path, options: Sequence[str] = ()) -> Stage:
         """A stage that installs what a lock file names: each package with its version and hashes."""
-        try:
-            lines = requirement_lines(lock.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise HostError(f"{lock} cannot be read ({error.strerror}); this copy of the pack is not whole.") from error
+        lines = locked_lines(lock)
 
         def run(label: str) -> None:
-            for info in (*self.environment.glob("lib/python*/site-packages/*.dist-info"),
-                         *self.environment.glob("Lib/site-packages/*.dist-info")):  # fmt: skip
-                # pip writes INSTALLER last. A package without it was interrupted, but pip takes it for installed.
-                if not (info / "INSTALLER").is_file():
-                    shutil.rmtree(info)
+            self.forget_interrupted()
             self.pip(["install", *options, "--require-hashes", "-r", str(lock)], name, label, title)
 
         return Stage(name, title, key_of({**identity(), "lock": "\n".join(lines)}), run, self.python)
+
+    def forget_interrupted(self) -> None:
+        """Have pip install again what it was interrupted at: it writes INSTALLER last, but does not look for it."""
+        for info in (*self.environment.glob("lib/python*/site-packages/*.dist-info"),
+                     *self.environment.glob("Lib/site-packages/*.dist-info")):  # fmt: skip
+            if not (info / "INSTALLER").is_file():
+                shutil.rmtree(info)
 
     def pip(self, arguments: Sequence[str], name: str, label: str, what: str) -> None:
         """Run the environment's pip. Raises HostError where it fails."""
@@ -152,6 +152,14 @@ class StagedEnvironment:
             raise HostError(_no_venv())
         if code:
             raise HostError(f"{python} could not make a virtual environment in {self.environment}: {output.strip()}")
+
+
+def locked_lines(lock: Path) -> list[str]:
+    """What a lock file names. Raises HostError where it cannot be read."""
+    try:
+        return requirement_lines(lock.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HostError(f"{lock} cannot be read ({error.strerror}); this copy of the pack is not whole.") from error
 
 
 def key_of(inputs: Mapping[str, str]) -> str:

@@ -90,7 +90,7 @@ def failure_text(output: str, *, what: str, log: Path) -> str:
         here = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
         return (
             f"Could not fetch {package}: the package index has none for {here}. Check the network and which index pip "
-            "uses (`pip config list`); use a Python that it is built for (3.10 to 3.13), or pass your own ComfyUI with "
+            "uses (`pip config list`); use a Python that it is built for (3.10 to 3.14), or pass your own ComfyUI with "
             f"--comfyui. {again}"
         )
     tail = "\n".join("  " + line for line in output.strip().splitlines()[-10:])

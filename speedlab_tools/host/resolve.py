@@ -13,6 +13,7 @@ from .base import COMFYUI_VARIABLE, Host, HostError, cache_root, is_comfyui, pac
 from .managed import ManagedHost, ManagedSpec
 from .packages import quoted, requirement_lines
 from .progress import Reporter
+from .release import version_of
 
 # Runs in the other interpreter, which reads versions and markers with `packaging` or the copy of it inside pip.
 _SCRIPT = """
@@ -72,6 +73,7 @@ def resolve(
     *,
     install: bool = False,
     managed: bool = False,
+    version: str | None = None,
     env: Mapping[str, str] | None = None,
     python: Path | None = None,
     locations: Sequence[Path] | None = None,
@@ -82,18 +84,31 @@ def resolve(
 
     In this order: `comfyui` (a path); COMFYUI_PATH; the ComfyUI whose custom_nodes holds this pack; a managed one,
     which is set up here. The first three run on `python` (default: the running interpreter) and nothing is installed
-    there unless `install` is set; `managed` skips all three. `want_dev` asks for what tests and checks need as well.
+    there unless `install` is set; `managed` skips all three, and so does `version`, which asks for a managed one of
+    that release of ComfyUI, or of its newest. `want_dev` asks for what tests and checks need as well.
     Raises HostError: not a ComfyUI, packages missing (with the command that installs them), a set-up that failed.
     """
     source = os.environ if env is None else env
     say = Reporter() if reporter is None else reporter
-    chosen = None if managed else choose(comfyui, source, pack_locations() if locations is None else locations)
+    own = not managed and version is None
+    chosen = choose(comfyui, source, pack_locations() if locations is None else locations) if own else None
     if chosen is None:
-        return ManagedHost(cache_root(source), spec=spec, reporter=say, want_dev=want_dev).ensure()
+        number = None if version is None else version_of(version)
+        return ManagedHost(cache_root(source), spec=spec, reporter=say, want_dev=want_dev, version=number).ensure()
     path, origin = chosen
     host = Host(path, Path(sys.executable) if python is None else python, False, origin)
     _require_packages(host, want_dev, install, say)
     return host
+
+
+def ready(comfyui: str | None, managed: bool, env: Mapping[str, str] | None = None) -> Host | None:
+    """The host that `resolve` would give, where nothing has to be set up for it. Raises HostError as `choose`."""
+    source = os.environ if env is None else env
+    chosen = None if managed else choose(comfyui, source, pack_locations())
+    if chosen is not None:
+        return Host(chosen[0], Path(sys.executable), False, chosen[1])
+    kept = ManagedHost(cache_root(source))
+    return None if kept.missing() else kept.host()
 
 
 def choose(comfyui: str | None, env: Mapping[str, str], locations: Sequence[Path]) -> tuple[Path, str] | None:

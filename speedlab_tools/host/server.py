@@ -20,6 +20,7 @@ from typing import Any
 
 from . import layout, watchdog
 from .base import Host, ServerError, child_environment
+from .card import card, cpu_is_wanted, remedy
 
 ADDRESS = "127.0.0.1"
 _TAKEN = ("address already in use", "only one usage of each socket address")
@@ -161,7 +162,17 @@ class ComfyServer:
     def _wants_cpu(self) -> bool:
         if any(argument in ("--cpu", "--directml") for argument in self.extra_args):
             return False
-        return not _has_device(self.host, tuple(sorted(self.env.items()))) if self.cpu is None else self.cpu
+        if self.cpu is not None:
+            return self.cpu
+        if _has_device(self.host, tuple(sorted(self.env.items()))):
+            return False
+        found = "" if cpu_is_wanted(self.env) else card()
+        if found:
+            raise ServerError(
+                f"This machine has an {found} GPU, and the PyTorch of {self.host.python} sees none, so ComfyUI would "
+                f"compute on the CPU. {remedy(found)}"
+            )
+        return True
 
     def _launch(self, arguments: Sequence[str]) -> None:
         command = [str(self.host.python), str(self.host.comfyui / "main.py"), *arguments]

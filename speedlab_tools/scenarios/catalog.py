@@ -78,6 +78,7 @@ TEMPLATES: Mapping[str, str] = MappingProxyType({
     "sweep-steps": "Compare settings - number of steps",
     "xy-grid": "Compare settings - any two",
 })  # fmt: skip
+ALL = "all"
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType({entry.id: entry for entry in _TABLE})
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from speedlab.measure.plan_names import made_of
 
-from ..client.client import ComfyClient
 from ..client.errors import BenchError
 from ..client.events import SAMPLERS
 from ..client.files import ROOT, model_folders
@@ -242,6 +241,7 @@ def run_workflows(args: argparse.Namespace) -> int:
 
 def _renew_signatures(url: str) -> None:
     """Take the signatures of the snapshot's nodes, and of every node of this pack, from a live server."""
+    from ..client.client import ComfyClient  # needs a package that `scenarios` does without
 
     async def fetch() -> dict[str, dict]:
         async with ComfyClient(url) as client:

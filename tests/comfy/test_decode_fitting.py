@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def photograph(comfy, core, real_taesd):
     import torch
     from PIL import Image
 
-    path = Path(comfy.sd.__file__).parents[1] / "input" / "example.png"
+    path = Path(inspect.getfile(comfy.sd)).parents[1] / "input" / "example.png"
     pixels = Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)
     image = torch.from_numpy(numpy.asarray(pixels).astype(numpy.float32) / 255.0)[None]
     with torch.inference_mode():

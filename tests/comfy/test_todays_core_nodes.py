@@ -5,7 +5,6 @@ Those that need GPUs or weights are stood in for by what they leave on a model, 
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +68,7 @@ def in_threads(tiny: Any, threaded: bool = True, calls: list[int] | None = None)
 
     `threaded` False: the same forwards one after the other. `calls` gets the place of each cond that is evaluated.
     """
-    other = copy.deepcopy(tiny.model.model)
+    other = tiny_unet.build("sd15").model.model
 
     def calc_cond_batch(executor: Any, model: Any, conds: list, x: Any, timestep: Any, options: dict) -> list:
         other.current_patcher = model.current_patcher

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import hashlib
+import http.server
 import importlib.metadata
 import io
 import os
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -27,13 +29,15 @@ from speedlab_tools.host import (
     ServerError,
     environment,
     from_environment,
+    managed,
     pack_root,
     packages,
+    release,
     resolve,
 )
 from speedlab_tools.host import resolve as resolve_function
 from speedlab_tools.host.base import environment_python
-from speedlab_tools.host.managed import ManagedHost, ManagedSpec, NexfortEnvironment
+from speedlab_tools.host.managed import CheckEnvironment, ManagedHost, ManagedSpec, NexfortEnvironment
 from speedlab_tools.host.progress import Reporter
 
 TREE = {
@@ -194,6 +198,94 @@ def test_onediffs_environment_is_set_up_by_the_same_stages(
     assert onediff("sl-torch==2.0").missing() == "OneDiff and nexfort: what it is made from has changed"
 
 
+def test_checks_have_an_environment_of_their_own(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, pip_settings(index))
+    stream = io.StringIO()
+    lock = write_lock(tmp_path / "lock.txt", index, "sl-dev==1.0")
+    found = CheckEnvironment(tmp_path / "check", lock=lock, reporter=Reporter(stream))
+    found.prepare()
+    assert versions(site_packages(tmp_path / "check" / "venv")).keys() >= {"sl-dev"} and found.python.exists()
+    assert "40 MB to fetch once" in stream.getvalue() and not (tmp_path / "check" / "comfyui").exists()
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server with release 9.9.9 of a tiny ComfyUI, and that number for the newest."""
+    folder = tmp_path / "repository"
+    archives = folder / "archive" / "refs" / "tags"
+    archives.mkdir(parents=True)
+    with zipfile.ZipFile(archives / "v9.9.9.zip", "w") as archive:
+        for path, text in TREE.items():
+            archive.writestr(path.replace("inner/_comfyui", "ComfyUI-9.9.9"), text)
+    (folder / "latest").write_text('{"tag_name": "v9.9.9"}')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(release, "REPOSITORY", url)
+    monkeypatch.setattr(release, "_ANSWERS", f"{url}/latest")
+    yield url
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def of_release(made: Site, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ManagedHost]:
+    """A managed host of a release, with tiny packages for ours and for PyTorch."""
+    use(monkeypatch, pip_settings(index))
+    own = tmp_path / "pack"
+    own.mkdir()
+    (own / "requirements.txt").write_text("sl-own\n")
+    (own / "requirements-dev.txt").write_text("sl-dev\n")
+    monkeypatch.setattr(managed, "pack_root", lambda: own)
+    monkeypatch.setattr(managed, "_TORCH", ("sl-torch==",))
+
+    def build(version: str, stream: io.StringIO | None = None, want_dev: bool = False) -> ManagedHost:
+        reporter = Reporter(io.StringIO() if stream is None else stream)
+        return ManagedHost(tmp_path / "cache", spec=made.spec, reporter=reporter, want_dev=want_dev, version=version)
+
+    return build
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_release_comes_from_comfyuis_own_repository(
+    of_release: Callable[..., ManagedHost], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    host = of_release(release.version_of(release.NEWEST), stream).ensure()
+    assert host.managed and host.comfyui == tmp_path / "cache" / "releases" / "9.9.9" / "comfyui"
+    assert (host.comfyui / "main.py").is_file()
+    found = versions(site_packages(host.python.parents[1]))
+    assert found["sl-torch"] == "1.0", "the locked one, though the index has 2.0"
+    assert found.keys() >= {"sl-theirs", "sl-own"} and "sl-dev" not in found
+    said = stream.getvalue()
+    assert "Setting up ComfyUI 9.9.9 from http" in said and re.search("sha256 [0-9a-f]{64}", said)
+    use(monkeypatch, NOWHERE)
+    monkeypatch.setattr(release, "REPOSITORY", "http://127.0.0.1:9")
+    assert of_release("9.9.9").missing() == "" and of_release("9.9.9").ensure() == host
+    assert of_release("9.9.9", want_dev=True).missing() == "packages of tests and checks: not done yet"
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_release_that_cannot_be_had_is_told_with_what_else_there_is(
+    of_release: Callable[..., ManagedHost], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(HostError, match=r"9\.9\.8 could not be fetched .*404.*--comfyui PATH"):
+        of_release("9.9.8").ensure()
+    monkeypatch.setattr(release, "_ANSWERS", "http://127.0.0.1:9/latest")
+    with pytest.raises(HostError, match=r"which release of ComfyUI is the newest .*Name one.*--comfyui PATH"):
+        release.version_of(release.NEWEST)
+
+
+def test_what_is_set_up_is_named_with_whose_it_is(made: Site) -> None:
+    assert f"Setting up ComfyUI {made.spec.comfyui} from {made.spec.wheel_is}" in made.said
+    assert made.spec.wheel_is.startswith(f"the PyPI package {ManagedSpec.wheel.replace('==', ' ')}, in which ")
+    source = from_environment().comfyui / "comfyui_version.py"
+    if from_environment().managed:
+        assert f'"{ManagedSpec.comfyui}"' in source.read_text(encoding="utf-8")
+
+
 def test_a_finished_set_up(made: Site) -> None:
     assert "[4/4] packages of tests and checks: done" in made.said
     assert "2.2 GB to fetch once" in made.said
@@ -253,7 +345,7 @@ def missing_of(lock: str, requirements: str) -> list[str]:
 @pytest.mark.parametrize(
     ("lock", "sources"),
     [("host.txt", ["locks/host.in", "requirements.txt"]), ("test.txt", ["requirements-dev.txt"]),
-     ("onediff.txt", ["locks/onediff.in"])],
+     ("onediff.txt", ["locks/onediff.in"]), ("check.txt", ["locks/check.in"])],
 )  # fmt: skip
 def test_the_locks_hold_what_the_pack_asks_for(lock: str, sources: list[str]) -> None:
     """Each requirement is locked, in a version that it admits; each line has a hash."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
@@ -95,3 +98,42 @@ def test_no_source_runs_text_as_code() -> None:
         if re.search(r"(?<![\w.\"'_])(exec|eval)\(", line)
     ]
     assert not found
+
+
+def test_a_registry_install_holds_what_a_user_needs_and_is_as_large_as_said() -> None:
+    ignored = [
+        line.strip("/")
+        for line in (pack_root() / ".comfyignore").read_text(encoding="utf-8").splitlines()
+        if line and line[0] != "#"
+    ]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=pack_root(), capture_output=True, text=True, check=True)
+    kept = [
+        name
+        for name in listed.stdout.split("\0")
+        if name and not any(name == one or name.startswith(f"{one}/") for one in ignored)
+    ]
+    for needed in ("__init__.py", "prestartup_script.py", "requirements.txt", "run.py", "README.md", "LICENSE"):
+        assert needed in kept
+    assert not [name for name in kept if name.split("/")[0] in ("tests", "benchmarks", ".github")]
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in kept:
+            file.write(pack_root() / name, name)
+    on_disk = sum((pack_root() / name).stat().st_size for name in kept)
+    said = f"is {len(archive.getvalue()) / 1e6:.0f} MB to download from the Registry and {on_disk / 1e6:.0f} MB on disk"
+    assert said in (pack_root() / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_workflows_cover_what_they_are_said_to() -> None:
+    """Other systems and Pythons on every push; what the Registry checks and the two readers of packs once a week."""
+    ci, weekly = (
+        yaml.safe_load((pack_root() / ".github" / "workflows" / name).read_text(encoding="utf-8"))["jobs"]
+        for name in ("ci.yml", "weekly.yml")
+    )
+    legs = {(leg["system"].split("-")[0], leg["python"]) for leg in ci["elsewhere"]["strategy"]["matrix"]["include"]}
+    assert {"windows", "macos"} <= {system for system, _ in legs} and {"3.13", "3.14"} <= {python for _, python in legs}
+    runs = [step.get("run", "") for step in ci["elsewhere"]["steps"]]
+    assert "python run.py test tests/engine" in runs and "python run.py check" in runs
+    text = "\n".join(step.get("run", "") for step in weekly["registry"]["steps"])
+    for tool in ("node validate", "comfy-import-guard check", "comfy-lint --server"):
+        assert tool in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import os
 import signal
 import subprocess
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from speedlab.measure.record import CSV_COLUMNS
+from speedlab_tools.cli import main as cli
 from speedlab_tools.cli.arguments import COMMANDS, parse
 from speedlab_tools.cli.checks import durations
 from speedlab_tools.cli.main import PYTEST, UsageError, pytest_arguments, run_child, take_apart
 from speedlab_tools.host import pack_root
+from speedlab_tools.host.progress import Reporter
 
 RUN = pack_root() / "run.py"
 
@@ -47,6 +51,48 @@ def test_arguments_are_checked_before_anything_is_set_up(tmp_path: Path) -> None
     assert answer.returncode == 2 and "--steps" in answer.stderr and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "txt2img-defualt"], "Did you mean txt2img-default"),
+        (["bench", "txt2img-default", "nonsense"], "no scenario 'nonsense'"),
+        (["fleet", "nonsense", "--cells", "--out", "x"], "no scenario 'nonsense'"),
+        (["nsys", "nonsense"], "no scenario 'nonsense'"),
+        (["demo", "--checkpoint", "./nowhere.safetensors"], "there is no file"),
+        (["bench", "txt2img-default", "--vae", "./nowhere.safetensors"], "--vae: there is no file"),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_set_up(tmp_path: Path, arguments: list[str], words: str) -> None:
+    answer = run("--managed", *arguments, SPEEDLAB_CACHE=str(tmp_path / "cache"))
+    assert answer.returncode in (1, 2) and words in answer.stderr and answer.stderr.startswith("run.py: ")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_scenarios_and_compare_need_no_comfyui(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    answer = run("--managed", "scenarios", SPEEDLAB_CACHE=str(cache))
+    assert answer.returncode == 0 and "txt2img-default" in answer.stdout
+    table = tmp_path / "a.csv"
+    row = {"plan": "stock", "time_s": "2.0", "run_id": "r", "status": "ok", "device": "CPU"}
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS)
+        writer.writeheader()
+        writer.writerow(dict.fromkeys(CSV_COLUMNS, "") | row)
+    answer = run("--managed", "compare", str(table), str(table), SPEEDLAB_CACHE=str(cache))
+    assert answer.returncode == 0 and "stock" in answer.stdout, answer.stderr
+    assert not cache.exists()
+
+
+def test_checks_run_in_the_python_that_has_their_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPEEDLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cli, "lacking", lambda *_args, **_options: {})
+    assert cli._python_of_checks(Reporter()) == Path(sys.executable)
+    monkeypatch.setattr(cli, "lacking", lambda *_args, **_options: {"ruff": "missing"})
+    monkeypatch.setattr(cli.CheckEnvironment, "prepare", lambda self: self.root.mkdir(parents=True))
+    assert cli._python_of_checks(Reporter()).is_relative_to(tmp_path / "cache" / "check")
+    assert not (tmp_path / "cache" / "comfyui").exists()
+
+
 def test_what_a_command_passes_on_keeps_its_order() -> None:
     options, rest = parse("test", ["tests/engine", "--all", "-k", "store", "-q", "-n", "0"])
     assert options.all and rest == ["tests/engine", "-k", "store", "-q", "-n", "0"]
@@ -63,6 +109,9 @@ def test_what_a_command_passes_on_keeps_its_order() -> None:
         (["demo", "--managed", "--comfyui", "x"], 2, "exclude"),
         (["check", "spelling"], 2, "check has no spelling"),
         (["demo", "--comfyui", "no-such-folder"], 1, "does not exist"),
+        (["--comfyui-version"], 2, "takes a release of ComfyUI"),
+        (["--comfyui-version", "latest", "demo"], 2, "such as 0.33.0, or newest, not 'latest'"),
+        (["--comfyui-version=0.33.0", "demo", "--comfyui", "x"], 2, "exclude"),
     ],
 )
 def test_mistakes_are_sentences(arguments: list[str], code: int, words: str) -> None:
