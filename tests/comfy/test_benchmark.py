@@ -163,7 +163,18 @@ def test_the_picture_is_profile_samplers_decoded_by_vae_decode(bench, node, load
     assert numpy.array_equal(numpy.asarray(Image.open(file)), wanted[0].numpy())
 
 
-def test_schedules_of_core_are_those_of_their_nodes(bench, loaded, node, core, output):
+@pytest.fixture
+def schedules(core, monkeypatch):
+    """Core's nodes that make sigmas, as ComfyUI registers them when it starts."""
+    for module, name in (
+        ("align_your_steps", "AlignYourStepsScheduler"), ("gits", "GITSScheduler"), ("custom_sampler", "VPScheduler"),
+        ("custom_sampler", "KarrasScheduler"),
+    ):  # fmt: skip
+        cls = getattr(importlib.import_module(f"comfy_extras.nodes_{module}"), name)
+        monkeypatch.setitem(core.NODE_CLASS_MAPPINGS, name, cls)
+
+
+def test_schedules_of_core_are_those_of_their_nodes(bench, loaded, node, core, output, schedules):
     """Align Your Steps as AlignYourStepsScheduler, SamplerCustom and VAE Decode make it."""
     import numpy
     from comfy.samplers import sampler_object
@@ -190,7 +201,7 @@ def test_schedules_of_core_are_those_of_their_nodes(bench, loaded, node, core, o
     assert numpy.array_equal(numpy.asarray(Image.open(file)), wanted[0].numpy())
 
 
-def test_a_schedule_that_a_cell_cannot_have_is_said(bench, engine):
+def test_a_schedule_that_a_cell_cannot_have_is_said(bench, engine, schedules):
     error = engine("common.errors").SpeedLabError
     for changes, words in (
         ({"values_x": "gits", "steps": 1}, "steps in gits"),
