@@ -156,7 +156,8 @@ class Tune:
                 "steps": _int(20, 1, 10000, "Sampling steps of your own image. Fewer plain steps are tried too."),
                 "cfg": (
                     "FLOAT",
-                    {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01, "tooltip": "Guidance."},
+                    {"default": 8.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01,
+                     "tooltip": "Guidance of your own image."},
                 ),
                 "sampler_name": (names.samplers(), {"tooltip": "The sampler that the plan is for."}),
                 "scheduler": (names.schedulers(), {"tooltip": "The scheduler that the plan is for."}),

@@ -392,6 +392,9 @@ class Tune:
 
     def _measure_forecast(self, variants: Mapping[str, VariantParts], guided: bool) -> tuple[float, dict[str, int]]:
         """A forecast step, and how many of them there are where the image decides."""
+        skips = {one.skip for one in self.lines} if self.lines else set(SKIPS)
+        if not any("forecast" in text for text in skips):
+            return math.nan, {}
         try:
             run = self._probe("", "", _FORECAST_STEPS, "forecast(mode=fixed,max_skip=1)")
         except Refused as error:
@@ -403,7 +406,6 @@ class Tune:
             (name for name in variants if all(map(is_exact, filter(None, name.split("+"))))),
             key=lambda name: variants[name].steps.get((FULL, guided), math.inf),
         )
-        skips = {one.skip for one in self.lines} if self.lines else set(SKIPS)
         for text in sorted(text for text in skips if text.startswith("forecast") and "fixed" not in text):
             if self._left() > self.request.minutes * 30.0:
                 with suppress(Refused):

@@ -252,7 +252,10 @@ class Search:
     def _alone(self, lossy: tuple[str, ...]) -> Look | None:
         """The distance of one technique alone: as seen, or in proportion to what it saves beside a stronger setting."""
         own = self.pool.get(lossy)
-        if own is None or own.why is not None:
+        if own is None:
+            # Of plans that a user names there may be no single ones; then only the stack itself can tell.
+            return Look(0.0, 0.0, 1.0, math.inf)
+        if own.why is not None:
             return None
         if 0 in own.looks:
             return own.looks[0]

@@ -222,6 +222,14 @@ def test_what_cannot_run_is_out_and_the_search_goes_on() -> None:
     assert any(one.why == "OutOfMemoryError: does not fit" for one in found.tried)
 
 
+def test_a_stack_whose_parts_are_no_candidates_is_tried_itself() -> None:
+    world = World(8)
+    stack = Candidate("attention(auto)", "deepcache(2)", "dynamic_cfg(0.9)", steps=20)
+    world.candidates = [Candidate("", steps=20), stack]
+    found = world.search(FLOORS["any"], 1e6).find()
+    assert found.best is not None and found.best.candidate == stack
+
+
 def test_a_cancel_keeps_the_best_so_far() -> None:
     world, made = World(4), []
 
