@@ -20,7 +20,7 @@ from typing import Any
 
 from ..common.core import output_directory, show_on_node
 from ..common.dtypes import cpu_computes_bf16
-from ..common.errors import SpeedLabError, UnavailableError
+from ..common.errors import ResultsError, SpeedLabError, UnavailableError
 from ..measure import timeline
 from ..measure.compare import compare_latents
 from ..measure.context import NodeContext
@@ -64,6 +64,7 @@ _SEED_STEP = 1000003
 _PROBE_STEPS = 8
 _FORECAST_STEPS = 10
 _LONG_REFERENCE = 3
+_COMPILE_FROM_MINUTES = 10.0
 SCHEMA = 1
 
 
@@ -161,10 +162,14 @@ class Tune:
                 if search is not None:
                     best = search.best_so_far()
                     self.result.found = Found(best, [], search.tried, ["The tune was cut off: nothing is confirmed."])
-                    self._keep(confirmed=False)
+                    # The cancel, or the error, is what ComfyUI has to see.
+                    with suppress(ResultsError):
+                        self._keep(confirmed=False)
                 raise
-            self._keep(confirmed=True)
-            if self.known_path is not None:
+            found = self.result.found
+            held_out = range(len(self.prompts) - HELD_OUT, len(self.prompts))
+            self._keep(confirmed=found.best is not None and set(held_out) <= found.best.looks.keys())
+            if self.known_path is not None and found.complete:
                 self.known_path.unlink(missing_ok=True)
         return self.result
 
@@ -323,6 +328,17 @@ class Tune:
             return list(dict.fromkeys(["", *(one.variant for one in self.lines)]))
         model, exact = self.models.model, PRESETS["exact"]
         variants = ["", exact]
+        if self.request.budget_gb and model.load_device.type != "cpu":
+            variants += [f"{exact}+memory_plan({offload})" for offload in ("model", "sequential")]
+        import torch
+
+        fast_bf16 = cpu_computes_bf16() if model.load_device.type == "cpu" else True
+        if model.get_attachment(SOURCE) is not None and model.model.get_dtype() == torch.float32 and fast_bf16:
+            variants.append(f"weights(bf16)+{exact}")
+        # Last, because compiling may take as long as many images.
+        if self.request.minutes < _COMPILE_FROM_MINUTES:
+            self.result.notes.append(f"Compiling was left out: give {_COMPILE_FROM_MINUTES:g} minutes or more for it.")
+            return list(dict.fromkeys(variants))
         _, _, rest = exact.partition("+")
         # A program of the whole network brings its own attention.
         for by_blocks, beside in ((False, rest), (True, exact)):
@@ -332,13 +348,6 @@ class Tune:
                 self.result.notes.append(str(error))
                 continue
             variants.append(f"{beside}+{compiled}")
-        if self.request.budget_gb and model.load_device.type != "cpu":
-            variants += [f"{exact}+memory_plan({offload})" for offload in ("model", "sequential")]
-        import torch
-
-        fast_bf16 = cpu_computes_bf16() if model.load_device.type == "cpu" else True
-        if model.get_attachment(SOURCE) is not None and model.model.get_dtype() == torch.float32 and fast_bf16:
-            variants.append(f"weights(bf16)+{exact}")
         return list(dict.fromkeys(variants))
 
     def _measure_parts(self) -> Parts:
@@ -347,12 +356,13 @@ class Tune:
         guided = self.request.base.cfg != 1.0
         wanted = {one.decoder for one in self.lines} if self.lines else {"tiny"}
         variants: dict[str, VariantParts] = {}
-        for variant in self._variants():
+        wanted_variants = self._variants()
+        for number, variant in enumerate(wanted_variants, start=1):
             self._say(f"measuring the parts of {variant or 'stock'}")
             measured = self._measure_variant(variant)
             if measured is not None:
                 variants[variant] = measured
-            if self._left() < self.request.minutes * 30.0 and len(variants) > 1:
+            if number < len(wanted_variants) and variants and self._left() < self.request.minutes * 40.0:
                 self.result.notes.append("The minutes did not allow every way of computing to be measured.")
                 break
         for decoder in sorted(wanted - {""}):
@@ -429,7 +439,7 @@ class Tune:
             if seconds is not None and math.isfinite(seconds):
                 predicted[one] = seconds
             else:
-                reason = reason or "its time cannot be predicted"
+                reason = (reason or "its time cannot be predicted").rstrip(".")
                 self.result.dropped[reason] = self.result.dropped.get(reason, 0) + 1
         if not predicted:
             reasons = "; ".join(self.result.dropped) or "nothing was measured"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .tune_space import Candidate
 
@@ -107,12 +107,14 @@ class OutOfTime(Exception):  # noqa: N818 - no error: the minutes are over
 
 @dataclass
 class Found:
-    """What a search found: the recommended plan, or None with the reason; those within the noise of it; all tried."""
+    """What a search found: the recommended plan, or None with the reason; those within the noise of it; all tried.
+    `complete`: whether it ended before the minutes did."""
 
     best: Tried | None
     ties: list[Tried]
     tried: list[Tried]
     notes: list[str] = field(default_factory=list)
+    complete: bool = False
 
 
 class Search:
@@ -159,19 +161,22 @@ class Search:
     def find(self) -> Found:
         """Search until the minutes are over, or nothing faster is left to try. Raises what ends everything."""
         confirmed: list[Tried] = []
+        complete = True
         try:
             self._singles()
             self._stacks()
         except OutOfTime:
+            complete = False
             self.notes.append("The minutes were over before every plan that looked good was tried.")
         passing = self._passing()
         try:
             self._rounds(passing, confirmed)
         except OutOfTime:
+            complete = False
             if not confirmed:
                 self.notes.append("The minutes were over before the held-out seeds: the choice is not confirmed.")
                 confirmed = [one for one in self._passing() if one in passing]
-        return self._chosen(confirmed)
+        return replace(self._chosen(confirmed), complete=complete)
 
     def _passing(self) -> list[Tried]:
         good = [one for one in self.tried if one.looks and one.why is None and holds(one.mean, self.floor)]

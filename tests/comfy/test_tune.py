@@ -161,7 +161,7 @@ def test_out_of_memory_in_a_candidate_takes_that_one_out(tune: Any, breaking: An
 
 
 def test_a_cancel_keeps_what_was_found_and_the_next_call_goes_on(
-    tune: Any, breaking: Any, output: Path, monkeypatch: pytest.MonkeyPatch
+    tune: Any, node: Any, loaded: Any, breaking: Any, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import comfy.model_management as mm
 
@@ -181,6 +181,7 @@ def test_a_cancel_keeps_what_was_found_and_the_next_call_goes_on(
     assert looks
     (kept,) = tuned_plans(output)
     assert kept["figures"]["confirmed"] is False
+    assert "not confirmed on held-out seeds" in node("SpeedLabAccelerate").apply(loaded[0], "tuned")["ui"]["text"][0]
     assert list((output / "speedlab" / "tunes").glob("*.html"))
     _, table, *_ = tune()
     assert f"{len(looks)} images were measured by an earlier call that was cut off" in table

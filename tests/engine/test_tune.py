@@ -188,6 +188,7 @@ def test_a_technique_that_loses_to_fewer_steps_is_not_recommended() -> None:
 
 def test_no_time_for_even_one_plan_is_said() -> None:
     found = World(0).search(FLOORS["close"], 0.1).find()
+    assert not found.complete and World(0).search(FLOORS["close"], 1e6).find().complete
     assert found.best is None and found.notes[0].startswith("There was no time for even one plan")
 
 
