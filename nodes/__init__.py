@@ -23,5 +23,6 @@ _MODULES = (
 )  # fmt: skip
 
 NODE_CLASS_MAPPINGS = {node.NODE_ID: node for module in _MODULES for node in module.NODES}
-accelerate.Accelerate.pack_nodes = benchmark.Benchmark.pack_nodes = NODE_CLASS_MAPPINGS
+for _plans in (accelerate.Accelerate, benchmark.Benchmark, benchmark.Tune):
+    _plans.pack_nodes = NODE_CLASS_MAPPINGS
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.DISPLAY_NAME for node_id, node in NODE_CLASS_MAPPINGS.items()}

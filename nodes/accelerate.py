@@ -8,6 +8,7 @@ from typing import Any
 from ..speedlab.common.core import core_nodes, show_on_node
 from ..speedlab.measure.context import NodeContext
 from ..speedlab.plans import presets
+from ..speedlab.plans.plan_text import PRESETS
 from ..speedlab.plans.techniques import Parts
 from ..speedlab.techniques.deepcache.attach import DeepCacheConfig, attach_deepcache
 from ..speedlab.techniques.forecast.attach import ForecastConfig, attach_forecast
@@ -390,7 +391,7 @@ class Accelerate:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        lines = " ".join(f"{name}: {line}." for name, line in presets.PRESETS.items())
+        lines = " ".join(f"{name}: {line}." for name, line in PRESETS.items())
         return {
             "required": {
                 "model": ("MODEL", {"tooltip": "An SD 1.x, SD 2.x or SDXL-family model."}),

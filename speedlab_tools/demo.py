@@ -1,4 +1,4 @@
-"""`demo`: ComfyUI's own nodes and the best plan in turn, same sampler, prompt and seed, timed from outside alike.
+"""`demo`: ComfyUI's own nodes and Accelerate's presets in turn, same sampler, prompt and seed, timed from outside.
 
 Profile Sampler stands in KSampler's place on both sides: it calls KSampler's own function and tells its step times,
 which nobody can see from outside, where messages arrive in bursts.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from speedlab.common.tables import format_table
 from speedlab.measure.record import RunRecord, csv_row
 from speedlab.measure.store import RunStore
 from speedlab.plans.in_turn import Series, turns
+from speedlab.plans.plan_text import PRESETS
 
 from .bench.models import ModelChoice, choose_models, server_checkpoint
 from .bench.outside import outside_record, sampled, server_env, watch
@@ -28,11 +30,12 @@ from .client.events import ProgressLine
 from .client.files import ServerOptions, Target, open_server, prepare_output
 from .client.graph import ApiGraph, Graph
 from .scenarios.catalog import LIGHTHOUSE, find
-from .scenarios.graphs import PREFIX, Loaded, decode, empty_latent, encode, sample
+from .scenarios.graphs import PREFIX, Loaded, empty_latent, encode, sample
 from .scenarios.overrides import overrides_of
-from .scenarios.scenario import STOCK, TINY_VAE, Plan, Prompt, Scenario, Settings, best_plan
+from .scenarios.scenario import STOCK, TINY_VAE, Plan, Prompt, Scenario, Settings
 
 BASE = "txt2img-default"
+PLANS = tuple(Plan(name) for name in PRESETS)
 WARM_UP_STEPS = 2
 WARM_UP_SIDE = 256  # on a CPU nothing is tuned for a shape, so a small image warms up as well
 CPU_SIDE = 384  # all rounds together stay under three minutes on two cores
@@ -42,7 +45,7 @@ ROUNDS_SECONDS = 140.0  # room for three on two cores
 
 @dataclass(frozen=True)
 class DemoRun:
-    """One of the two: its plan, record and image."""
+    """One of them: its plan, record and image."""
 
     plan: Plan
     record: RunRecord
@@ -56,37 +59,44 @@ class DemoRun:
 
 @dataclass
 class PlanRuns(Series[DemoRun]):
-    """One of the two plans with its run of each round."""
+    """One of the plans with its run of each round."""
 
     plan: Plan
 
 
 @dataclass(frozen=True)
 class Result:
-    """Both runs of the round with the median ratio, and how many rounds there were."""
+    """The runs of one round, stock first, and how many rounds there were."""
 
-    stock: DemoRun
-    best: DemoRun
+    runs: tuple[DemoRun, ...]
     rounds: int
 
     @property
-    def ratio(self) -> float:
-        """How many times as fast as stock the best plan is: what both rows of the table say too."""
-        return self.stock.total_s / self.best.total_s
+    def stock(self) -> DemoRun:
+        """ComfyUI's own nodes."""
+        return self.runs[0]
+
+    def ratio(self, run: DemoRun) -> float:
+        """How many times as fast as stock a run is: what both rows of the table say too."""
+        return self.stock.total_s / run.total_s
 
     @property
     def of_rounds(self) -> str:
-        """What the ratio is of."""
+        """What the ratios are of."""
         if self.rounds == 1:
             return "one round, which shows no spread"
         return f"{'median' if self.rounds % 2 else 'lower median'} of {self.rounds} rounds"
 
 
-def result_of(stock: Sequence[DemoRun], best: Sequence[DemoRun]) -> Result:
-    """The round with the median ratio, with the images of the first one; of an even number the lower of both."""
-    rounds = sorted((Result(a, b, len(stock)) for a, b in zip(stock, best, strict=True)), key=lambda one: one.ratio)
+def result_of(*plans: Sequence[DemoRun]) -> Result:
+    """The round with the median ratio of the last plan, with the images of the first one; of an even number the lower
+    of both."""
+    rounds = sorted(
+        (Result(runs, len(plans[0])) for runs in zip(*plans, strict=True)), key=lambda r: r.ratio(r.runs[-1])
+    )
     middle = rounds[(len(rounds) - 1) // 2]
-    return replace(middle, stock=_with_pictures(middle.stock, stock[0]), best=_with_pictures(middle.best, best[0]))
+    chosen = (_with_pictures(run, own[0]) for run, own in zip(middle.runs, plans, strict=True))
+    return replace(middle, runs=tuple(chosen))
 
 
 def _with_pictures(chosen: DemoRun, first: DemoRun) -> DemoRun:
@@ -164,7 +174,7 @@ class Demo:
         async with watch(self.client, self.pid, with_vram=False) as seen:
             result = await _queue(self.client, graph, plan.name)
         seen.vram = tuning.vram
-        name = "demo_stock" if plan is STOCK else "demo_best"
+        name = f"demo_{plan.name}"
         pictures = await fetch_images(self.client, result, self.out, name) if with_picture else []
         record = outside_record(
             result, request=_request(self.settings, plan, self.checkpoint), env=self.env, memory=seen
@@ -176,57 +186,66 @@ class Demo:
             print(f"The sampler's own records stay: {error}", flush=True)
         return DemoRun(plan, record, tuple(pictures))
 
-    async def in_turn(self, best: Plan) -> Result:
-        """Measure stock and the plan in turn, as many rounds as there is time for."""
+    async def in_turn(self) -> Result:
+        """Measure stock and the presets in turn, as many rounds as there is time for."""
         started = time.monotonic()
-        both = (PlanRuns(STOCK), PlanRuns(best))
+        all_runs = [PlanRuns(plan) for plan in (STOCK, *PLANS)]
         for turn in turns(
-            both, MOST_ROUNDS, goes_on=lambda done: (time.monotonic() - started) * (done + 1) / done < ROUNDS_SECONDS
-        ):
+            all_runs, MOST_ROUNDS,
+            goes_on=lambda done: (time.monotonic() - started) * (done + 1) / done < ROUNDS_SECONDS,
+        ):  # fmt: skip
             turn.keep(await self.measure(turn.series.plan, with_picture=turn.number == 0))
             # The next one must not be measured beside this one's models.
             await self.client.free()
-        return result_of(*(runs.repeats for runs in both))
+        return result_of(*(runs.repeats for runs in all_runs))
 
-    async def compare(self, found: Result) -> str:
-        """How far the best plan's image is from stock's, in words."""
-        reference, picture = [await self.client.upload(run.pictures[0]) for run in (found.stock, found.best)]
-        result = await self.client.run(compare_graph(picture, reference).to_api())
-        return "\n".join(text for shown in result.outputs.values() for text in shown.get("text", []))
+    async def with_distances(self, found: Result) -> Result:
+        """The result with how far each preset's image is from stock's."""
+        reference = await self.client.upload(found.stock.pictures[0])
+        runs = [found.stock]
+        for run in found.runs[1:]:
+            picture = await self.client.upload(run.pictures[0])
+            result = await self.client.run(compare_graph(picture, reference).to_api())
+            text = " ".join(text for shown in result.outputs.values() for text in shown.get("text", []))
+            told = re.search(r"PSNR (\S+) dB, SSIM (\S+),", text)
+            if told is None:
+                raise BenchError(f"Compare Images does not tell a distance: {text}")
+            psnr, ssim = float(told[1]), float(told[2])
+            # JSON has no infinity: equal images are told by `identical`.
+            quality = {"psnr": psnr, "ssim": ssim, "identical": psnr == float("inf"), "baseline": STOCK.name}
+            runs.append(replace(run, record=run.record.changed(quality=quality)))
+        return replace(found, runs=tuple(runs))
 
 
-async def _both(target: Target, args: argparse.Namespace, choice: ModelChoice, out: Path) -> tuple[Result, str | None]:
+async def _all(target: Target, args: argparse.Namespace, choice: ModelChoice, out: Path) -> Result:
     async with ComfyClient(target.url) as client:
         env = server_env(await client.system_stats())
         settings = settings_of(args, env["device_type"] == "cpu")
         print(
-            f"Sampling {settings.width}x{settings.height}, {settings.steps} steps, both ways in turn, "
+            f"Sampling {settings.width}x{settings.height}, {settings.steps} steps, {1 + len(PLANS)} ways in turn, "
             f"on {env['device']}.",
             flush=True,
         )
         checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())
         demo = Demo(client, target.pid, env, settings, checkpoint, out)
-        found = await demo.in_turn(best_plan(await client.object_info()))
-        # Two images of noise have nothing to compare.
-        return found, (await demo.compare(found) if args.checkpoint is not None else None)
+        found = await demo.in_turn()
+        # Images of noise have nothing to compare.
+        return await demo.with_distances(found) if args.checkpoint is not None else found
 
 
-def report(found: Result, comparison: str | None, out: Path) -> None:
-    """Write both records, print both rows, the ratio and every file."""
+def report(found: Result, out: Path) -> None:
+    """Write the records, print their rows, the ratios and every file."""
     store = RunStore(out)
-    runs = (found.stock, found.best)
-    records = [store.json_path(store.keep(run.record).run_id) for run in runs]
-    print("\n" + format_table([csv_row(run.record) for run in runs]))
-    for warning in dict.fromkeys(text for run in runs for text in run.record.warnings):
+    records = [store.json_path(store.keep(run.record).run_id) for run in found.runs]
+    print("\n" + format_table([csv_row(run.record) for run in found.runs]))
+    for warning in dict.fromkeys(text for run in found.runs for text in run.record.warnings):
         print(f"note: {warning}")
-    ran = found.best.record.request["plan"]
-    print(
-        f"\n{ran}: {found.ratio:.2f} times as fast as stock ({found.of_rounds}), from text to saved image, model "
-        "loading apart."
-    )
-    if comparison is not None:
-        print(f"{ran} against stock: {comparison}")
-    for run, record in zip(runs, records, strict=True):
+    print()
+    for run in found.runs[1:]:
+        name, ratio = run.plan.name, found.ratio(run)
+        print(f"{name}: {ratio:.2f} times as fast as stock ({found.of_rounds}): {PRESETS[name]}")
+    print("Times are from text to saved image, model loading apart.")
+    for run, record in zip(found.runs, records, strict=True):
         for picture in run.pictures:
             print(f"image ({run.plan.name}): {picture}")
         print(f"record ({run.plan.name}): {record}")
@@ -243,15 +262,15 @@ def run(args: argparse.Namespace) -> int:
         print(note)
     with open_server(ServerOptions(args.server, args.port, out), choice.files) as target:
         try:
-            found, comparison = asyncio.run(_both(target, args, choice, out))
+            found = asyncio.run(_all(target, args, choice, out))
         except ServerGone as error:
             raise BenchError("\n".join(filter(None, (str(error), target.tail())))) from error
-    report(found, comparison, out)
+    report(found, out)
     return 0
 
 
 def graph_of(settings: Settings, checkpoint: str, plan: Plan) -> Graph:
-    """ComfyUI's own nodes for stock, else those of this pack with the plan's techniques; both sampled alike."""
+    """ComfyUI's own nodes for stock, else those of this pack around Accelerate; both sampled and decoded alike."""
     graph, prompt = Graph(), settings.prompts[0]
     if plan is STOCK:
         loader = graph.add("CheckpointLoaderSimple", group="Load", ckpt_name=checkpoint)
@@ -260,16 +279,16 @@ def graph_of(settings: Settings, checkpoint: str, plan: Plan) -> Graph:
         positive, negative = (graph.add("CLIPTextEncode", group="Prompt", clip=loaded.clip, text=t)[0] for t in texts)
     else:
         loader = graph.add("SpeedLabCheckpointLoader", group="Load", ckpt_name=checkpoint)
-        loaded = Loaded(plan.apply(graph, loader["model"]), loader["clip"], loader["vae"])
+        stack = graph.add(
+            "SpeedLabAccelerate", group="Load", preset=plan.name, model=loader["model"], clip=loader["clip"],
+            vae=loader["vae"],
+        )  # fmt: skip
+        loaded = Loaded(stack["model"], stack["clip"], stack["vae"])
         positive, negative = encode(graph, loaded.clip, prompt, 0, "")
     latent = empty_latent(graph, settings)
     samples = sample(graph, settings, prompt, loaded.model, (positive, negative), latent, 0, "")[0]
-    if plan is STOCK:
-        images = graph.add("VAEDecode", group="Decode", samples=samples, vae=loaded.vae)
-    else:
-        images = decode(graph, plan, samples, loaded, 0, "")
-    name = f"{PREFIX}/demo_{'stock' if plan is STOCK else 'best'}"
-    graph.add("SaveImage", group="Measure", images=images[0], filename_prefix=name)
+    images = graph.add("VAEDecode", group="Decode", samples=samples, vae=loaded.vae)
+    graph.add("SaveImage", group="Measure", images=images[0], filename_prefix=f"{PREFIX}/demo_{plan.name}")
     return graph
 
 

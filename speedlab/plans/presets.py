@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,15 +16,9 @@ from ..vae import taesd
 from . import tuned
 from .axes import CellSettings
 from .cell import Reloader
-from .plan_text import SweepTextError, TechniqueText, parse_plan
+from .plan_text import PRESETS, SweepTextError, TechniqueText, parse_plan
 from .techniques import DECODERS, WEIGHTS, NodeTable, Parts, attach_all, check_techniques, options_of
 
-_EXACT = "attention(auto)+precision(linear=auto,memory=auto,convolution=auto)"
-PRESETS: Mapping[str, str] = {
-    "exact": _EXACT,
-    "balanced": f"{_EXACT}+forecast(0.02)+dynamic_cfg(0.75)",
-    "fast": f"{_EXACT}+deepcache(3)+dynamic_cfg(0.75)+tiny",
-}
 TUNED, CUSTOM = "tuned", "custom"
 CHOICES = (*PRESETS, TUNED, CUSTOM)
 _PLACED = TechniqueText("memory_plan", {"": "auto"})

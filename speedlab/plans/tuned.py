@@ -124,6 +124,8 @@ def notes_of(plan: TunedPlan, env: Mapping[str, Any]) -> list[str]:
     if plan.settings:
         named = ", ".join(f"{name} {value}" for name, value in plan.settings.items())
         notes.append(f"Set {named} on the sampler: the plan was found with that.")
+    if plan.figures.get("confirmed") is False:
+        notes.append("This plan is not confirmed on held-out seeds, because its tune was cut off: run Tune again.")
     now = versions_of(env)
     changed = [f"{name} {old}, now {now[name]}" for name, old in plan.versions.items() if now.get(name, old) != old]
     if changed:

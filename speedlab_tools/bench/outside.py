@@ -15,6 +15,7 @@ from speedlab.measure.plan_names import plan_of
 from speedlab.measure.record import RunRecord
 from speedlab.measure.store import new_run_id
 from speedlab.measure.summary import rows_of, summarise
+from speedlab.plans.plan_text import PRESETS
 
 from ..client.client import ComfyClient, RunResult
 from ..client.errors import BenchError, ServerGone
@@ -144,9 +145,13 @@ def phases(result: RunResult) -> dict[str, float | str | None]:
 
 
 def _tiny_decoders(result: RunResult) -> list[str]:
-    """The decoders of Tiny VAE Decode in the graph, as a record names them."""
+    """The decoders of Tiny VAE Decode in the graph, and of Accelerate's VAE, as a record names them."""
     nodes = nodes_of(result.graph, frozenset({"SpeedLabTinyVAEDecode"}))
-    return [f"tiny_vae({result.graph[node]['inputs'].get('decoder')})" for node in nodes]
+    stacks = [result.graph[node]["inputs"] for node in nodes_of(result.graph, frozenset({"SpeedLabAccelerate"}))]
+    tiny = [inputs for inputs in stacks if "vae" in inputs and PRESETS.get(inputs["preset"], "").endswith("+tiny")]
+    return ["tiny_vae(auto)" for _ in tiny] + [
+        f"tiny_vae({result.graph[node]['inputs'].get('decoder')})" for node in nodes
+    ]
 
 
 def outside_record(

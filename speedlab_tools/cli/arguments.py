@@ -100,6 +100,31 @@ def _bench(parser: Parser) -> None:
     add("--restart", action="store_true", help="run everything again, also what an earlier call did")
 
 
+def _tune(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", metavar="FILE", help="checkpoint file, or a name the server knows")
+    add("--prompts", metavar="FILE", help="one prompt a line (default: the demo's)")
+    add("--negative", default="", metavar="TEXT", help="negative prompt")
+    add("--quality", choices=("exact", "close", "similar", "any"), default="close",
+        help="how far an image may be from your own (default: %(default)s)")  # fmt: skip
+    add("--minutes", type=_positive, default=20.0, help="how long to search (default: %(default)g)")
+    add("--budget-gb", type=float, default=0.0, metavar="GB", help="memory that a plan may take (0: no limit)")
+    add("--steps", default="20", metavar="N or N:M", help="your steps; a range opens them (default: %(default)s)")
+    add("--samplers", default="", metavar="NAMES", help="samplers to try too: euler,dpmpp_2m/karras")
+    group = parser.add_argument_group("sampling")
+    for name, default, text in (("width", 512, "pixels"), ("height", 512, "pixels"), ("batch", 1, "images at once")):
+        group.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"{text} ({default})")
+    group.add_argument("--seed", type=int, default=20230711, metavar="N", help="seed of the prompts")
+    group.add_argument("--cfg", type=float, default=8.0, metavar="X", help="guidance (default: %(default)g)")
+    group.add_argument("--sampler", default="euler", metavar="NAME", help="your sampler (default: %(default)s)")
+    group.add_argument("--scheduler", default="normal", metavar="NAME", help="your scheduler (default: %(default)s)")
+    add("--html", type=Path, metavar="FILE", help="put the page there too")
+    add = parser.add_argument_group("server").add_argument
+    add("--server", metavar="URL", help="use a running ComfyUI instead of starting one")
+    add("--port", type=int, metavar="N", help="port of the ComfyUI that is started (a free one)")
+    parser.add_argument("--out", type=Path, metavar="DIR", default=_ROOT / "output", help="folder for results (output)")
+
+
 def _compare(parser: Parser) -> None:
     add = parser.add_argument
     add("a", metavar="A.csv", help="the earlier table")
@@ -246,11 +271,16 @@ def _synthetic(parser: Parser) -> None:
 
 COMMANDS: Mapping[str, Command] = {
     "demo": Command(
-        "stock KSampler and the best plan, side by side, with an image and both table rows", _demo, "demo:run"
+        "stock KSampler and the presets of Accelerate, side by side: images, one table, ratios", _demo, "demo:run"
     ),
     "bench": Command(
         "run scenarios on a real server and measure them: bench SCENARIO... [--checkpoint FILE]", _bench,
         "bench.command:run", description="Run scenarios on a real server, measure them and print their rows.",
+    ),
+    "tune": Command(
+        "the fastest plan for a checkpoint on this machine, within a distance: tune [--checkpoint FILE]", _tune,
+        "tune:run", interrupted="interrupted; what was measured is kept, and the same command goes on",
+        description="Find the fastest plan for a checkpoint on this machine within a distance and a memory budget.",
     ),
     "scenarios": Command(
         "list the scenarios, what each needs and whether that is there", runs="scenarios.workflows:run_scenarios",

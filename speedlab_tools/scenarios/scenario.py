@@ -7,7 +7,7 @@ Files, prompts and settings that many scenarios share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -156,23 +156,6 @@ class Plan:
 
 STOCK = Plan("stock")
 TINY_VAE = Plan("Tiny VAE", decoder="tiny")
-
-# In the order in which they stand between loader and sampler.
-BEST_TECHNIQUES = (
-    Technique("Attention", "SpeedLabAttention", {"backend": "sdpa"}),
-    Technique("Precision", "SpeedLabPrecision", {"linear": "auto"}),
-    Technique("DeepCache", "SpeedLabDeepCache", {"cache_interval": 3}),
-    Technique("Dynamic CFG", "SpeedLabDynamicCFG", {"stop_at": 0.75}),
-)
-
-
-def best_plan(available_nodes: Collection[str]) -> Plan:
-    """The fastest plan that the nodes of a server allow: `available_nodes` are the keys of its `/object_info`."""
-    techniques = tuple(technique for technique in BEST_TECHNIQUES if technique.node_id in available_nodes)
-    decoder = "tiny" if "SpeedLabTinyVAEDecode" in available_nodes else "full"
-    names = [technique.name for technique in techniques] + (["Tiny VAE"] if decoder == "tiny" else [])
-    return Plan(" + ".join(names) or "stock", techniques, decoder)
-
 
 HUGGING_FACE = "https://huggingface.co"
 CHECKPOINT_SDXL = NeededFile(

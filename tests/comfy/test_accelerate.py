@@ -249,7 +249,7 @@ def test_without_a_vae_the_decoder_is_left_out_and_said(accelerate: Any, tiny: A
 
 
 def test_the_documents_and_the_node_have_the_table(engine: Any, node: Any) -> None:
-    presets = engine("plans.presets").PRESETS
+    presets = engine("plans.plan_text").PRESETS
     pages = [ROOT / name for name in ("README.md", "README.zh.md")]
     pages += [ROOT / "js" / "docs" / name for name in ("SpeedLabAccelerate.md", "SpeedLabAccelerate/zh.md")]
     tooltip = type(node("SpeedLabAccelerate")).INPUT_TYPES()["required"]["preset"][1]["tooltip"]

@@ -15,7 +15,7 @@ from speedlab_tools.client.graph import GROUPS, is_link, signature
 from speedlab_tools.scenarios import workflows
 from speedlab_tools.scenarios.canvas import NOTE_TYPE, Box, ui_to_api
 from speedlab_tools.scenarios.catalog import SCENARIOS, TEMPLATES, UnknownScenarioError, find
-from speedlab_tools.scenarios.scenario import FAMILIES, SOURCES, Plan, best_plan
+from speedlab_tools.scenarios.scenario import FAMILIES, SOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
@@ -262,22 +262,6 @@ def test_an_unknown_scenario_lists_close_matches_and_all():
     with pytest.raises(UnknownScenarioError) as caught:
         find("zzz")
     assert "Did you mean" not in str(caught.value)
-
-
-def test_the_best_plan_takes_every_technique_the_server_has():
-    assert best_plan(["KSampler"]) == Plan("stock")
-    assert best_plan(["SpeedLabTinyVAEDecode"]) == Plan("Tiny VAE", decoder="tiny")
-    full = best_plan(
-        [f"SpeedLab{name}" for name in ("TinyVAEDecode", "DynamicCFG", "DeepCache", "Attention", "Precision")]
-    )
-    assert full.name == "Attention + Precision + DeepCache + Dynamic CFG + Tiny VAE"
-    assert full.accelerators() == (
-        "Attention(backend=sdpa)",
-        "Precision(linear=auto)",
-        "DeepCache(cache_interval=3)",
-        "Dynamic CFG(stop_at=0.75)",
-        "tiny_vae",
-    )
 
 
 def test_a_staged_batch_frees_between_its_phases():

@@ -116,3 +116,25 @@ def test_a_bad_line_is_told_and_the_server_goes_on(server: Any) -> None:
     bad = {"preset": "custom", "custom": "deepcach(3)", **BOTH}
     assert "Did you mean deepcache" in error_of(server.run(prompt(bad)))
     assert image_of(server, server.run(prompt({"preset": "exact", **BOTH})))
+
+
+def test_tune_finds_a_plan_that_tuned_then_is(server: Any) -> None:
+    tune = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": DEMO_CHECKPOINT}},
+        "2": {"class_type": "SpeedLabTune", "inputs": {
+            "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "positive": "a tree", "negative": "", "width": 64,
+            "height": 128, "batch": 1, "steps": 6, "cfg": 5.0, "sampler_name": "euler", "scheduler": "normal",
+            "seed": "1", "quality": "any", "budget_minutes": 3.0, "budget_gb": 0.0,
+            "candidates": "deepcache(2)\ndeepcache(3)+dynamic_cfg(0.5)", "steps_axis": "", "samplers_axis": ""}},
+    }  # fmt: skip
+    entry = server.run(tune)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    page, plan = entry["outputs"]["2"]["speedlab_tune"]
+    assert page.endswith(".html") and plan
+    graph = prompt({"preset": "tuned", **BOTH})
+    graph["2"]["inputs"]["height"] = 128
+    done = server.run(graph)
+    assert image_of(server, done) and done["outputs"]["10"]["text"][0].startswith(f"{plan}\n")
+    bad = json.loads(json.dumps(tune))
+    bad["2"]["inputs"]["candidates"] = "deepcach(2)"
+    assert "Did you mean deepcache" in error_of(server.run(bad))

@@ -211,20 +211,25 @@ def test_bench_fails_with_words_where_the_server_lacks_the_checkpoint(server, tm
     assert "'no_such.safetensors' is no choice of 'ckpt_name'" in done.stdout
 
 
-def test_demo_prints_both_rows_and_the_ratio(server, taesd_files, tmp_path):
+def test_demo_prints_a_row_of_each_preset_with_ratio_and_distance(server, taesd_files, tmp_path):
     sizes = ("--width", "64", "--height", "64", "--steps", "3")
     before = server.get("/speedlab/runs?limit=1")["files"]
     done = command("demo", "--server", server.url, *sizes, "--checkpoint", CHECKPOINT, out=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = re.search(r"([\d.]+) times as fast as stock \((median of 3|lower median of 2|one) round", done.stdout)
-    assert told is not None
+    told = re.findall(r"([\d.]+) times as fast as stock \((?:median of 3|lower median of 2|one) round", done.stdout)
+    assert len(told) == 3
     assert "PSNR" in done.stdout
-    assert {path.name for path in tmp_path.glob("*.png")} == {"demo_stock.png", "demo_best.png"}
+    names = ["stock", "exact", "balanced", "fast"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"demo_{name}.png" for name in names}
     with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["plan"] == "stock"
     assert len({row["seed"] for row in rows}) == 1
-    assert float(rows[0]["time_s"]) / float(rows[1]["time_s"]) == pytest.approx(float(told[1]), abs=0.011)
+    assert len(rows) == 4 and not rows[0]["psnr"]
+    for row, ratio in zip(rows[1:], told, strict=True):
+        assert float(rows[0]["time_s"]) / float(row["time_s"]) == pytest.approx(float(ratio), abs=0.011)
+        assert float(row["psnr"]) > 0 and -1 <= float(row["ssim"]) <= 1
+    assert "tiny_vae" in rows[3]["accelerators"] and "deepcache" in rows[3]["accelerators"]
     assert all(float(row["time_s"]) > 0 and row["status"] == "ok" for row in rows)
     runs = [json.loads((tmp_path / "speedlab" / "runs" / f"{row['run_id']}.json").read_text()) for row in rows]
     for row, run in zip(rows, runs, strict=True):

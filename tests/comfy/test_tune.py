@@ -1,0 +1,245 @@
+"""Tune on a small real model: what it finds, keeps and says, and how it ends early."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .test_worker_thread import in_worker
+
+SETTINGS = {
+    "positive": "a tree", "negative": "", "width": 64, "height": 64, "batch": 1, "steps": 6, "cfg": 4.0,
+    "sampler_name": "euler", "scheduler": "normal", "seed": "7", "quality": "any", "budget_minutes": 5.0,
+    "budget_gb": 0.0,
+}  # fmt: skip
+LINES = "attention(split)\nfast=attention(split)+deepcache(3)+dynamic_cfg(0.5)"
+
+
+@pytest.fixture(scope="module")
+def loaded(pack: Any, model_files: Path, demo_checkpoint: Path) -> Any:
+    """Text encoder with two of twelve layers, decoder with one block a level."""
+    with torch.inference_mode():
+        loader = pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]()
+        model, clip, vae = loader.load(demo_checkpoint.name, "fp32", "contiguous")[:3]
+    vae.first_stage_model.decoder.num_res_blocks = 0
+    encoder = clip.cond_stage_model.clip_l.transformer.text_model.encoder
+    encoder.layers = encoder.layers[:2]
+    return model, clip, vae
+
+
+@pytest.fixture
+def output(tmp_path: Path, comfy: Any) -> Any:
+    folder_paths = importlib.import_module("folder_paths")
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+    yield tmp_path
+    folder_paths.set_output_directory(before)
+
+
+@pytest.fixture
+def tune(node: Any, loaded: Any, output: Path) -> Callable[..., Any]:
+    """Run the node; keyword arguments override the settings. Gives its outputs and the figures that it wrote."""
+
+    def run(**changes: Any) -> Any:
+        model, clip, vae = loaded
+        settings = {"model": model, "clip": clip, "vae": vae, **SETTINGS, "candidates": LINES, **changes}
+        plan, table, chart, sheet, page = node("SpeedLabTune").find(**settings)["result"]
+        return plan, table, chart, sheet, json.loads(Path(page).with_suffix(".json").read_text()), Path(page)
+
+    return run
+
+
+def tuned_plans(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in (output / "speedlab" / "tuned").glob("*.json")]
+
+
+def test_it_finds_keeps_and_reports_a_plan(tune: Any, node: Any, loaded: Any, output: Path) -> None:
+    plan, table, chart, sheet, figures, page = in_worker(lambda: tune())
+    (kept,) = tuned_plans(output)
+    assert kept["plan"] == plan and kept["figures"]["confirmed"] is True and kept["figures"]["synthetic"] is True
+    assert kept["tuned_for"]["sampler"] == "euler" and kept["tuned_for"]["width"] == 64
+    # What the preset takes is what was found.
+    assert in_worker(lambda: node("SpeedLabAccelerate").apply(loaded[0], "tuned"))["result"][3] == plan
+    plans = figures["plans"]
+    assert {one["plan"] for one in plans} >= {"attention(split)", plan}
+    assert [one["recommended"] for one in plans].count(True) == 1
+    ran = [one for one in plans if one["measured_s"] is not None]
+    assert all(one["predicted_s"] > 0 and len(one["looks"]) >= 1 for one in ran)
+    best = next(one for one in plans if one["recommended"])
+    assert {"2", "3"} <= best["looks"].keys(), "the held-out seeds"
+    for text in (plan, "recommended", "random", "not calibrated" if figures["request"]["quality"] != "any" else "Tune"):
+        assert text in page.read_text(), text
+    assert "Recommended: " in table and "a distance is no statement on quality" in table
+    assert chart.shape[-1] == 3 and sheet.shape[2] > 4 * 256
+    assert not list((output / "speedlab" / "tuned" / "unfinished").glob("*.json"))
+
+
+def test_the_workflow_that_it_writes_runs_with_the_plan(tune: Any, core: Any, output: Path) -> None:
+    prompt = {
+        "8": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "x.safetensors"}},
+        "9": {"class_type": "SpeedLabTune", "inputs": {"model": ["8", 0], "clip": ["8", 1], "vae": ["8", 2]}},
+    }
+    plan, *_, page = tune(prompt=prompt, unique_id="9")
+    graph = json.loads(page.with_name(f"{page.stem}_workflow.json").read_text())
+    kinds = {node["class_type"]: (key, node["inputs"]) for key, node in graph.items()}
+    loader, accelerate = kinds["CheckpointLoaderSimple"], kinds["SpeedLabAccelerate"]
+    assert loader[1] == {"ckpt_name": "x.safetensors"} and accelerate[1]["custom"] == plan
+    assert accelerate[1]["model"] == [loader[0], 0] and accelerate[1]["vae"] == [loader[0], 2]
+    (kept,) = tuned_plans(output)
+    assert kinds["KSampler"][1]["model"] == [accelerate[0], 0]
+    assert kinds["KSampler"][1]["steps"] == kept["settings"].get("steps", 6)
+    assert all(node["class_type"] in core.NODE_CLASS_MAPPINGS or node["class_type"].startswith("SpeedLab")
+               for node in graph.values())  # fmt: skip
+    links = [value[0] for node in graph.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert links and set(links) <= set(graph)
+
+
+@pytest.mark.parametrize("line", [
+    "deepcache(3)+dynamic_cfg(0.75)", "deepcache(2,start_percent=0.3)", "forecast(mode=fixed,max_skip=2)",
+    "forecast(mode=fixed,max_skip=1)+dynamic_cfg(0.5)", "deepcache(5)+dynamic_cfg(0.9)", "dynamic_cfg(0.5)",
+])  # fmt: skip
+def test_the_counts_are_those_of_a_run(node: Any, tiny: Any, engine: Any, output: Path, line: str) -> None:
+    space, axes = engine("plans.tune_space"), engine("plans.axes")
+    model = node("SpeedLabAccelerate").apply(tiny.model, "custom", line)["result"][0]
+    record = node("SpeedLabProfileSampler").sample(
+        model=model, positive=tiny.cond(1), negative=tiny.cond(2), latent_image=tiny.latent(), seed=1, steps=14,
+        cfg=4.0, sampler_name="euler", scheduler="normal", denoise=1.0,
+    )["result"][1]  # fmt: skip
+    kinds: Counter = Counter()
+    for row in engine("measure.summary").rows_of(record.steps):
+        forecast = not row.cond_rows and not row.uncond_rows
+        kind = "forecast" if forecast else "cached" if row.cached else "full"
+        kinds[(kind, forecast or bool(row.uncond_rows))] += 1
+    assert kinds == space.counts_of(space.of_line(line, axes.CellSettings(steps=14)))
+
+
+def test_a_floor_and_fewer_steps(tune: Any) -> None:
+    plan, table, *_, figures, _ = tune(quality="exact")
+    assert plan in ("stock", "attention(split)")
+    tried = {(one["plan"], one["steps"]): one for one in figures["plans"]}
+    fewer = [one for one in figures["plans"] if one["steps"] < 6]
+    assert fewer and all(look["latent"] > 1e-3 for one in fewer for look in one["looks"].values())
+    assert all(look["latent"] <= 1e-3 for look in tried[(plan, 6)]["looks"].values())
+    assert "Floor exact: relative latent error up to 0.001" in table and "not calibrated" in table
+
+
+@pytest.fixture
+def breaking(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have something happen before the image of a plan that `when` tells by its settings and number."""
+
+    def install(when: Callable[[Any, int], bool], what: Callable[[], None]) -> None:
+        module, made = engine("plans.tune"), []
+        real = module.run_once
+
+        def run(prepared: Any, *args: Any) -> Any:
+            made.append(prepared.settings)
+            if when(prepared.settings, len(made)):
+                what()
+            return real(prepared, *args)
+
+        monkeypatch.setattr(module, "run_once", run)
+
+    return install
+
+
+def test_out_of_memory_in_a_candidate_takes_that_one_out(tune: Any, breaking: Any) -> None:
+    def oom() -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    breaking(lambda settings, _: settings.steps == 6 and "deepcache" in settings.plan, oom)
+    plan, *_, figures, _ = tune(quality="exact")
+    assert "deepcache" not in plan
+    gone = next(one for one in figures["plans"] if "deepcache" in one["plan"])
+    assert "out of memory" in gone["why"] and gone["measured_s"] is None
+
+
+def test_a_cancel_keeps_what_was_found_and_the_next_call_goes_on(
+    tune: Any, node: Any, loaded: Any, breaking: Any, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as mm
+
+    looked = []
+
+    def ends(settings: Any, _number: int) -> bool:
+        looked.append(settings.plan)
+        return sum("attention(split)" in plan for plan in looked) >= 6 and settings.steps == 6
+
+    breaking(ends, lambda: mm.interrupt_current_processing())
+    with pytest.raises(mm.InterruptProcessingException):
+        tune()
+    mm.interrupt_current_processing(False)
+    monkeypatch.undo()
+    (unfinished,) = (output / "speedlab" / "tuned" / "unfinished").glob("*.json")
+    looks = json.loads(unfinished.read_text())["looks"]
+    assert looks
+    (kept,) = tuned_plans(output)
+    assert kept["figures"]["confirmed"] is False
+    assert "not confirmed on held-out seeds" in node("SpeedLabAccelerate").apply(loaded[0], "tuned")["ui"]["text"][0]
+    assert list((output / "speedlab" / "tunes").glob("*.html"))
+    _, table, *_ = tune()
+    assert f"{len(looks)} images were measured by an earlier call that was cut off" in table
+    assert tuned_plans(output)[0]["figures"]["confirmed"] is True and not unfinished.exists()
+    assert "earlier call" not in tune(quality="similar")[1], "another question is another tune"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget_gb": 0.001}, "no plan to try: .* more than the budget of 0.001 GB"),
+        ({"candidates": "gone(3)"}, "no technique 'gone'"),
+        ({"candidates": "deepcache(3"}, "parenthesis"),
+        ({"sampler_name": "eulr"}, "no sampler 'eulr'"),
+        ({"samplers_axis": "euler/karas"}, "no scheduler 'karas'"),
+        ({"steps_axis": "30:20"}, "no range of steps"),
+        ({"budget_minutes": 0.0}, "budget_minutes above 0"),
+        ({"clip": None}, "no text encoder"),
+        ({"vae": None}, "no VAE"),
+    ],
+)
+def test_bad_input_is_told(tune: Any, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(Exception, match=f"(?s){words}"):
+        tune(**changes)
+
+
+def test_no_time_for_even_one_plan_is_told_and_nothing_is_kept(tune: Any, output: Path) -> None:
+    plan, table, *_ = tune(budget_minutes=1e-4)
+    assert plan == "" and "There was no time for even one plan: give more minutes" in table
+    assert tuned_plans(output) == []
+
+
+def test_two_at_once_are_refused(tune: Any, output: Path) -> None:
+    import filelock
+
+    folder = output / "speedlab" / "tuned"
+    folder.mkdir(parents=True)
+    with filelock.FileLock(folder / "tune.lock"), pytest.raises(Exception, match="Another Tune is running"):
+        tune()
+    assert tune()[0]
+
+
+def test_another_checkpoint_does_not_go_on_with_the_images_of_this_one(
+    tune: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, output: Path
+) -> None:
+    module = engine("plans.tune")
+    keys = []
+    real = module.Tune._open
+    monkeypatch.setattr(module.Tune, "_open", lambda self: (real(self), keys.append(self.known_key))[0])
+    tune(candidates="attention(split)")
+    monkeypatch.setattr(module, "sampled_hash", lambda _path: "of another file")
+    tune(candidates="attention(split)")
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.full
+def test_the_whole_space_on_a_small_model(tune: Any) -> None:
+    _, table, *_, figures, _ = tune(candidates="", quality="similar", budget_minutes=3.0, steps=20)
+    count = int(table.split(" plans were predicted")[0].rsplit(" ", 1)[1])
+    assert count >= 200
+    assert any(one["recommended"] for one in figures["plans"])
