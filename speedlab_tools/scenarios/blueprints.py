@@ -117,8 +117,6 @@ def _id(name: str) -> str:
 def blueprint_ui(blueprint: Blueprint) -> UiGraph:
     """The file of a blueprint: one node, and the subgraph that it is of."""
     inner, subgraph = _subgraph(blueprint)
-    proxies = [[str(one.node.id), one.input] for one in blueprint.promoted]
-    proxies += [[str(one.node.id), "control_after_generate"] for one in blueprint.promoted if one.input == "seed"]
     host = {
         "id": 1,
         "type": subgraph["id"],
@@ -132,7 +130,7 @@ def blueprint_ui(blueprint: Blueprint) -> UiGraph:
             for one, entry in zip(blueprint.promoted, subgraph["inputs"], strict=True)
         ],
         "outputs": [{"name": entry["name"], "type": entry["type"], "links": []} for entry in subgraph["outputs"]],
-        "properties": {"proxyWidgets": proxies, "cnr_id": PACK},
+        "properties": {"cnr_id": PACK},
         "widgets_values": [],
         "title": blueprint.name,
     }
