@@ -190,7 +190,9 @@ def test_training_goes_on_from_packed_factors(trained: Path, tmp_path: Path) -> 
     data.open_pool(tmp_path / "captions", 0, 6, encode)
     assert main(["unet", "--out", str(tmp_path), "--captions", "6", "--until", "5", "--batch", "2", "--side", "64",
                  "--fp32", "--start", str(file)]) == 0  # fmt: skip
-    assert state(tmp_path, "unet")["step"] == 5
+    went_on = state(tmp_path, "unet")
+    assert (went_on["step"], went_on["begun"]) == (5, 4)
+    assert ",1e-05," in (tmp_path / "unet.csv").read_text()  # the rate rises anew
 
 
 def test_the_whole_plan_has_every_stage_and_goes_onwards() -> None:

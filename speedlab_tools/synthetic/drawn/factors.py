@@ -6,8 +6,7 @@ nothing. The first convolution, the last and the way between them begin as the r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -46,13 +45,6 @@ def rank_of(layer: str, shape: tuple[int, ...]) -> int | None:
     return 64 if (len(shape) == 4 and shape[2] == 3) or "attn2.to_" in layer else 48
 
 
-def layers(layout: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the weights with two dimensions or more."""
-    for name, weight in layout.items():
-        if name.endswith(".weight") and len(weight.shape) > 1:
-            yield name.removesuffix(".weight"), weight.shape
-
-
 def multiply(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The weight of a layer whose input goes through `first` (rank x inputs) and then `second` (outputs x rank)."""
     return (second.flatten(1) @ first.flatten(1)).reshape(second.shape[0], *first.shape[1:])
@@ -68,16 +60,3 @@ def merged(tensors: Mapping[str, torch.Tensor]) -> Tensors:
         elif not name.endswith(".second"):
             whole[name] = tensor
     return whole
-
-
-def numbers(layout: Layout) -> int:
-    """How many numbers the factors of a layout hold."""
-    total = 0
-    ranks = {name: (rank_of(name, shape), shape) for name, shape in layers(layout)}
-    for name, weight in layout.items():
-        rank, shape = ranks.get(name.removesuffix(".weight"), (None, weight.shape))
-        if rank is None:
-            total += math.prod(weight.shape)
-        else:
-            total += rank * (math.prod(shape[1:]) + shape[0])
-    return total

@@ -95,8 +95,8 @@ def write_sheet(args: argparse.Namespace, pool: data.Pool, training: Training) -
     """A sheet of samples of the averaged weights, for captions of the pool."""
     net = _channels_last(UNet(args.seed))
     net.load_state_dict(training.ema)
-    context = torch.from_numpy(pool.encoded[1 : 1 + SHEET]).float()
-    empty = torch.from_numpy(pool.encoded[:1]).float()
+    context = torch.tensor(pool.encoded[1 : 1 + SHEET]).float()
+    empty = torch.tensor(pool.encoded[:1]).float()
     decoder = autoencoder.decoder(args.seed)
     if (args.out / "decoder.pt").is_file():
         decoder.load_state_dict(torch.load(args.out / "decoder.pt", weights_only=True)["ema"])
@@ -120,8 +120,11 @@ def _resume(training: Training, args: argparse.Namespace, stage: str) -> None:
         training.load(path)
     elif args.start is not None:
         tensors, about = packed.load_packed(args.start)
-        training.warm_start(packed.unpack(tensors)[stage == "decoder"])
-        training.step = int(about["step"]) if stage == "unet" else 0
+        unet, decoder = packed.unpack(tensors)
+        if stage == "unet":
+            training.warm_start(unet, int(about["step"]))
+        else:
+            training.warm_start(decoder, 0)
 
 
 def _autocast(args: argparse.Namespace) -> torch.autocast:

@@ -28,15 +28,13 @@ def is_held_out(scene: world.Scene) -> bool:
     return hashlib.sha256(repr(scene).encode()).digest()[0] < 256 * _HELD_SHARE
 
 
-def scenes(
-    seed: int, count: int, held_out: bool = False, kind: world.Kind | None = None
-) -> list[tuple[world.Scene, str]]:
+def scenes(seed: int, count: int, held_out: bool = False) -> list[tuple[world.Scene, str]]:
     """The first `count` scenes of a seed with captions: those to train on, or those for the examination."""
     found: list[tuple[world.Scene, str]] = []
     number = 0
     while len(found) < count:
         rng = world.generator(seed, _HELD_OUT if held_out else _SCENES, number)
-        scene = world.random_scene(rng, kind)
+        scene = world.random_scene(rng)
         if is_held_out(scene) == held_out:
             found.append((scene, world.caption(scene, rng)))
         number += 1

@@ -26,6 +26,7 @@ class Training:
     rate: float
     warm_up: int
     step: int = 0
+    begun: int = 0  # the step at which the optimiser began, and with it the rate's warm-up
     images: int = 0
     seconds: float = 0.0
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -39,7 +40,7 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.step += 1
         for group in self.optimiser.param_groups:
-            group["lr"] = self.rate * min(1.0, self.step / self.warm_up) * last
+            group["lr"] = self.rate * min(1.0, (self.step - self.begun) / self.warm_up) * last
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         keep = min(_EMA, (1 + self.step) / (10 + self.step))
@@ -53,7 +54,7 @@ class Training:
         torch.save(
             {
                 "net": self.net.state_dict(), "optimiser": self.optimiser.state_dict(), "ema": self.ema,
-                "step": self.step, "images": self.images, "seconds": self.seconds,
+                "step": self.step, "begun": self.begun, "images": self.images, "seconds": self.seconds,
             },
             temporary,
         )  # fmt: skip
@@ -65,10 +66,12 @@ class Training:
         self.net.load_state_dict(kept["net"])
         self.optimiser.load_state_dict(kept["optimiser"])
         self.ema = kept["ema"]
-        self.step, self.images, self.seconds = kept["step"], kept["images"], kept["seconds"]
+        self.step, self.begun = kept["step"], kept.get("begun", 0)
+        self.images, self.seconds = kept["images"], kept["seconds"]
 
-    def warm_start(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Begin with these weights, as packed; the optimiser begins anew."""
+    def warm_start(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
+        """Begin with these weights, as packed at a step; the optimiser begins anew."""
+        self.step = self.begun = step
         self.net.load_state_dict(dict(tensors))
         self.ema = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
 
