@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 Picture = NDArray[np.uint8]
 RGB = tuple[float, float, float]
-Generator = np.random.Generator
+Generator: TypeAlias = "np.random.Generator"
 
 COLOURS: dict[str, RGB] = {
     "red": (220, 40, 40),
