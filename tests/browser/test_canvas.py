@@ -301,6 +301,8 @@ def test_a_page_that_is_loaded_again_shows_the_last_run_in_its_place(open_canvas
     canvas.drop(small(seed=61 + 2 * vue + touched), "small")
     canvas.queue()
     run = canvas.evaluate(f"() => {PANEL}.dataset.run")
+    # The record comes when ComfyUI has drawn all and waits for somebody to touch the canvas.
+    canvas.page.route(f"**/speedlab/runs/{run}", lambda route: (time.sleep(2), route.continue_()))
     if touched:
         fit(canvas)
         canvas.evaluate("() => { app.graph.nodes.find((n) => n.type === 'SpeedLabProfileReport').pos[0] += 40; }")
