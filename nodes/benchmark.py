@@ -124,6 +124,7 @@ class Tune:
     pack_nodes: Mapping[str, type] = {}
     DISPLAY_NAME = "Tune (SpeedLab)"
     CATEGORY = "SpeedLab/measure"
+    SEARCH_ALIASES = ["fast", "speed", "optimize", "autotune", "find best settings", "fps", "timer"]
     DESCRIPTION = (
         "Finds the fastest plan for this model, size and sampler on this machine, within a distance from your own "
         "image and a memory budget, in the minutes that you give. It measures the parts of all plans once, predicts "
