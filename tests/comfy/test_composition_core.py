@@ -149,7 +149,7 @@ OTHERS = {
     "SplitSigmas": Other(sample=_split),
     "SamplerCustomAdvanced": Other(sample=_advanced),
     "AlignYourStepsScheduler": Other(sample=_on("nodes_align_your_steps", "AlignYourStepsScheduler", "SD1")),
-    "NAGuidance": Other(_core_node("nodes_nag", "NAGuidance", 3.0, 0.5, 1.5)),
+    "NAGuidance": Other(_core_node("nodes_nag", "NAGuidance", 3.0, 0.5, 1.5), aside=_UNCOND),
     "GITSScheduler": Other(sample=_on("nodes_gits", "GITSScheduler", 1.2)),
 }
 _NEWER = {"NAGuidance": "nodes_nag"}

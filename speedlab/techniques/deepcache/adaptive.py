@@ -1,7 +1,8 @@
 """DeepCache's adaptive schedule: which steps are cached, by what the full ones show that caching would have missed.
 
 At a full step the outer blocks run a second time, on the features that a cached step there would have had. How far the
-denoised latent is then off is the very error that caching makes; of the features' own distance that could not be told.
+denoised latent is then off is the very error that caching makes. The features' own distance does not tell it: of UNets
+with random weights the ratio of both spans 500-fold in one run of 20 steps, for it falls with sigma.
 """
 
 from __future__ import annotations
