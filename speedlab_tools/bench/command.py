@@ -48,7 +48,8 @@ class Series:
 
     def _key(self) -> str:
         args, choice = self.args, self.choice
-        models = {"checkpoints": choice.checkpoints, "others": choice.others, "server": args.server}
+        models = {"checkpoints": choice.checkpoints, "others": choice.others, "loras": choice.demo_loras,
+                  "server": args.server}  # fmt: skip
         files = [
             (str(path), path.stat().st_size, path.stat().st_mtime_ns) for some in choice.files.values() for path in some
         ]
@@ -98,7 +99,7 @@ class Series:
 
     async def _run(self, client: ComfyClient, scenario: Scenario) -> Outcome:
         checkpoint = self.choice.checkpoints.get(scenario.id) or await server_checkpoint(client, scenario)
-        others = dict(self.choice.others)
+        others = self.choice.others_of(scenario)
         if "refiner" not in others and scenario.file("refiner") is not None:
             others["refiner"] = await server_refiner(client, scenario)
         wanted = adapt(scenario, self.overrides, checkpoint, others)

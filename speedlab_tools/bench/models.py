@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..client.client import ComfyClient
@@ -34,14 +34,19 @@ OTHER_MODELS = {"vae": "vae", "controlnet": "controlnet", "refiner": "checkpoint
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The names that the graph uses (checkpoints by scenario id, others by kind), and the files that a started server
-    must be shown.
+    """The names that the graph uses (checkpoints by scenario id, others by kind, made-up LoRAs by family too), and the
+    files that a started server must be shown.
     """
 
     checkpoints: dict[str, str]
     others: dict[str, str]
     files: dict[str, list[Path]]
     notes: tuple[str, ...] = ()
+    demo_loras: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def others_of(self, scenario: Scenario) -> dict[str, str]:
+        """The models beside the checkpoint, by kind. A LoRA fits one family only."""
+        return {**self.demo_loras.get(scenario.family, {}), **self.others}
 
 
 def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> ModelChoice:
@@ -49,6 +54,7 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
     files: dict[str, list[Path]] = {}
     notes: list[str] = []
     named: dict[str, str | None] = {}
+    demo_loras: dict[str, dict[str, str]] = {}
     for option, folder in (("checkpoint", "checkpoints"), *OTHER_MODELS.items()):
         value, flag = getattr(args, option, None), f"--{option.replace('_', '-')}"
         if value is None or not looks_like_path(value):
@@ -81,10 +87,11 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
             notes.append(f"No refiner given with --refiner: using random weights ({path.name}).")
         for entry in scenarios:
             for kind in ("lora", "lora_2"):
-                if entry.file(kind) is not None and named[kind] is None:
+                mine = demo_loras.setdefault(entry.family, {})
+                if entry.file(kind) is not None and named[kind] is None and kind not in mine:
                     path = demo_lora(entry.family, kind)
                     files.setdefault("loras", []).append(path)
-                    named[kind] = path.name
+                    mine[kind] = path.name
                     notes.append(f"No LoRA given with --{kind.replace('_', '-')}: using random weights ({path.name}).")
         if named["vae"] is None:
             files["vae"], more = vae_files(scenarios)
@@ -92,7 +99,7 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
     _refuse_equal_names(files)
     known = {key: name for key, name in checkpoints.items() if name}
     others = {kind: name for kind in OTHER_MODELS if (name := named[kind])}
-    return ModelChoice(known, others, files, tuple(notes))
+    return ModelChoice(known, others, files, tuple(notes), demo_loras)
 
 
 def _refuse_equal_names(files: Mapping[str, Sequence[Path]]) -> None:

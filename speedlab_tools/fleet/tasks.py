@@ -76,7 +76,7 @@ def order_of(args: argparse.Namespace) -> Order:
         overrides = replace(overrides, seed=None)
     args.server = None
     choice = choose_models(args, [scenario])
-    wanted = adapt(scenario, overrides, choice.checkpoints.get(scenario.id), choice.others)
+    wanted = adapt(scenario, overrides, choice.checkpoints.get(scenario.id), choice.others_of(scenario))
     paths = [(folder, path) for folder, some in choice.files.items() for path in some]
     files = tuple(ModelFile(folder, str(path), path.stat().st_size) for folder, path in paths)
     # Size and time of change: a file that was written again is another one.

@@ -17,6 +17,8 @@ from functools import partial
 from random import Random
 from typing import Any
 
+from speedlab.plans.plan_text import PRESETS
+
 from ..client.graph import ApiGraph
 
 _WIDGETS = frozenset({"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"})
@@ -68,7 +70,7 @@ def _value(spec: Sequence[Any], rng: Random) -> Any:
 
 
 # Nodes with a share of their own, for what they cost.
-_APART = ("SpeedLabStress", "SpeedLabCompile", "SpeedLabMemoryPlan")
+_APART = ("SpeedLabStress", "SpeedLabCompile", "SpeedLabMemoryPlan", "SpeedLabAccelerate")
 _AXES = (
     ("steps", "1, 2"),
     ("batch", "1, 2"),
@@ -144,6 +146,13 @@ class GraphBuilder:
                  axis_x=axis, values_x=values, axis_y="none", values_y="", width=64, height=64, batch=1, steps=2,
                  cfg=5.0, sampler_name="euler", scheduler="normal", seed="1", warmup=0, repeats=1, plan="")  # fmt: skip
 
+    def tune(self, model: Link, clip: Link, vae: Link) -> None:
+        """Seconds for a plan or two: what counts is what stays behind."""
+        self.add("SpeedLabTune", model=model, clip=clip, vae=vae, positive="a tree", negative="", width=64, height=64,
+                 batch=1, steps=2, cfg=5.0, sampler_name="euler", scheduler="normal", seed="1", quality="any",
+                 budget_minutes=0.1, budget_gb=0.0, candidates="deepcache(2)", steps_axis="",
+                 samplers_axis="")  # fmt: skip
+
     def build_first(self, backend: str, measured: bool) -> None:
         """The model compiled by that backend; `measured`: traced, drawn and benchmarked too, and what a process loads
         once and keeps."""
@@ -188,6 +197,7 @@ _MEASURED = {
     ("SpeedLabAttention", "backend", "auto"),
     ("SpeedLabPrecision", "linear", "auto"),
     ("SpeedLabCompileModel", "backend", "inductor"),
+    *(("SpeedLabAccelerate", "preset", preset) for preset in PRESETS),
 }
 
 
@@ -280,6 +290,14 @@ class SoakGraph(GraphBuilder):
         if self.kit.loras and self.loader["ckpt_name"] == self.kit.sd15 and self.chance(0.2):
             model, clip = self._loras(model, clip)
         plain = model
+        # A choice of their own, so that all other choices of a seed stay what they were.
+        plans = Random(f"{number}/{self.loader['ckpt_name']}/plans")
+        if plans.random() < 0.05:
+            done = self.add("SpeedLabAccelerate", model=model, preset=plans.choice(list(PRESETS)), custom="",
+                            compile=False, clip=clip, vae=vae)  # fmt: skip
+            model, clip, vae = [done, 0], [done, 1], [done, 2]
+        if plans.random() < 0.02:
+            self.tune(plain, [loaded, 1], [loaded, 2])
         model = self._chain(model)
         if self.chance(0.2):
             budget = self.rng.choice((0.0, 0.0, 0.0, 0.05, 2.0))

@@ -134,12 +134,15 @@ def test_cells_take_turns(bench, engine, monkeypatch):
     assert [bool(row["psnr"]) for row in rows] == [True, False, True]
 
 
-def test_a_cell_on_a_cpu_tells_what_it_adds_to_the_process(bench, output, engine):
+def test_a_cell_on_a_cpu_tells_what_it_adds_to_the_process(bench, output, node, demo_checkpoint, engine):
     """A gigabyte that the process holds is no cell's; what a large batch takes is its own."""
     if engine("measure.peaks").rss_to_grow_from() is None:
         pytest.skip("this system does not let a process reset its peak")
     held = bytearray(b"x") * 10**9
-    (table, *_), rows, _ = bench(axis_x="batch", values_x="1, 4", width=128, height=128, steps=1, warmup=1, cfg=1.0)
+    vae = node("SpeedLabCheckpointLoader").load(demo_checkpoint.name, "fp32", "contiguous")[2]
+    (table, *_), rows, _ = bench(
+        vae=vae, axis_x="batch", values_x="1, 4", width=128, height=128, steps=1, warmup=1, cfg=1.0
+    )
     small, large = (record_of(output, row)["memory"]["overall"] for row in rows)
     assert [row["peak_rss_gb"] for row in rows] == ["", ""] and len(held) == 10**9
     assert 0.0 <= small["rss_growth_gb"] < large["rss_growth_gb"] < 1.0

@@ -62,7 +62,7 @@ def test_every_scenario_runs_small(server, models, scenario, tmp_path):
 
     async def work():
         async with ComfyClient(server.url) as client:
-            wanted = adapt(scenario, Overrides(), DEMOS[scenario.family], models.others)
+            wanted = adapt(scenario, Overrides(), DEMOS[scenario.family], models.others_of(scenario))
             return await run_scenario(client, wanted, tmp_path, small=True)
 
     outcome = asyncio.run(work())
