@@ -165,18 +165,17 @@ def test_a_cancel_keeps_what_was_found_and_the_next_call_goes_on(
 ) -> None:
     import comfy.model_management as mm
 
-    looked = []
+    folder = output / "speedlab" / "tuned" / "unfinished"
 
-    def ends(settings: Any, _number: int) -> bool:
-        looked.append(settings.plan)
-        return sum("attention(split)" in plan for plan in looked) >= 6 and settings.steps == 6
+    def ends(_settings: Any, _number: int) -> bool:
+        return any(len(json.loads(path.read_text())["looks"]) >= 2 for path in folder.glob("*.json"))
 
     breaking(ends, lambda: mm.interrupt_current_processing())
     with pytest.raises(mm.InterruptProcessingException):
         tune()
     mm.interrupt_current_processing(False)
     monkeypatch.undo()
-    (unfinished,) = (output / "speedlab" / "tuned" / "unfinished").glob("*.json")
+    (unfinished,) = folder.glob("*.json")
     looks = json.loads(unfinished.read_text())["looks"]
     assert looks
     (kept,) = tuned_plans(output)
