@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -37,20 +36,11 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def in_a_thread(call: object) -> list[int]:
-    found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(call()))  # type: ignore[operator]
-    thread.start()
-    thread.join()
-    return found
-
-
-@pytest.mark.parametrize("threaded", [False, True])
-def test_layers_find_the_memory_of_those_before(threaded: bool) -> None:
+def test_layers_find_the_memory_of_those_before() -> None:
+    """Here; in a thread, as ComfyUI has it, below in a process of its own."""
     plain = faults_of_convolutions()
     with memory_reused():
-        # ComfyUI runs prompts in a thread, and glibc's threads have arenas of their own.
-        kept = in_a_thread(faults_of_convolutions)[0] if threaded else faults_of_convolutions()
+        kept = faults_of_convolutions()
     assert kept < max(plain / 2, FEW)
 
 
