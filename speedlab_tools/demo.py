@@ -29,6 +29,7 @@ from .client.errors import BenchError, ServerGone
 from .client.events import ProgressLine
 from .client.files import ServerOptions, Target, open_server, prepare_output
 from .client.graph import ApiGraph, Graph
+from .scenarios import drawn
 from .scenarios.catalog import LIGHTHOUSE, find
 from .scenarios.graphs import PREFIX, Loaded, empty_latent, encode, sample
 from .scenarios.overrides import overrides_of
@@ -109,14 +110,17 @@ def demo_scenario() -> Scenario:
     return replace(find(BASE), plan=TINY_VAE)
 
 
-def settings_of(args: argparse.Namespace, on_cpu: bool) -> Settings:
-    """The demo's settings with the command line laid over them; a CPU gets a smaller image."""
-    plain = find(BASE).settings
+def settings_of(args: argparse.Namespace, on_cpu: bool, draws: bool) -> Settings:
+    """The demo's settings with the command line laid over them; a CPU gets a smaller image, and the model that draws
+    (`draws`) a caption and a size that it knows."""
+    scenario = find(BASE)
+    plain = drawn.on_drawn(scenario).settings if draws else replace(scenario.settings, prompts=(LIGHTHOUSE,))
+    seed = plain.prompts[0].seed if args.seed is None else args.seed
     return replace(
         plain,
-        prompts=(replace(LIGHTHOUSE, seed=LIGHTHOUSE.seed if args.seed is None else args.seed),),
-        width=args.width or (CPU_SIDE if on_cpu else plain.width),
-        height=args.height or (CPU_SIDE if on_cpu else plain.height),
+        prompts=(replace(plain.prompts[0], seed=seed),),
+        width=args.width or (min(CPU_SIDE, plain.width) if on_cpu else plain.width),
+        height=args.height or (min(CPU_SIDE, plain.height) if on_cpu else plain.height),
         steps=args.steps or plain.steps,
         batch=args.batch or plain.batch,
     )
@@ -149,6 +153,7 @@ def _request(settings: Settings, plan: Plan, checkpoint: str) -> dict[str, Any]:
         "precision": None,
         "accelerators": plan.accelerators(),
         "seed": settings.prompts[0].seed,
+        "prompt": settings.prompts[0].text,
         **{name: getattr(settings, name) for name in same},
     }
 
@@ -220,17 +225,18 @@ class Demo:
 async def _all(target: Target, args: argparse.Namespace, choice: ModelChoice, out: Path) -> Result:
     async with ComfyClient(target.url) as client:
         env = server_env(await client.system_stats())
-        settings = settings_of(args, env["device_type"] == "cpu")
+        checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())
+        draws = checkpoint == drawn.CHECKPOINT
+        settings = settings_of(args, env["device_type"] == "cpu", draws)
         print(
             f"Sampling {settings.width}x{settings.height}, {settings.steps} steps, {1 + len(PLANS)} ways in turn, "
             f"on {env['device']}.",
             flush=True,
         )
-        checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())
         demo = Demo(client, target.pid, env, settings, checkpoint, out)
         found = await demo.in_turn()
         # Images of noise have nothing to compare.
-        return await demo.with_distances(found) if args.checkpoint is not None else found
+        return await demo.with_distances(found) if draws or args.checkpoint is not None else found
 
 
 def report(found: Result, out: Path) -> None:
@@ -245,11 +251,35 @@ def report(found: Result, out: Path) -> None:
         name, ratio = run.plan.name, found.ratio(run)
         print(f"{name}: {ratio:.2f} times as fast as stock ({found.of_rounds}): {PRESETS[name]}")
     print("Times are from text to saved image, model loading apart.")
+    for text in attributes_of(found):
+        print(text)
     for run, record in zip(found.runs, records, strict=True):
         for picture in run.pictures:
             print(f"image ({run.plan.name}): {picture}")
         print(f"record ({run.plan.name}): {record}")
     print(f"table: {store.csv_path}")
+
+
+def attributes_of(found: Result) -> list[str]:
+    """What of its caption each image of the model that draws shows; nothing for another model."""
+    request = found.stock.record.request
+    if (request.get("checkpoint") or {}).get("name") != drawn.CHECKPOINT:
+        return []
+    import numpy as np
+    from PIL import Image
+
+    from speedlab.measure.drawn import examiner, world
+
+    scene = world.scene_of(request["prompt"])
+    if scene is None:
+        return []
+    lines = [f"Asked for: {request['prompt']}. Attributes that are right in the image:"]
+    for run in found.runs:
+        with Image.open(run.pictures[0]) as image:
+            score = examiner.examine(np.asarray(image.convert("RGB")), scene)
+        wrong = f" ({'; '.join(score.wrong)})" if score.wrong else ""
+        lines.append(f"  {run.plan.name}: {score.right} of {score.asked}{wrong}")
+    return lines
 
 
 def run(args: argparse.Namespace) -> int:

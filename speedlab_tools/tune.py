@@ -16,23 +16,30 @@ from .client.events import ProgressLine
 from .client.files import ServerOptions, Target, open_server, prepare_output, users_path
 from .client.graph import Graph
 from .demo import BASE, demo_scenario
+from .scenarios import drawn
 from .scenarios.catalog import LIGHTHOUSE
+
+SIDE, CFG = 512, 8.0
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Raises BenchError where anything fails, UsageError for options that make no sense."""
-    texts = prompts_of(args)
+    given = prompts_of(args)
     first, axis = steps_of(args.steps)
-    inputs = {
-        "positive": "\n".join(texts), "negative": args.negative, "width": args.width, "height": args.height,
-        "batch": args.batch, "steps": first, "cfg": args.cfg, "sampler_name": args.sampler,
-        "scheduler": args.scheduler, "seed": str(args.seed), "quality": args.quality, "budget_minutes": args.minutes,
-        "budget_gb": args.budget_gb, "candidates": "", "steps_axis": axis, "samplers_axis": args.samplers,
-    }  # fmt: skip
     out = prepare_output(args.out)
     choice = choose_models(args, [demo_scenario()])
     for note in choice.notes:
         print(note)
+    draws = choice.checkpoints.get(BASE) == drawn.CHECKPOINT
+    texts = given or ([*drawn.CAPTIONS[:4]] if draws else [LIGHTHOUSE.text])
+    side, cfg = (drawn.side(), drawn.CFG) if draws else (SIDE, CFG)
+    inputs = {
+        "positive": "\n".join(texts), "negative": args.negative, "width": args.width or side,
+        "height": args.height or side, "batch": args.batch, "steps": first,
+        "cfg": cfg if args.cfg is None else args.cfg, "sampler_name": args.sampler,
+        "scheduler": args.scheduler, "seed": str(args.seed), "quality": args.quality, "budget_minutes": args.minutes,
+        "budget_gb": args.budget_gb, "candidates": "", "steps_axis": axis, "samplers_axis": args.samplers,
+    }  # fmt: skip
     with open_server(ServerOptions(args.server, args.port, out), choice.files) as target:
         try:
             table, page, plan = asyncio.run(_tune(target, choice.checkpoints.get(BASE), inputs))
@@ -45,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
-    """One prompt a line of the file, else the demo's. Raises UsageError for a file without any."""
+    """One prompt a line of the file; none without a file. Raises UsageError for a file without any."""
     if args.prompts is None:
-        return [LIGHTHOUSE.text]
+        return []
     path = users_path(args.prompts, "--prompts")
     try:
         texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -13,6 +13,7 @@ from ..client.files import (
     check_model_file,
     demo_checkpoint,
     demo_controlnet,
+    demo_drawn,
     demo_lora,
     demo_tiny_vae,
     demo_vae,
@@ -20,8 +21,13 @@ from ..client.files import (
     looks_like_path,
     model_folders,
 )
+from ..scenarios import drawn
 from ..scenarios.scenario import Scenario
 
+DRAWS = (
+    "The checkpoint is the demo model that draws simple scenes: a small one, whose times are those of a small model. "
+    "Give your own with --checkpoint FILE."
+)
 NOISE = (
     "The checkpoint is a demo with random weights: the image is noise, the times are real. "
     "Give your own with --checkpoint FILE."
@@ -66,18 +72,25 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
             files.setdefault(folder, []).append(path)
             named[option] = path.name
     checkpoints = {entry.id: named["checkpoint"] for entry in scenarios if named["checkpoint"] is not None}
+    drawing: list[Scenario] = []
     if named["checkpoint"] is None and not args.server:
+        drawing = [entry for entry in scenarios if entry.family == "sd15"] if drawn.is_there() else []
+        drawn_files = demo_drawn() if drawing else []
+        files["vae_approx"] = drawn_files[1:]
         for entry in scenarios:
-            path = demo_checkpoint(entry.family)
+            path = drawn_files[0] if entry in drawing else demo_checkpoint(entry.family)
             checkpoints[entry.id] = path.name
             if path not in files.setdefault("checkpoints", []):
                 files["checkpoints"].append(path)
-        notes.append(NOISE)
+        notes += [DRAWS] if drawing else []
+        notes += [NOISE] if len(drawing) < len(scenarios) else []
+    size = "drawn" if drawing else "small"
     if not args.server:
-        files["vae_approx"], more = tiny_vae_files(scenarios)
+        random_tiny, more = tiny_vae_files([entry for entry in scenarios if entry not in drawing])
+        files["vae_approx"] = [*files.get("vae_approx", ()), *random_tiny]
         notes += more
         if named["controlnet"] is None and any(entry.file("controlnet") for entry in scenarios):
-            path = demo_controlnet()
+            path = demo_controlnet(size)
             files["controlnet"], named["controlnet"] = [path], path.name
             notes.append(f"No ControlNet given with --controlnet: using random weights ({path.name}).")
         if named["refiner"] is None and any(entry.file("refiner") for entry in scenarios):
@@ -89,7 +102,7 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
             for kind in ("lora", "lora_2"):
                 mine = demo_loras.setdefault(entry.family, {})
                 if entry.file(kind) is not None and named[kind] is None and kind not in mine:
-                    path = demo_lora(entry.family, kind)
+                    path = demo_lora(entry.family, kind, size if entry in drawing else "small")
                     files.setdefault("loras", []).append(path)
                     mine[kind] = path.name
                     notes.append(f"No LoRA given with --{kind.replace('_', '-')}: using random weights ({path.name}).")

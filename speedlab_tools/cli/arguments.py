@@ -112,10 +112,11 @@ def _tune(parser: Parser) -> None:
     add("--steps", default="20", metavar="N or N:M", help="your steps; a range opens them (default: %(default)s)")
     add("--samplers", default="", metavar="NAMES", help="samplers to try too: euler,dpmpp_2m/karras")
     group = parser.add_argument_group("sampling")
-    for name, default, text in (("width", 512, "pixels"), ("height", 512, "pixels"), ("batch", 1, "images at once")):
-        group.add_argument(f"--{name}", type=_count, default=default, metavar="N", help=f"{text} ({default})")
+    for name in ("width", "height"):
+        group.add_argument(f"--{name}", type=_count, metavar="N", help="pixels (512; what the demo model draws)")
+    group.add_argument("--batch", type=_count, default=1, metavar="N", help="images at once (1)")
     group.add_argument("--seed", type=int, default=20230711, metavar="N", help="seed of the prompts")
-    group.add_argument("--cfg", type=float, default=8.0, metavar="X", help="guidance (default: %(default)g)")
+    group.add_argument("--cfg", type=float, metavar="X", help="guidance (8; of the demo model 3)")
     group.add_argument("--sampler", default="euler", metavar="NAME", help="your sampler (default: %(default)s)")
     group.add_argument("--scheduler", default="normal", metavar="NAME", help="your scheduler (default: %(default)s)")
     add("--html", type=Path, metavar="FILE", help="put the page there too")
@@ -249,11 +250,11 @@ def _contract(parser: Parser) -> None:
 def _synthetic(parser: Parser) -> None:
     kinds = parser.add_subparsers(dest="what", required=True)
     common = Parser(add_help=False)
-    common.add_argument("path", type=Path, help="file to write (for taesd: the folder)")
+    common.add_argument("path", type=Path, help="file to write (for taesd: the folder; for drawn: a models folder)")
     common.add_argument("--seed", type=int, default=0)
     model = Parser(add_help=False)
     model.add_argument("--family", choices=("sd15", "sd21", "sdxl", "ssd1b", "vega", "sdxl_refiner"), default="sd15")
-    model.add_argument("--size", choices=("small", "full"), default="small")
+    model.add_argument("--size", choices=("small", "full", "drawn"), default="small")
     model.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16")
     kinds.add_parser("checkpoint", parents=[common, model], help="UNet, VAE and text encoders in one file")
     kinds.add_parser("controlnet", parents=[common, model], help="a ControlNet for the checkpoint of the same options")
@@ -265,6 +266,7 @@ def _synthetic(parser: Parser) -> None:
     )
     lora.add_argument("--no-text-encoder", action="store_true")
     kinds.add_parser("vae", parents=[common], help="encoder and decoder of the full autoencoder")
+    kinds.add_parser("drawn", parents=[common], help="the model that draws and its Tiny VAE, below a models folder")
     taesd = kinds.add_parser("taesd", parents=[common], help="encoder and decoder of a tiny autoencoder")
     taesd.add_argument("--name", choices=("taesd", "taesdxl"), default="taesd")
 
@@ -332,7 +334,7 @@ COMMANDS: Mapping[str, Command] = {
     "locales": Command("write the English texts of the nodes from their classes", runs="locales:run"),
     "contract": Command("at a release: renew what saved workflows may rely on", _contract, "contract:run"),
     "synthetic": Command(
-        "write a model file with random weights: checkpoint, controlnet, lora, vae or taesd", _synthetic,
+        "write a made-up model file: checkpoint, controlnet, lora, vae, taesd or drawn", _synthetic,
         "synthetic.command:run",
     ),
 }  # fmt: skip

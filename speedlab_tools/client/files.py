@@ -149,6 +149,14 @@ def demo_checkpoint(family: str) -> Path:
     return path
 
 
+def demo_drawn() -> list[Path]:
+    """The model that draws in the cache, built on first use: its checkpoint, and its Tiny VAE's two files."""
+    models = cache_root() / "demo-models" / "drawn"
+    _synthetic("drawn", str(models))
+    tiny = (models / "vae_approx" / f"taesd_{part}.safetensors" for part in ("encoder", "decoder"))
+    return [models / "checkpoints" / "speedlab_demo_drawn.safetensors", *tiny]
+
+
 def demo_tiny_vae(family: str) -> list[Path]:
     """A Tiny VAE with random weights for a family, in the cache: encoder and decoder."""
     name = "taesd" if family == "sd15" else "taesdxl"
@@ -157,18 +165,20 @@ def demo_tiny_vae(family: str) -> list[Path]:
     return [folder / f"{name}_{part}.safetensors" for part in ("encoder", "decoder")]
 
 
-def demo_controlnet() -> Path:
-    """A ControlNet with random weights for the SD 1.5 demo checkpoint, in the cache."""
-    path = cache_root() / "demo-models" / "controlnet" / "speedlab_demo_controlnet.safetensors"
-    _synthetic("controlnet", str(path), "--family", DEMO_FAMILIES["sd15"], "--size", "small")
+def demo_controlnet(size: str = "small") -> Path:
+    """A ControlNet with random weights for the SD 1.5 demo checkpoint of that size, in the cache."""
+    name = f"speedlab_demo_{'' if size == 'small' else f'{size}_'}controlnet.safetensors"
+    path = cache_root() / "demo-models" / "controlnet" / name
+    _synthetic("controlnet", str(path), "--family", DEMO_FAMILIES["sd15"], "--size", size)
     return path
 
 
-def demo_lora(family: str, kind: str) -> Path:
-    """A LoRA with random weights for the demo checkpoint of a family, in the cache; `kind` is lora or lora_2."""
-    path = cache_root() / "demo-models" / "loras" / f"speedlab_demo_{DEMO_FAMILIES[family]}_{kind}.safetensors"
+def demo_lora(family: str, kind: str, size: str = "small") -> Path:
+    """A LoRA with random weights for the demo checkpoint of a family and size, in the cache; `kind`: lora or lora_2."""
+    layout = DEMO_FAMILIES[family] if size == "small" else size
+    path = cache_root() / "demo-models" / "loras" / f"speedlab_demo_{layout}_{kind}.safetensors"
     seed = "1" if kind == "lora" else "2"
-    _synthetic("lora", str(path), "--family", DEMO_FAMILIES[family], "--size", "small", "--seed", seed)
+    _synthetic("lora", str(path), "--family", DEMO_FAMILIES[family], "--size", size, "--seed", seed)
     return path
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..client.errors import BenchError
 from ..client.graph import ApiGraph
+from . import drawn
 from .scenario import NeededFile, Scenario, Settings
 
 MAX_SEED = 2**64 - 1
@@ -77,6 +78,8 @@ def adapt(
 
     `others` are by kind. A VAE takes the place of any checkpoint's own; other kinds go where a scenario needs them.
     """
+    if checkpoint == drawn.CHECKPOINT:
+        scenario = drawn.on_drawn(scenario)
     scenario = scenario.with_settings(_with_overrides(scenario.settings, overrides))
     if checkpoint is not None:
         scenario = with_file(scenario, "checkpoint", checkpoint)

@@ -1,4 +1,4 @@
-"""`python -m speedlab_tools synthetic checkpoint|controlnet|lora|taesd|vae ...`."""
+"""`python -m speedlab_tools synthetic checkpoint|controlnet|lora|taesd|vae|drawn ...`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from speedlab.common.errors import SpeedLabError
 
 from ..host.progress import Reporter
 from . import CheckpointSpec, write_checkpoint, write_controlnet, write_lora, write_taesd, write_vae
+from .drawn.packed import write_drawn
 from .files import Progress
 
 
@@ -50,6 +51,8 @@ def _write(options: argparse.Namespace) -> Sequence[Path]:
         return write_taesd(options.path, options.name, options.seed)
     if options.what == "vae":
         return [write_vae(options.path, options.seed)]
+    if options.what == "drawn":
+        return write_drawn(options.path, progress=_progress("model that draws"))
     if options.what == "lora":
         spec = CheckpointSpec(options.family, options.size, options.dtype)
         text = not options.no_text_encoder

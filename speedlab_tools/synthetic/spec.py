@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 Family = Literal["sd15", "sd21", "sdxl", "ssd1b", "vega", "sdxl_refiner"]
-Size = Literal["small", "full"]
+Size = Literal["small", "full", "drawn"]
 DtypeName = Literal["fp32", "fp16", "bf16"]
 
 FAMILY_NAMES: tuple[Family, ...] = get_args(Family)
@@ -20,7 +20,8 @@ class CheckpointSpec:
     """One synthetic checkpoint. Equal specs give equal files.
 
     `full` has the exact layout of the published model. `small` keeps its text encoders, its VAE and the block
-    structure that decides the family, and makes the UNet as narrow and shallow as that permits.
+    structure that decides the family, and makes the UNet as narrow and shallow as that permits. `drawn` is the UNet of
+    the model that draws, which is of SD 1.5's family.
     Raises ValueError for a family, size or dtype that does not exist.
     """
 
@@ -33,6 +34,8 @@ class CheckpointSpec:
         for field, allowed in (("family", get_args(Family)), ("size", get_args(Size)), ("dtype", tuple(DTYPES))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(allowed)}")
+        if self.size == "drawn" and self.family != "sd15":
+            raise ValueError("size drawn is there for the family sd15 alone")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -101,6 +104,14 @@ _SD15_SMALL = replace(
     depth_in=(1, 1, 1, 0),
     depth_out=(0, 0, 1, 1, 1, 1, 0, 0),
 )
+# The model that draws. ComfyUI knows SD 1.x by 320 channels and a context of 768.
+DRAWN = replace(
+    _SD15,
+    channel_mult=(1, 1, 1),
+    num_res_blocks=1,
+    depth_in=(0, 1, 0),
+    depth_out=(0, 0, 1, 1, 0, 0),
+)
 _SDXL = UNetConfig(
     model_channels=320,
     channel_mult=(1, 2, 4),
@@ -152,7 +163,7 @@ _FULL: dict[Family, UNetConfig] = {
 
 def architecture(spec: CheckpointSpec) -> Architecture:
     """UNet and text encoder configurations of `spec`."""
-    unet = _FULL[spec.family]
+    unet = DRAWN if spec.size == "drawn" else _FULL[spec.family]
     if spec.size == "small":
         unet = _shrink(spec.family, unet)
     return Architecture(unet, _TEXT[spec.family])

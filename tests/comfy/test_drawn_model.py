@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from speedlab_tools.synthetic.drawn import latents, packed, world
+from speedlab.measure.drawn import world
+from speedlab_tools.synthetic.drawn import latents, packed
 from speedlab_tools.synthetic.train import autoencoder, data, examine
 from speedlab_tools.synthetic.train.net import UNet
 
@@ -29,7 +30,7 @@ def untrained(comfy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> It
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     tensors = packed.pack(net.state_dict(), autoencoder.decoder().state_dict())
     file = tmp_path_factory.mktemp("drawn") / "factors.safetensors"
-    packed.save_packed(file, tensors, step=0)
+    packed.save_packed(file, tensors, step=0, side=64)
     yield file, *packed.unpack(tensors)
     comfy.model_management.unload_all_models()
 
@@ -42,14 +43,16 @@ def test_the_checkpoint_loads_whole_samples_and_computes_what_was_trained(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     file, factors, decoder = untrained
-    path = packed.write_drawn(model_files / "checkpoints" / "drawn.safetensors", file)
-    written = path.stat().st_mtime_ns
-    assert packed.write_drawn(path, file).stat().st_mtime_ns == written
+    paths = packed.write_drawn(file.parent / "models", file)
+    written = [path.stat().st_mtime_ns for path in paths]
+    assert [path.stat().st_mtime_ns for path in packed.write_drawn(file.parent / "models", file)] == written
+    linked = model_files / "checkpoints" / "drawn.safetensors"
+    linked.symlink_to(paths[0])
     try:
         with caplog.at_level(logging.DEBUG):
-            model, clip, vae = core.CheckpointLoaderSimple().load_checkpoint(path.name)
+            model, clip, vae = core.CheckpointLoaderSimple().load_checkpoint(linked.name)
     finally:
-        path.unlink()
+        linked.unlink()
     assert type(model.model.model_config).__name__ == "SD15"
     assert model.model.model_type == comfy.model_base.ModelType.EPS
     assert not [r.getMessage() for r in caplog.records if "unet missing" in r.getMessage().lower()]
@@ -89,6 +92,14 @@ def test_the_checkpoint_loads_whole_samples_and_computes_what_was_trained(
     own.load_state_dict(decoder)
     shown = own(exact)[0].permute(1, 2, 0).clamp(0, 1)
     torch.testing.assert_close(vae.decode(encoded)[0], shown, rtol=0.0, atol=0.03)
+    # Its Tiny VAE is its own decoder, under the name that latents of SD 1.x ask for.
+    assert [path.name for path in paths[1:]] == ["taesd_encoder.safetensors", "taesd_decoder.safetensors"]
+    tiny = comfy.utils.load_torch_file(str(paths[2]))
+    assert tiny.keys() == vae.first_stage_model.taesd_decoder.state_dict().keys()
+    assert all(
+        torch.equal(tiny[name].float(), tensor.float())
+        for name, tensor in vae.first_stage_model.taesd_decoder.state_dict().items()
+    )
 
 
 def test_every_word_of_the_grammar_is_one_token(comfy: ModuleType, parts: Any) -> None:

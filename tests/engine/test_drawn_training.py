@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from speedlab.common.errors import SpeedLabError
-from speedlab_tools.synthetic.drawn import factors, latents, packed, world
+from speedlab.measure.drawn import world
+from speedlab_tools.synthetic.drawn import factors, latents, packed
 from speedlab_tools.synthetic.train import autoencoder, data, diffusion
 from speedlab_tools.synthetic.train.__main__ import PLAN, STAGES, main
 from speedlab_tools.synthetic.train.net import UNet
@@ -149,10 +150,10 @@ def test_the_net_has_the_checkpoint_s_names_and_shapes() -> None:
 def test_packing_keeps_the_weights_within_a_hundredth_and_twelve_megabytes(trained: Path, tmp_path: Path) -> None:
     unet, decoder = state(trained, "unet")["ema"], state(trained, "decoder")["ema"]
     file = tmp_path / "factors.safetensors"
-    packed.save_packed(file, packed.pack(unet, decoder), step=4)
+    packed.save_packed(file, packed.pack(unet, decoder), step=4, side=64)
     assert file.stat().st_size < 12e6, file.stat().st_size
     tensors, about = packed.load_packed(file)
-    assert about["step"] == "4"
+    assert (about["step"], about["side"]) == ("4", "64")
     again, decoder_again = packed.unpack(tensors)
     for before, after in ((unet, again), (decoder, decoder_again)):
         whole, back = factors.merged(before), factors.merged(after)
@@ -171,21 +172,23 @@ def test_packing_keeps_the_weights_within_a_hundredth_and_twelve_megabytes(train
 def test_a_changed_packed_file_is_refused(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "factors.safetensors"
     tensors = packed.pack(state(trained, "unet")["ema"], state(trained, "decoder")["ema"])
-    packed.save_packed(file, tensors, step=4)
+    packed.save_packed(file, tensors, step=4, side=64)
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(bytes(raw))
     with pytest.raises(SpeedLabError, match="builds another checkpoint"):
-        packed.write_drawn(tmp_path / "drawn.safetensors", file)
+        packed.write_drawn(tmp_path / "models", file)
     file.write_bytes(bytes(raw[:1000]))
     with pytest.raises(SpeedLabError, match="cannot be read"):
-        packed.write_drawn(tmp_path / "drawn.safetensors", file)
-    assert not (tmp_path / "drawn.safetensors").exists()
+        packed.write_drawn(tmp_path / "models", file)
+    assert not (tmp_path / "models").exists()
 
 
 def test_training_goes_on_from_packed_factors(trained: Path, tmp_path: Path) -> None:
     file = tmp_path / "factors.safetensors"
-    packed.save_packed(file, packed.pack(state(trained, "unet")["ema"], state(trained, "decoder")["ema"]), step=4)
+    packed.save_packed(
+        file, packed.pack(state(trained, "unet")["ema"], state(trained, "decoder")["ema"]), step=4, side=64
+    )
     assert load_file(file)
     data.open_pool(tmp_path / "captions", 0, 6, encode)
     assert main(["unet", "--out", str(tmp_path), "--captions", "6", "--until", "5", "--batch", "2", "--side", "64",

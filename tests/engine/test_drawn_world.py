@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
-from speedlab_tools.synthetic.drawn import examiner, world
+from speedlab.measure.drawn import accuracy, examiner, world
 
 SEED = 26
 Picture = world.Picture
@@ -135,3 +136,24 @@ def test_a_wrong_scene_s_picture_scores_low() -> None:
     pairs = [(drawn(number)[0], drawn(number + 1)[2]) for number in range(60)]
     scores = [examiner.examine(picture, scene) for scene, picture in pairs]
     assert sum(score.right for score in scores) / sum(score.asked for score in scores) < 0.5
+
+
+def test_a_caption_is_read_back_to_its_scene_and_no_other_text_is() -> None:
+    for number in range(400):
+        scene, text, _ = drawn(number)
+        assert world.scene_of(text) == scene
+        assert world.scene_of(f"{text} and a dog") is None
+    for text in ("", "a lighthouse on a rocky coast", "a big red circle, blue background", "sun on the left, day"):
+        assert world.scene_of(text) is None
+
+
+def test_accuracy_is_of_all_prompts_of_a_batch_and_of_captions_alone() -> None:
+    scenes = [drawn(number) for number in (1, 2)]
+    pictures = torch.stack([torch.from_numpy(picture.copy()).float() / 255.0 for _, _, picture in scenes])
+    texts = [text for _, text, _ in scenes]
+    assert accuracy.accuracy(pictures, texts) == 1.0
+    swapped = accuracy.accuracy(pictures, texts[::-1])
+    assert swapped is not None and swapped < 0.7
+    assert accuracy.accuracy(pictures, [texts[0], "a lighthouse"]) is None
+    assert accuracy.accuracy(pictures[:1], texts) is None
+    assert accuracy.accuracy(pictures * float("nan"), texts) is not None

@@ -19,7 +19,7 @@ from speedlab_tools.scenarios.catalog import SCENARIOS
 from speedlab_tools.scenarios.overrides import Overrides, adapt
 
 pytestmark = pytest.mark.server
-DEMOS = {"sd15": "speedlab_demo_sd15.safetensors", "sdxl": "speedlab_demo_vega.safetensors"}
+DEMO = "speedlab_demo_sd15.safetensors"
 OPTIONS = argparse.Namespace(server=None)
 
 
@@ -62,7 +62,7 @@ def test_every_scenario_runs_small(server, models, scenario, tmp_path):
 
     async def work():
         async with ComfyClient(server.url) as client:
-            wanted = adapt(scenario, Overrides(), DEMOS[scenario.family], models.others_of(scenario))
+            wanted = adapt(scenario, Overrides(), models.checkpoints[scenario.id], models.others_of(scenario))
             return await run_scenario(client, wanted, tmp_path, small=True)
 
     outcome = asyncio.run(work())
@@ -79,7 +79,7 @@ def test_every_scenario_runs_small(server, models, scenario, tmp_path):
 
 
 def test_a_finished_part_is_not_run_again(server, tmp_path):
-    wanted = adapt(SCENARIOS["xy-grid"], Overrides(), DEMOS["sd15"])
+    wanted = adapt(SCENARIOS["xy-grid"], Overrides(), DEMO)
 
     async def work():
         async with ComfyClient(server.url) as client:

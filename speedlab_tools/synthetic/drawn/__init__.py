@@ -1,1 +1,1 @@
-"""A model that draws: the world that it knows, the examiner that reads its pictures, and its weights as factors."""
+"""The weights of a model that draws, as factors, and its latents."""

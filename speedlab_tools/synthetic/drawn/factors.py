@@ -11,20 +11,10 @@ from collections.abc import Mapping
 import torch
 
 from ..files import Layout
-from ..spec import UNetConfig
+from ..spec import DRAWN
 from ..unet import unet_layout
 
-# ComfyUI knows SD 1.x by 320 channels and a context of 768; levels and transformers are read from the weights.
-UNET = UNetConfig(
-    model_channels=320,
-    channel_mult=(1, 1, 1),
-    num_res_blocks=1,
-    depth_in=(0, 1, 0),
-    depth_out=(0, 0, 1, 1, 0, 0),
-    depth_middle=1,
-    context_dim=768,
-    linear_projection=False,
-)
+UNET = DRAWN
 LAST_BLOCK = 5
 # Dense, because the noise goes through them from the start.
 DENSE = ("input_blocks.0.0", f"output_blocks.{LAST_BLOCK}.0.skip_connection", "out.2")

@@ -26,6 +26,7 @@ from . import factors, latents
 from .factors import Tensors
 
 PACKED = Path(__file__).with_name("factors.safetensors")
+CHECKPOINT = "speedlab_demo_drawn.safetensors"
 # ComfyUI divides latents by this before it decodes them; TAESD's layout has a number that takes it back.
 _LATENT_SCALE = 0.18215
 _DECODER = "decoder."
@@ -125,9 +126,9 @@ def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
     tensor.copy_(value)
 
 
-def save_packed(path: Path, packed: Tensors, step: int) -> None:
-    """Write the packed file with the hash of the checkpoint that it builds."""
-    save_file(packed, path, {"step": str(step), "checkpoint": checkpoint_hash(packed)})
+def save_packed(path: Path, packed: Tensors, step: int, side: int) -> None:
+    """Write the packed file with the hash of the checkpoint that it builds, and the side of the pictures it knows."""
+    save_file(packed, path, {"step": str(step), "side": str(side), "checkpoint": checkpoint_hash(packed)})
 
 
 def checkpoint_hash(packed: Mapping[str, torch.Tensor]) -> str:
@@ -152,15 +153,35 @@ def load_packed(path: Path = PACKED) -> tuple[Tensors, dict[str, str]]:
         raise SpeedLabError(f"{path} cannot be read ({error}); get it again from the repository") from error
 
 
-def write_drawn(path: Path, packed_path: Path = PACKED, progress: Progress | None = None) -> Path:
-    """The checkpoint of the model that draws, built unless an equal one lies there.
+def write_drawn(models: Path, packed_path: Path = PACKED, progress: Progress | None = None) -> tuple[Path, ...]:
+    """The model that draws below a models folder: its checkpoint, and its autoencoder as a Tiny VAE.
 
-    Raises SpeedLabError for a packed file that is missing, damaged or changed, and OSError.
+    What is there already and equal stays. Raises SpeedLabError for a packed file that is missing, damaged or changed,
+    and OSError.
     """
     packed, about = load_packed(packed_path)
-    metadata = describe("model that draws", checkpoint=about.get("checkpoint", ""))
-    if is_current(path, metadata):
-        return path
-    if checkpoint_hash(packed) != about.get("checkpoint"):
+    known = {"checkpoint": about.get("checkpoint", "")}
+    layout = checkpoint_layout(packed)
+    tiny = f"{VAE_PREFIX}taesd_"
+    wanted = [(models / "checkpoints" / CHECKPOINT, layout, _about("model that draws", **known))]
+    for part in ("encoder", "decoder"):
+        prefix = f"{tiny}{part}."
+        weights = Layout({n.removeprefix(prefix): w for n, w in layout.items() if n.startswith(prefix)})
+        about_it = _about(f"model that draws, taesd {part}", **known)
+        wanted.append((models / "vae_approx" / f"taesd_{part}.safetensors", weights, about_it))
+    if (
+        not all(is_current(path, metadata) for path, _, metadata in wanted)
+        and checkpoint_hash(packed) != known["checkpoint"]
+    ):
         raise SpeedLabError(f"{packed_path} builds another checkpoint than it says; get it again from the repository")
-    return write_weights(path, checkpoint_layout(packed), 0, torch.float16, metadata, progress)
+    for path, weights, metadata in wanted:
+        write_weights(path, weights, 0, torch.float16, metadata, progress)
+    return tuple(path for path, _, _ in wanted)
+
+
+def _about(kind: str, **known: str) -> dict[str, str]:
+    return {
+        **describe(kind, **known),
+        "modelspec.title": f"SpeedLab {kind}",
+        "modelspec.description": "Made by SpeedLab: draws simple scenes. See docs/drawn-model.md.",
+    }

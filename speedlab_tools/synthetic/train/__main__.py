@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 from collections.abc import Sequence
@@ -144,8 +145,14 @@ def pack(args: argparse.Namespace) -> None:
         if not (args.out / f"{stage}.pt").is_file():
             raise SpeedLabError(f"{args.out} holds no trained {stage}; run the stage {stage} first")
     unet, decoder = (torch.load(args.out / f"{stage}.pt", weights_only=True) for stage in ("unet", "decoder"))
-    packed.save_packed(args.packed, packed.pack(unet["ema"], decoder["ema"]), unet["step"])
+    packed.save_packed(args.packed, packed.pack(unet["ema"], decoder["ema"]), unet["step"], side_of(args.out))
     print(f"{args.packed}: {args.packed.stat().st_size / 1e6:.1f} MB, step {unet['step']}")
+
+
+def side_of(folder: Path) -> int:
+    """The side of the pictures that the UNet was trained on last, from its log."""
+    with (folder / "unet.csv").open(newline="") as file:
+        return int(list(csv.DictReader(file))[-1]["side"])
 
 
 def examine(args: argparse.Namespace) -> None:

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..drawn import latents, world
+from speedlab.measure.drawn import world
+
+from ..drawn import latents
 
 _WIDTH, _BLOCKS = 64, 3
 _DECODER = 5

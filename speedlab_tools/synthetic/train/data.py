@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..drawn import latents, world
+from speedlab.measure.drawn import world
+
+from ..drawn import latents
 
 TOKENS, WIDTH = 77, 768
 _SCENES, _DRAWINGS, _HELD_OUT, NOISES = 1, 2, 3, 4

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..drawn import examiner, packed, world
+from speedlab.measure.drawn import examiner, world
+
+from ..drawn import packed
 from .captions import comfyui
 from .data import scenes
 
@@ -25,7 +27,7 @@ Rows = list[tuple[str, examiner.Score, str]]
 def examine(factors: Path, folder: Path, seed: int, count: int, side: int, cfg: float) -> float:
     """Attribute accuracy of `count` captions. Writes `examined.csv` and a contact sheet of the first 32."""
     comfyui(folder)
-    checkpoint = packed.write_drawn(folder / "models" / "drawn.safetensors", factors)
+    checkpoint = packed.write_drawn(folder / "drawn", factors)[0]
     model, clip, vae = importlib.import_module("comfy.sd").load_checkpoint_guess_config(str(checkpoint))[:3]
     pairs = scenes(seed, count, held_out=True)
     rows: Rows = []

@@ -7,6 +7,7 @@ large things are within what the words allow is chosen when it is drawn. Both fo
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -157,12 +158,16 @@ def _random_landscape(rng: Generator) -> Landscape:
 
 def caption(scene: Scene, rng: Generator) -> str:
     """What the picture shows, in words; of the two orders the usual one more often."""
+    return _both_orders(scene)[0 if rng.random() < 0.75 else 1]
+
+
+def _both_orders(scene: Scene) -> tuple[str, str]:
     if isinstance(scene, Shapes):
         parts = [_things(scene), f"{scene.background} background"]
     else:
         light = "moon" if scene.time == "night" else "sun"
         parts = [f"{_standing(scene)} on {_GROUND_WORDS[scene.ground]}", f"{light} on the {scene.light}, {scene.time}"]
-    return ", ".join(parts if rng.random() < 0.75 else parts[::-1])
+    return ", ".join(parts), ", ".join(parts[::-1])
 
 
 def _things(scene: Shapes) -> str:
@@ -188,6 +193,50 @@ def _standing(scene: Landscape) -> str:
     if scene.boat:
         parts.append(f"a boat with a {scene.boat[0]} sail on the {scene.boat[1]}")
     return " and ".join(parts)
+
+
+_COLOUR, _SHAPE = "|".join(COLOURS), "|".join(SHAPES)
+_PLACE, _SIDE = "|".join(sorted(PLACES, key=len, reverse=True)), "|".join(SIDES)
+_THING = re.compile(rf"an? (?:(small|big) )?({_COLOUR}) ({_SHAPE}) (?:in|on) the ({_PLACE})")
+_MANY = re.compile(rf"({'|'.join(NUMBERS.values())}) ({_COLOUR}) ({_SHAPE}) shapes")
+_LIGHT = re.compile(rf"(?:sun|moon) on the ({_SIDE}), ({'|'.join(TIMES)})")
+_STANDING = re.compile(
+    rf"(?:a ({'|'.join(WALLS)}) (house)|a (tree)|a boat with a ({'|'.join(SAILS)}) (sail)) on the ({_SIDE})"
+)
+
+
+def scene_of(text: str) -> Scene | None:
+    """The scene that a caption names, in either order; None for a text that is none of this world's captions."""
+    text = " ".join(text.split())
+    # What a caption says is all that is in it: it must come out again.
+    scene: Scene | None = _read_shapes(text) or _read_landscape(text)
+    return scene if scene is not None and text in _both_orders(scene) else None
+
+
+def _read_shapes(text: str) -> Shapes | None:
+    background = re.search(rf"({_COLOUR}) background", text)
+    if background is None:
+        return None
+    many = _MANY.search(text)
+    if many is not None:
+        count = next(number for number, word in NUMBERS.items() if word == many[1])
+        return Shapes(background[1], (Thing(many[2], many[3], ""),), count=count)
+    found = [match.groups() for match in _THING.finditer(text)]
+    size = found[0][0] if found else None
+    return Shapes(background[1], tuple(Thing(*rest) for _, *rest in found), size=size) if found else None
+
+
+def _read_landscape(text: str) -> Landscape | None:
+    light = _LIGHT.search(text)
+    ground = next((name for name, words in _GROUND_WORDS.items() if f"on {words}" in text), None)
+    if light is None or ground is None:
+        return None
+    standing = {match[2] or match[3] or match[5]: match for match in _STANDING.finditer(text)}
+    house, tree, sail = (standing.get(name) for name in ("house", "tree", "sail"))
+    return Landscape(
+        light[2], ground, light[1], tree=tree and tree[6], house=house and (house[1], house[6]),
+        boat=sail and (sail[4], sail[6]),
+    )  # fmt: skip
 
 
 def draw(scene: Scene, rng: Generator, size: int) -> Picture:

@@ -1,0 +1,44 @@
+"""Attribute accuracy: of what a prompt asks the model that draws for, how much its images show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import examiner, world
+
+# The title in a checkpoint's metadata, by which the model that draws is known.
+TITLE = "SpeedLab model that draws"
+_TITLED = "modelspec.title"
+
+
+def is_model_that_draws(path: Path) -> bool:
+    """Whether a checkpoint says of itself that it is the model that draws."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get(_TITLED) == TITLE
+    except (OSError, SafetensorError):
+        return False
+
+
+def accuracy(pictures: Any, texts: Sequence[str]) -> float | None:
+    """The share of attributes that are right in an IMAGE batch [B, H, W, 3] in 0..1, over all its prompts.
+
+    None where a prompt is no caption of the drawn world: then nobody can tell what would be right.
+    """
+    import numpy as np
+
+    scenes = [world.scene_of(text) for text in texts]
+    if not scenes or len(scenes) != len(pictures):
+        return None
+    right = asked = 0
+    for picture, scene in zip(pictures, scenes, strict=True):
+        if scene is None:
+            return None
+        pixels = np.nan_to_num(picture[..., :3].float().cpu().numpy()).clip(0.0, 1.0)
+        score = examiner.examine((pixels * 255.0).round().astype(np.uint8), scene)
+        right, asked = right + score.right, asked + score.asked
+    return right / asked

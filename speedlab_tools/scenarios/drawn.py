@@ -1,0 +1,60 @@
+"""Scenarios on the demo model that draws: captions in place of their prompts, at the size that it knows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from .scenario import Prompt, Scenario
+
+CHECKPOINT = "speedlab_demo_drawn.safetensors"
+FACTORS = Path(__file__).parents[1] / "synthetic" / "drawn" / "factors.safetensors"
+CFG = 3.0
+# None of these scenes was trained on.
+CAPTIONS = (
+    "a white house on the left and a tree on the right on a green hill, sun on the right, day",
+    "a big red ring on the right, green background",
+    "a red house on the right and a tree on the left on a green hill, sun on the left, sunset",
+    "a purple square on the left and a purple triangle on the right, white background",
+    "a yellow house on the left and a tree on the right on the snow, moon on the right, night",
+    "four yellow cross shapes, white background",
+    "a big white star on the bottom left, purple background",
+    "a red triangle on the top and a black circle on the bottom, blue background",
+)
+PROMPT = Prompt("house", CAPTIONS[0], 20230711, "")
+
+
+def is_there() -> bool:
+    """Whether the pack has the trained weights; without them demo checkpoints have random ones."""
+    return FACTORS.is_file()
+
+
+def side() -> int:
+    """The side in pixels of the pictures that the weights were trained on last."""
+    with FACTORS.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return int(header["__metadata__"]["side"])
+
+
+def on_drawn(scenario: Scenario) -> Scenario:
+    """The scenario with each of its texts replaced by a caption, smaller and with the guidance that the model needs.
+
+    Equal texts stay equal: lanes that differ by a setting go on showing that alone.
+    """
+    settings = scenario.settings
+    texts = list(dict.fromkeys(prompt.text for prompt in settings.prompts))
+    prompts = (
+        replace(prompt, text=CAPTIONS[texts.index(prompt.text) % len(CAPTIONS)], negative="")
+        for prompt in settings.prompts
+    )
+    most = side()
+    return scenario.with_settings(
+        replace(
+            settings,
+            prompts=tuple(prompts),
+            cfg=CFG,
+            width=min(settings.width, most),
+            height=min(settings.height, most),
+        )
+    )
