@@ -40,6 +40,7 @@ class CellRuns(Series[tuple[OneRun, ...]]):
     run_id: str
     baseline: Cell | None = None
     quality: Quality | None = None
+    attributes: float | None = None  # the share that is right in the images, where the model is the one that draws
     was_tried: bool = True
     difference: str | None = None
     record: RunRecord | None = None
@@ -227,12 +228,13 @@ def _compile_ms(begin: OneRun, every: Sequence[OneRun]) -> float | None:
 
 def _quality(runs: CellRuns) -> dict[str, Any] | None:
     quality = runs.quality
+    own = {} if runs.attributes is None else {"attributes": runs.attributes}
     if quality is None:
-        return None
+        return own or None
     # JSON has no infinity: equal images are told by `identical`.
     told = {"psnr": quality.psnr, "ssim": quality.ssim, "identical": quality.psnr == float("inf")}
     named = {"baseline": dict(runs.baseline.labels)} if runs.baseline is not None else {}
-    return {**told, **({} if quality.lpips is None else {"lpips": quality.lpips}), **named}
+    return {**told, **({} if quality.lpips is None else {"lpips": quality.lpips}), **own, **named}
 
 
 def _artifacts(runs: CellRuns) -> dict[str, Any]:

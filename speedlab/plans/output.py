@@ -85,6 +85,8 @@ def _view(file: str) -> dict[str, str]:
 
 
 RAM_COLUMN = "RAM growth"
+# Of what the prompts ask the model that draws for, the share that its images show.
+ATTRIBUTES = "attributes right"
 _MORE = ("min", "max", "std", "first run", "images/min", "PSNR", "SSIM", "status")
 
 
@@ -96,6 +98,9 @@ def markdown_table(result: SweepResult) -> str:
     if any(_lpips(runs) for runs in done):
         header = [*header, "LPIPS"]
         rows = [[*row, _lpips(runs) or NOTHING] for row, runs in zip(rows, done, strict=True)]
+    if any(runs.attributes is not None for runs in done):
+        header = [*header, ATTRIBUTES]
+        rows = [[*row, share(runs.attributes)] for row, runs in zip(rows, done, strict=True)]
     lines = [_line(header), _line(["---"] * len(header)), *(_line(row) for row in rows)]
     return "\n".join([*lines, "", *_notes(result, done)]).rstrip()
 
@@ -138,6 +143,11 @@ def _quality(runs: CellRuns, row: dict[str, str]) -> list[str]:
         return ["baseline", "baseline"]
     psnr, ssim = row["psnr"], row["ssim"]
     return [f"{float(psnr):.1f} dB" if psnr else NOTHING, f"{float(ssim):.4f}" if ssim else NOTHING]
+
+
+def share(known: float | None) -> str:
+    """A share as a cell of a table."""
+    return NOTHING if known is None else f"{known:.0%}"
 
 
 def _lpips(runs: CellRuns) -> str:

@@ -19,6 +19,7 @@ from ..common.core import output_directory, show_on_node
 from ..common.errors import ResultsError
 from ..measure import timeline
 from ..measure.context import NodeContext
+from ..measure.drawn.accuracy import accuracy, draws
 from ..measure.peaks import rss_bytes
 from ..measure.store import RunStore, new_run_id
 from ..sampling.complete import save_pngs
@@ -86,6 +87,7 @@ class Sweep:
         self._prepared: dict[tuple[int, int], Prepared] = {}
         self._baseline_pictures: dict[tuple[int, int], Any] = {}
         self._weights: Any = parts.model.model
+        self._draws = draws(parts.model, context)
         self._start_rss = 0
         self._running: CellRuns | None = None
         self._measured_ms = 0.0
@@ -187,6 +189,8 @@ class Sweep:
         same_size = len({tuple(run.pictures.shape) for run in made}) == 1
         pictures = torch.cat([run.pictures for run in made]) if same_size else made[0].pictures
         self.result.thumbnails[place] = thumbnail(pictures)
+        if same_size and self._draws and runs.cell.settings.prompt_tokens is None:
+            runs.attributes = accuracy(pictures, [prompt.text for prompt in self.request.prompts])
         baseline = runs.baseline
         if baseline is None:
             return

@@ -24,6 +24,7 @@ from ..common.errors import ResultsError, SpeedLabError, UnavailableError
 from ..measure import timeline
 from ..measure.compare import compare_latents
 from ..measure.context import NodeContext
+from ..measure.drawn.accuracy import accuracy, draws
 from ..measure.environment import environment, environment_hash
 from ..measure.store import RunStore, cannot_write, write_atomically
 from ..measure.summary import CACHED, FULL, rows_of
@@ -132,6 +133,7 @@ class Tune:
         self.user = Candidate("", steps=base.steps, sampler=base.sampler, scheduler=base.scheduler)
         self.prompts = request.all_prompts()
         self.reloader = Reloader(models)
+        self._draws = draws(models.model, context)
         self.references: dict[int, OneRun] = {}
         self.known: dict[str, Any] = {"schema": SCHEMA, "looks": {}, "seen": {}}
         self._weights: Any = models.model.model
@@ -312,7 +314,8 @@ class Tune:
         if quality is None:
             raise Refused("its image has another size than the user's own")
         error = compare_latents(run.latent, reference.latent).relative_error
-        look = Look(run.total_ms / 1000.0, error, quality.ssim, min(quality.psnr, 200.0), quality.lpips)
+        right = accuracy(run.pictures, [self.prompts[prompt].text]) if self._draws else None
+        look = Look(run.total_ms / 1000.0, error, quality.ssim, min(quality.psnr, 200.0), quality.lpips, right)
         if not math.isfinite(error):
             raise Refused("its latent has NaN or Inf")
         self.result.pictures.setdefault(name_of(candidate), thumbnail(run.pictures))

@@ -21,6 +21,7 @@ from ..measure.store import RunStore, cannot_write, new_run_id, write_atomically
 from ..sampling.complete import to_bytes
 from .axes import CellSettings, whole_number, written_values
 from .cell import Prompt
+from .output import ATTRIBUTES, share
 from .plan_text import SweepTextError
 from .sheet import SIDE
 from .techniques import NodeTable
@@ -117,9 +118,20 @@ def ranked(result: TuneResult) -> list[Tried]:
 
 def table_of(result: TuneResult) -> str:
     """The table in Markdown, and the notes under it."""
-    rows = [_row(result, one) for one in ranked(result)]
-    lines = [_line(HEADER), _line(["---"] * len(HEADER)), *map(_line, rows), ""]
+    header, rows = _header_and_rows(result)
+    lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows), ""]
     return "\n".join([*lines, *(f"* {note}" for note in notes_of(result))]).rstrip()
+
+
+def _header_and_rows(result: TuneResult) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Header and rows of the table; of the model that draws with the share of attributes that are right."""
+    tried = ranked(result)
+    rows = [_row(result, one) for one in tried]
+    known = [one.mean.attributes if one.looks else None for one in tried]
+    if not any(part is not None for part in known):
+        return HEADER, rows
+    *plain, last = HEADER
+    return (*plain, ATTRIBUTES, last), [[*row[:-1], share(own), row[-1]] for row, own in zip(rows, known, strict=True)]
 
 
 def notes_of(result: TuneResult) -> list[str]:
@@ -325,8 +337,9 @@ def _renamed(node: Any, ids: dict[str, str] | None = None) -> Any:
 
 
 def _page(result: TuneResult, chart: Any, sheet: Any) -> str:
-    rows = "".join(f"<tr>{_cells(_row(result, one))}</tr>" for one in ranked(result))
-    header = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER)
+    names, cells = _header_and_rows(result)
+    rows = "".join(f"<tr>{_cells(row)}</tr>" for row in cells)
+    header = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in notes_of(result))
     facts = "".join(
         f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"

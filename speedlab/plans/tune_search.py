@@ -46,13 +46,15 @@ FLOORS: Mapping[str, Floor] = {
 
 @dataclass(frozen=True)
 class Look:
-    """One image: seconds from text to saved image, and how far it is from the user's own."""
+    """One image: seconds from text to saved image, and how far it is from the user's own; of the model that draws the
+    share of attributes that are right."""
 
     seconds: float
     latent: float
     ssim: float
     psnr: float
     lpips: float | None = None
+    attributes: float | None = None
 
 
 @dataclass
@@ -74,12 +76,14 @@ class Tried:
         """The mean distance; of PSNR by the mean squared error."""
         looks = list(self.looks.values())
         known = [look.lpips for look in looks if look.lpips is not None]
+        right = [look.attributes for look in looks if look.attributes is not None]
         return Look(
             self.seconds,
             statistics.fmean(look.latent for look in looks),
             statistics.fmean(look.ssim for look in looks),
             _psnr(statistics.fmean(_mse(look.psnr) for look in looks)),
             statistics.fmean(known) if known else None,
+            statistics.fmean(right) if right else None,
         )
 
 

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 
+from speedlab_tools.scenarios import drawn
+
+# What is seen in images of the model that draws needs its trained weights.
+collect_ignore = [] if drawn.is_there() else ["test_drawn_oracle.py"]
+
 
 @pytest.fixture(scope="session")
 def engine(pack: ModuleType) -> Callable[[str], ModuleType]:

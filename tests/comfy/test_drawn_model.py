@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import logging
 import math
 from collections.abc import Iterator
@@ -12,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from speedlab.measure.drawn import world
+from speedlab.measure.drawn import examiner, world
 from speedlab_tools.synthetic.drawn import latents, packed
 from speedlab_tools.synthetic.train import autoencoder, data, examine
 from speedlab_tools.synthetic.train.net import UNet
@@ -125,3 +128,71 @@ def test_the_stored_captions_are_what_comfyui_gives(comfy: ModuleType, parts: An
         alone = clip.encode_from_tokens(clip.tokenize(text))[0]
         torch.testing.assert_close(row, alone, rtol=1e-3, atol=1e-3)
     assert math.isclose(float(np.abs(together.numpy()).mean()), 0.8, abs_tol=0.3)
+
+
+@pytest.fixture
+def drawn_parts(pack: ModuleType, untrained: tuple, model_files: Path, tmp_path: Path) -> Iterator[tuple]:
+    """Model, text encoder and VAE through Load Checkpoint (SpeedLab), and an output folder of the test's own."""
+    folder_paths = importlib.import_module("folder_paths")
+    file = untrained[0]
+    target = model_files / "checkpoints" / packed.CHECKPOINT
+    target.unlink(missing_ok=True)
+    target.symlink_to(packed.write_drawn(file.parent / "models", file)[0])
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+    yield pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]().load(packed.CHECKPOINT, "auto", "contiguous")[:3]
+    folder_paths.set_output_directory(before)
+    target.unlink()
+
+
+TEXT = "a big red circle on the left, blue background"
+SETTINGS = {
+    "negative": "", "width": 64, "height": 64, "batch": 1, "steps": 2, "cfg": 3.0, "sampler_name": "euler",
+    "scheduler": "normal", "seed": "7",
+}  # fmt: skip
+
+
+def test_benchmark_tells_the_attributes_of_the_model_that_draws(node: Any, drawn_parts: tuple, tmp_path: Path) -> None:
+    model, clip, vae = drawn_parts
+    axes = {"axis_x": "steps", "values_x": "1, *2", "axis_y": "none", "values_y": "", "warmup": 0, "repeats": 1}
+
+    def run(text: str, given: Any = model, **more: Any) -> tuple[str, list[Any]]:
+        bench = node("SpeedLabBenchmark").benchmark(
+            model=given, clip=clip, vae=vae, positive=text, plan="", **axes, **SETTINGS, **more
+        )
+        runs = [json.loads((tmp_path / "speedlab" / "runs" / f"{shown['run_id']}.json").read_text())
+                for shown in bench["ui"]["speedlab"]]  # fmt: skip
+        return bench["result"][0], runs
+
+    table, records = run(TEXT)
+    assert "attributes right" in table
+    for record in records:
+        image = Image.open(tmp_path / record["artifacts"]["images"][0])
+        score = examiner.examine(np.asarray(image.convert("RGB")), world.scene_of(TEXT))
+        assert record["quality"]["attributes"] == pytest.approx(score.accuracy)
+    # Nobody can tell what would be right in the image of another text.
+    table, records = run("a lighthouse on a rocky coast")
+    assert "attributes right" not in table
+    assert "attributes" not in (records[-1]["quality"] or {})
+    # A core loader leaves no source on the model; the graph names its file.
+    prompt = {
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": packed.CHECKPOINT}},
+        "2": {"class_type": "SpeedLabBenchmark", "inputs": {"model": ["1", 0]}},
+    }
+    plain = model.clone()
+    plain.attachments = {}
+    assert "attributes right" in run(TEXT, plain, prompt=prompt, unique_id="2")[0]
+    assert "attributes right" not in run(TEXT, plain)[0]
+
+
+def test_tune_tells_the_attributes_of_the_model_that_draws(node: Any, drawn_parts: tuple) -> None:
+    model, clip, vae = drawn_parts
+    _, table, _, _, page = node("SpeedLabTune").find(
+        model=model, clip=clip, vae=vae, positive=TEXT, quality="any", budget_minutes=2.0, budget_gb=0.0,
+        candidates="dynamic_cfg(0.5)", **SETTINGS,
+    )["result"]  # fmt: skip
+    assert "attributes right" in table.splitlines()[0] and "attributes right" in Path(page).read_text()
+    plans = json.loads(Path(page).with_suffix(".json").read_text())["plans"]
+    shares = [look["attributes"] for plan in plans for look in plan["looks"].values()]
+    assert shares and all(0.0 <= share <= 1.0 for share in shares)
+    assert "random" not in table

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ...common.errors import SpeedLabError
+from ...models.loading import SOURCE, find_model_file
+from ..context import NodeContext
 from . import examiner, world
 
 # The title in a checkpoint's metadata, by which the model that draws is known.
@@ -22,6 +25,17 @@ def is_model_that_draws(path: Path) -> bool:
             return (file.metadata() or {}).get(_TITLED) == TITLE
     except (OSError, SafetensorError):
         return False
+
+
+def draws(model: Any, context: NodeContext) -> bool:
+    """Whether a graph's model is the one that draws, whichever loader made it."""
+    source = model.get_attachment(SOURCE)
+    name = None if source is not None else context.checkpoint_name()
+    try:
+        path = source.path if source is not None else find_model_file("checkpoints", name) if name else None
+    except SpeedLabError:
+        return False
+    return path is not None and is_model_that_draws(path)
 
 
 def accuracy(pictures: Any, texts: Sequence[str]) -> float | None:
