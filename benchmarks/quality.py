@@ -1,11 +1,12 @@
 """Error against evaluations, of all that leaves out evaluations, on a model whose answers are exact.
 
-    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/quality.py
+    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/quality.py [--model drawn [--quick]]
 
-The model is the denoiser of a Gaussian mixture (tests/comfy/mixture.py) behind ComfyUI's own sampling, guided with CFG
-7. Each way is compared with the same sampler's run of all steps on the same seed, which chooses prompt and noise, and
-with the truth: 200 steps of DPM++ 2M, where the sampler adds no noise. Writes a CSV and a plot into
-benchmarks/results; `docs_tables.py` makes the table of docs/quality.md from it.
+With `--model drawn` it is the model that draws: see quality_drawn.py. Else the model is the denoiser of a Gaussian
+mixture (tests/comfy/mixture.py) behind ComfyUI's own sampling, guided with CFG 7. Each way is compared with the same
+sampler's run of all steps on the same seed, which chooses prompt and noise, and with the truth: 200 steps of DPM++ 2M,
+where the sampler adds no noise. Writes a CSV and a plot into benchmarks/results; `docs_tables.py` makes the table of
+docs/quality.md from it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import inprocess
+import quality_drawn
+
+from speedlab_tools.host import cache_root
+from speedlab_tools.scenarios.drawn import FACTORS
 
 ROOT = Path(__file__).resolve().parent.parent
 # sampler, scheduler, steps
@@ -167,14 +172,21 @@ def ways() -> list[tuple[str, str, Patch]]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--seeds", type=int, default=16)
+    options.add_argument("--model", choices=("oracle", "drawn"), default="oracle")
+    options.add_argument("--quick", action="store_true", help="drawn: a few images of one setting of each way")
+    options.add_argument("--seeds", type=int, help="images of each row (16, quick 4)")
+    options.add_argument("--factors", type=Path, default=FACTORS, help="drawn: the packed weights")
+    options.add_argument("--work", type=Path, default=cache_root() / "quality-drawn", help="drawn: what is kept")
     options.add_argument("--device", default="amd-epyc", help="the name of this machine in the file's name")
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         inprocess.start(Path(folder))
         logging.disable(logging.INFO)
-        rows = measure(args.seeds)
+        if args.model == "drawn":
+            quality_drawn.main(args, ways())
+            return
+        rows = measure(args.seeds or 16)
     import torch
 
     date = datetime.date.today().isoformat()
