@@ -1,8 +1,8 @@
 """`quality.py --model drawn`: all that leaves out evaluations, on images of the model that draws.
 
-Each image has a held-out caption and a seed of its own, and is compared with the same sampler's image of all steps: latent
-error, PSNR, SSIM, and how much of the caption both show. What was measured is kept image by image in --work, so that an
-interrupted call goes on. Writes `quality-drawn` (a row a way), `drawn-behaviour` (steps, CFG, DeepCache's interval) and
+Each image has a held-out caption and a seed of its own, and is compared with the same sampler's image of all steps:
+latent error, PSNR, SSIM, and how much of the caption both show. What was measured is kept image by image in --work, so
+that an interrupted call goes on. Writes `quality-drawn` (a row a way), `drawn-behaviour` (steps, CFG, DeepCache's interval) and
 a plot into benchmarks/results; benchmarks/floors.py sets Tune's limits from what was kept.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 import inprocess
 
 Patch = Callable[[Any], Any]
+Way = tuple[str, str, Patch]
 # sampler, scheduler, steps; with noise of its own a run of fewer steps is another image
 CASES = {
     "ODE": (("euler", "karras", 20), ("dpmpp_2m", "karras", 25)),
@@ -42,8 +43,8 @@ GUIDANCES = {"stop_at 0.75": {"stop_at": 0.75}, "window": {"stop_at": 1.0, "sigm
 COLUMNS = ["kind", "sampler", "scheduler", "steps", "way", "setting", "dynamic_cfg", "evaluations", "rows", "cpu_s",
            "error_median", "error_worst", "psnr_median", "ssim_median", "attributes", "attributes_worst", "images",
            "refused", "torch", "date"]  # fmt: skip
-BEHAVIOUR = ["axis", "value", "attributes", "attributes_worst", "error_median", "clipped", "cpu_s", "images", "published",
-             "torch", "date"]  # fmt: skip
+BEHAVIOUR = ["axis", "value", "attributes", "attributes_worst", "error_median", "clipped", "cpu_s", "images",
+             "published", "torch", "date"]  # fmt: skip
 STEPS = (2, 3, 4, 6, 8, 12, 16, 20, 25, 30, 50)
 LONG = 100
 CFGS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -122,15 +123,14 @@ def load(factors: Path, images: int, work: Path) -> Model:
     return made
 
 
-def ways(quick: bool) -> list[tuple[str, str, Patch]]:
-    """Those of the oracle, and DeepCache; of a quick call one setting each."""
-    quality = importlib.import_module("quality")
+def with_deepcache(ways: list[Way], quick: bool) -> list[Way]:
+    """The oracle's ways, and DeepCache; of a quick call one setting each."""
     deepcache = importlib.import_module("speedlab.techniques.deepcache.attach")
 
     def cached(**options: Any) -> Patch:
         return lambda model: deepcache.attach_deepcache(model, deepcache.DeepCacheConfig(**options))
 
-    found = quality.ways()
+    found = list(ways)
     found += [("DeepCache", f"uniform {n}", cached(interval=n)) for n in (2, 3, 5)]
     found += [
         ("DeepCache", f"adaptive {t:g}", cached(interval=5, schedule="adaptive", tolerance=t)) for t in (0.02, 0.05)
@@ -241,7 +241,7 @@ def _same(model: Any) -> Any:
     return model
 
 
-def measure(model: Model, kept: Kept, images: int, quick: bool) -> Iterator[dict[str, Any]]:
+def measure(model: Model, kept: Kept, images: int, quick: bool, ways: list[Way]) -> Iterator[dict[str, Any]]:
     """A row of each way for each sampler."""
     for kind, cases in CASES.items():
         for sampler, scheduler, steps in cases[:1] if quick else cases:
@@ -250,7 +250,7 @@ def measure(model: Model, kept: Kept, images: int, quick: bool) -> Iterator[dict
             counts = sorted({max(round(share * steps), 1) for share in (FEWER[1::2] if quick else FEWER)})
             for count in counts:
                 yield case.row("fewer steps", str(count), _same, count)
-            for way, setting, patch in [("all steps", "", _same), *ways(quick)]:
+            for way, setting, patch in [("all steps", "", _same), *with_deepcache(ways, quick)]:
                 if way != "all steps":
                     yield case.row(way, setting, patch, steps)
                 if (way, setting) in GUIDED:
@@ -310,7 +310,7 @@ def work_of(folder: Path, checkpoint: str) -> Path:
     return folder / hashlib.sha256(checkpoint.encode()).hexdigest()[:12]
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, ways: list[Way]) -> None:
     import torch
 
     from speedlab_tools.synthetic.drawn import packed
@@ -320,7 +320,7 @@ def main(args: argparse.Namespace) -> None:
     work = work_of(args.work, about["checkpoint"])
     with inference():
         model, kept = load(args.factors, images, work), Kept(work / "images.jsonl")
-        found = list(measure(model, kept, images, args.quick))
+        found = list(measure(model, kept, images, args.quick, ways))
         seen = list(behaviour(model, kept, images, args.quick))
     date = datetime.date.today().isoformat()
     more = {"torch": torch.__version__, "date": date}
