@@ -353,11 +353,9 @@ def _quality(mixture: str) -> Callable[[Results], list[str]]:
     return made
 
 
-def _plain_error(rows: Sequence[Row], evaluations: float) -> float:
+def _plain_error(rows: Sequence[Row], evaluations: float, cost: str = "evaluations") -> float:
     """The median error of that many plain steps, between two counts on the line of the logarithm; 0 for all steps."""
-    known = sorted(
-        (float(row["evaluations"]), float(row["error_median"])) for row in rows if row["way"] == "fewer steps"
-    )
+    known = sorted((float(row[cost]), float(row["error_median"])) for row in rows if row["way"] == "fewer steps")
     below, above = [p for p in known if p[0] <= evaluations], [p for p in known if p[0] >= evaluations]
     if not below or not above:
         return 0.0 if not above else above[0][1]
@@ -384,6 +382,60 @@ def quality_with_dynamic_cfg(results: Results) -> list[str]:
     return [*table(head, rows), "", results.source("quality")]
 
 
+def _when_measured(kind: str, made: Callable[[Results], list[str]]) -> Callable[[Results], list[str]]:
+    """A table of the model that draws; a line that says so where nothing was measured yet."""
+
+    def table_or_line(results: Results) -> list[str]:
+        try:
+            results.newest(kind)
+        except DocsError:
+            return ["Not measured yet: `python benchmarks/quality.py --model drawn` does it."]
+        return made(results)
+
+    return table_or_line
+
+
+def quality_drawn(results: Results) -> list[str]:
+    """Error, attributes and share of the time of all steps, with the error over that of plain steps of equal time."""
+    found = [row for row in results.rows("quality-drawn") if not row["refused"]]
+    cases = list(dict.fromkeys((row["kind"], *(row[name] for name in _CASES)) for row in found))
+    rows = []
+    for way in dict.fromkeys((row["way"], row["setting"], row["dynamic_cfg"]) for row in found):
+        name = " ".join(way[:2]).strip() + (f" + Dynamic CFG {way[2]}" if way[2] else "")
+        cells = [name]
+        for case in cases:
+            here = [row for row in found if (row["kind"], *(row[name] for name in _CASES)) == case]
+            mine = [row for row in here if (row["way"], row["setting"], row["dynamic_cfg"]) == way]
+            whole = next(row for row in here if row["way"] == "all steps" and not row["dynamic_cfg"])
+            cells.append("-" if not mine else _cell_of(mine[0], whole, here))
+        rows.append(cells)
+    head = ["", *(f"{kind}: {sampler}, {scheduler}, {steps} steps" for kind, sampler, scheduler, steps in cases)]
+    return [*table(head, rows), "", results.source("quality-drawn")]
+
+
+def _cell_of(mine: Row, whole: Row, here: Sequence[Row]) -> str:
+    missed, plain = float(mine["error_median"]), _plain_error(here, float(mine["cpu_s"]), "cpu_s")
+    times = f", {missed / plain:.2f}" if plain and mine["way"] != "fewer steps" else ""
+    share = float(mine["cpu_s"]) / float(whole["cpu_s"])
+    return f"{missed:.4f} at {share:.0%}{times}; {float(mine['attributes']):.1%}"
+
+
+def drawn_behaviour(results: Results) -> list[str]:
+    """Attributes, error and clipped values over steps, CFG and DeepCache's interval, beside what is published."""
+    rows, before = [], ""
+    for row in results.rows("drawn-behaviour"):
+        cells = [
+            f"{row['axis']} {row['value']}",
+            f"{float(row['attributes']):.1%}",
+            f"{float(row['attributes_worst']):.0%}",
+        ]
+        cells += [error(float(row["error_median"]) if row["error_median"] else None), f"{float(row['clipped']):.1%}"]
+        rows.append([*cells, row["published"] if row["axis"] != before else ""])
+        before = row["axis"]
+    head = ["", "attributes right", "of the worst image", "error of the latent", "clipped values", "published"]
+    return [*table(head, rows), "", results.source("drawn-behaviour")]
+
+
 TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "images": images,
     "sampling": sampling,
@@ -397,6 +449,8 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "quality-apart": _quality("apart"),
     "quality-overlapping": _quality("overlapping"),
     "quality-dynamic-cfg": quality_with_dynamic_cfg,
+    "quality-drawn": _when_measured("quality-drawn", quality_drawn),
+    "drawn-behaviour": _when_measured("drawn-behaviour", drawn_behaviour),
     "stress-input": stress_input,
     "stress-faults": stress_faults,
     "stress-soak": stress_soak,

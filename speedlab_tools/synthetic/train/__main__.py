@@ -26,6 +26,7 @@ SEED = 0
 CAPTIONS = 3000
 DROPPED = 0.1
 CFG = 3.0
+SIDE = 128
 SHEET = 16
 DECODER_RATE, UNET_RATE = 5e-4, 1e-3
 
@@ -37,7 +38,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--captions", type=int, default=CAPTIONS, help="how many captions to encode and train on")
     parser.add_argument("--until", type=int, default=1000, help="train to this step")
-    parser.add_argument("--side", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument(
+        "--side", type=int, default=None, help="side of the pictures in pixels (128; to examine: as trained)"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=None)
     parser.add_argument("--cool", type=int, default=None, metavar="STEP", help="let the rate fall from this step on")
@@ -159,7 +162,8 @@ def examine(args: argparse.Namespace) -> None:
     """Stage 4: ComfyUI's own sampling of held-out captions, read by the examiner."""
     from .examine import examine as read
 
-    read(args.packed, args.out, args.seed, args.count, args.side, args.cfg)
+    side = args.side or int(packed.load_packed(args.packed)[1]["side"])
+    read(args.packed, args.out, args.seed, args.count, side, args.cfg)
 
 
 STAGES = {
@@ -170,9 +174,10 @@ PLAN: tuple[tuple[str, dict[str, int]], ...] = (
     ("captions", {}),
     ("decoder", {"side": 128, "batch": 8, "until": 2500, "cool": 2000}),
     ("unet", {"side": 64, "batch": 32, "until": 1500}),
-    ("unet", {"side": 128, "batch": 24, "until": 6000, "cool": 5000}),
+    ("unet", {"side": 128, "batch": 24, "until": 2700}),
+    ("unet", {"side": 256, "batch": 8, "until": 3600, "cool": 3100}),
     ("pack", {}),
-    ("examine", {"side": 128}),
+    ("examine", {}),
 )
 
 
@@ -181,7 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         for stage, changes in PLAN if args.stage == "all" else ((args.stage, {}),):
-            STAGES[stage](argparse.Namespace(**{**vars(args), **changes}))
+            given = argparse.Namespace(**{**vars(args), **changes})
+            if stage != "examine":
+                given.side = given.side or SIDE
+            STAGES[stage](given)
     except (SpeedLabError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
