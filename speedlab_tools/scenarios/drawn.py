@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from .scenario import Prompt, Scenario
+from .scenario import Scenario
 
 CHECKPOINT = "speedlab_demo_drawn.safetensors"
 FACTORS = Path(__file__).parents[1] / "synthetic" / "drawn" / "factors.safetensors"
@@ -22,7 +22,6 @@ CAPTIONS = (
     "a big white star on the bottom left, purple background",
     "a red triangle on the top and a black circle on the bottom, blue background",
 )
-PROMPT = Prompt("house", CAPTIONS[0], 20230711, "")
 
 
 def is_there() -> bool:

@@ -1,0 +1,111 @@
+"""What changes where the pack has the weights of the model that draws: checkpoint, captions, sizes, files beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from speedlab.measure.drawn import world
+from speedlab_tools import demo
+from speedlab_tools.bench import models
+from speedlab_tools.cli.arguments import parse
+from speedlab_tools.scenarios import drawn
+from speedlab_tools.scenarios.catalog import SCENARIOS
+from speedlab_tools.scenarios.overrides import Overrides, adapt
+from speedlab_tools.synthetic.drawn import packed
+from speedlab_tools.synthetic.train import data
+
+SIDE = 256
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A file of weights that says its side, and demo files that are only named."""
+    header = json.dumps({"__metadata__": {"side": str(SIDE), "step": "3", "checkpoint": "0"}}).encode()
+    path = tmp_path / "factors.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    monkeypatch.setattr(drawn, "FACTORS", path)
+    names = ["checkpoints/speedlab_demo_drawn", "vae_approx/taesd_encoder", "vae_approx/taesd_decoder"]
+    monkeypatch.setattr(models, "demo_drawn", lambda: [tmp_path / f"{name}.safetensors" for name in names])
+    monkeypatch.setattr(models, "demo_checkpoint", lambda family: tmp_path / f"random_{family}.safetensors")
+    monkeypatch.setattr(models, "demo_controlnet", lambda size: tmp_path / f"{size}_controlnet.safetensors")
+    monkeypatch.setattr(
+        models, "demo_lora", lambda family, kind, size: tmp_path / f"{family}_{size}_{kind}.safetensors"
+    )
+    monkeypatch.setattr(models, "demo_tiny_vae", lambda family: [tmp_path / f"tiny_{family}_decoder.safetensors"])
+    monkeypatch.setattr(models, "model_folders", list)
+    return path
+
+
+def chosen(*ids: str, more: tuple[str, ...] = ()) -> models.ModelChoice:
+    return models.choose_models(parse("bench", [*ids, *more])[0], [SCENARIOS[name] for name in ids])
+
+
+def test_scenarios_of_sd15_draw_and_the_others_stay(there: Path) -> None:
+    choice = chosen("txt2img-default", "sdxl-tiny-vae")
+    assert choice.checkpoints == {
+        "txt2img-default": packed.CHECKPOINT, "sdxl-tiny-vae": "random_sdxl.safetensors"
+    }  # fmt: skip
+    assert [path.name for path in choice.files["vae_approx"]] == [
+        "taesd_encoder.safetensors", "taesd_decoder.safetensors", "tiny_sdxl_decoder.safetensors"
+    ]  # fmt: skip
+    assert models.DRAWS in choice.notes and models.NOISE in choice.notes
+    assert models.NOISE not in chosen("txt2img-default").notes
+    given = there.with_name("own.safetensors")
+    given.write_bytes(_one_tensor())
+    own = chosen("txt2img-default", more=("--checkpoint", str(given)))
+    assert own.checkpoints == {"txt2img-default": "own.safetensors"} and models.DRAWS not in own.notes
+
+
+def _one_tensor() -> bytes:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+def test_files_beside_the_checkpoint_are_of_its_layout(there: Path) -> None:
+    choice = chosen("sd15-controlnet", "sd15-lora-stack", "sdxl-tiny-vae")
+    assert choice.others["controlnet"] == "drawn_controlnet.safetensors"
+    assert choice.demo_loras["sd15"] == {
+        "lora": "sd15_drawn_lora.safetensors",
+        "lora_2": "sd15_drawn_lora_2.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    "scenario", [one for one in SCENARIOS.values() if one.family == "sd15"], ids=lambda one: one.id
+)
+def test_every_text_becomes_a_caption_and_equal_ones_stay_equal(there: Path, scenario) -> None:
+    wanted = adapt(scenario, Overrides(), packed.CHECKPOINT)
+    before, after = scenario.settings, wanted.settings
+    assert all(world.scene_of(prompt.text) is not None and prompt.negative == "" for prompt in after.prompts)
+    assert [prompt.name for prompt in after.prompts] == [prompt.name for prompt in before.prompts]
+    assert len({prompt.text for prompt in after.prompts}) == len({prompt.text for prompt in before.prompts})
+    assert (after.width, after.height, after.cfg, after.steps) == (SIDE, SIDE, drawn.CFG, before.steps)
+    texts = [
+        node.inputs["text"]
+        for node in wanted.graph().nodes
+        if node.class_type in ("SpeedLabTextEncode", "CLIPTextEncode")
+    ]
+    assert all(not text or world.scene_of(text) for text in texts if isinstance(text, str))
+    assert adapt(scenario, Overrides(width=512, steps=7), packed.CHECKPOINT).settings.width == 512
+    assert adapt(scenario, Overrides(), "own.safetensors").settings == before
+
+
+def test_the_demo_draws_what_it_asks_for(there: Path) -> None:
+    args = parse("demo", [])[0]
+    settings = demo.settings_of(args, True, True)
+    assert (settings.width, settings.height, settings.cfg) == (SIDE, SIDE, drawn.CFG)
+    assert world.scene_of(settings.prompts[0].text) is not None
+    assert demo.settings_of(args, True, False).width == demo.CPU_SIDE
+    assert demo.settings_of(parse("demo", ["--width", "512", "--seed", "4"])[0], False, True).width == 512
+
+
+def test_the_captions_are_of_scenes_that_nothing_was_trained_on() -> None:
+    scenes = [world.scene_of(text) for text in drawn.CAPTIONS]
+    assert len(set(scenes)) == len(drawn.CAPTIONS)
+    assert all(scene is not None and data.is_held_out(scene) for scene in scenes)
+    assert (
+        drawn.PROMPT.text in drawn.CAPTIONS and packed.CHECKPOINT == drawn.CHECKPOINT and packed.PACKED == drawn.FACTORS
+    )
