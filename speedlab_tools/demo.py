@@ -226,7 +226,7 @@ async def _all(target: Target, args: argparse.Namespace, choice: ModelChoice, ou
     async with ComfyClient(target.url) as client:
         env = server_env(await client.system_stats())
         checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())
-        draws = checkpoint == drawn.CHECKPOINT
+        draws = drawn.is_drawn(checkpoint)
         settings = settings_of(args, env["device_type"] == "cpu", draws)
         print(
             f"Sampling {settings.width}x{settings.height}, {settings.steps} steps, {1 + len(PLANS)} ways in turn, "
@@ -263,7 +263,7 @@ def report(found: Result, out: Path) -> None:
 def attributes_of(found: Result) -> list[str]:
     """What of its caption each image of the model that draws shows; nothing for another model."""
     request = found.stock.record.request
-    if (request.get("checkpoint") or {}).get("name") != drawn.CHECKPOINT:
+    if not drawn.is_drawn((request.get("checkpoint") or {}).get("name")):
         return []
     import numpy as np
     from PIL import Image

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     choice = choose_models(args, [demo_scenario()])
     for note in choice.notes:
         print(note)
-    draws = choice.checkpoints.get(BASE) == drawn.CHECKPOINT
+    draws = drawn.is_drawn(choice.checkpoints.get(BASE))
     texts = given or ([*drawn.CAPTIONS[:4]] if draws else [LIGHTHOUSE.text])
     side, cfg = (drawn.side(), drawn.CFG) if draws else (SIDE, CFG)
     inputs = {

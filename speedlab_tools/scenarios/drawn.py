@@ -29,6 +29,11 @@ def is_there() -> bool:
     return FACTORS.is_file()
 
 
+def is_drawn(checkpoint: str | None) -> bool:
+    """Whether a checkpoint's name is that of the model that draws."""
+    return checkpoint == CHECKPOINT and is_there()
+
+
 def side() -> int:
     """The side in pixels of the pictures that the weights were trained on last."""
     with FACTORS.open("rb") as file:

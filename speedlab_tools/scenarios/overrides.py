@@ -78,7 +78,7 @@ def adapt(
 
     `others` are by kind. A VAE takes the place of any checkpoint's own; other kinds go where a scenario needs them.
     """
-    if checkpoint == drawn.CHECKPOINT:
+    if drawn.is_drawn(checkpoint):
         scenario = drawn.on_drawn(scenario)
     scenario = scenario.with_settings(_with_overrides(scenario.settings, overrides))
     if checkpoint is not None:
