@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -182,6 +183,26 @@ def test_a_changed_packed_file_is_refused(trained: Path, tmp_path: Path) -> None
     with pytest.raises(SpeedLabError, match="cannot be read"):
         packed.write_drawn(tmp_path / "models", file)
     assert not (tmp_path / "models").exists()
+
+
+def test_the_average_begins_anew_with_pictures_of_another_size(trained: Path, tmp_path: Path) -> None:
+    for name in ("captions/captions.json", "captions/captions.f16", "unet.csv", "unet.pt", "decoder.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(trained / name, tmp_path / name)
+    assert main(["unet", "--out", str(tmp_path), "--captions", "6", "--until", "5", "--batch", "1", "--side", "128",
+                 "--fp32"]) == 0  # fmt: skip
+    before, after = state(trained, "unet"), state(tmp_path, "unet")
+    assert (before["averaged"], after["averaged"]) == (0, 4)
+    name = "middle_block.1.proj_in.first"
+    expected = before["net"][name].lerp(after["net"][name], 1 - 2 / 11)
+    torch.testing.assert_close(after["ema"][name], expected, rtol=1e-4, atol=1e-6)
+    # Packed are the average, or the last weights; the file says which pictures they know.
+    for raw, kept in (((), "ema"), (("--raw",), "net")):
+        file = tmp_path / "factors.safetensors"
+        assert main(["pack", "--out", str(tmp_path), "--packed", str(file), *raw]) == 0
+        tensors, about = packed.load_packed(file)
+        assert about["side"] == "128"
+        torch.testing.assert_close(tensors["out.2.weight"].float(), after[kept]["out.2.weight"], rtol=1e-3, atol=1e-4)
 
 
 def test_training_goes_on_from_packed_factors(trained: Path, tmp_path: Path) -> None:

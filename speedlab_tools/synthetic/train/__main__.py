@@ -47,6 +47,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--start", type=Path, default=None, help="packed factors to begin with")
     parser.add_argument("--fp32", action="store_true", help="compute in fp32 instead of bf16 autocast")
     parser.add_argument("--packed", type=Path, default=packed.PACKED, help="the packed factors to write or to read")
+    parser.add_argument("--raw", action="store_true", help="pack the UNet's last weights instead of their average")
     parser.add_argument("--count", type=int, default=256, help="how many held-out captions to examine")
     parser.add_argument("--cfg", type=float, default=CFG)
     parser.add_argument("--sheet-every", type=int, default=500)
@@ -77,6 +78,8 @@ def train_unet(args: argparse.Namespace) -> None:
     rate = args.rate or UNET_RATE
     training = Training(net, Muon(net.named_parameters(), rate), rate, warm_up=100)
     _resume(training, args, "unet")
+    if (args.out / "unet.csv").is_file() and side_of(args.out) != args.side:
+        training.average_anew()
 
     def loss_of(step: int) -> tuple[torch.Tensor, int]:
         clean, context = pool.batch(args.seed, step, args.batch, args.side, DROPPED)
@@ -148,7 +151,8 @@ def pack(args: argparse.Namespace) -> None:
         if not (args.out / f"{stage}.pt").is_file():
             raise SpeedLabError(f"{args.out} holds no trained {stage}; run the stage {stage} first")
     unet, decoder = (torch.load(args.out / f"{stage}.pt", weights_only=True) for stage in ("unet", "decoder"))
-    packed.save_packed(args.packed, packed.pack(unet["ema"], decoder["ema"]), unet["step"], side_of(args.out))
+    weights = unet["net" if args.raw else "ema"], decoder["ema"]
+    packed.save_packed(args.packed, packed.pack(*weights), unet["step"], side_of(args.out))
     print(f"{args.packed}: {args.packed.stat().st_size / 1e6:.1f} MB, step {unet['step']}")
 
 

@@ -27,6 +27,7 @@ class Training:
     warm_up: int
     step: int = 0
     begun: int = 0  # the step at which the optimiser began, and with it the rate's warm-up
+    averaged: int = 0  # the step at which the average began
     images: int = 0
     seconds: float = 0.0
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -43,7 +44,8 @@ class Training:
             group["lr"] = self.rate * min(1.0, (self.step - self.begun) / self.warm_up) * last
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        keep = min(_EMA, (1 + self.step) / (10 + self.step))
+        averaged = self.step - self.averaged
+        keep = min(_EMA, (1 + averaged) / (10 + averaged))
         own = self.net.state_dict()
         get_ema_multi_avg_fn(keep)(list(self.ema.values()), [own[name] for name in self.ema], self.step)
 
@@ -54,7 +56,8 @@ class Training:
         torch.save(
             {
                 "net": self.net.state_dict(), "optimiser": self.optimiser.state_dict(), "ema": self.ema,
-                "step": self.step, "begun": self.begun, "images": self.images, "seconds": self.seconds,
+                "step": self.step, "begun": self.begun, "averaged": self.averaged, "images": self.images,
+                "seconds": self.seconds,
             },
             temporary,
         )  # fmt: skip
@@ -66,13 +69,18 @@ class Training:
         self.net.load_state_dict(kept["net"])
         self.optimiser.load_state_dict(kept["optimiser"])
         self.ema = kept["ema"]
-        self.step, self.begun = kept["step"], kept.get("begun", 0)
+        self.step, self.begun, self.averaged = kept["step"], kept.get("begun", 0), kept.get("averaged", 0)
         self.images, self.seconds = kept["images"], kept["seconds"]
 
     def warm_start(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
         """Begin with these weights, as packed at a step; the optimiser begins anew."""
         self.step = self.begun = step
         self.net.load_state_dict(dict(tensors))
+        self.average_anew()
+
+    def average_anew(self) -> None:
+        """Begin the average at these weights: those that were trained on other pictures would stay in it for long."""
+        self.averaged = self.step
         self.ema = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
 
 
