@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from speedlab.measure.drawn import world
 from speedlab_tools import demo
@@ -14,6 +16,7 @@ from speedlab_tools.cli.arguments import parse
 from speedlab_tools.scenarios import drawn
 from speedlab_tools.scenarios.catalog import SCENARIOS
 from speedlab_tools.scenarios.overrides import Overrides, adapt
+from speedlab_tools.scenarios.scenario import STOCK
 from speedlab_tools.synthetic.drawn import packed
 from speedlab_tools.synthetic.train import data
 
@@ -109,3 +112,20 @@ def test_the_captions_are_of_scenes_that_nothing_was_trained_on() -> None:
     assert (
         drawn.PROMPT.text in drawn.CAPTIONS and packed.CHECKPOINT == drawn.CHECKPOINT and packed.PACKED == drawn.FACTORS
     )
+
+
+def test_the_demo_tells_what_each_image_shows(there: Path, make_record, tmp_path: Path) -> None:
+    text, other = drawn.CAPTIONS[1:3]
+    runs = []
+    for plan, shown in ((STOCK, text), (demo.PLANS[-1], other)):
+        path = tmp_path / f"{plan.name}.png"
+        scene = world.scene_of(shown)
+        assert scene is not None
+        Image.fromarray(world.draw(scene, world.generator(1), SIDE)).save(path)
+        request = {"checkpoint": {"name": packed.CHECKPOINT}, "prompt": text}
+        runs.append(demo.DemoRun(plan, make_record(request=request), (path,)))
+    asked, stock, fast = demo.attributes_of(demo.Result(tuple(runs), 1))
+    assert text in asked and stock.strip() == "stock: 6 of 6"
+    assert "of 6 (" in fast and "background" in fast
+    own = [replace(run, record=run.record.changed(request={"checkpoint": {"name": "own"}})) for run in runs]
+    assert demo.attributes_of(demo.Result(tuple(own), 1)) == []
