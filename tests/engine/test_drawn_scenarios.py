@@ -109,9 +109,7 @@ def test_the_captions_are_of_scenes_that_nothing_was_trained_on() -> None:
     scenes = [world.scene_of(text) for text in drawn.CAPTIONS]
     assert len(set(scenes)) == len(drawn.CAPTIONS)
     assert all(scene is not None and data.is_held_out(scene) for scene in scenes)
-    assert (
-        drawn.PROMPT.text in drawn.CAPTIONS and packed.CHECKPOINT == drawn.CHECKPOINT and packed.PACKED == drawn.FACTORS
-    )
+    assert packed.CHECKPOINT == drawn.CHECKPOINT and packed.PACKED == drawn.FACTORS
 
 
 def test_the_demo_tells_what_each_image_shows(there: Path, make_record, tmp_path: Path) -> None:
