@@ -8,7 +8,7 @@ import { readRun } from "./server.js";
 
 const REPORT = "SpeedLabProfileReport";
 const BENCHMARK = "SpeedLabBenchmark";
-// The room that a node gives to it; what needs more is scrolled to, so that a node stays in its group.
+// What needs more room is scrolled to, so that a node stays in its group.
 const HEIGHTS = { [REPORT]: 420, [BENCHMARK]: 420, SpeedLabCompareImages: 60, SpeedLabCompareLatents: 60 };
 const MARGIN = 20; // that ComfyUI leaves above and below such a widget
 const WIDGET = "speedlab_text";

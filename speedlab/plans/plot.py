@@ -84,25 +84,41 @@ def _series(result: SweepResult, value: Callable[[CellRuns], float | None]) -> l
 
 
 def for_browser(result: SweepResult) -> dict[str, Any]:
-    """The panels in plain values, with the axis that all share."""
-    axis, numbers = result.axis_x, positions(result.axis_x)
+    """The panels in plain values, with the axis that all share: where its values stand from 0 to 1, and round marks."""
+    axis = result.axis_x
+    numbers = positions(axis)
+    at = [math.log2(number) for number in numbers] if _spans_wide(axis, numbers) else numbers
+    first, length = min(at), max(at) - min(at)
+    one_series = result.axis_y.name == "none"
     return {
         "axis": axis.name,
         "labels": [value.label for value in axis.values],
-        "at": [math.log2(x) for x in numbers] if _spans_wide(axis, numbers) else numbers,
+        "at": [(number - first) / length if length else 0.5 for number in at],
         "lines": not _is_named(axis),
         "panels": [
             {
                 "name": panel.name,
-                "from_zero": panel.from_zero,
+                "marks": _marks(panel),
                 "series": [
-                    {"label": "" if result.axis_y.name == "none" else series.label, "points": series.points}
-                    for series in panel.series
+                    {"label": "" if one_series else series.label, "points": series.points} for series in panel.series
                 ],
             }
             for panel in panels(result)
         ],
     }
+
+
+def _marks(panel: Panel) -> list[float]:
+    """About five round values from below the smallest to above the largest; none where there is nothing to draw."""
+    points = [point for series in panel.series for point in series.points]
+    if not points:
+        return []
+    low, high = 0.0 if panel.from_zero else min(point[2] for point in points), max(point[3] for point in points)
+    rough = (high - low) / 4 or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor for factor in (1, 2, 5, 10) if factor * power >= rough) * power
+    first = math.floor(low / step)
+    return [number * step for number in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
 def _draw(result: SweepResult) -> Any:

@@ -100,6 +100,8 @@ def test_two_axes_make_a_row_a_cell_with_quality_against_the_baseline(bench, out
             (row,) = [row for row in rows if (row["steps"], row["cfg"]) == (order[place], cfg)]
             told_s = [float(row[name]) for name in ("time_s", "time_min_s", "time_max_s")]
             assert range_s == pytest.approx(told_s, rel=0.01)
+    marks, largest = times["marks"], max(point[3] for series in times["series"] for point in series["points"])
+    assert marks[0] == 0 and marks[-2] < largest <= marks[-1] and 2 <= len(marks) <= 7
     page = output / face["page"]["subfolder"] / face["page"]["filename"]
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 2 and text.count("<td>stock</td>") == 4 and 'src="http' not in text
