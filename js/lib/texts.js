@@ -23,6 +23,7 @@ function faceOf(node) {
   const element = el("div", { class: "sl-face", style: `min-height: ${HEIGHTS[kind]}px`, tabindex: "0", role: "region", "aria-label": t("results"), "data-capture-wheel": "true" });
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     serialize: false, // not part of the prompt
+    hideOnZoom: false,
     getMinHeight: () => HEIGHTS[kind] + MARGIN,
   });
   widget.serialize = false; // nor of the saved workflow

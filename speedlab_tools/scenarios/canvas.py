@@ -215,7 +215,8 @@ def ui_to_api(ui: UiGraph) -> ApiGraph:
 
 TITLE_HEIGHT = 30
 SLOT_HEIGHT = 20
-WIDGET_HEIGHT = 24
+WIDGET_HEIGHT = 27
+CHIP_HEIGHT = 28  # the Vue renderer's row that says which pack a node is of
 TEXT_HEIGHT = 120
 SLOT_MIDDLE = 14
 TRACK = 20  # between two links side by side
@@ -270,7 +271,7 @@ class Box:
 def node_size(node: Node) -> tuple[int, int]:
     """(width, height) in pixels of a node's body with room for what it shows."""
     known = node.signature
-    height = 6 + SLOT_HEIGHT * max(len(known.sockets), len(known.outputs), 1)
+    height = 6 + CHIP_HEIGHT + SLOT_HEIGHT * max(len(known.sockets), len(known.outputs), 1)
     hides_some = any(entry.advanced for entry in known.widgets) and not _shows_advanced(node)
     height += WIDGET_HEIGHT if hides_some else 0  # the Vue renderer's button that shows them
     for entry in known.widgets:

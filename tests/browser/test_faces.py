@@ -57,7 +57,12 @@ def contrast(canvas, kind: str) -> list[str]:
             const text = walk.currentNode, element = text.parentElement;
             if (!text.textContent.trim() || !element.getClientRects().length) continue;
             const under = [];
-            for (let one = element; one; one = one.parentElement) under.unshift(getComputedStyle(one).backgroundColor);
+            for (let one = element; one; one = one.parentElement) {{
+              under.unshift(getComputedStyle(one).backgroundColor);
+              if (one !== face || face.closest("[data-node-id]")) continue;
+              under.unshift(LiteGraph.NODE_DEFAULT_BGCOLOR); // the canvas draws the node under it
+              break;
+            }}
             const style = getComputedStyle(element), ink = element.closest("svg") ? style.fill : style.color;
             const [a, b] = [light(over(under)), light(over([...under, ink]))];
             const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
