@@ -164,6 +164,7 @@ def to_ui(
     }
     note_id = len(graph.nodes) + 1
     nodes.append(_note(note_id, 0, note_title, note, _note_box(note)))
+    frames = frame(graph, boxes)
     groups = [
         {
             "id": number,
@@ -173,7 +174,7 @@ def to_ui(
             "font_size": 24,
             "flags": {},
         }
-        for number, (title, box) in enumerate(frame(graph, boxes).items(), start=1)
+        for number, (title, box) in enumerate(frames.items(), start=1)
     ]
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"speedlab/workflows/{name}")),
@@ -184,9 +185,18 @@ def to_ui(
         "links": links,
         "groups": groups,
         "config": {},
-        "extra": {"ds": {"scale": 0.7, "offset": [700, 260]}, **(routed if reroutes else {}), **extra},
+        "extra": {"ds": {"scale": VIEW_SCALE, "offset": _view(frames)}, **(routed if reroutes else {}), **extra},
         "version": VERSION,
     }
+
+
+def _view(frames: Mapping[str, Box]) -> list[int]:
+    """Where the canvas begins: the note and the titles of the groups beside and below the bars of the page.
+
+    The Vue renderer of some frontends draws a workflow larger by a fifth.
+    """
+    top = min((box.y for box in frames.values()), default=0)
+    return [round((NOTE_WIDTH + NOTE_GAP) * 1.2 + 100 / VIEW_SCALE), round(100 / VIEW_SCALE - 1.2 * top)]
 
 
 def ui_to_api(ui: UiGraph) -> ApiGraph:
@@ -213,11 +223,12 @@ def ui_to_api(ui: UiGraph) -> ApiGraph:
     return api
 
 
+VIEW_SCALE = 0.7
 TITLE_HEIGHT = 30
 SLOT_HEIGHT = 20
 WIDGET_HEIGHT = 27
 CHIP_HEIGHT = 28  # the Vue renderer's row that says which pack a node is of
-TEXT_HEIGHT = 120
+TEXT_HEIGHT = 64
 SLOT_MIDDLE = 14
 TRACK = 20  # between two links side by side
 GAP_X = 60
@@ -229,9 +240,9 @@ WIDTH = 320
 EXTRA: Mapping[str, tuple[int, int]] = {
     "SaveImage": (20, 320),
     "PreviewImage": (20, 260),
-    "CLIPTextEncode": (60, 0),
-    "SpeedLabTextEncode": (60, 0),
-    "SpeedLabPromptQueue": (160, 60),
+    "CLIPTextEncode": (60, 50),
+    "SpeedLabTextEncode": (60, 50),
+    "SpeedLabPromptQueue": (160, 100),
     "SpeedLabProfileReport": (220, 460),
     "SpeedLabProfileSampler": (60, 270),
     "SpeedLabBenchmark": (220, 460),
