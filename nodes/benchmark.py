@@ -63,7 +63,7 @@ class Benchmark:
                 "clip": ("CLIP", {"tooltip": "The text encoder: the benchmark encodes the prompts itself."}),
                 "vae": ("VAE", {"tooltip": "The VAE that decodes where no tiny decoder is chosen."}),
                 "positive": _text("a lighthouse on a rocky coast at dawn", "One prompt, or one a line: averaged."),
-                "negative": _text("", "What the images shall not show. Blank on SDXL: zeroed conditioning."),
+                "negative": _text("", "What the images shall not show. Blank on SDXL: zeroed conditioning.", False),
                 "axis_x": (list(AXES), {"default": "steps", "tooltip": "What to vary, from left to right."}),
                 "values_x": _text("10, 20, 30", f"The values of axis_x. {_VALUES}"),
                 "axis_y": ([NO_AXIS, *AXES], {"default": NO_AXIS, "tooltip": "A second thing to vary, or none."}),
@@ -79,7 +79,7 @@ class Benchmark:
                 ),
                 "sampler_name": (names.samplers(), {"tooltip": "The sampler, where no axis sets it."}),
                 "scheduler": (names.schedulers(), {"tooltip": "The scheduler, where no axis sets it."}),
-                "seed": _text("0", "One seed for all prompts, or one a line. Every cell uses the same."),
+                "seed": _text("0", "One seed for all prompts, or one each: 1, 2, 3. Every cell uses the same.", False),
                 "warmup": _int(1, 0, 100, "Rounds before the measured ones; the very first run is told apart."),
                 "repeats": _int(5, 1, 1000, "Measured rounds: the table shows their median and spread."),
                 "plan": _text(
@@ -151,7 +151,7 @@ class Tune:
                 "clip": ("CLIP", {"tooltip": "The text encoder: Tune encodes the prompts itself."}),
                 "vae": ("VAE", {"tooltip": "The VAE that decodes your own image."}),
                 "positive": _text("a lighthouse on a rocky coast at dawn", "One prompt, or one a line."),
-                "negative": _text("", "What the images shall not show. Blank on SDXL: zeroed conditioning."),
+                "negative": _text("", "What the images shall not show. Blank on SDXL: zeroed conditioning.", False),
                 "width": _int(512, 64, 16384, "Width in pixels that the plan is for.", 8),
                 "height": _int(512, 64, 16384, "Height in pixels that the plan is for.", 8),
                 "batch": _int(1, 1, 4096, "Images at once that the plan is for."),
@@ -163,7 +163,9 @@ class Tune:
                 ),
                 "sampler_name": (names.samplers(), {"tooltip": "The sampler that the plan is for."}),
                 "scheduler": (names.schedulers(), {"tooltip": "The scheduler that the plan is for."}),
-                "seed": _text("0", "One seed for all prompts, or one a line. Held-out seeds are made from them."),
+                "seed": _text(
+                    "0", "One seed for all prompts, or one each: 1, 2, 3. Held-out seeds are made from them.", False
+                ),
                 "quality": (
                     list(FLOORS),
                     {

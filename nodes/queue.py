@@ -48,7 +48,6 @@ class PromptQueue:
                 "negative": (
                     "STRING",
                     {
-                        "multiline": True,
                         "dynamicPrompts": True,
                         "default": "",
                         "tooltip": "One negative prompt for all. Left blank it is zeroed conditioning, as "

@@ -73,7 +73,7 @@ function memoryTable(memory) {
   return some.length ? table([[t("phase"), t("peak")], ...some]) : null;
 }
 
-function kernelTable(kernels) {
+export function kernelTable(kernels) {
   if (!kernels?.length) return null;
   const rows = kernels.slice(0, KERNELS).map((kernel) => [
     el("span", { class: "sl-name", title: kernel.name, text: kernel.name }),
@@ -87,7 +87,7 @@ function kernelTable(kernels) {
 
 export const share = (percent) => (isNumber(percent) ? `${percent.toFixed(1)} %` : "");
 
-function pictures(runId, images) {
+export function pictures(runId, images) {
   if (!Array.isArray(images) || !images.length) return null;
   return el(
     "div",
@@ -107,7 +107,7 @@ function links(runId, kind, value) {
   return values.filter((path) => typeof path === "string").map((path, index) => el("a", { class: "sl-button", href: fileUrl(runId, kind, index), target: "_blank", rel: "noopener", title: path, text: values.length > 1 ? `${name} ${index + 1}` : name }));
 }
 
-function settingsLine({ request = {}, env = {}, summary = {} }) {
+export function settingsLine({ request = {}, env = {}, summary = {} }) {
   const size = isNumber(request.width) ? `${request.width}×${request.height} ×${request.batch}` : "";
   return [request.checkpoint?.name, size, request.sampler && `${request.sampler}/${request.scheduler}`, stepsText(summary.steps ?? request.steps, request.steps), env.device].filter(Boolean).join(" · ");
 }

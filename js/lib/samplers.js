@@ -3,6 +3,7 @@ import { api } from "../../../scripts/api.js";
 import { findNode, isHere, isVue, kindOf, redraw, rootGraph, shownOn } from "./nodes.js";
 import { fromRecord, panelOf } from "./panel.js";
 import { announceLive, readRun } from "./server.js";
+import { isReport, showRun } from "./texts.js";
 
 // All that a saved workflow keeps of a run: its id.
 const PROPERTY = "speedlab_run";
@@ -20,6 +21,7 @@ const lastRuns = new Map(); // workflow id and node's execution id -> run id, fo
 const beforeReload = new Map(stored());
 
 const isSampler = (node) => samplers.has(kindOf(node));
+const hasSampler = (node) => node.subgraph?.nodes.some((inner) => isSampler(inner) || hasSampler(inner));
 
 function keep(map, key, value) {
   map.delete(key);
@@ -52,13 +54,29 @@ export function noteType(nodeData) {
 
 /** A node was made. */
 export function nodeCreated(node) {
-  if (isVue() && isSampler(node)) panelOf(node);
+  if (!isVue()) return;
+  if (isSampler(node)) panelOf(node);
+  if (!node.subgraph) return;
+  // Here as well, but a subgraph node is born with its inner nodes and gets its widgets when it is configured.
+  const configured = node.onConfigure;
+  node.onConfigure = function (...given) {
+    configured?.apply(this, given);
+    if (hasSampler(this)) panelOf(this);
+  };
 }
 
-function show(node, profile, text) {
+/** The panels that show what a sampler measures: its own, and one on the face of each subgraph that it is in. */
+function panelsOf(node, executionId) {
+  const path = String(executionId).split(":");
+  const hosts = path.slice(1).map((_, index) => findNode(path.slice(0, index + 1).join(":")));
+  return [node, ...hosts.filter(Boolean)].map(panelOf);
+}
+
+function show(node, executionId, profile, text) {
   keep(profiles, profile.run_id, profile);
   node.properties[PROPERTY] = profile.run_id;
-  panelOf(node).showProfile(profile, warningsOf(text));
+  if (isReport(node)) return showRun(node, profile.run_id, text);
+  for (const panel of panelsOf(node, executionId)) panel.showProfile(profile, warningsOf(text));
   redraw();
 }
 
@@ -76,7 +94,7 @@ function onStep({ detail }) {
   const state = { ...detail, steps: steps.concat(detail.steps), total: Math.max(detail.total, steps.length + detail.steps.length) };
   keep(states, detail.node, state);
   const node = findNode(detail.node);
-  if (isSampler(node)) panelOf(node).showLive(state);
+  if (isSampler(node)) for (const panel of panelsOf(node, detail.node)) panel.showLive(state);
 }
 
 function onExecuted({ detail }) {
@@ -90,8 +108,8 @@ function onExecuted({ detail }) {
     return;
   }
   const node = findNode(shownOn(detail));
-  if (!isSampler(node)) return;
-  show(node, profile, detail.output.text?.at(-1));
+  if (!isSampler(node) && !isReport(node)) return;
+  show(node, shownOn(detail), profile, detail.output.text?.at(-1));
   if (profile.workflow) store(key, profile.run_id);
 }
 
@@ -99,25 +117,27 @@ function onExecuted({ detail }) {
 export function restoreAll(graph = rootGraph(), prefix = "") {
   for (const node of graph?.nodes ?? graph?._nodes ?? []) {
     if (node.subgraph) restoreAll(node.subgraph, `${prefix}${node.id}:`);
-    else if (isSampler(node)) restore(node, `${prefix}${node.id}`);
+    else if (isSampler(node) || isReport(node)) restore(node, `${prefix}${node.id}`);
   }
 }
 
 async function restore(node, executionId) {
   const state = states.get(executionId);
-  if (state?.state === "running" && state.workflow && isHere(state.workflow)) return panelOf(node).showLive(state);
+  if (state?.state === "running" && state.workflow && isHere(state.workflow)) {
+    for (const panel of panelsOf(node, executionId)) panel.showLive(state);
+    return;
+  }
   const key = `${rootGraph()?.id}/${executionId}`;
   const runId = lastRuns.get(key) ?? beforeReload.get(key) ?? node.properties?.[PROPERTY];
   beforeReload.delete(key);
   if (typeof runId !== "string" || !RUN_ID.test(runId)) return;
   try {
-    const profile = profiles.get(runId) ?? fromRecord(await readRun(runId));
-    // Meanwhile a run may have begun, or the node may be gone.
-    if (node.graph && !panelOf(node).runId) {
-      show(node, profile);
-    }
+    const record = profiles.has(runId) ? null : await readRun(runId, true);
+    const profile = profiles.get(runId) ?? (record && fromRecord(record));
+    // Deleted, or measured on another machine; or meanwhile a run has begun, or the node is gone.
+    if (profile && node.graph && (isReport(node) || !panelOf(node).runId)) show(node, executionId, profile);
   } catch {
-    // Deleted, or measured on another machine: nothing to show.
+    // A record that cannot be read: nothing to show.
   }
 }
 

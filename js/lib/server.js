@@ -17,7 +17,13 @@ export function listRuns(offset, limit, words) {
   return api.fetchApi(`/speedlab/runs?${query}`).then(answer);
 }
 
-export const readRun = (runId) => api.fetchApi(`/speedlab/runs/${encodeURIComponent(runId)}`).then(answer);
+
+/** A run's record. `ifThere`: null for one that was deleted, without the browser calling that a failed request. */
+export async function readRun(runId, ifThere = false) {
+  const response = await api.fetchApi(`/speedlab/runs/${encodeURIComponent(runId)}${ifThere ? "?if_there" : ""}`);
+  return response.status === 204 ? null : answer(response);
+}
+
 export const deleteRuns = (runIds) => post("/speedlab/delete", { run_ids: runIds });
 export const pruneRuns = (keep) => post("/speedlab/prune", { keep });
 export const announceLive = (clientId, on) => post("/speedlab/live", { client_id: clientId, on });
@@ -26,4 +32,5 @@ export const announceLive = (clientId, on) => post("/speedlab/live", { client_id
 export const jsonUrl = (runId) => api.apiURL(`/speedlab/runs/${encodeURIComponent(runId)}?download=1`);
 export const fileUrl = (runId, kind, index = 0) =>
   api.apiURL(`/speedlab/runs/${encodeURIComponent(runId)}/file/${encodeURIComponent(kind)}/${index}`);
+export const viewUrl = (file) => api.apiURL(`/view?${new URLSearchParams(file)}`);
 export const csvUrl = () => api.apiURL("/speedlab/results.csv");

@@ -1,43 +1,67 @@
 // Shows what SpeedLab's measuring nodes say on the nodes themselves. Text only, never markup.
 import { api } from "../../../scripts/api.js";
 import { el } from "./dom.js";
+import { t } from "./i18n.js";
 import { findNode, isVue, kindOf, redraw, shownOn } from "./nodes.js";
+import { reportFace, sweepFace } from "./report.js";
+import { readRun } from "./server.js";
 
-const HEIGHTS = {
-  SpeedLabBenchmark: 320,
-  SpeedLabProfileReport: 320,
-  SpeedLabCompareImages: 60,
-  SpeedLabCompareLatents: 60,
-};
-const TABLES = ["SpeedLabProfileReport", "SpeedLabBenchmark"];
+const REPORT = "SpeedLabProfileReport";
+const BENCHMARK = "SpeedLabBenchmark";
+// What needs more room is scrolled to, so that a node stays in its group.
+const HEIGHTS = { [REPORT]: 420, [BENCHMARK]: 420, SpeedLabCompareImages: 60, SpeedLabCompareLatents: 60 };
+const MARGIN = 20; // that ComfyUI leaves above and below such a widget
 const WIDGET = "speedlab_text";
 
-function textWidget(node) {
+export const isReport = (node) => kindOf(node) === REPORT;
+
+function faceOf(node) {
   const known = node.widgets?.find((widget) => widget.name === WIDGET);
   if (known) return known;
   const kind = kindOf(node);
-  // The columns of a table must stay under each other; the other texts are sentences.
-  const wrap = TABLES.includes(kind) ? "pre" : "pre-wrap";
-  const element = el("pre", { class: "sl-text", style: `white-space: ${wrap}` });
+  // Scrolled by keys too, and by the wheel without the canvas.
+  const element = el("div", { class: "sl-face", style: `min-height: ${HEIGHTS[kind]}px`, tabindex: "0", role: "region", "aria-label": t("results"), "data-capture-wheel": "true" });
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     serialize: false, // not part of the prompt
-    getMinHeight: () => HEIGHTS[kind],
+    hideOnZoom: false,
+    getMinHeight: () => HEIGHTS[kind] + MARGIN,
   });
   widget.serialize = false; // nor of the saved workflow
   node.setSize([Math.max(node.size[0], node.computeSize()[0]), Math.max(node.size[1], node.computeSize()[1])]);
   return widget;
 }
 
+/** The face shows the images: ComfyUI's own preview of them would make the node as tall again. */
+function hidePreview(node) {
+  node.hideOutputImages = true; // the Vue renderer's, where it knows that; speedlab.css where not
+  node.onDrawBackground = () => {}; // the classic one's
+}
+
+function show(node, content) {
+  const { element } = faceOf(node);
+  if (typeof content === "string") element.textContent = content;
+  else element.replaceChildren(...content.flat().filter(Boolean));
+  redraw();
+}
+
 /** A node was made. */
 export function nodeCreated(node) {
-  if (isVue() && kindOf(node) in HEIGHTS) textWidget(node);
+  if (isReport(node) || kindOf(node) === BENCHMARK) hidePreview(node);
+  if (isVue() && kindOf(node) in HEIGHTS) faceOf(node);
+}
+
+/** Show a run on a Profile Report; where its record is gone, the text that the node returned. */
+export async function showRun(node, runId, text) {
+  const record = await readRun(runId, true).catch(() => null);
+  if (record) show(node, reportFace(record));
+  else if (text) show(node, text);
 }
 
 function onExecuted({ detail }) {
   const node = detail?.output?.text ? findNode(shownOn(detail)) : null;
-  if (!(kindOf(node) in HEIGHTS)) return;
-  textWidget(node).element.textContent = detail.output.text.join("\n");
-  redraw();
+  if (!(kindOf(node) in HEIGHTS) || isReport(node)) return; // a report's run comes with its id
+  const sweep = detail.output.speedlab_sweep?.at(-1);
+  show(node, sweep ? sweepFace(sweep) : detail.output.text.join("\n"));
 }
 
 /** Have measuring nodes show their text. */

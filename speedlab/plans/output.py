@@ -1,4 +1,4 @@
-"""What the Benchmark node hands on and keeps as files: table, plot, contact sheet.
+"""What the Benchmark node hands on and keeps as files: table, plot, contact sheet, and all of them as an HTML page.
 
 A sweep in words: the articles' table in Markdown, with spread and quality, and the notes under it.
 """
@@ -19,7 +19,8 @@ from ..measure.store import RunStore, cannot_write, write_atomically
 from .axes import whole_number
 from .cell import Prompt
 from .cell_record import CellRuns
-from .plot import sweep_plot
+from .page import html_page
+from .plot import for_browser, sweep_plot
 from .sheet import contact_sheet, keep_image
 from .sweep import SweepResult
 
@@ -39,18 +40,27 @@ class SweepOutput:
 
 def write_output(result: SweepResult, store: RunStore) -> SweepOutput:
     """Draw, save and gather. Raises ResultsError naming the path."""
-    table = markdown_table(result)
+    header, rows, notes = _table(result)
+    table = _markdown(header, rows, notes)
     plot = sweep_plot(result)
     sheet = contact_sheet(result.cells, result.thumbnails, result.axis_x, result.axis_y)
     files = [
         keep_image(store, "charts", f"{result.sweep_id}_plot.png", plot),
         keep_image(store, "images", f"{result.sweep_id}_sheet.png", sheet),
     ]
-    path = store.root / "charts" / f"{result.sweep_id}_table.md"
-    try:
-        write_atomically(path, (table + "\n").encode())
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    title = f"SpeedLab Benchmark: {result.axis_x.name}" + (
+        "" if result.axis_y.name == "none" else f" and {result.axis_y.name}"
+    )
+    record = next((runs.record for runs in result.cells if runs.record is not None), None)
+    page = html_page(
+        title, notes, (header, rows), [("contact sheet", sheet), ("plot", plot)], {} if record is None else record.env
+    )
+    for name, text in (("table.md", table + "\n"), ("page.html", page)):
+        path = store.root / "charts" / f"{result.sweep_id}_{name}"
+        try:
+            write_atomically(path, text.encode())
+        except OSError as error:
+            raise cannot_write(path, error) from error
     # `speedlab` names every run, as Profile Report does, so that a client finds their records.
     runs: list[Any] = [
         {"run_id": runs.run_id, "status": runs.status, "plan": runs.record.request["plan"], "cell": runs.cell.name}
@@ -58,15 +68,26 @@ def write_output(result: SweepResult, store: RunStore) -> SweepOutput:
         if runs.record is not None
     ]
     ui: dict[str, list[Any]] = {"text": [table], "images": [_view(file) for file in files], "speedlab": runs}
+    # The same for the node's face, which draws it in the colours of the page.
+    ui["speedlab_sweep"] = [
+        {
+            "header": header,
+            "rows": rows,
+            "notes": notes,
+            "plot": for_browser(result),
+            "sheet": _view(files[1]),
+            "page": _view(path.relative_to(store.root.parent).as_posix()),
+        }
+    ]
     return SweepOutput(table, plot, sheet, str(store.csv_path), ui)
 
 
 def read_prompts(positive: str, negative: str, seeds: str) -> tuple[Prompt, ...]:
-    """One prompt a line, with one seed for all or one a line. Raises SpeedLabError where their numbers differ."""
+    """One prompt a line, with one seed for all or one each. Raises SpeedLabError where their numbers differ."""
     texts = [line.strip() for line in positive.splitlines() if line.strip()] or [""]
     numbers = [whole_number(line.strip(), "seed") for line in seeds.replace(",", "\n").splitlines() if line.strip()]
     if not numbers:
-        raise SpeedLabError("There is no seed: write one number, or one a line.")
+        raise SpeedLabError("There is no seed: write one number, or one a prompt.")
     outside = [number for number in numbers if not 0 <= number <= _LARGEST_SEED]
     if outside:
         raise SpeedLabError(f"seed {outside[0]}: seeds run from 0 to {_LARGEST_SEED}.")
@@ -90,19 +111,28 @@ ATTRIBUTES = "attributes right"
 _MORE = ("min", "max", "std", "first run", "images/min", "PSNR", "SSIM", "status")
 
 
-def markdown_table(result: SweepResult) -> str:
-    """The table, one row a cell in the order of the grid, and the notes. The articles' columns come first."""
+def _table(result: SweepResult) -> tuple[list[str], list[list[str]], list[str]]:
+    """Header, one row a cell in the order of the grid, and the notes. The articles' columns come first."""
     done = [runs for runs in in_grid_order(result.cells) if runs.record is not None]
     rows = [_row(runs) for runs in done]
     header = [*HEADER, RAM_COLUMN, *_MORE]
     if any(_lpips(runs) for runs in done):
         header = [*header, "LPIPS"]
         rows = [[*row, _lpips(runs) or NOTHING] for row, runs in zip(rows, done, strict=True)]
+<<<<<<< HEAD
     if any(runs.attributes is not None for runs in done):
         header = [*header, ATTRIBUTES]
         rows = [[*row, share(runs.attributes)] for row, runs in zip(rows, done, strict=True)]
     lines = [_line(header), _line(["---"] * len(header)), *(_line(row) for row in rows)]
     return "\n".join([*lines, "", *_notes(result, done)]).rstrip()
+=======
+    return header, [[_plain(cell) for cell in row] for row in rows], _notes(result, done)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
+    return "\n".join([*lines, "", *(f"* {note}" for note in notes)]).rstrip()
+>>>>>>> wface
 
 
 def in_grid_order(all_cells: Sequence[CellRuns]) -> list[CellRuns]:
@@ -167,15 +197,15 @@ def _time(text: str) -> str:
 
 def _notes(result: SweepResult, done: Sequence[CellRuns]) -> list[str]:
     record = next((runs.record for runs in done if runs.record is not None), None)
-    lines = [f"* {_plain(note)}" for note in result.notes]
+    lines = [_plain(note) for note in result.notes]
     if record is not None:
         env = record.env
-        lines.append(f"* Measured on {env.get('device')}, torch {env.get('torch')}, ComfyUI {env.get('comfyui')}.")
+        lines.append(f"Measured on {env.get('device')}, torch {env.get('torch')}, ComfyUI {env.get('comfyui')}.")
     return lines
 
 
 def _line(parts: Sequence[str]) -> str:
-    return "| " + " | ".join(_plain(part).replace("|", "\\|") for part in parts) + " |"
+    return "| " + " | ".join(part.replace("|", "\\|") for part in parts) + " |"
 
 
 def _plain(text: str) -> str:

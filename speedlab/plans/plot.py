@@ -1,10 +1,15 @@
-"""The sweep as an image: time with error bars, memory, and throughput or quality where the axis has them."""
+"""The sweep drawn: time with error bars, memory, and throughput or quality where the axis has them.
+
+As an image by matplotlib, and as the numbers of which the browser draws the same in its own colours.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..common.errors import UnavailableError, first_line
@@ -38,45 +43,111 @@ def sweep_plot(result: SweepResult) -> Any:
         return blank()
 
 
-def _draw(result: SweepResult) -> Any:
-    panels: list[tuple[str, Callable[[CellRuns], float | None], bool]] = [
+@dataclass(frozen=True)
+class Series:
+    """One line of a panel: (number of the axis's value, median, minimum, maximum) of each cell that has a value."""
+
+    label: str
+    points: list[tuple[int, float, float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity over axis x; `from_zero` where a value of nothing means something."""
+
+    name: str
+    from_zero: bool
+    series: list[Series]
+
+
+def panels(result: SweepResult) -> list[Panel]:
+    """What there is to draw."""
+    wanted: list[tuple[str, Callable[[CellRuns], float | None], bool]] = [
         ("seconds, text to image", _seconds, True),
-        (_memory_name(result), _memory, False),
+        (_memory_name(result), _memory, True),
     ]
     if "batch" in (result.axis_x.name, result.axis_y.name):
-        panels.append(("images a minute", _rate, False))
+        wanted.append(("images a minute", _rate, True))
     if any(runs.quality is not None and runs.quality.psnr != float("inf") for runs in result.cells):
-        panels += [("PSNR against the baseline, dB", _psnr, False), ("SSIM against the baseline", _ssim, False)]
-    figure = new_figure(9.0, 3.0 * len(panels) + 0.4)
+        wanted += [("PSNR against the baseline, dB", _psnr, False), ("SSIM against the baseline", _ssim, False)]
+    return [Panel(name, from_zero, _series(result, value)) for name, value, from_zero in wanted]
+
+
+def _series(result: SweepResult, value: Callable[[CellRuns], float | None]) -> list[Series]:
+    numbers, found = positions(result.axis_x), []
+    for index, other in enumerate(result.axis_y.values):
+        cells = sorted((runs for runs in result.cells if runs.cell.y == index), key=lambda runs: numbers[runs.cell.x])
+        known = [(runs, v) for runs in cells if (v := value(runs)) is not None]
+        points = [(runs.cell.x, v, *(_range(runs, v) if value is _seconds else (v, v))) for runs, v in known]
+        found.append(Series(f"{result.axis_y.name} {other.label}", points))
+    return found
+
+
+def for_browser(result: SweepResult) -> dict[str, Any]:
+    """The panels in plain values, with the axis that all share: where its values stand from 0 to 1, and round marks."""
+    axis = result.axis_x
+    numbers = positions(axis)
+    at = [math.log2(number) for number in numbers] if _spans_wide(axis, numbers) else numbers
+    first, length = min(at), max(at) - min(at)
+    one_series = result.axis_y.name == "none"
+    return {
+        "axis": axis.name,
+        "labels": [value.label for value in axis.values],
+        "at": [(number - first) / length if length else 0.5 for number in at],
+        "lines": not _is_named(axis),
+        "panels": [
+            {
+                "name": panel.name,
+                "marks": _marks(panel),
+                "series": [
+                    {"label": "" if one_series else series.label, "points": series.points} for series in panel.series
+                ],
+            }
+            for panel in panels(result)
+        ],
+    }
+
+
+def _marks(panel: Panel) -> list[float]:
+    """About five round values from below the smallest to above the largest; none where there is nothing to draw."""
+    points = [point for series in panel.series for point in series.points]
+    if not points:
+        return []
+    low, high = 0.0 if panel.from_zero else min(point[2] for point in points), max(point[3] for point in points)
+    rough = (high - low) / 4 or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor for factor in (1, 2, 5, 10) if factor * power >= rough) * power
+    first = math.floor(low / step)
+    return [number * step for number in range(first, max(math.ceil(high / step), first + 1) + 1)]
+
+
+def _draw(result: SweepResult) -> Any:
+    shown = panels(result)
+    figure = new_figure(9.0, 3.0 * len(shown) + 0.4)
     record = next((runs.record for runs in result.cells if runs.record is not None), None)
     if record is not None:
         figure.suptitle(_title(record), fontsize=9, x=0.02, ha="left")
-    all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axes, (name, value, with_errors) in zip(all_axes, panels, strict=True):
-        _panel(axes, result, name, value, with_errors)
+    all_axes = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for axes, panel in zip(all_axes, shown, strict=True):
+        _panel(axes, result, panel)
     figure.tight_layout()
     return to_image(figure)
 
 
-def _panel(
-    axes: Axes, result: SweepResult, name: str, value: Callable[[CellRuns], float | None], with_errors: bool
-) -> None:
+def _panel(axes: Axes, result: SweepResult, panel: Panel) -> None:
     axis = result.axis_x
     numbers = positions(axis)
-    for index, other in enumerate(result.axis_y.values):
-        mine = [runs for runs in result.cells if runs.cell.y == index]
-        known = [(numbers[runs.cell.x], v, runs) for runs in mine if (v := value(runs)) is not None]
-        points = sorted(known, key=lambda point: point[0])
-        if not points:
+    for index, series in enumerate(panel.series):
+        if not series.points:
             continue
-        xs, ys = [point[0] for point in points], [point[1] for point in points]
-        errors = _errors([point[2] for point in points]) if with_errors else None
-        line = "none" if _is_named(axis) else "-"
+        places, ys, lows, highs = zip(*series.points, strict=True)
+        errors = [[y - low for y, low in zip(ys, lows, strict=True)], [h - y for h, y in zip(highs, ys, strict=True)]]
         axes.errorbar(
-            xs, ys, yerr=errors, marker="o", linestyle=line, capsize=3, color=_COLOURS[index % len(_COLOURS)],
-            label=_plain(f"{result.axis_y.name} {other.label}"),
+            [numbers[place] for place in places], ys, yerr=errors if lows != highs else None, marker="o",
+            linestyle="none" if _is_named(axis) else "-", capsize=3, color=_COLOURS[index % len(_COLOURS)],
+            label=_plain(series.label),
         )  # fmt: skip
-    axes.set_ylabel(name, fontsize=8)
+    axes.set_ylabel(panel.name, fontsize=8)
     axes.set_xlabel(axis.name, fontsize=8)
     axes.set_xticks(numbers, [_plain(value.label) for value in axis.values], fontsize=8)
     if _spans_wide(axis, numbers):
@@ -123,14 +194,10 @@ def _spans_wide(axis: Axis, numbers: Sequence[float]) -> bool:
     return not _is_named(axis) and min(numbers) > 0 and max(numbers) / min(numbers) >= _MANY_TIMES
 
 
-def _errors(cells: Sequence[CellRuns]) -> list[list[float]]:
-    """How far minimum and maximum lie from the median, in seconds."""
-    below, above = [], []
-    for runs in cells:
-        totals, median = runs.totals_ms(), _seconds(runs) or 0.0
-        below.append(max(median - min(totals) / 1000.0, 0.0))
-        above.append(max(max(totals) / 1000.0 - median, 0.0))
-    return [below, above]
+def _range(runs: CellRuns, median: float) -> tuple[float, float]:
+    """Minimum and maximum of the whole times, in seconds."""
+    totals = [total / 1000.0 for total in runs.totals_ms()]
+    return min([median, *totals]), max([median, *totals])
 
 
 def _seconds(runs: CellRuns) -> float | None:

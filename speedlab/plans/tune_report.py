@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import logging
 import math
@@ -18,10 +15,10 @@ from ..common.errors import ResultsError, UnavailableError
 from ..measure.charts import blank, new_figure, to_image
 from ..measure.context import NodeContext, link_of
 from ..measure.store import RunStore, cannot_write, new_run_id, write_atomically
-from ..sampling.complete import to_bytes
 from .axes import CellSettings, whole_number, written_values
 from .cell import Prompt
 from .output import ATTRIBUTES, share
+from .page import html_page
 from .plan_text import SweepTextError
 from .sheet import SIDE
 from .techniques import NodeTable
@@ -339,33 +336,12 @@ def _renamed(node: Any, ids: dict[str, str] | None = None) -> Any:
 
 def _page(result: TuneResult, chart: Any, sheet: Any) -> str:
     names, cells = _header_and_rows(result)
-    rows = "".join(f"<tr>{_cells(row)}</tr>" for row in cells)
-    header = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in notes_of(result))
-    facts = "".join(
-        f"<tr><td>{html.escape(str(name))}</td><td>{html.escape(str(value))}</td></tr>"
-        for name, value in result.env.items()
-        if value is not None
+    tuned = result.tuned_for
+    made = f"{tuned.family} on {tuned.device}, {time.strftime('%Y-%m-%d %H:%M')}"
+    return html_page(
+        f"SpeedLab Tune: {tuned.words()}",
+        [made, *notes_of(result)],
+        (names, cells),
+        [("time against distance", chart), ("contact sheet", sheet)],
+        result.env,
     )
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>SpeedLab Tune</title>
-<style>body{{font:14px sans-serif;margin:2em;max-width:110em}}table{{border-collapse:collapse}}
-td,th{{border:1px solid #ccc;padding:.3em .6em;text-align:left}}img{{max-width:100%}}</style>
-<h1>Tune: {html.escape(result.tuned_for.words())}</h1>
-<p>{html.escape(result.tuned_for.family)} on {html.escape(result.tuned_for.device)},
-{time.strftime("%Y-%m-%d %H:%M")}</p><ul>{notes}</ul>
-<img alt="time against distance" src="{_inline(chart)}"><table><tr>{header}</tr>{rows}</table>
-<h2>Images</h2><img alt="contact sheet" src="{_inline(sheet)}"><h2>Environment</h2><table>{facts}</table></html>
-"""
-
-
-def _cells(row: Sequence[str]) -> str:
-    return "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-
-
-def _inline(image: Any) -> str:
-    from PIL import Image
-
-    data = io.BytesIO()
-    Image.fromarray(to_bytes(image)[0]).save(data, "PNG")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()

@@ -94,7 +94,13 @@ async def _record(request: Any) -> Any:
 
     run_id = request.match_info["run_id"]
     as_file = "download" in request.query
-    text = await asyncio.to_thread(lambda: (_library().text if as_file else _library().shown)(run_id))
+    try:
+        text = await asyncio.to_thread(lambda: (_library().text if as_file else _library().shown)(run_id))
+    except UnknownRunError:
+        if "if_there" not in request.query:
+            raise
+        # A workflow may name a run that was deleted since: to a browser 404 is an error, in the console too.
+        return web.Response(status=204)
     return web.Response(
         text=text,
         content_type="application/json",

@@ -26,6 +26,7 @@ from .scenario import (
 
 INPUTS, OUTPUTS = -10, -20  # the ids of a subgraph's own two nodes, by ComfyUI's format
 WIDTH = 400
+CHART_HEIGHT = 280  # of the sampler's chart, which stands on the subgraph's face too
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def blueprint_ui(blueprint: Blueprint) -> UiGraph:
         "id": 1,
         "type": subgraph["id"],
         "pos": [0, 0],
-        "size": [WIDTH, 80 + 30 * len(blueprint.promoted)],
+        "size": [WIDTH, CHART_HEIGHT + 80 + 30 * len(blueprint.promoted)],
         "flags": {},
         "order": 0,
         "mode": 0,
@@ -151,7 +152,9 @@ def _subgraph(blueprint: Blueprint) -> tuple[UiGraph, dict[str, Any]]:
     graph = blueprint.graph
     inner = to_ui(graph, name=blueprint.name, note="", extra={}, models=models_of(blueprint.files))
     nodes = {node["id"]: node for node in inner["nodes"][:-1]}  # without the note
-    links = [dict(zip(_LINK, link, strict=True)) for link in inner["links"]]
+    parents = {one["id"]: {"parentId": one["parentId"]} for one in inner["extra"].get("linkExtensions", [])}
+    links = [{**dict(zip(_LINK, link, strict=True)), **parents.get(link[0], {})} for link in inner["links"]]
+    reroutes = inner["extra"].get("reroutes", [])
     inputs, outputs = [], []
 
     def add_link(origin: tuple[int, int], target: tuple[int, int], kind: str) -> int:
@@ -179,7 +182,7 @@ def _subgraph(blueprint: Blueprint) -> tuple[UiGraph, dict[str, Any]]:
             "lastGroupId": len(inner["groups"]),
             "lastNodeId": max(nodes),
             "lastLinkId": len(links),
-            "lastRerouteId": 0,
+            "lastRerouteId": len(reroutes),
         },
         "revision": 0,
         "config": {},
@@ -194,6 +197,7 @@ def _subgraph(blueprint: Blueprint) -> tuple[UiGraph, dict[str, Any]]:
         "nodes": list(nodes.values()),
         "groups": inner["groups"],
         "links": links,
+        "reroutes": reroutes,
         "extra": {},
     }
 

@@ -1,6 +1,7 @@
 """The drag-in workflow format of ComfyUI's canvas (version 0.4): from a graph to it, and back to a `/prompt` graph.
 
-Where the nodes of a workflow lie: one column a group from left to right, one row a lane.
+Where the nodes of a workflow lie: one column a group from left to right, one row a lane. A link that would pass behind
+nodes runs by reroutes: down the gap right of its column, then through the channel that lies above each lane.
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ def to_ui(
     `models` are files that can be fetched: name, url and directory of each.
     """
     boxes = place(graph)
+    reroutes, last_reroute = _reroutes(graph, boxes)
     links: list[list[Any]] = []
     link_ids: dict[tuple[int, str], int] = {}
     for node in graph.nodes:
@@ -154,8 +156,15 @@ def to_ui(
     nodes = [
         _ui_node(node, boxes[node.id], order + 1, link_ids, links, models) for order, node in enumerate(graph.nodes)
     ]
+    for reroute in reroutes:
+        reroute["linkIds"] = [link_ids[end] for end in reroute["linkIds"]]
+    routed = {
+        "reroutes": reroutes,
+        "linkExtensions": [{"id": link_ids[end], "parentId": last} for end, last in last_reroute.items()],
+    }
     note_id = len(graph.nodes) + 1
     nodes.append(_note(note_id, 0, note_title, note, _note_box(note)))
+    frames = frame(graph, boxes)
     groups = [
         {
             "id": number,
@@ -165,7 +174,7 @@ def to_ui(
             "font_size": 24,
             "flags": {},
         }
-        for number, (title, box) in enumerate(frame(graph, boxes).items(), start=1)
+        for number, (title, box) in enumerate(frames.items(), start=1)
     ]
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"speedlab/workflows/{name}")),
@@ -176,9 +185,18 @@ def to_ui(
         "links": links,
         "groups": groups,
         "config": {},
-        "extra": {"ds": {"scale": 0.7, "offset": [620, 160]}, **extra},
+        "extra": {"ds": {"scale": VIEW_SCALE, "offset": _view(frames)}, **(routed if reroutes else {}), **extra},
         "version": VERSION,
     }
+
+
+def _view(frames: Mapping[str, Box]) -> list[int]:
+    """Where the canvas begins: the note and the titles of the groups beside and below the bars of the page.
+
+    The Vue renderer of some frontends draws a workflow larger by a fifth.
+    """
+    top = min((box.y for box in frames.values()), default=0)
+    return [round((NOTE_WIDTH + NOTE_GAP) * 1.2 + 100 / VIEW_SCALE), round(100 / VIEW_SCALE - 1.2 * top)]
 
 
 def ui_to_api(ui: UiGraph) -> ApiGraph:
@@ -205,10 +223,14 @@ def ui_to_api(ui: UiGraph) -> ApiGraph:
     return api
 
 
+VIEW_SCALE = 0.7
 TITLE_HEIGHT = 30
 SLOT_HEIGHT = 20
-WIDGET_HEIGHT = 24
-TEXT_HEIGHT = 120
+WIDGET_HEIGHT = 27
+CHIP_HEIGHT = 28  # the Vue renderer's row that says which pack a node is of
+TEXT_HEIGHT = 64
+SLOT_MIDDLE = 14
+TRACK = 20  # between two links side by side
 GAP_X = 60
 GAP_Y = 50
 GROUP_PAD = 20
@@ -218,12 +240,12 @@ WIDTH = 320
 EXTRA: Mapping[str, tuple[int, int]] = {
     "SaveImage": (20, 320),
     "PreviewImage": (20, 260),
-    "CLIPTextEncode": (60, 0),
-    "SpeedLabTextEncode": (60, 0),
-    "SpeedLabPromptQueue": (160, 60),
-    "SpeedLabProfileReport": (220, 660),
+    "CLIPTextEncode": (60, 50),
+    "SpeedLabTextEncode": (60, 50),
+    "SpeedLabPromptQueue": (160, 100),
+    "SpeedLabProfileReport": (220, 460),
     "SpeedLabProfileSampler": (60, 270),
-    "SpeedLabBenchmark": (220, 420),
+    "SpeedLabBenchmark": (220, 460),
 }
 
 
@@ -260,7 +282,7 @@ class Box:
 def node_size(node: Node) -> tuple[int, int]:
     """(width, height) in pixels of a node's body with room for what it shows."""
     known = node.signature
-    height = 6 + SLOT_HEIGHT * max(len(known.sockets), len(known.outputs), 1)
+    height = 6 + CHIP_HEIGHT + SLOT_HEIGHT * max(len(known.sockets), len(known.outputs), 1)
     hides_some = any(entry.advanced for entry in known.widgets) and not _shows_advanced(node)
     height += WIDGET_HEIGHT if hides_some else 0  # the Vue renderer's button that shows them
     for entry in known.widgets:
@@ -272,38 +294,94 @@ def node_size(node: Node) -> tuple[int, int]:
     return WIDTH + more_width, height + more_height
 
 
-def _depths(graph: Graph) -> dict[int, int]:
-    """How many links inside its own group lie before each node: its sub-column."""
+def _columns(graph: Graph) -> dict[int, int]:
+    """The column of each node: by its group, and by how many links inside the group lie before it."""
     by_id = {node.id: node for node in graph.nodes}
     depths: dict[int, int] = {}
     for node in graph.nodes:
         before = [link.node for link in node.links().values() if by_id[link.node].group == node.group]
         depths[node.id] = 1 + max((depths[other] for other in before), default=-1)
-    return depths
+    places = {node.id: (GROUPS.index(node.group), depths[node.id]) for node in graph.nodes}
+    order = sorted(set(places.values()))
+    return {node_id: order.index(where) for node_id, where in places.items()}
+
+
+# An output: node and slot. An end of a link: node and input.
+Output = tuple[int, int]
+End = tuple[int, str]
+
+
+def _routed(graph: Graph) -> dict[Output, dict[int, list[End]]]:
+    """The links that need a way of their own, by output and by the lane they lead to.
+
+    Not those of neighbours: they cross nothing but the gap between two columns.
+    """
+    columns, by_id = _columns(graph), {node.id: node for node in graph.nodes}
+    widest: dict[tuple[int, int], int] = {}
+    for node in graph.nodes:
+        cell = columns[node.id], node.lane
+        widest[cell] = max(node_size(node)[0], widest.get(cell, 0))
+    routed: dict[Output, dict[int, list[End]]] = {}
+    for node in graph.nodes:
+        for name, link in node.links().items():
+            origin, column = by_id[link.node], columns[link.node]
+            # Beside a narrow node a wider one of its column may lie in the way.
+            begins_at_gap = node_size(origin)[0] == widest[column, origin.lane]
+            is_next = columns[node.id] == column + 1 and origin.lane == node.lane and begins_at_gap
+            # Graphs whose links run backwards are drawn too, but not tidied.
+            if not is_next and columns[node.id] > column:
+                routed.setdefault((link.node, link.slot), {}).setdefault(node.lane, []).append((node.id, name))
+    return routed
+
+
+def _channel(routed: Mapping[Output, Mapping[int, object]], lane: int) -> int:
+    """The height of the channel above a lane."""
+    tracks = sum(1 for lanes in routed.values() if lane in lanes)
+    return TRACK * (tracks + 1) if tracks else 0
+
+
+def _tracks(
+    graph: Graph, columns: Mapping[int, int], routed: Mapping[Output, Mapping[int, object]]
+) -> dict[Output, int]:
+    """Where each output's links run in the gap right of its column: 1, 2, 3 ... from the left.
+
+    Those that stay in a lane share a track with those of other lanes.
+    """
+    lanes = {node.id: node.lane for node in graph.nodes}
+    stays = {output: set(to) == {lanes[output[0]]} for output, to in routed.items()}
+    tracks: dict[Output, int] = {}
+    used: dict[tuple[int, int | None], int] = {}
+    for output in sorted(routed, key=lambda one: stays[one]):  # those of several lanes first
+        column = columns[output[0]]
+        place_of = (column, lanes[output[0]] if stays[output] else None)
+        used[place_of] = used.get(place_of, 0) + 1
+        tracks[output] = used[place_of] + (used.get((column, None), 0) if stays[output] else 0)
+    return tracks
 
 
 def place(graph: Graph, x: int = 0, y: int = 0) -> dict[int, Box]:
     """A box for every node, by id. Every link runs from left to right and no two boxes overlap."""
-    depths = _depths(graph)
+    columns, routed = _columns(graph), _routed(graph)
+    tracks = _tracks(graph, columns, routed)
     sizes = {node.id: node_size(node) for node in graph.nodes}
-    cells: dict[tuple[str, int, int], list[int]] = {}
+    cells: dict[tuple[int, int], list[int]] = {}
     for node in graph.nodes:
-        cells.setdefault((node.group, depths[node.id], node.lane), []).append(node.id)
+        cells.setdefault((columns[node.id], node.lane), []).append(node.id)
 
     lane_top: dict[int, int] = {}
     top = y
-    for lane in graph.lanes():
+    for number, lane in enumerate(graph.lanes()):
+        top += _channel(routed, lane) if number else 0  # that of the first lies under the titles of the groups
         lane_top[lane] = top
-        heights = [sum(sizes[i][1] + TITLE_HEIGHT + GAP_Y for i in ids) for key, ids in cells.items() if key[2] == lane]
+        heights = [sum(sizes[i][1] + TITLE_HEIGHT + GAP_Y for i in ids) for (_, at), ids in cells.items() if at == lane]
         top += max(heights)
 
     boxes: dict[int, Box] = {}
     left = x
-    for column in sorted({(GROUPS.index(group), depth) for group, depth, _ in cells}):
-        group, depth = GROUPS[column[0]], column[1]
+    for column in sorted(set(columns.values())):
         widest = 0
-        for (cell_group, cell_depth, lane), ids in cells.items():
-            if (cell_group, cell_depth) != (group, depth):
+        for (at, lane), ids in cells.items():
+            if at != column:
                 continue
             row = lane_top[lane]
             for node_id in ids:
@@ -311,18 +389,69 @@ def place(graph: Graph, x: int = 0, y: int = 0) -> dict[int, Box]:
                 boxes[node_id] = Box(left, row, width, height)
                 row += height + TITLE_HEIGHT + GAP_Y
                 widest = max(widest, width)
-        left += widest + GAP_X
+        left += widest + GAP_X + TRACK * max((tracks[one] for one in routed if columns[one[0]] == column), default=0)
     return boxes
+
+
+def _reroutes(graph: Graph, boxes: Mapping[int, Box]) -> tuple[list[dict[str, Any]], dict[End, int]]:
+    """Reroutes with the ends of the links through each, and the last one before each end.
+
+    An output's links share their way: right of its column to the channel of each lane, along that to each column.
+    """
+    columns, routed = _columns(graph), _routed(graph)
+    tracks = _tracks(graph, columns, routed)
+    left: dict[int, int] = {}
+    right: dict[int, int] = {}
+    lane_top: dict[int, int] = {}
+    for node in graph.nodes:
+        box, column = boxes[node.id], columns[node.id]
+        left[column] = box.x
+        right[column] = max(box.right, right.get(column, box.right))
+        lane_top[node.lane] = min(box.y, lane_top.get(node.lane, box.y))
+    reroutes: list[dict[str, Any]] = []
+    last: dict[End, int] = {}
+
+    def add(x: int, y: int, parent: int | None, ends: Sequence[End]) -> int:
+        upper = {} if parent is None else {"parentId": parent}
+        reroutes.append({"id": len(reroutes) + 1, **upper, "pos": [x, y], "linkIds": list(ends)})
+        return len(reroutes)
+
+    in_channel: dict[int, int] = {}
+    for (node_id, slot), lanes in routed.items():
+        column = columns[node_id]
+        x, slot_y = right[column] + TRACK * tracks[node_id, slot], boxes[node_id].y + SLOT_HEIGHT * slot + SLOT_MIDDLE
+        levels = {}
+        for lane in lanes:
+            in_channel[lane] = in_channel.get(lane, 0) + 1
+            levels[lane] = lane_top[lane] - TITLE_HEIGHT - TRACK * in_channel[lane]
+        out = add(x, slot_y, None, [end for ends in lanes.values() for end in ends])
+        for above in (True, False):  # of where the link leaves its node
+            ways = sorted(
+                (lane for lane in lanes if (levels[lane] < slot_y) is above),
+                key=lambda lane: abs(levels[lane] - slot_y),
+            )
+            parent = out
+            for number, lane in enumerate(ways):
+                beyond = [end for other in ways[number:] for end in lanes[other]]
+                parent = along = add(x, levels[lane], parent, beyond)
+                targets = sorted({columns[end[0]] for end in lanes[lane]})
+                for target in targets:
+                    ends = [end for end in lanes[lane] if columns[end[0]] >= target]
+                    if target > column + 1:
+                        along = add(left[target] - GAP_X // 2, levels[lane], along, ends)
+                    last |= {end: along for end in ends if columns[end[0]] == target}
+    return reroutes, last
 
 
 def frame(graph: Graph, boxes: Mapping[int, Box]) -> dict[str, Box]:
     """The rectangle of each group that has nodes, with room for the group's title, in the order of GROUPS."""
     frames = {}
+    room = GROUP_TITLE + _channel(_routed(graph), graph.lanes()[0]) if graph.nodes else GROUP_TITLE
     for group in GROUPS:
         inside = [boxes[node.id].with_title() for node in graph.nodes if node.group == group]
         if inside:
             x = min(box.x for box in inside) - GROUP_PAD
-            y = min(box.y for box in inside) - GROUP_TITLE
+            y = min(box.y for box in inside) - room
             right = max(box.right for box in inside) + GROUP_PAD
             bottom = max(box.bottom for box in inside) + GROUP_PAD
             frames[group] = Box(x, y, right - x, bottom - y)

@@ -282,7 +282,7 @@ def sweep(
             axis_x=axis_x, values_x=values_x, axis_y=axis_y, values_y=values_y,
             width=settings.width, height=settings.height, batch=settings.batch, steps=settings.steps, cfg=settings.cfg,
             sampler_name=settings.sampler, scheduler=settings.scheduler,
-            seed="\n".join(str(prompt.seed) for prompt in prompts),
+            seed=", ".join(str(prompt.seed) for prompt in prompts),
             warmup=settings.warmup, repeats=settings.repeats, plan=plan,
         )  # fmt: skip
         graph.add("PreviewImage", group="Measure", title="Plot", images=bench["plot"])

@@ -122,7 +122,8 @@ def _inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
             small[f"values_{axis}"] = axis_values(small[f"axis_{axis}"], small[f"values_{axis}"])
     for name in ("positive", "prompts", "seed", "seeds"):
         if isinstance(small.get(name), str):
-            small[name] = "\n".join(small[name].splitlines()[:PROMPTS])
+            parts = re.split(r"[\n,]", small[name]) if name == "seed" else small[name].splitlines()
+            small[name] = "\n".join(parts[:PROMPTS])
     if isinstance(small.get("plan"), str):
         small["plan"] = _plan(small["plan"])
     return small

@@ -89,6 +89,23 @@ def test_two_axes_make_a_row_a_cell_with_quality_against_the_baseline(bench, out
     assert table.count("\n| stock |") == 4 and "baseline" in table
     assert plot.shape[-1] == 3 and sheet.shape[1] > 2 * 256 and sheet.shape[2] > 2 * 256
     assert {entry["run_id"] for entry in ui["speedlab"]} == {row["run_id"] for row in rows}
+    (face,) = ui["speedlab_sweep"]
+    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    assert [face["header"], *face["rows"]] == [told[0], *told[2:]], "the browser's table is the Markdown one"
+    assert table.endswith("\n".join(f"* {note}" for note in face["notes"]))
+    (times, *_), order = face["plot"]["panels"], ("2", "1")
+    assert face["plot"]["labels"] == list(order) and [one["label"] for one in times["series"]] == ["cfg 4", "cfg 6"]
+    for series, cfg in zip(times["series"], ("4", "6"), strict=True):
+        for place, *range_s in series["points"]:
+            (row,) = [row for row in rows if (row["steps"], row["cfg"]) == (order[place], cfg)]
+            told_s = [float(row[name]) for name in ("time_s", "time_min_s", "time_max_s")]
+            assert range_s == pytest.approx(told_s, rel=0.01)
+    marks, largest = times["marks"], max(point[3] for series in times["series"] for point in series["points"])
+    assert marks[0] == 0 and marks[-2] < largest <= marks[-1] and 2 <= len(marks) <= 7
+    page = output / face["page"]["subfolder"] / face["page"]["filename"]
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 2 and text.count("<td>stock</td>") == 4 and 'src="http' not in text
+    assert (output / face["sheet"]["subfolder"] / face["sheet"]["filename"]).is_file()
     for row in rows:
         record = record_of(output, row)
         assert len(record["summary"]["totals_ms"]) == len(record["summary"]["runs_ms"]) == 2
@@ -539,3 +556,8 @@ def test_the_model_given_is_untouched(bench, loaded):
     before = (dict(model.wrappers), dict(model.attachments), dict(model.object_patches), str(model.model_options))
     bench(axis_x="plan", values_x="a=deepcache(2)+attention(sdpa)")
     assert before == (model.wrappers, model.attachments, model.object_patches, str(model.model_options))
+
+
+def test_a_page_holds_texts_as_texts(engine):
+    page = engine("plans.page").html_page("<a1>", ["<a2>"], (["<a3>"], [["<a4>"]]), [], {"<a5>": "<a6>", "none": None})
+    assert "<a" not in page and all(f"&lt;a{number}&gt;" in page for number in range(1, 7)) and "none" not in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -176,6 +177,31 @@ def test_links_run_from_left_to_right(scenario):
     ui, _ = committed(scenario)
     boxes = {node["id"]: Box(*node["pos"], *node["size"]) for node in ui["nodes"]}
     assert all(boxes[link[1]].right < boxes[link[3]].x for link in ui["links"])
+
+
+@every_shape
+def test_no_link_passes_behind_a_node(scenario):
+    """By reroutes, or straight to a neighbour: the lines between their points cross no node."""
+    ui, _ = committed(scenario)
+    nodes = {node["id"]: node for node in ui["nodes"]}
+    boxes = {node["id"]: Box(*node["pos"], *node["size"]).with_title() for node in ui["nodes"]}
+    reroutes = {reroute["id"]: reroute for reroute in ui["extra"].get("reroutes", [])}
+    last = {entry["id"]: entry["parentId"] for entry in ui["extra"].get("linkExtensions", [])}
+    seen: dict[int, set[int]] = {number: set() for number in reroutes}
+    for number, origin, out_slot, target, in_slot, _ in ui["links"]:
+        points = [[nodes[target]["pos"][0], nodes[target]["pos"][1] + 14 + 20 * in_slot]]
+        way = last.get(number)
+        while way is not None:
+            seen[way].add(number)
+            points.insert(0, reroutes[way]["pos"])
+            way = reroutes[way].get("parentId")
+        points.insert(0, [boxes[origin].right, nodes[origin]["pos"][1] + 14 + 20 * out_slot])
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            for part in range(101):
+                x, y = x0 + (x1 - x0) * part / 100, y0 + (y1 - y0) * part / 100
+                behind = [i for i, box in boxes.items() if box.x < x < box.right and box.y < y < box.bottom]
+                assert behind == [], f"link {number} at {x:.0f}, {y:.0f}"
+    assert seen == {number: set(reroute["linkIds"]) for number, reroute in reroutes.items()}
 
 
 @every_workflow
