@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -77,6 +78,12 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+def _keep_for_good() -> None:
+    """Modules stay to the end. Without this each of the many collections walks through PyTorch's million objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def comfy(base_dir: Path) -> ModuleType:
     """The real `comfy` package, imported once in this process."""
@@ -89,6 +96,7 @@ def comfy(base_dir: Path) -> ModuleType:
         cli_args.args.base_directory = str(base_dir)
     for name in ("comfy.sd", "comfy.sample", "comfy.utils", "folder_paths", "nodes"):
         importlib.import_module(name)
+    _keep_for_good()
     return sys.modules["comfy"]
 
 

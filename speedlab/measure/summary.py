@@ -1,7 +1,7 @@
 """The figures of a run: one function computes them, and every surface shows these and no others.
 
 A step's time is sampling time over steps, and the rate its inverse, so that steps / it_per_s is the sampling time. A
-median over all steps is not told: where a technique makes steps of several kinds it is the commonest kind's.
+median over all steps is not given: where a technique makes steps of several kinds it is the commonest kind's.
 
 Summary statistics of step and run times.
 """
@@ -21,7 +21,7 @@ FULL, CACHED, FORECAST, CFG_OFF = "full", "cached", "forecast", "cfg_off"
 KINDS = (FULL, CACHED, FORECAST, CFG_OFF)
 KIND_NAMES = {FULL: "full", CACHED: "cached", FORECAST: "forecast", CFG_OFF: "CFG off"}
 NO_STEPS = (
-    "This record is of schema 1 and holds no steps: the rate it told was not sampling time over steps, so none is "
+    "This record is of schema 1 and holds no steps: the rate it held was not sampling time over steps, so none is "
     "shown. Measure again to have one."
 )
 OLD_TOTAL = (
@@ -115,9 +115,9 @@ def _first_kind(steps: Sequence[Sequence[StepRow]]) -> str:
     return next((kind for kind in step_kinds(steps[0]) if kind), FULL) if steps else FULL
 
 
-def has_median(told: Mapping[str, Any]) -> bool:
+def has_median(kind: Mapping[str, Any]) -> bool:
     """Whether a kind's `median_ms` is one; of a single step it is that step's time. Older records hold no samples."""
-    samples = told.get("samples", told.get("steps"))
+    samples = kind.get("samples", kind.get("steps"))
     return is_number(samples) and samples > 1
 
 
@@ -127,7 +127,7 @@ def rows_of(steps: Sequence[Mapping[str, Any]]) -> tuple[StepRow, ...]:
 
 
 def from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of schema 1, which told the median step's rate, with the rate computed from its steps.
+    """A record of schema 1, which held the median step's rate, with the rate computed from its steps.
 
     A file may hold anything: what is no number is left out. Without steps there is no rate, and a warning says so. Its
     time from text to image is not that of schema 2 and goes, with a warning too.
@@ -148,14 +148,14 @@ def from_schema_1(data: Mapping[str, Any]) -> dict[str, Any]:
     measured = [ms for ms in runs if is_number(ms)] if isinstance(runs, (list, tuple)) else []
     sampling_ms = statistics.median(measured) if measured else sum(known)
     rows = _sound_rows(steps) if known else ()
-    told = {name: value for name, value in old.items() if name not in _OF_MEDIAN_STEP and name not in _OF_OLD_TOTAL}
-    told |= speed(float(sampling_ms), len(times)) if known else {"it_per_s": None, "step_time_ms": None}
-    told["step_kinds"] = kinds = _kinds([rows]) if rows else {}
+    summary = {name: value for name, value in old.items() if name not in _OF_MEDIAN_STEP and name not in _OF_OLD_TOTAL}
+    summary |= speed(float(sampling_ms), len(times)) if known else {"it_per_s": None, "step_time_ms": None}
+    summary["step_kinds"] = kinds = _kinds([rows]) if rows else {}
     usual, excess = kinds.get(_first_kind([rows]), {}).get("median_ms"), old.get("first_step_excess_ms")
     before = old.get("step_median_ms")
     if is_number(excess):
-        told["first_step_excess_ms"] = _round(excess + before - usual) if usual and is_number(before) else None
-    upgraded = {**data, "summary": told}
+        summary["first_step_excess_ms"] = _round(excess + before - usual) if usual and is_number(before) else None
+    upgraded = {**data, "summary": summary}
     return _warned(upgraded, NO_STEPS) if not known and old.get("it_per_s") is not None else upgraded
 
 

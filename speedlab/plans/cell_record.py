@@ -177,11 +177,11 @@ def _decoded(run: OneRun) -> dict[str, Any]:
     info, request = run.decode_info, run.record.request
     tiny = [] if info.get("decoder") in (None, "vae") else [f"tiny_vae({info['decoder']})"]
     compiled = [str(info["compiled"])] if info.get("compiled") else []
-    told: dict[str, Any] = {"accelerators": [*request.get("accelerators", ()), *compiled, *tiny], "decode": [info]}
+    found: dict[str, Any] = {"accelerators": [*request.get("accelerators", ()), *compiled, *tiny], "decode": [info]}
     if isinstance(request.get("precision"), Mapping) and info.get("precision"):
         vae = {"weight": info["precision"], "compute": info["precision"]}
-        told["precision"] = {**request["precision"], "vae": vae}
-    return told
+        found["precision"] = {**request["precision"], "vae": vae}
+    return found
 
 
 def _as_it_ran(request: dict[str, Any], cell: Cell) -> dict[str, Any]:
@@ -231,10 +231,10 @@ def _quality(runs: CellRuns) -> dict[str, Any] | None:
     own = {} if runs.attributes is None else {"attributes": runs.attributes}
     if quality is None:
         return own or None
-    # JSON has no infinity: equal images are told by `identical`.
-    told = {"psnr": quality.psnr, "ssim": quality.ssim, "identical": quality.psnr == float("inf")}
+    # JSON has no infinity: equal images are found by `identical`.
+    found = {"psnr": quality.psnr, "ssim": quality.ssim, "identical": quality.psnr == float("inf")}
     named = {"baseline": dict(runs.baseline.labels)} if runs.baseline is not None else {}
-    return {**told, **({} if quality.lpips is None else {"lpips": quality.lpips}), **own, **named}
+    return {**found, **({} if quality.lpips is None else {"lpips": quality.lpips}), **own, **named}
 
 
 def _artifacts(runs: CellRuns) -> dict[str, Any]:

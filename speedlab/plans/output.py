@@ -119,20 +119,15 @@ def _table(result: SweepResult) -> tuple[list[str], list[list[str]], list[str]]:
     if any(_lpips(runs) for runs in done):
         header = [*header, "LPIPS"]
         rows = [[*row, _lpips(runs) or NOTHING] for row, runs in zip(rows, done, strict=True)]
-<<<<<<< HEAD
     if any(runs.attributes is not None for runs in done):
         header = [*header, ATTRIBUTES]
         rows = [[*row, share(runs.attributes)] for row, runs in zip(rows, done, strict=True)]
-    lines = [_line(header), _line(["---"] * len(header)), *(_line(row) for row in rows)]
-    return "\n".join([*lines, "", *_notes(result, done)]).rstrip()
-=======
     return header, [[_plain(cell) for cell in row] for row in rows], _notes(result, done)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
     lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
     return "\n".join([*lines, "", *(f"* {note}" for note in notes)]).rstrip()
->>>>>>> wface
 
 
 def in_grid_order(all_cells: Sequence[CellRuns]) -> list[CellRuns]:

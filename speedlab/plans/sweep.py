@@ -286,11 +286,11 @@ def notes_of(cells: Sequence[CellRuns], measured_ms: float, wall_ms: float) -> l
 
 def warning_notes(cells: Sequence[CellRuns]) -> list[str]:
     """What the records warn of, with the cells that each sentence is about."""
-    told: dict[str, list[str]] = {}
+    names_by_text: dict[str, list[str]] = {}
     for runs in cells:
         for text in () if runs.record is None else runs.record.warnings:
-            told.setdefault(text, []).append(runs.cell.name)
-    return [f"{'; '.join(names)}: {text}" for text, names in told.items()]
+            names_by_text.setdefault(text, []).append(runs.cell.name)
+    return [f"{'; '.join(names)}: {text}" for text, names in names_by_text.items()]
 
 
 def saturation_notes(cells: Sequence[CellRuns]) -> list[str]:

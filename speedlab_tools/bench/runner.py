@@ -27,7 +27,8 @@ from .results import REPORT, SWEEP, Journal, Outcome, fetch_images, fetch_record
 
 def parts_of(scenario: Scenario, small: bool = False) -> list[tuple[str, ApiGraph]]:
     """The graphs that are queued one by one, each with the name of what it makes."""
-    lanes = split_lanes(scenario.graph())
+    graph = scenario.graph()
+    lanes = split_lanes(graph)
     prompts = scenario.settings.prompts
     # One lane a prompt where their numbers agree; any other graph has lanes of its own meaning.
     named = [f"{scenario.id}_{prompt.name}" for prompt in prompts] if len(prompts) == len(lanes) > 1 else []
@@ -35,9 +36,11 @@ def parts_of(scenario: Scenario, small: bool = False) -> list[tuple[str, ApiGrap
     parts = list(zip(names, lanes, strict=True))
     if not small:
         return parts
-    # Of the same thing with other prompts two are enough; lanes that differ are what the scenario is about.
-    alike = len(prompts) == len(lanes) and not scenario.graph().plans
-    return [(name, shrink(lane)) for name, lane in (parts[:PROMPTS] if alike else parts)]
+    if len(prompts) == len(lanes):
+        # Of the same thing with other prompts two are enough, and of each variant its first prompt.
+        firsts = [part for part, prompt in zip(parts, prompts, strict=True) if prompt.text == prompts[0].text]
+        parts = firsts if graph.plans else parts[:PROMPTS]
+    return [(name, shrink(lane)) for name, lane in parts]
 
 
 async def run_scenario(

@@ -90,11 +90,11 @@ def kernels(bench: Bench, block: Block) -> None:
             wall, steps = _wall_and_steps(one)
             record = _profiled(one, "trace" if variant is last else "kernels", one.settings.steps)
             profile = record.kernel_profile or {}
-            told = [f"{f['family']} {f['share']:.1f}%" for f in profile.get("families", ())[:_FAMILIES_TOLD]]
+            shares = [f"{f['family']} {f['share']:.1f}%" for f in profile.get("families", ())[:_FAMILIES_TOLD]]
             trace = _keep_trace(record, bench.journal.path)
             bench.write(
                 block, variant, n=1, sampling_s=round(wall, 4), steps_over_wall=round(steps / wall, 4),
-                note=", ".join(told) + (f"; trace {trace}" if trace else ""),
+                note=", ".join(shares) + (f"; trace {trace}" if trace else ""),
                 kernels=list(record.kernels[:_KERNELS_KEPT]), kernel_profile=profile, roofline=record.roofline,
                 warnings=list(record.warnings),
                 **({"plan": record.request["plan"]} if "asked" in record.request else {}),
@@ -200,6 +200,6 @@ def _conclude(bench: Bench, block: Block, variant: Variant) -> None:
         )
         return
     best = max(good, key=lambda row: float(row["images_per_min"]))
-    told = ("plan", "batch", "images_per_min", "picture_s", "n", "peak_allocated_gb")
+    fields = ("plan", "batch", "images_per_min", "picture_s", "n", "peak_allocated_gb")
     note = "; ".join(f"batch {row['batch']}: {row.get('images_per_min', row['status'])}" for row in mine)
-    bench.write(block, variant, **{name: best[name] for name in told}, note=note)
+    bench.write(block, variant, **{name: best[name] for name in fields}, note=note)

@@ -116,7 +116,7 @@ def _record(bench: Bench, block: Block, one: VariantRuns) -> RunRecord:
 def _told(record: RunRecord) -> dict[str, Any]:
     """What a record says, in the columns of the suite."""
     summary, phases, request, totals = record.summary, record.phases_ms, record.request, record.summary["totals_ms"]
-    # The process's peak is told by each phase: `overall` is what a cell adds to it.
+    # The process's peak is given by each phase: `overall` is what a cell adds to it.
     resident = [float(gb) for phase in record.memory.values() if (gb := phase.get("peak_rss_gb")) is not None]
     return {
         **{name: request[name] for name in ("plan", "width", "height", "batch")},
@@ -139,8 +139,8 @@ def _told(record: RunRecord) -> dict[str, Any]:
 
 
 def _sample(run: OneRun) -> dict[str, float]:
-    told = {"encode": run.encode_ms, "sampling": run.sample_ms, "decode": run.decode_ms, "total": run.total_ms}
-    return {name: round(ms / 1000.0, 5) for name, ms in told.items()}
+    ms_of = {"encode": run.encode_ms, "sampling": run.sample_ms, "decode": run.decode_ms, "total": run.total_ms}
+    return {name: round(ms / 1000.0, 5) for name, ms in ms_of.items()}
 
 
 def _ratio(stock: RunRecord, mine: RunRecord, phase: str) -> float:

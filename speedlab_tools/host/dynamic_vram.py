@@ -35,7 +35,7 @@ def finish() -> bool:
     """What comes behind ComfyUI's modules. Whether dynamic VRAM is on; where it is not, the log says why."""
     args, mm = importlib.import_module("comfy.cli_args").args, importlib.import_module("comfy.model_management")
     if not (args.enable_dynamic_vram or _has_device(mm)):
-        log.info("dynamic VRAM is off: ComfyUI has it on NVIDIA's cards, and on AMD's from ROCm 7.14")
+        log.info("dynamic VRAM is off: ComfyUI has it on NVIDIA's GPUs, and on AMD's from ROCm 7.14")
         return False
     if not args.enable_dynamic_vram and mm.torch_version_numeric < (2, 8):
         log.warning("dynamic VRAM is off: ComfyUI has it from PyTorch 2.8")

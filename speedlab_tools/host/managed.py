@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .base import CACHE_VARIABLE, Host, HostError, is_comfyui, pack_root
-from .card import require_fitting_wheels
 from .environment import Stage, StagedEnvironment, identity, key_of, locked_lines
+from .gpu import require_fitting_wheels
 from .progress import Reporter
 from .release import REPOSITORY, fetch, folder_in_archive
 
@@ -84,7 +84,7 @@ class ManagedHost(StagedEnvironment):
 
     def ensure(self) -> Host:
         """Set up what is missing, and return the host. Raises HostError as `prepare` does, and where the PyTorch that
-        it would get leaves the card of this machine unused."""
+        it would get leaves the GPU of this machine unused."""
         if self.missing():
             require_fitting_wheels()
         self.prepare()

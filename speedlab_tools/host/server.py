@@ -20,7 +20,7 @@ from typing import Any
 
 from . import layout, watchdog
 from .base import Host, ServerError, child_environment
-from .card import card, cpu_is_wanted, remedy
+from .gpu import cpu_is_wanted, maker_of_gpu, remedy
 
 ADDRESS = "127.0.0.1"
 _TAKEN = ("address already in use", "only one usage of each socket address")
@@ -166,7 +166,7 @@ class ComfyServer:
             return self.cpu
         if _has_device(self.host, tuple(sorted(self.env.items()))):
             return False
-        found = "" if cpu_is_wanted(self.env) else card()
+        found = "" if cpu_is_wanted(self.env) else maker_of_gpu()
         if found:
             raise ServerError(
                 f"This machine has an {found} GPU, and the PyTorch of {self.host.python} sees none, so ComfyUI would "

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from speedlab_tools.scenarios import drawn
+
+from .tiny_unet import fill
 
 # What is seen in images of the model that draws needs its trained weights.
 collect_ignore = [] if drawn.is_there() else ["test_drawn_oracle.py"]
@@ -86,6 +90,32 @@ def tiny(comfy: ModuleType) -> SimpleNamespace:
     return SimpleNamespace(model=patcher, cond=cond, latent=latent)
 
 
+@pytest.fixture
+def living(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], Callable[[], list[Any]]]:
+    """Watches a class from here on: gives a function that lists those of its objects that are alive.
+
+    `gc.get_objects` would say the same, after a look at every object of the process.
+    """
+
+    def watch(cls: type) -> Callable[[], list[Any]]:
+        made: list[weakref.ref[Any]] = []
+        real = cls.__init__
+
+        def noted(self: Any, *args: Any, **options: Any) -> None:
+            made.append(weakref.ref(self))
+            real(self, *args, **options)
+
+        monkeypatch.setattr(cls, "__init__", noted)
+
+        def alive() -> list[Any]:
+            assert made, f"no {cls.__name__} was made"
+            return [one for ref in made if (one := ref()) is not None]
+
+        return alive
+
+    return watch
+
+
 @pytest.fixture(scope="session")
 def parts(pack: ModuleType, model_files: Any) -> Any:
     """Model and text encoder of the demo checkpoint."""
@@ -111,3 +141,36 @@ def written(model_files: Any) -> Any:
 
     yield write
     path.unlink(missing_ok=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(pack: ModuleType, model_files: Path, demo_checkpoint: Path) -> tuple[Any, Any, Any]:
+    """The demo checkpoint with two of twelve layers in its text encoder and a narrow decoder.
+
+    For what makes whole images: these two take two thirds of each.
+    """
+    import torch
+    from comfy.ldm.modules.diffusionmodules.model import Decoder
+
+    with torch.inference_mode():
+        loader = pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]()
+        model, clip, vae = loader.load(demo_checkpoint.name, "fp32", "contiguous")[:3]
+        decoder = Decoder(
+            ch=32, out_ch=3, ch_mult=(1, 1, 1, 1), num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=64,
+            z_channels=4,
+        ).eval()  # fmt: skip
+        fill(decoder, 6)
+    vae.first_stage_model.decoder = decoder
+    encoder = clip.cond_stage_model.clip_l.transformer.text_model.encoder
+    encoder.layers = encoder.layers[:2]
+    return model, clip, vae
+
+
+@pytest.fixture
+def output(tmp_path: Path, comfy: ModuleType) -> Iterator[Path]:
+    """ComfyUI's output folder for one test."""
+    folder_paths = importlib.import_module("folder_paths")
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+    yield tmp_path
+    folder_paths.set_output_directory(before)

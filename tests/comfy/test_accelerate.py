@@ -28,15 +28,6 @@ CUSTOM = "mine=attention(split)+deepcache(2,cache_branch_id=1)"
 
 
 @pytest.fixture
-def output(tmp_path: Path, comfy: Any) -> Any:
-    folder_paths = importlib.import_module("folder_paths")
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
-    yield tmp_path
-    folder_paths.set_output_directory(before)
-
-
-@pytest.fixture
 def keep(engine: Any, tiny: Any, output: Path) -> Any:
     """Keeps a tuned plan for the tiny model, with these changes to what it is for."""
     tuned, environment = engine("plans.tuned"), engine("measure.environment").environment
@@ -190,15 +181,6 @@ def test_a_stale_plan_and_what_it_needs_beside_it_are_said(accelerate: Any, node
     time.sleep(0.01)
     keep("deepcache(3)")
     assert cls.IS_CHANGED(preset="tuned") != before
-
-
-@pytest.fixture(scope="module")
-def loaded(pack: Any, model_files: Any, demo_checkpoint: Path) -> Any:
-    with torch.inference_mode():
-        loader = pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]()
-        model, clip, vae = loader.load(demo_checkpoint.name, "fp32", "contiguous")[:3]
-    vae.first_stage_model.decoder.num_res_blocks = 0
-    return model, clip, vae
 
 
 @pytest.fixture

@@ -11,43 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from .tiny_unet import fill
-
 SETTINGS = {
     "positive": "a tree", "negative": "", "axis_x": "steps", "values_x": "1, 2", "axis_y": "none", "values_y": "",
     "width": 64, "height": 64, "batch": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal",
     "seed": "7", "warmup": 0, "repeats": 1, "plan": "",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def loaded(pack, model_files, demo_checkpoint):
-    """Text encoder with two of twelve layers, a narrow decoder: these take two thirds of each cell."""
-    import torch
-    from comfy.ldm.modules.diffusionmodules.model import Decoder
-
-    with torch.inference_mode():
-        loader = pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]()
-        model, clip, vae = loader.load(demo_checkpoint.name, "fp32", "contiguous")[:3]
-        decoder = Decoder(
-            ch=32, out_ch=3, ch_mult=(1, 1, 1, 1), num_res_blocks=0, attn_resolutions=[], in_channels=3, resolution=64,
-            z_channels=4,
-        ).eval()  # fmt: skip
-        fill(decoder, 6)
-    vae.first_stage_model.decoder = decoder
-    encoder = clip.cond_stage_model.clip_l.transformer.text_model.encoder
-    encoder.layers = encoder.layers[:2]
-    return model, clip, vae
-
-
-@pytest.fixture
-def output(tmp_path, comfy):
-    """An output folder of the test's own."""
-    folder_paths = importlib.import_module("folder_paths")
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
-    yield tmp_path
-    folder_paths.set_output_directory(before)
 
 
 @pytest.fixture
@@ -152,6 +120,7 @@ def test_cells_take_turns(bench, engine, monkeypatch):
     assert [bool(row["psnr"]) for row in rows] == [True, False, True]
 
 
+@pytest.mark.full
 def test_a_cell_on_a_cpu_tells_what_it_adds_to_the_process(bench, output, node, demo_checkpoint, engine):
     """A gigabyte that the process holds is no cell's; what a large batch takes is its own."""
     if engine("measure.peaks").rss_to_grow_from() is None:

@@ -49,7 +49,7 @@ def test_every_node_tells_what_it_is(pack, model_files):
         assert node_id.startswith("SpeedLab")
         assert pack.NODE_DISPLAY_NAME_MAPPINGS[node_id].endswith(" (SpeedLab)")
         assert cls.CATEGORY.startswith("SpeedLab/")
-        assert len(cls.DESCRIPTION) > 40
+        assert cls.DESCRIPTION.endswith(".")
         assert cls.__doc__
         assert callable(getattr(cls, cls.FUNCTION))
         assert len(cls.RETURN_TYPES) == len(cls.RETURN_NAMES) == len(cls.OUTPUT_TOOLTIPS)
@@ -58,8 +58,7 @@ def test_every_node_tells_what_it_is(pack, model_files):
 def test_every_input_has_a_tooltip(pack, model_files):
     for node_id, cls in node_classes(pack):
         for name, spec in inputs_of(cls).items():
-            assert len(spec) > 1, f"{node_id}.{name}"
-            assert len(spec[1].get("tooltip", "")) > 10, f"{node_id}.{name}"
+            assert spec[1]["tooltip"].strip(), f"{node_id}.{name}"
 
 
 def test_every_node_is_found_by_other_words_than_its_name(pack, model_files):
@@ -130,7 +129,7 @@ print(hasattr(module, "NODE_CLASS_MAPPINGS"))
 def test_the_requirements_never_touch_torch():
     (listed,) = re.findall(r"^dependencies = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     wanted = [*re.findall(r'"([^"]+)"', listed), *(ROOT / "requirements.txt").read_text().splitlines()]
-    assert len(wanted) > 4
+    assert "filelock>=3.12" in wanted
     assert not any(line.strip().startswith("torch") for line in wanted)
 
 

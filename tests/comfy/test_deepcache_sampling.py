@@ -209,9 +209,10 @@ def test_chained_samplers_are_isolated(tiny: TinyUNet, attach: Attach) -> None:
 
 
 @pytest.mark.parametrize("error", ["interrupt", "failure"])
-def test_nothing_is_left(tiny: TinyUNet, attach: Attach, deepcache: ModuleType, error: str) -> None:
+def test_nothing_is_left(tiny: TinyUNet, attach: Attach, deepcache: ModuleType, living: Any, error: str) -> None:
     import comfy.model_management
 
+    runs = living(deepcache.Run)
     raised = comfy.model_management.InterruptProcessingException if error == "interrupt" else RuntimeError
     model = attach(tiny.model, interval=3)
     expected = tiny.sample(model)
@@ -223,23 +224,21 @@ def test_nothing_is_left(tiny: TinyUNet, attach: Attach, deepcache: ModuleType, 
     with pytest.raises(raised):
         tiny.sample(model, callback=stop)
     gc.collect()
-    runs = [run for run in gc.get_objects() if type(run) is deepcache.Run]
-    assert all(not run._entries and run.current is None for run in runs)
+    assert all(not run._entries and run.current is None for run in runs())
     assert "speedlab_run_states" not in repr(model.model_options)
     assert torch.equal(tiny.sample(model), expected)
 
 
-def test_features_live_as_long_as_the_run(tiny: TinyUNet, attach: Attach, deepcache: ModuleType) -> None:
-    seen = []
+def test_features_live_as_long_as_the_run(tiny: TinyUNet, attach: Attach, deepcache: ModuleType, living: Any) -> None:
+    seen, runs = [], living(deepcache.Run)
 
     def look(step: int, *_: Any) -> None:
-        runs = [run for run in gc.get_objects() if type(run) is deepcache.Run]
-        seen.append(sum(len(run._entries) for run in runs))
+        seen.append(sum(len(run._entries) for run in runs()))
 
     tiny.sample(attach(tiny.model, interval=3), callback=look)
     gc.collect()
     assert seen == [2] * 8  # cond and uncond, never more
-    assert not [run for run in gc.get_objects() if type(run) is deepcache.Run]
+    assert not runs()
 
 
 def test_cached_evaluations_are_reported(tiny: TinyUNet, attach: Attach, pack: ModuleType) -> None:

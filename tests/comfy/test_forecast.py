@@ -553,10 +553,10 @@ def test_options_that_are_copied_in_a_run(tiny: TinyUNet, attach: Any) -> None:
 
 
 @pytest.mark.parametrize("error", ["interrupt", "failure"])
-def test_nothing_is_left(tiny: TinyUNet, attach: Any, pack: ModuleType, error: str) -> None:
+def test_nothing_is_left(tiny: TinyUNet, attach: Any, living: Any, error: str) -> None:
     import comfy.model_management
 
-    run_class = importlib.import_module("speedlab.techniques.forecast.run").Run
+    runs = living(importlib.import_module("speedlab.techniques.forecast.run").Run)
     raised = comfy.model_management.InterruptProcessingException if error == "interrupt" else RuntimeError
     model = attach(tiny.model)
     expected = tiny.sample(model, steps=20)
@@ -568,24 +568,22 @@ def test_nothing_is_left(tiny: TinyUNet, attach: Any, pack: ModuleType, error: s
     with pytest.raises(raised):
         tiny.sample(model, steps=20, callback=stop)
     gc.collect()
-    runs = [run for run in gc.get_objects() if type(run) is run_class]
-    assert all(not run.histories._anchors and run.current is None for run in runs)
+    assert all(not run.histories._anchors and run.current is None for run in runs())
     assert "speedlab_run_states" not in repr(model.model_options)
     assert torch.equal(tiny.sample(model, steps=20), expected)
 
 
-def test_two_predictions_a_group_are_kept(tiny: TinyUNet, attach: Any, pack: ModuleType) -> None:
-    run_class = importlib.import_module("speedlab.techniques.forecast.run").Run
+def test_two_predictions_a_group_are_kept(tiny: TinyUNet, attach: Any, living: Any) -> None:
+    runs = living(importlib.import_module("speedlab.techniques.forecast.run").Run)
     seen: list[int] = []
 
     def look(step: int, *_: Any) -> None:
-        runs = [run for run in gc.get_objects() if type(run) is run_class and run.histories._anchors]
-        seen.extend(len(anchors) for run in runs for anchors in run.histories._anchors.values())
+        seen.extend(len(anchors) for run in runs() for anchors in run.histories._anchors.values())
 
     tiny.sample(attach(tiny.model), steps=20, callback=look)
     assert len(seen) == 2 * 20 and set(seen) <= {1, 2, 3}
     gc.collect()
-    assert not [run for run in gc.get_objects() if type(run) is run_class and run.histories._anchors]
+    assert not [run for run in runs() if run.histories._anchors]
 
 
 def test_the_record_knows_the_options(tiny: TinyUNet, attach: Any, pack: ModuleType) -> None:

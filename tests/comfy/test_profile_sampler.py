@@ -59,7 +59,6 @@ def test_every_sampler_gives_ksamplers_latent(sample, reference, comfy, tiny):
         if not bool((ours["samples"] == theirs["samples"]).all()):
             different.append(name)
     assert not different
-    assert len(samplers) > 30
 
 
 def test_every_scheduler_gives_ksamplers_latent(sample, reference, comfy):

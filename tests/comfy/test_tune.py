@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from .test_worker_thread import in_worker
 
@@ -20,27 +18,6 @@ SETTINGS = {
     "budget_gb": 0.0,
 }  # fmt: skip
 LINES = "attention(split)\nfast=attention(split)+deepcache(3)+dynamic_cfg(0.5)"
-
-
-@pytest.fixture(scope="module")
-def loaded(pack: Any, model_files: Path, demo_checkpoint: Path) -> Any:
-    """Text encoder with two of twelve layers, decoder with one block a level."""
-    with torch.inference_mode():
-        loader = pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]()
-        model, clip, vae = loader.load(demo_checkpoint.name, "fp32", "contiguous")[:3]
-    vae.first_stage_model.decoder.num_res_blocks = 0
-    encoder = clip.cond_stage_model.clip_l.transformer.text_model.encoder
-    encoder.layers = encoder.layers[:2]
-    return model, clip, vae
-
-
-@pytest.fixture
-def output(tmp_path: Path, comfy: Any) -> Any:
-    folder_paths = importlib.import_module("folder_paths")
-    before = folder_paths.get_output_directory()
-    folder_paths.set_output_directory(str(tmp_path))
-    yield tmp_path
-    folder_paths.set_output_directory(before)
 
 
 @pytest.fixture

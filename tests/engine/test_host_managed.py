@@ -398,7 +398,7 @@ def _drop_source(site: Site) -> None:
 @pytest.mark.parametrize(
     ("damage", "stages"),
     [
-        (_drop_python, ["environment", "packages", "test-packages"]),
+        pytest.param(_drop_python, ["environment", "packages", "test-packages"], marks=pytest.mark.full),
         (_drop_environment, ["environment", "packages", "test-packages"]),
         (_drop_stamp, ["packages"]),
         (_drop_main, ["comfyui"]),

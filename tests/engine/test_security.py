@@ -37,7 +37,7 @@ def test_every_promise_names_tests_that_exist():
         named = NAMED_TEST.findall(promise)
         assert named, promise.splitlines()[0]
         for file, test in named:
-            assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
+            assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
 
 
 @pytest.mark.parametrize("folder", ["speedlab/web", "nodes"])

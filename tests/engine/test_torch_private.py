@@ -1,4 +1,7 @@
-"""Private names of PyTorch have one home, so that a change of PyTorch is looked for in one place."""
+"""Private names of PyTorch have one home, so that a change of PyTorch is looked for in one place.
+
+Ruff's banned-api takes whole names, not every name with an underscore below `torch`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def private_names(source: str) -> Iterator[str]:
             found = [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found = [f"{node.module}.{name.name}" for name in node.names]
-        elif isinstance(node, ast.Attribute):
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
             found = [ast.unparse(node)]
         for name in found:
             first, *rest = name.split(".")
@@ -31,7 +34,7 @@ def private_names(source: str) -> Iterator[str]:
 
 def test_private_names_of_pytorch_are_used_in_one_module() -> None:
     home = Path(torch_private.__file__)
-    assert len(set(private_names(home.read_text(encoding="utf-8")))) > 20
+    assert "torch._dynamo" in set(private_names(home.read_text(encoding="utf-8")))
     # The stressed server's own node travels without the pack.
     away = pack_root() / "speedlab_tools" / "stress" / "probe"
     strays = {

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import pytest
 
 from speedlab_tools.host import ComfyServer, from_environment, pack_root
 
-DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
+from ..conftest import DEMO_CHECKPOINT, link
+
+__all__ = ["DEMO_CHECKPOINT"]
 
 
 @dataclass(frozen=True)
@@ -75,35 +78,77 @@ class Api:
         return json.loads((self.output / "speedlab" / "runs" / f"{run_id}.json").read_text())
 
 
+@dataclass
+class Shared:
+    """The one server that modules share: started when the first of them asks, and again after `stop`."""
+
+    launch: Callable[..., Api]
+    api: Api | None = None
+
+    def running(self) -> Api:
+        self.api = self.api or self.launch()
+        return self.api
+
+    def stop(self) -> None:
+        if self.api is not None:
+            self.api.server.stop()
+        self.api = None
+
+
+SHARED = pytest.StashKey[Shared]()
+
+
 @pytest.fixture(scope="session")
-def start_server(
-    tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path, taesd_files: Path
-) -> Iterator[Callable[..., Api]]:
-    """Start servers of one's own; all are stopped at the end of the session."""
-    running: list[ComfyServer] = []
+def launch(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Path, taesd_files: Path) -> Callable[..., Api]:
+    """Start a server with the demo checkpoint and TAESD in its folders. Whoever calls it stops it."""
 
     def start(base: Path | None = None, output: Path | None = None, **options: Any) -> Api:
         base = base or tmp_path_factory.mktemp("server")
         models = base / "models"
         for kind in ("checkpoints", "loras", "vae", "vae_approx"):
             (models / kind).mkdir(parents=True, exist_ok=True)
-        _link(demo_checkpoint, models / "checkpoints" / DEMO_CHECKPOINT)
+        link(demo_checkpoint, models / "checkpoints", DEMO_CHECKPOINT)
         for file in taesd_files.glob("*.safetensors"):
-            _link(file, models / "vae_approx" / file.name)
+            link(file, models / "vae_approx")
         server = ComfyServer(from_environment(), pack=pack_root(), base=base, output=output, **options)
-        running.append(server)
         server.start()
         return Api(server.url, output or base / "output", models, server)
 
-    yield start
-    for server in running:
-        server.stop()
+    return start
+
+
+@pytest.fixture(scope="module")
+def start_server(launch: Callable[..., Api]) -> Iterator[Callable[..., Api]]:
+    """Start servers of a module's own; all are stopped at its end."""
+    with ExitStack() as running:
+
+        def start(**options: Any) -> Api:
+            api = launch(**options)
+            running.callback(api.server.stop)
+            return api
+
+        yield start
 
 
 @pytest.fixture(scope="session")
-def server(start_server: Callable[..., Api]) -> Api:
-    """The session's server: CPU, the small demo checkpoint, TAESD with random weights."""
-    return start_server()
+def shared(launch: Callable[..., Api], request: pytest.FixtureRequest) -> Iterator[Shared]:
+    request.config.stash[SHARED] = shared = Shared(launch)
+    yield shared
+    shared.stop()
+
+
+@pytest.fixture(scope="module")
+def server(shared: Shared) -> Api:
+    """The server of all modules here: CPU, the small demo checkpoint, TAESD with random weights."""
+    return shared.running()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the shared server with the last test of this folder: the tests that follow need its memory."""
+    shared = item.config.stash.get(SHARED, None)
+    if shared is not None and (nextitem is None or nextitem.path.parent != item.path.parent):
+        shared.stop()
 
 
 @pytest.fixture
@@ -151,11 +196,3 @@ def graph_of() -> Callable[..., dict[str, Any]]:
         }  # fmt: skip
 
     return build
-
-
-def _link(source: Path, target: Path) -> None:
-    if not target.exists():
-        try:
-            target.symlink_to(source)
-        except OSError:
-            target.write_bytes(source.read_bytes())

@@ -47,9 +47,7 @@ def stressed(start_server, tmp_path_factory):
     server.bring_probe(base)
     (base / "custom_nodes" / "leak").mkdir(parents=True)
     (base / "custom_nodes" / "leak" / "__init__.py").write_text(LEAK)
-    api = start_server(base=base)
-    yield api
-    api.server.stop()
+    return start_server(base=base)
 
 
 @pytest.mark.full

@@ -43,9 +43,7 @@ def guarded(start_server, tmp_path_factory):
     (guard / "sitecustomize.py").write_text(GUARD)
     notes = guard / "notes.txt"
     environment = {"PYTHONPATH": str(guard), "SPEEDLAB_TEST_NOTES": str(notes)}
-    api = start_server(env=environment)
-    yield api, notes
-    api.server.stop()
+    return start_server(env=environment), notes
 
 
 @pytest.mark.full

@@ -49,8 +49,7 @@ def kit() -> Kit:
 
 @pytest.fixture(scope="module")
 def start(start_server, tmp_path_factory):
-    """Servers with the probe, the demo models and a node that leaks; stopped at the end."""
-    running = []
+    """Servers with the probe, the demo models and a node that leaks."""
 
     def make():
         base = tmp_path_factory.mktemp("soak")
@@ -61,12 +60,9 @@ def start(start_server, tmp_path_factory):
             (base / "models" / kind).mkdir(parents=True, exist_ok=True)
             for path in paths:
                 (base / "models" / kind / path.name).symlink_to(path)
-        running.append(start_server(base=base))
-        return running[-1]
+        return start_server(base=base)
 
-    yield make
-    for api in running:
-        api.server.stop()
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ class ErrorControl:
     def __post_init__(self) -> None:
         self._budget = Budget(self.config.tolerance)
 
-    def decide(self, step: int, plan: list[int | None], sigmas: Sequence[float], told: Mapping[str, Any]) -> None:
+    def decide(self, step: int, plan: list[int | None], sigmas: Sequence[float], options: Mapping[str, Any]) -> None:
         """At the first evaluation of `step`: make it a cached one in `plan`, if its error fits in."""
         if step in self.decided:
             return
@@ -106,7 +106,7 @@ class ErrorControl:
             return
         if math.isnan(error) and not self._told_of_numbers:
             self._told_of_numbers = True
-            warn(told, "DeepCache: a prediction of the model held NaN or infinity; nothing is cached behind it.")
+            warn(options, "DeepCache: a prediction of the model held NaN or infinity; nothing is cached behind it.")
         if self._budget.allows(error, step, last, sigmas):
             plan[step] = last
 
@@ -114,7 +114,7 @@ class ErrorControl:
         """Whether it pays to measure at `step`: a full one that another step of the window follows."""
         return plan[step] == step and step + 1 < len(plan) and plan[step + 1] is not None
 
-    def is_known(self, step: int, is_full: bool, sigma: float, conds: Sequence[Any], x: Any, told: Any) -> bool:
+    def is_known(self, step: int, is_full: bool, sigma: float, conds: Sequence[Any], x: Any, options: Any) -> bool:
         """Whether all that is asked for was evaluated in the last full step, too; in a full one it is noted."""
         asked = {
             (group, active_parts(members, sigma), tuple(x.shape))
@@ -125,7 +125,7 @@ class ErrorControl:
         if not known and self._known_at != step and not self._told_of_changes:
             self._told_of_changes = True
             report_note(
-                told,
+                options,
                 "DeepCache: the prompts or ControlNets that act change during this run; steps where another one "
                 "begins or ends are evaluated in full.",
             )

@@ -87,7 +87,7 @@ class Run(SharedState):
 
     @contextmanager
     def evaluating(
-        self, position: Position, cfg: float | None = None, told: Mapping[str, Any] | None = None
+        self, position: Position, cfg: float | None = None, options: Mapping[str, Any] | None = None
     ) -> Iterator[None]:
         """Everything inside belongs to the step at `position`; `cfg` is that of ComfyUI's own guider, if it is one."""
         if len(self._plan) != position.steps:
@@ -97,7 +97,7 @@ class Run(SharedState):
             self._entries.clear()
         step, now = position.step, min(position.reached, position.step)
         if self.control is not None:
-            self.control.decide(step, self._plan, self.finder.sigmas, told or {})
+            self.control.decide(step, self._plan, self.finder.sigmas, options or {})
         source = self._plan[now]
         keep_from = step if source is None else source
         if self._looks_back:

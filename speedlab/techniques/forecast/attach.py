@@ -80,12 +80,12 @@ def _sampler_sample(
     executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Around the sampler: its callback counts steps, and at its end the record hears of a run without a forecast."""
-    told = extra_args.get("model_options", {}).get("transformer_options", {})
-    run: Run | None = state_of(told, KEY)
+    options = extra_args.get("model_options", {}).get("transformer_options", {})
+    run: Run | None = state_of(options, KEY)
     heard = callback if run is None else run.finder.listening(callback)
     result = executor(model_wrap, sigmas, extra_args, heard, *args, **kwargs)
-    if run is not None and not run.end(told):
-        report_ran(told, "forecast", None)
+    if run is not None and not run.end(options):
+        report_ran(options, "forecast", None)
     return result
 
 
@@ -93,30 +93,30 @@ def _predict_noise(
     executor: Any, x: Any, timestep: Any, model_options: dict | None = None, *args: Any, **kwargs: Any
 ) -> Any:
     model_options = {} if model_options is None else model_options
-    told = model_options.get("transformer_options", {})
-    run: Run | None = state_of(told, KEY)
+    options = model_options.get("transformer_options", {})
+    run: Run | None = state_of(options, KEY)
     if run is None or run.stepped_aside:
         return executor(x, timestep, model_options, *args, **kwargs)
     position = run.finder.locate(model_options, timestep)
     reason = run.obstacle(position) or scheduled_hooks(executor.class_obj)
     if reason is not None:
-        run.step_aside(reason, told)
+        run.step_aside(reason, options)
     if position is None or position.sigma <= 0.0 or run.stepped_aside:
         return executor(x, timestep, model_options, *args, **kwargs)
     if run.is_new and run.finder.is_lost and (run.config.start > 0.0 or run.config.end < 1.0):
-        warn(told, run.finder.lost_text("Forecast", "its window"))
+        warn(options, run.finder.lost_text("Forecast", "its window"))
     guider = executor.class_obj
     combines_as_core = type(guider).predict_noise is CFGGuider.predict_noise
     cfg = float(guider.cfg) if combines_as_core else None
-    with run.evaluating(position, cfg, told):
+    with run.evaluating(position, cfg, options):
         return executor(x, timestep, model_options, *args, **kwargs)
 
 
 def _calc_cond_batch(
     executor: Any, model: Any, conds: list, x: torch.Tensor, timestep: Any, model_options: dict, *args: Any
 ) -> Any:
-    told = model_options.get("transformer_options", {})
-    run: Run | None = state_of(told, KEY)
+    options = model_options.get("transformer_options", {})
+    run: Run | None = state_of(options, KEY)
     if run is None:
         return executor(model, conds, x, timestep, model_options, *args)
     run.calls += 1
@@ -124,12 +124,12 @@ def _calc_cond_batch(
     if evaluation is None:
         return executor(model, conds, x, timestep, model_options, *args)
     conds = with_unique_uuids(conds)
-    keys = keys_of(conds, x, told, evaluation)
+    keys = keys_of(conds, x, options, evaluation)
     is_forecast = run.is_forecast and run.histories.is_ready(keys, evaluation)
     if is_forecast:
         run.answered = True
         run.forecasts += 1
-        report_cached(told)
+        report_cached(options)
         out = [torch.zeros_like(x) for _ in conds]
         for group, key in keys.items():
             out[group] = run.histories.forecast(key, evaluation).to(x.dtype)

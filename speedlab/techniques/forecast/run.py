@@ -50,12 +50,12 @@ class Run(SharedState):
         """Whether no evaluation of this run was located yet."""
         return self._steps is None
 
-    def step_aside(self, reason: str, told: Mapping[str, Any]) -> None:
+    def step_aside(self, reason: str, options: Mapping[str, Any]) -> None:
         """Evaluate the rest of the run in full, and say why."""
         self.stepped_aside, self.has_forecast = True, False
         self.histories.clear()
         rest = "the rest of this run" if self.answered else "this run"
-        warn(told, f"Forecast: {reason}; nothing is forecast in {rest}.")
+        warn(options, f"Forecast: {reason}; nothing is forecast in {rest}.")
 
     def obstacle(self, position: Position | None) -> str | None:
         """Why the place of an evaluation in the run is not sound enough to forecast anything from here on."""
@@ -63,7 +63,7 @@ class Run(SharedState):
         return obstacle(self.finder, position, is_new)
 
     @contextmanager
-    def evaluating(self, position: Position, cfg: float | None, told: Mapping[str, Any]) -> Iterator[None]:
+    def evaluating(self, position: Position, cfg: float | None, options: Mapping[str, Any]) -> Iterator[None]:
         """Everything inside belongs to the step at `position`."""
         if self._steps is None:
             self._steps = position.steps
@@ -73,7 +73,7 @@ class Run(SharedState):
         step = position.step
         self.histories.forget_before(min(step, position.reached))
         if step not in self._decided:
-            self._decided[step] = self._wants_forecast(step, told)
+            self._decided[step] = self._wants_forecast(step, options)
         outer = self.current, self.is_forecast
         self.current, self.is_forecast = Evaluation(step, position.sigma, cfg), self._decided[step]
         try:
@@ -88,7 +88,7 @@ class Run(SharedState):
             return "no step but the first four and the last two lies between start_percent and end_percent"
         return None
 
-    def _wants_forecast(self, step: int, told: Mapping[str, Any]) -> bool:
+    def _wants_forecast(self, step: int, options: Mapping[str, Any]) -> bool:
         """The first decision about a step. What the device computed of the last full step is read here, where the
         device has just been waited for, to know the step."""
         if step not in self._open:
@@ -97,7 +97,7 @@ class Run(SharedState):
             self.histories.clear()
             if not self._told_of_numbers:
                 self._told_of_numbers = True
-                warn(told, "Forecast: a prediction of the model held NaN or infinity; nothing is forecast from it.")
+                warn(options, "Forecast: a prediction of the model held NaN or infinity; nothing is forecast from it.")
             return False
         if self.config.mode == "fixed":
             return step in self._plan
@@ -107,11 +107,13 @@ class Run(SharedState):
         error = self.histories.backtests.error_at(last, math.log(sigmas[last] / sigmas[step]))
         return self._budget.refuses() if error is None else self._budget.allows(error, step, last, sigmas)
 
-    def end(self, told: Mapping[str, Any]) -> bool:
+    def end(self, options: Mapping[str, Any]) -> bool:
         """Whether anything was forecast, and how much; if not, the record hears why."""
-        report_saved(told, "forecast", self.forecasts, self.calls, "evaluations")
+        report_saved(options, "forecast", self.forecasts, self.calls, "evaluations")
         if not self.answered and not self.stepped_aside:
-            report_note(told, f"Forecast: no step of this run was forecast, because {self.reason or self._why_not()}.")
+            report_note(
+                options, f"Forecast: no step of this run was forecast, because {self.reason or self._why_not()}."
+            )
         return self.answered
 
     def _why_not(self) -> str:

@@ -133,8 +133,8 @@ class Run(SharedState):
         """Say once that uncond, or what stands for it, is there where it was to be left out."""
         if not self.told_of_keeping:
             self.told_of_keeping = True
-            told = model_options.get("transformer_options", {})
-            warn(told, f"Dynamic CFG: uncond stays on in this run, because {reason}.")
+            options = model_options.get("transformer_options", {})
+            warn(options, f"Dynamic CFG: uncond stays on in this run, because {reason}.")
 
     def tell_of_part(self, model_options: Mapping[str, Any]) -> None:
         """Say once where shares of the steps cannot count those of the whole schedule."""
@@ -154,8 +154,8 @@ class Run(SharedState):
         for name in names:
             if name not in self.told_of_idle:
                 self.told_of_idle.add(name)
-                told = model_options.get("transformer_options", {})
-                report_note(told, f"Dynamic CFG: {name} acts in the steps with uncond alone.")
+                options = model_options.get("transformer_options", {})
+                report_note(options, f"Dynamic CFG: {name} acts in the steps with uncond alone.")
 
 
 def attach_dynamic_cfg(model: Any, config: DynamicCFGConfig) -> Any:
@@ -285,8 +285,8 @@ def _no_difference(guider: Any, model_options: Mapping[str, Any]) -> str | None:
 def _calc_cond_batch(
     executor: Any, model: Any, conds: list, x: torch.Tensor, timestep: Any, model_options: dict, *args: Any
 ) -> Any:
-    told = model_options.get("transformer_options", {})
-    run: Run | None = state_of(told, KEY)
+    options = model_options.get("transformer_options", {})
+    run: Run | None = state_of(options, KEY)
     if run is None or run.stepped_aside:
         return executor(model, conds, x, timestep, model_options, *args)
     out, stood = evaluate_with_difference(run.difference, executor, model, conds, x, timestep, model_options, *args)

@@ -1,4 +1,4 @@
-"""The graphics card of this machine, as drivers tell without PyTorch, so that no CPU is measured in its place."""
+"""The GPU of this machine, as drivers name it without PyTorch, so that no CPU is measured in its place."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .base import HostError
 CPU_VARIABLE = "SPEEDLAB_CPU"
 _DRM = Path("/sys/class/drm")
 _AMD = "0x1002"
-# What a processor's own graphics take of the memory is less.
+# What a CPU's own graphics take of the memory is less.
 _LEAST_VRAM = 4 << 30
 _INDEX = {"NVIDIA": "https://download.pytorch.org/whl/cu130", "AMD": "https://download.pytorch.org/whl/rocm6.4"}
 
 
-def card() -> str:
-    """`NVIDIA` or `AMD` for a card whose driver is there, "" where none is known."""
+def maker_of_gpu() -> str:
+    """`NVIDIA` or `AMD` for a GPU whose driver is there, "" where none is known."""
     if _has_nvidia():
         return "NVIDIA"
     return "AMD" if _has_amd() else ""
@@ -49,17 +49,17 @@ def _has_amd() -> bool:
 
 
 def cpu_is_wanted(env: Mapping[str, str] | None = None) -> bool:
-    """Whether the user has said that the CPU is meant, or has hidden the cards from PyTorch."""
+    """Whether the user has said that the CPU is meant, or has hidden the GPUs from PyTorch."""
     source = os.environ if env is None else env
     hidden = any(source.get(f"{kind}_VISIBLE_DEVICES") in ("", "-1") for kind in ("CUDA", "HIP"))
     return hidden or source.get(CPU_VARIABLE, "").strip() not in ("", "0")
 
 
 def require_fitting_wheels() -> None:
-    """Raise HostError where PyPI's PyTorch, which a managed host gets, computes beside the card that is there."""
+    """Raise HostError where PyPI's PyTorch, which a managed host gets, computes beside the GPU that is there."""
     if cpu_is_wanted():
         return
-    found, system = card(), platform.system()
+    found, system = maker_of_gpu(), platform.system()
     if found == "NVIDIA" and system == "Windows":
         why = "the PyTorch that PyPI has for Windows computes on the CPU alone"
     elif found == "AMD":
@@ -72,9 +72,9 @@ def require_fitting_wheels() -> None:
 
 
 def remedy(found: str) -> str:
-    """What brings a PyTorch for that card, and what to say where the CPU is meant."""
+    """What brings a PyTorch for that GPU, and what to say where the CPU is meant."""
     return (
-        f"Use a ComfyUI whose PyTorch is for that card (pip install torch torchvision torchaudio --index-url "
+        f"Use a ComfyUI whose PyTorch is for that GPU (pip install torch torchvision torchaudio --index-url "
         f"{_INDEX[found]}, with a driver as new as that asks for) and name it with --comfyui PATH. To use the CPU on "
         f"purpose, set {CPU_VARIABLE}=1."
     )

@@ -1,4 +1,4 @@
-"""A card that PyTorch does not use is told, and no CPU is measured in its place."""
+"""A GPU that PyTorch does not use is named, and no CPU is measured in its place."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from speedlab_tools.host import ComfyServer, Host, HostError, ServerError, card, server
+from speedlab_tools.host import ComfyServer, Host, HostError, ServerError, gpu, server
 from speedlab_tools.host.managed import ManagedHost
 
-WORDS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", card.CPU_VARIABLE)
+WORDS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", gpu.CPU_VARIABLE)
 
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without a card; a folder on its PATH."""
+    """A machine without a GPU; a folder on its PATH."""
     for name in WORDS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(card, "_DRM", tmp_path / "drm")
+    monkeypatch.setattr(gpu, "_DRM", tmp_path / "drm")
     return tmp_path
 
 
@@ -43,17 +43,17 @@ def put_amd_in(folder: Path, vendor: str = "0x1002", gb: int = 16) -> None:
 
 
 def test_cards_are_known_by_their_drivers(machine: Path) -> None:
-    assert card.card() == ""
+    assert gpu.maker_of_gpu() == ""
     put_amd_in(machine)
-    assert card.card() == "AMD"
+    assert gpu.maker_of_gpu() == "AMD"
     put_nvidia_in(machine, "GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)")
-    assert card.card() == "NVIDIA"
+    assert gpu.maker_of_gpu() == "NVIDIA"
 
 
 def test_what_is_no_card_is_none(machine: Path) -> None:
     put_nvidia_in(machine, "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.", 9)
     put_amd_in(machine, gb=1)  # the graphics of a processor
-    assert card.card() == ""
+    assert gpu.maker_of_gpu() == ""
 
 
 @pytest.mark.parametrize("system, nvidia, fits", [
@@ -74,7 +74,7 @@ def test_a_managed_host_is_not_set_up_beside_a_card_that_it_would_not_use(
     assert host.ensure() == host.host()
 
 
-def test_no_server_computes_on_the_cpu_unasked_where_there_is_a_card(
+def test_no_server_computes_on_the_cpu_unasked_where_there_is_a_gpu(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "_has_device", lambda _host, _env: False)
