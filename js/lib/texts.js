@@ -20,7 +20,7 @@ function faceOf(node) {
   if (known) return known;
   const kind = kindOf(node);
   // Scrolled by keys too, and by the wheel without the canvas.
-  const element = el("div", { class: "sl-face", style: `min-height: ${HEIGHTS[kind]}px`, tabindex: "0", role: "region", "aria-label": t("results"), "data-capture-wheel": "true" });
+  const element = el("div", { class: "sl-face widget-expands", style: `min-height: ${HEIGHTS[kind]}px`, tabindex: "0", role: "region", "aria-label": t("results"), "data-capture-wheel": "true" });
   const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
     serialize: false, // not part of the prompt
     hideOnZoom: false,

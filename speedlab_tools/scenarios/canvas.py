@@ -239,7 +239,7 @@ WIDTH = 320
 # Nodes that show more than sockets and widgets: extra (width, height) in pixels.
 EXTRA: Mapping[str, tuple[int, int]] = {
     "SaveImage": (20, 320),
-    "PreviewImage": (20, 260),
+    "PreviewImage": (20, 520),
     "CLIPTextEncode": (60, 50),
     "SpeedLabTextEncode": (60, 50),
     "SpeedLabPromptQueue": (160, 100),
