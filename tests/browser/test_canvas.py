@@ -293,8 +293,14 @@ PLACES = """() => {
 }"""
 
 
-@pytest.mark.parametrize("touched", [False, True], ids=["untouched", "touched"])
-@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+@pytest.mark.parametrize(
+    ("vue", "touched"),
+    [
+        pytest.param(vue, touched, id=f"{'vue' if vue else 'classic'}-{'' if touched else 'un'}touched",
+                     marks=() if vue and not touched else pytest.mark.full)
+        for vue in (False, True) for touched in (False, True)
+    ],
+)  # fmt: skip
 def test_a_page_that_is_loaded_again_shows_the_last_run_in_its_place(open_canvas, small, vue, touched):
     """ComfyUI keeps a workflow as it was when somebody last touched it; a run since then changed nothing of that."""
     canvas = open_canvas(**{"Comfy.VueNodes.Enabled": vue})

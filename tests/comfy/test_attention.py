@@ -350,6 +350,7 @@ def test_compiled(tiny: TinyUNet, attach: Any, backend: str) -> None:
     assert graphs == [1, 1]
 
 
+@pytest.mark.full
 def test_nan_in_a_compiled_model(tiny: TinyUNet, attach: Any, modules: SimpleNamespace, monkeypatch: Any) -> None:
     import comfy_api.torch_helpers
 

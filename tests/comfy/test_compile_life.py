@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import itertools
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -79,8 +80,13 @@ def unload(way: str, engine: Any, mm: Any) -> None:
         mm.unload_all_models()
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize(
+    ("way", "freeze"),
+    [
+        pytest.param(way, freeze, marks=() if number % 3 == 0 else pytest.mark.full)
+        for number, (way, freeze) in enumerate(itertools.product(WAYS, (False, True)))
+    ],
+)
 def test_programs_with_weights_go_when_the_model_is_unloaded(
     tiny: Any, compiled: Any, engine: Any, mm: Any, made: list[Any], way: str, freeze: bool
 ) -> None:

@@ -26,16 +26,18 @@ def gpu(name: str) -> ModuleType:
     return importlib.import_module(f"speedlab_tools.gpu.{name}")
 
 
+# What is measured small: each runner, variants apart and in turns, one after the other and with a capped GPU.
+BLOCKS = (
+    "peak", "work-sdxl", "sdxl-fp16", "kernels", "profiler", "cap-4gb", "offload", "alone-attention", "alone-lossy",
+    "compile-model", "compile-cudagraphs", "tour", "batch-sdxl", "refiner",
+)  # fmt: skip
 # On a CPU these have no kernel, no package or no such mode; that, too, is a row.
 CANNOT = (
     "alone-attention/attention-sdpa_mem_efficient", "alone-attention/attention-sdpa_cudnn",
     "alone-attention-slow/attention-xformers", "alone-attention-slow/attention-flash_attn",
     "alone-attention-slow/attention-sage", "alone-attention-slow/attention-sage3",
     "alone-attention-slow/attention-kitchen_int8", "sdxl-fp16/sdxl-fastest-deepcache",
-    "sdxl-bf16/sdxl-fastest-deepcache", "sd15-fp16/fastest-deepcache", "compile-blocks/blocks",
-    "compile-reduce-overhead/reduce-overhead",
-    "compile-cudagraphs/cudagraphs", "compile-dynamic/dynamic", "compile-max-autotune/max-autotune",
-    "compile-max-autotune-no-cudagraphs/max-autotune-no-cudagraphs",
+    "compile-cudagraphs/cudagraphs",
 )  # fmt: skip
 
 
@@ -77,16 +79,20 @@ def suite(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.full
 @pytest.mark.timeout(2400)
-def test_the_whole_suite_runs_from_end_to_end(comfy: ModuleType, tmp_path: Path) -> None:
-    done = suite(tmp_path, "--minutes", "35")
+def test_blocks_of_every_runner_run_from_end_to_end(comfy: ModuleType, tmp_path: Path) -> None:
+    """That each stack of all blocks can be read is shown in tests/engine/test_gpu_suite.py."""
+    from speedlab_tools.gpu import plan
+    from speedlab_tools.gpu.suite import RUNNERS
+
+    only = ("--only", *BLOCKS)
+    done = suite(tmp_path, "--minutes", "35", *only)
     assert done.returncode == 0, done.stderr[-3000:]
     (path,) = tmp_path.glob("*_gpu-small.json")
     document = json.loads(path.read_text())
     rows = {row["id"]: row for row in document["rows"]}
-    from speedlab_tools.gpu import plan
-
-    assert document["complete"] and document["started"] == {}
-    expected = {block.row(variant) for block in plan.BLOCKS for variant in block.variants}
+    blocks = plan.chosen(plan.BLOCKS, BLOCKS)
+    assert {block.runner for block in blocks} == RUNNERS.keys() and document["started"] == {}
+    expected = {block.row(variant) for block in blocks for variant in block.variants}
     assert expected <= rows.keys()
     assert {name: row.get("error") for name, row in rows.items() if row["status"] != "ok"}.keys() == set(CANNOT)
     assert all(rows[name]["status"] == "unavailable" for name in CANNOT)
@@ -109,7 +115,7 @@ def test_the_whole_suite_runs_from_end_to_end(comfy: ModuleType, tmp_path: Path)
     assert "What did not run:" in done.stdout and "not measured" in done.stdout
 
     before = path.read_text()
-    again = suite(tmp_path)
+    again = suite(tmp_path, *only)
     assert again.returncode == 0 and json.loads(path.read_text())["rows"] == json.loads(before)["rows"]
     assert "[1/" not in again.stdout, "nothing is measured twice"
 
@@ -225,6 +231,7 @@ def test_main_switches_on_nothing_that_the_suite_does_not_know(comfy: ModuleType
     assert set_here == (names if has_it else set())
 
 
+@pytest.mark.full
 def test_under_dynamic_vram_models_come_from_a_file_as_users_have_them(comfy: ModuleType, base_dir: Path) -> None:
     models = gpu("models")
     files, built = models.Models(torch.device("cpu"), True, from_files=True), models.Models(torch.device("cpu"), True)

@@ -272,6 +272,7 @@ def test_composes_with_dynamic_cfg_attention_and_precision(memory, engine):
     assert torch.equal(tiny.sample(behind), expected)
 
 
+@pytest.mark.full
 def test_split_conds_batches_and_other_samplers(memory):
     tiny = tiny_unet.build("sdxl")
     model = sequential(memory, tiny.model)

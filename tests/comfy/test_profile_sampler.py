@@ -49,6 +49,7 @@ def assert_equal(ours, theirs):
     assert torch.isfinite(ours["samples"]).all()
 
 
+@pytest.mark.full
 def test_every_sampler_gives_ksamplers_latent(sample, reference, comfy, tiny):
     import importlib
 

@@ -161,7 +161,7 @@ def test_heunpp2(tiny, techniques, run, whole, direction, interval) -> None:
     assert [row.uncond_rows for row in rows] == [*evals[:5], *[0] * 5]
 
 
-@pytest.mark.parametrize("direction", ["falls", "rises"])
+@pytest.mark.parametrize("direction", ["falls", pytest.param("rises", marks=pytest.mark.full)])
 def test_every_sampler_of_comfyui_keeps_the_plan_in_both_directions(tiny, techniques, run, whole, direction) -> None:
     """But for those that choose their own steps, all steps between the ends have the same number of evaluations."""
     import comfy.samplers

@@ -81,7 +81,7 @@ def sd15(comfy: ModuleType, demo_checkpoint: Path) -> Iterator[Loaded]:
 
 
 @pytest.mark.parametrize(
-    "family", ["sd15", "vega", *(pytest.param(name, marks=pytest.mark.full) for name in ("sd21", "sdxl_refiner"))]
+    "family", ["sd15", *(pytest.param(name, marks=pytest.mark.full) for name in ("vega", "sd21", "sdxl_refiner"))]
 )
 def test_small_files_load_whole_and_sample(
     comfy: ModuleType, small_checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture, family: str

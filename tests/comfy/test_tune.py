@@ -58,6 +58,7 @@ def test_it_finds_keeps_and_reports_a_plan(tune: Any, node: Any, loaded: Any, ou
     assert not list((output / "speedlab" / "tuned" / "unfinished").glob("*.json"))
 
 
+@pytest.mark.full
 def test_the_workflow_that_it_writes_runs_with_the_plan(tune: Any, core: Any, output: Path) -> None:
     prompt = {
         "8": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "x.safetensors"}},
@@ -97,6 +98,7 @@ def test_the_counts_are_those_of_a_run(node: Any, tiny: Any, engine: Any, output
     assert kinds == space.counts_of(space.of_line(line, axes.CellSettings(steps=14)))
 
 
+@pytest.mark.full
 def test_a_floor_and_fewer_steps(tune: Any) -> None:
     plan, table, *_, figures, _ = tune(quality="exact")
     assert plan in ("stock", "attention(split)")
@@ -137,6 +139,7 @@ def test_out_of_memory_in_a_candidate_takes_that_one_out(tune: Any, breaking: An
     assert "out of memory" in gone["why"] and gone["measured_s"] is None
 
 
+@pytest.mark.full
 def test_a_cancel_keeps_what_was_found_and_the_next_call_goes_on(
     tune: Any, node: Any, loaded: Any, breaking: Any, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +193,7 @@ def test_no_time_for_even_one_plan_is_told_and_nothing_is_kept(tune: Any, output
     assert tuned_plans(output) == []
 
 
+@pytest.mark.full
 def test_two_at_once_are_refused(tune: Any, output: Path) -> None:
     import filelock
 
@@ -200,6 +204,7 @@ def test_two_at_once_are_refused(tune: Any, output: Path) -> None:
     assert tune()[0]
 
 
+@pytest.mark.full
 def test_another_checkpoint_does_not_go_on_with_the_images_of_this_one(
     tune: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, output: Path
 ) -> None:

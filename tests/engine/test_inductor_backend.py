@@ -10,6 +10,7 @@ from speedlab.techniques.compile.backends import CompileOptions, inductor
 
 @torch.inference_mode()
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.full
 def test_convolutions_of_either_layout_give_eager_results(layout):
     torch._dynamo.reset()
     network = torch.nn.Sequential(

@@ -118,6 +118,7 @@ def test_a_bad_line_is_told_and_the_server_goes_on(server: Any) -> None:
     assert image_of(server, server.run(prompt({"preset": "exact", **BOTH})))
 
 
+@pytest.mark.full
 def test_tune_finds_a_plan_that_tuned_then_is(server: Any) -> None:
     tune = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": DEMO_CHECKPOINT}},

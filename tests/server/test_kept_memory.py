@@ -47,6 +47,7 @@ def faults(graph: Callable[..., dict[str, Any]]) -> Callable[..., tuple[int, lis
     return count
 
 
+@pytest.mark.full
 def test_large_blocks_are_kept_in_the_thread_that_samples(
     server: Any, start_server: Callable[..., Any], faults: Callable[..., tuple[int, list[str]]]
 ) -> None:

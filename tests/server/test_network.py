@@ -55,6 +55,7 @@ def test_a_whole_prompt_runs_with_the_network_cut_off(guarded, graph):
     assert lines and set(lines) == {"guarded"}, "\n".join(lines)
 
 
+@pytest.mark.full
 def test_the_guard_would_see_a_connection(guarded, tmp_path):
     import os
     import subprocess

@@ -60,6 +60,7 @@ def test_a_disk_that_fills_up_is_told_and_costs_no_run(api, disk):
     assert tally.halves >= 2, "some prompts did not find room"
 
 
+@pytest.mark.full
 def test_a_folder_that_can_only_be_read_is_told_and_costs_no_run(api, disk):
     tally = make_read_only(api.url, disk, CHECKPOINT, 3, Random(6))
     assert not tally.broken
