@@ -34,6 +34,14 @@ def show_on_node(text: str, node_id: str | None) -> None:
         server.send_progress_text(text, node_id)
 
 
+def tell_browser(event: str, data: dict[str, Any]) -> None:
+    """Send an event to the browser that queued the executing prompt; without one, in tests say, nothing happens."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    client = getattr(server, "client_id", None)
+    if server is not None and client is not None:
+        server.send_sync(event, data, client)
+
+
 def missing_input(message: str) -> Any:
     """A value for an output that has nothing to pass on: nodes behind it stop with `message`."""
     from comfy_execution.graph_utils import ExecutionBlocker

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +32,13 @@ def thumbnail(images: Any) -> Any:
         image = ImageOps.contain(Image.fromarray(array), (side, side))
         sheet.paste(image, (index % columns * side, index // columns * side))
     return sheet
+
+
+def data_url(picture: Any) -> str:
+    """A thumbnail as a small JPEG that a page shows without asking for it."""
+    data = io.BytesIO()
+    picture.resize((picture.width // 2, picture.height // 2)).save(data, "JPEG", quality=75)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def contact_sheet(

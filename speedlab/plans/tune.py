@@ -11,40 +11,37 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..common.core import output_directory, show_on_node
+from ..common.core import output_directory, show_on_node, tell_browser
 from ..common.dtypes import cpu_computes_bf16
 from ..common.errors import ResultsError, SpeedLabError, UnavailableError
 from ..measure import timeline
-from ..measure.compare import compare_latents
 from ..measure.context import NodeContext
-from ..measure.drawn.accuracy import accuracy, draws
 from ..measure.environment import environment, environment_hash
 from ..measure.store import RunStore, cannot_write, write_atomically
 from ..measure.summary import CACHED, FULL, rows_of
+from ..measure.trace import StepRow
 from ..memory.predict import ImageSize, parts_of, predict
 from ..models.loading import SOURCE, family_of, sampled_hash
 from ..patching.wrappers import accelerators
-from ..sampling.complete import save_pngs
-from ..sampling.profiled import failure_message, failure_status
 from ..techniques.compile.attach import fastest_here
 from . import tuned
 from .axes import CellSettings
-from .cell import OneRun, Prompt, Reloader, check_sampler, prepare, run_once
-from .cell_record import quality_of
-from .in_turn import own_failure
+from .cell import OneRun, Prompt, check_sampler
+from .in_turn import Series, turns
 from .plan_text import PRESETS, TechniqueText
-from .sheet import thumbnail
+from .sheet import data_url, thumbnail
 from .techniques import NodeTable, check_techniques
 from .techniques import Parts as Models
-from .tune_search import FLOORS, Found, Look, Refused, Search
+from .tune_images import Images
+from .tune_search import FLOORS, Found, Look, Refused, Search, holds
 from .tune_space import (
+    DECODERS,
     SKIPS,
     Candidate,
     Kind,
@@ -62,11 +59,19 @@ log = logging.getLogger(__name__)
 
 HELD_OUT = 2
 _SEED_STEP = 1000003
-_PROBE_STEPS = 8
+# Four of them are enough for a step of every kind.
+_FIRST_STEPS = 4
+_PROBE_STEPS = 10
+_PROBE_ROUNDS = 3
+# Of the minutes: what measuring parts may take where more than one round is made, and what has to be left for another
+# way of computing to be begun.
+_PARTS_SHARE = 0.15
+_VARIANTS_UNTIL = 2.0 / 3.0
 _FORECAST_STEPS = 10
 _LONG_REFERENCE = 3
 _COMPILE_FROM_MINUTES = 10.0
 SCHEMA = 1
+EVENT = "speedlab.tune"
 
 
 @dataclass(frozen=True)
@@ -132,13 +137,12 @@ class Tune:
             check_sampler(replace(base, sampler=sampler, scheduler=scheduler))
         self.user = Candidate("", steps=base.steps, sampler=base.sampler, scheduler=base.scheduler)
         self.prompts = request.all_prompts()
-        self.reloader = Reloader(models)
-        self._draws = draws(models.model, context)
-        self.references: dict[int, OneRun] = {}
+        steps = base.steps * _LONG_REFERENCE if self._opened else base.steps
+        self.images = Images(models, base, self.prompts, nodes, context, self.store, steps)
         self.known: dict[str, Any] = {"schema": SCHEMA, "looks": {}, "seen": {}}
-        self._weights: Any = models.model.model
         self._node = timeline.executing().node_id
         self._search: Search | None = None
+        self._new = name_of(self.user)
 
     def run(self) -> TuneResult:
         """Tune. Raises SpeedLabError where not even one plan could be measured, and what a cancel raises."""
@@ -149,6 +153,7 @@ class Tune:
             self.started = time.monotonic()
             self._bar = comfy.utils.ProgressBar(max(round(self.request.minutes * 60), 1))
             self._open()
+            self.images.file = f"tune-{self.known_key}"
             search: Search | None = None
             try:
                 self._say("your own image")
@@ -158,6 +163,8 @@ class Tune:
                 search = self._search = Search(
                     predicted, self.user, FLOORS[self.request.quality], choice, HELD_OUT, self._look, self._left
                 )
+                if not self._opened:
+                    search.see(self.user, self.images.references[0].total_ms / 1000.0)
                 self.result.found = search.find()
             except BaseException:
                 # What was found so far is not lost by a cancel, nor by what goes wrong later.
@@ -167,8 +174,10 @@ class Tune:
                     # The cancel, or the error, is what ComfyUI has to see.
                     with suppress(ResultsError):
                         self._keep(confirmed=False)
+                    self._show("cut")
                 raise
             found = self.result.found
+            self._show("done")
             held_out = range(len(self.prompts) - HELD_OUT, len(self.prompts))
             self._keep(confirmed=found.best is not None and set(held_out) <= found.best.looks.keys())
             if self.known_path is not None and found.complete:
@@ -212,28 +221,29 @@ class Tune:
     def _keep(self, confirmed: bool) -> None:
         """Save the choice as the tuned plan."""
         if self.result.parts is not None and not self._opened:
-            made = statistics.median(run.total_ms for run in self.references.values()) / 1000.0
+            made = statistics.median(run.total_ms for run in self.images.references.values()) / 1000.0
             self.result.stock_s = made
         best = self.result.found.best if self.result.found is not None else None
         if best is None:
             return
         one, base = best.candidate, self.request.base
-        differs = {
-            name: getattr(one, name)
-            for name in ("steps", "sampler", "scheduler")
-            if getattr(one, name) != getattr(base, name)
-        }
         figures = {
-            "time_s": best.seconds, "predicted_s": best.predicted, "stock_s": self.result.stock_s,
+            "time_s": best.seconds, "predicted_s": best.expected, "stock_s": self.result.stock_s,
             "latent_error": best.mean.latent, "quality": self.request.quality, "confirmed": confirmed,
             "steps": base.steps, "cfg": base.cfg, "synthetic": self.result.synthetic,
         }  # fmt: skip
         tuned.keep(
             self.store,
             tuned.TunedPlan(
-                self.tuned_for, one.line, differs, tuned.versions_of(self.result.env), figures, time.time()
+                self.tuned_for, one.line, self._differs(one), tuned.versions_of(self.result.env), figures, time.time()
             ),
         )
+
+    def _differs(self, one: Candidate) -> dict[str, Any]:
+        """What the user has to set on the sampler beside the plan."""
+        base = self.request.base
+        names = ("steps", "sampler", "scheduler")
+        return {name: getattr(one, name) for name in names if getattr(one, name) != getattr(base, name)}
 
     # Running one plan
 
@@ -251,36 +261,7 @@ class Tune:
         text = f"Tune: {doing}{so_far}, {max(self._left(), 0) / 60:.1f} min left"
         log.info("SpeedLab: %s", text)
         show_on_node(text, self._node)
-
-    def _step(self, _step: int) -> None:
-        import comfy.model_management as mm
-
-        mm.throw_exception_if_processing_interrupted()
-
-    def _once(self, settings: CellSettings, prompt: int) -> OneRun:
-        """One image. Raises Refused with the reason where the plan cannot run."""
-        import comfy.model_management as mm
-
-        failed: list[str] = []
-
-        def note(error: Exception) -> str:
-            failed.append(failure_message(error))
-            return failure_status(error)
-
-        with own_failure(note):
-            prepared = prepare(self.models, settings, self.nodes, self.reloader)
-            weights = prepared.parts.model.model
-            if weights is not self._weights:
-                mm.unload_all_models()
-                self._weights = weights
-            save = partial(self._save, self.prompts[prompt])
-            return run_once(prepared, self.prompts[prompt], self.context, self._step, save)
-        raise Refused(failed[0] if failed else "it ended without an image")
-
-    def _save(self, _prompt: Prompt, images: Any) -> list[str]:
-        """The image of one plan replaces that of the one before: what counts is the time that saving takes."""
-        paths = save_pngs(images, f"tune-{self.known_key}", self.context, self.store)
-        return [path.relative_to(self.store.root.parent).as_posix() for path in paths]
+        self._show("running")
 
     @property
     def known_key(self) -> str:
@@ -288,41 +269,57 @@ class Tune:
         return self.known_path.stem if self.known_path is not None else "now"
 
     def _reference(self, prompt: int) -> OneRun:
-        """The user's own image, uncompressed; a longer one where steps or samplers are open."""
-        if prompt not in self.references:
-            base = self.request.base
-            steps = base.steps * _LONG_REFERENCE if self._opened else base.steps
-            try:
-                if not self.references:
-                    # What is not loaded yet would count as the user's own time.
-                    self._once(replace(base, steps=1), prompt)
-                self.references[prompt] = self._once(replace(base, steps=steps), prompt)
-            except Refused as error:
-                raise SpeedLabError(f"Tune cannot make the image that it compares with: {error}") from error
-            self.result.pictures.setdefault(name_of(self.user), thumbnail(self.references[prompt].pictures))
-        return self.references[prompt]
+        """The user's own image. It is one more measurement of how fast the machine is now."""
+        new = prompt not in self.images.references
+        run = self.images.reference(prompt)
+        if new:
+            self.result.pictures.setdefault(name_of(self.user), thumbnail(run.pictures))
+            if self._search is not None and not self._opened:
+                self._search.see(self.user, run.total_ms / 1000.0)
+        return run
 
     def _look(self, candidate: Candidate, prompt: int) -> Look:
         key = f"{name_of(candidate)} #{prompt}"
         known = self.known["looks"].get(key)
         if known is not None:
             return Look(**known)
-        reference = self._reference(prompt)
+        self._reference(prompt)
         self._say(f"{candidate.line}, image {prompt + 1}")
-        run = self._once(candidate.over(self.request.base), prompt)
-        quality = quality_of(run.pictures, reference.pictures)
-        if quality is None:
-            raise Refused("its image has another size than the user's own")
-        error = compare_latents(run.latent, reference.latent).relative_error
-        right = accuracy(run.pictures, [self.prompts[prompt].text]) if self._draws else None
-        look = Look(run.total_ms / 1000.0, error, quality.ssim, min(quality.psnr, 200.0), quality.lpips, right)
-        if not math.isfinite(error):
-            raise Refused("its latent has NaN or Inf")
+        look, run = self.images.look(candidate, prompt)
         self.result.pictures.setdefault(name_of(candidate), thumbnail(run.pictures))
         self.known["seen"][candidate.skip] = _forecasts(run)
         self.known["looks"][key] = asdict(look)
         self._write()
+        self._new = name_of(candidate)
         return look
+
+    def _show(self, state: str) -> None:
+        """The front so far for the browser, with the image that came last; see js/lib/front.js."""
+        search, floor = self._search, FLOORS[self.request.quality]
+        if search is None:
+            return
+        found = self.result.found
+        best = search.best_so_far() if found is None else found.best
+        picture = self.result.pictures.get(self._new)
+        points = [
+            {
+                "name": name_of(one.candidate), "plan": one.candidate.line, "set": self._differs(one.candidate),
+                "s": round(one.seconds, 4), "error": one.mean.latent, "best": one is best,
+                "good": one.why is None and holds(one.mean, floor),
+            }
+            for one in search.tried
+            if one.looks
+        ]  # fmt: skip
+        own = self.images.references.get(0)
+        tell_browser(
+            EVENT,
+            {
+                "node": self.context.node_id, "workflow": self.context.workflow_id(), "state": state, "points": points,
+                "stock_s": None if own is None or self._opened else own.total_ms / 1000.0,
+                "floor": floor.latent if math.isfinite(floor.latent) else None,
+                "pictures": {} if picture is None else {self._new: data_url(picture)},
+            },
+        )  # fmt: skip
 
     # The parts
 
@@ -354,48 +351,79 @@ class Tune:
         return list(dict.fromkeys(variants))
 
     def _measure_parts(self) -> Parts:
-        reference = self._reference(0)
-        decoders = {"": reference.decode_ms}
+        self._reference(0)
         guided = self.request.base.cfg != 1.0
+        probes = self._measure_variants()
+        runs = [run for one in probes for run in one.repeats]
+        text = statistics.median(run.encode_ms for run in runs)
+        save = statistics.median(run.save_ms for run in runs)
+        variants = {one.variant: _variant_parts(one, text, self._predicted_gb()) for one in probes}
+        decoders = {"": statistics.median(run.decode_ms for run in runs)}
         wanted = {one.decoder for one in self.lines} if self.lines else {"tiny"}
-        variants: dict[str, VariantParts] = {}
-        wanted_variants = self._variants()
-        for number, variant in enumerate(wanted_variants, start=1):
-            self._say(f"measuring the parts of {variant or 'stock'}")
-            measured = self._measure_variant(variant)
-            if measured is not None:
-                variants[variant] = measured
-            if number < len(wanted_variants) and variants and self._left() < self.request.minutes * 40.0:
-                self.result.notes.append("The minutes did not allow every way of computing to be measured.")
-                break
         for decoder in sorted(wanted - {""}):
             try:
-                decoders[decoder] = self._probe("", decoder, 1, "").decode_ms
+                # The first one loads the decoder.
+                times = [self._probe("", decoder, 1, "").decode_ms for _ in range(1 + _PROBE_ROUNDS)][1:]
+                decoders[decoder] = statistics.median(times)
             except Refused as error:
                 self.result.notes.append(f"{decoder} is left out: {error}")
+        samplers = self._measure_samplers(probes[0].repeats[0])
         forecast, seen = self._measure_forecast(variants, guided)
-        return Parts(reference.encode_ms, reference.save_ms, decoders, variants, forecast, seen, guided)
+        return Parts(text, save, decoders, variants, forecast, seen, guided, samplers)
 
-    def _probe(self, variant: str, decoder: str, steps: int, techniques: str) -> OneRun:
+    def _probe(self, variant: str, decoder: str, steps: int, techniques: str, sampler: str = "") -> OneRun:
         """A short run of a variant."""
         base = self.request.base
         line = "+".join(text for text in (variant, techniques, decoder) if text) or "stock"
-        probe = replace(of_line(line, base), steps=steps)
-        return self._once(probe.over(base), 0)
+        probe = replace(of_line(line, base), steps=steps, sampler=sampler or base.sampler)
+        return self.images.once(probe.over(base), 0)
 
-    def _measure_variant(self, variant: str) -> VariantParts | None:
-        refused: dict[str, str] = {}
-        for techniques in ("deepcache(2)+dynamic_cfg(0.5)", "dynamic_cfg(0.5)"):
-            try:
-                # The first run compiles, and finds what is not loaded yet.
-                self._probe(variant, "", _PROBE_STEPS, techniques)
-                run = self._probe(variant, "", _PROBE_STEPS, techniques)
-            except Refused as error:
-                refused["deepcache" if techniques.startswith("deepcache") else "all"] = str(error)
+    def _measure_variants(self) -> list[Probes]:
+        """Short runs of every way of computing, in turn, so that a drift of the machine hits all alike; the first round
+        compiles and loads, and does not count. As many rounds as a part of the minutes allows.
+        """
+        seconds = self.request.minutes * 60.0
+        probes = [Probes(variant=variant) for variant in self._variants()]
+        for turn in turns(
+            probes, _PROBE_ROUNDS, 1, lambda done: done < 2 or self._left() > seconds * (1.0 - _PARTS_SHARE)
+        ):
+            one = turn.series
+            if not turn.counts and any(other.first for other in probes) and self._left() < seconds * _VARIANTS_UNTIL:
+                one.status = "no time"
                 continue
-            return _variant_parts(run, refused, self._predicted_gb())
-        self.result.notes.append(f"{variant or 'stock'} is left out: {refused['all']}")
+            self._say(f"measuring the parts of {one.variant or 'stock'}, {turn.text}")
+            run = self._probe_turn(one, _PROBE_STEPS if turn.counts else _FIRST_STEPS)
+            if run is not None:
+                turn.keep(run)
+        if any(one.status == "no time" for one in probes):
+            self.result.notes.append("The minutes did not allow every way of computing to be measured.")
+        measured = [one for one in probes if one.status == "ok"]
+        if not measured:
+            reasons = "; ".join(reason for one in probes for reason in one.refused.values())
+            raise SpeedLabError(f"Tune could not measure even your own settings: {reasons}")
+        return measured
+
+    def _probe_turn(self, one: Probes, steps: int) -> OneRun | None:
+        """One run with steps of every kind; without the techniques that are refused."""
+        while one.techniques:
+            try:
+                return self._probe(one.variant, "", steps, one.techniques[0])
+            except Refused as error:
+                one.refused[one.techniques.pop(0).partition("(")[0] or "all"] = str(error)
+        one.status = "refused"
+        self.result.notes.append(f"{one.variant or 'stock'} is left out: {one.refused['all']}")
         return None
+
+    def _measure_samplers(self, usual: OneRun) -> dict[str, float]:
+        """How often other samplers evaluate in a step, by the user's own."""
+        samplers = sorted({name for name, _ in self.request.samplers} | {one.sampler for one in self.lines})
+        found: dict[str, float] = {}
+        for sampler in samplers:
+            if sampler != self.request.base.sampler:
+                with suppress(Refused):
+                    run = self._probe("", "", _FIRST_STEPS, "", sampler)
+                    found[sampler] = _evaluations(run) / _evaluations(usual)
+        return found
 
     def _predicted_gb(self) -> float:
         """What a run takes by prediction, where the device does not tell: on a CPU what another device would need."""
@@ -426,14 +454,16 @@ class Tune:
                     seen[text] = self.known["seen"][text]
         return (statistics.median(times) if times else 0.0), seen
 
+    def candidates(self, variants: Sequence[str] = (), decoders: Sequence[str] = DECODERS) -> list[Candidate]:
+        """Every plan that this tune chooses from; without `variants` of all ways of computing that may run here."""
+        request, variants = self.request, list(variants) or self._variants()
+        if self.lines:
+            return list(dict.fromkeys([*self.lines, *fewer_steps(variants, request.base, decoders)]))
+        return space(variants, request.base, decoders, request.steps, request.samplers)
+
     def _predicted(self, parts: Parts) -> dict[Candidate, float]:
-        decoders = list(parts.decoders)
+        found = self.candidates(list(parts.variants), list(parts.decoders))
         request = self.request
-        found = (
-            list(dict.fromkeys([*self.lines, *fewer_steps(list(parts.variants), request.base, decoders)]))
-            if self.lines
-            else space(list(parts.variants), request.base, decoders, request.steps, request.samplers)
-        )
         self.result.size = len(found)
         predicted: dict[Candidate, float] = {}
         for one in found:
@@ -450,18 +480,43 @@ class Tune:
         return predicted
 
 
-def _variant_parts(run: OneRun, refused: dict[str, str], predicted_gb: float) -> VariantParts:
+@dataclass(kw_only=True, eq=False)
+class Probes(Series[OneRun]):
+    """Short runs of one way of computing; `techniques`: what they run with, the first that is not refused."""
+
+    variant: str
+    techniques: list[str] = field(default_factory=lambda: ["deepcache(2)+dynamic_cfg(0.6)", "dynamic_cfg(0.6)", ""])
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def _variant_parts(probes: Probes, text_ms: float, predicted_gb: float) -> VariantParts:
+    """Medians over all runs; `beside` is what they took beside their steps, decoding and saving, without `text_ms`."""
+    runs = [(run, rows_of(run.record.steps)) for run in probes.repeats]
+    # The first step also prepares, and stands for its kind only where nothing else does.
+    later = [(_kind(row), row.ms) for _, rows in runs for row in rows[1:]]
+    first = [(_kind(rows[0]), rows[0].ms) for _, rows in runs]
+    kinds = {kind for kind, _ in (*first, *later)}
+    steps = {
+        kind: statistics.median([ms for its, ms in later if its == kind] or [ms for its, ms in first if its == kind])
+        for kind in kinds
+    }
+    rest = (run.total_ms - run.decode_ms - run.save_ms - sum(steps[_kind(row)] for row in rows) for run, rows in runs)
+    peaks = [run.record.memory.get("overall", {}).get("peak_allocated_gb") for run, _ in runs]
+    known = [peak for peak in peaks if peak is not None]
+    return VariantParts(
+        steps, statistics.median(rest) - text_ms, max(known) if known else predicted_gb, probes.refused,
+        statistics.median(run.decode_ms for run, _ in runs),
+    )  # fmt: skip
+
+
+def _kind(row: StepRow) -> Kind:
+    return (CACHED if row.cached else FULL, bool(row.uncond_rows))
+
+
+def _evaluations(run: OneRun) -> float:
+    """Of a step; the last one may have fewer."""
     rows = rows_of(run.record.steps)
-    kinds: list[Kind] = [(CACHED if row.cached else FULL, bool(row.uncond_rows)) for row in rows]
-    steps: dict[Kind, float] = {}
-    for kind in set(kinds):
-        # The first step also prepares, and stands for its kind only where nothing else does.
-        mine = [row.ms for row, its in zip(rows[1:], kinds[1:], strict=True) if its == kind]
-        steps[kind] = statistics.median(mine or [rows[0].ms])
-    extra = sum(float(run.record.phases_ms.get(name) or 0.0) for name in ("to_device", "prepare"))
-    beside = max(run.sample_ms + extra - sum(steps[kind] for kind in kinds), 0.0)
-    peak = run.record.memory.get("overall", {}).get("peak_allocated_gb")
-    return VariantParts(steps, beside, peak if peak is not None else predicted_gb, refused)
+    return statistics.median(max(row.evals, 1) for row in rows[:-1] or rows)
 
 
 def _is_made_up(path: Path) -> bool:

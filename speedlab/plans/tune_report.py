@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -156,6 +157,14 @@ def notes_of(result: TuneResult) -> list[str]:
             "The weights of this checkpoint are random: the times are real, a distance is no statement on quality."
         )
     notes.append(f"{result.size} plans were predicted from parts measured once.")
+    looks = [look for one in ranked(result) for look in one.looks.values()]
+    off = sorted(abs(look.seconds / look.predicted - 1.0) for look in looks if look.predicted)
+    if off:
+        notes.append(
+            f"Predicted against measured, over {len(off)} images: off by {100 * statistics.median(off):.0f} % in the "
+            f"median, {100 * off[-1]:.0f} % at most. A prediction is the parts times what the last images took over "
+            "theirs, because the machine drifts."
+        )
     notes += [f"{count} plans were dropped: {reason}." for reason, count in result.dropped.items()]
     return [*notes, *result.notes]
 
@@ -164,12 +173,12 @@ def _row(result: TuneResult, one: Tried) -> list[str]:
     best = result.found is not None and one is result.found.best
     text = "recommended" if best else one.why or ""
     if not one.looks:
-        return [name_of(one.candidate), _NOTHING, f"{one.predicted:.2f} s", *[_NOTHING] * 5, "0", text]
+        return [name_of(one.candidate), _NOTHING, f"{one.expected:.2f} s", *[_NOTHING] * 5, "0", text]
     mean = one.mean
     return [
         name_of(one.candidate),
         f"{one.seconds:.2f} s",
-        f"{one.predicted:.2f} s",
+        f"{one.expected:.2f} s",
         f"{result.stock_s / one.seconds:.2f}" if result.stock_s else _NOTHING,
         f"{mean.latent:.4f}",
         f"{mean.ssim:.4f}",
@@ -201,7 +210,7 @@ def _facts(result: TuneResult) -> dict[str, Any]:
         "plans": [
             {
                 "plan": one.candidate.line, "steps": one.candidate.steps, "sampler": one.candidate.sampler,
-                "scheduler": one.candidate.scheduler, "predicted_s": one.predicted,
+                "scheduler": one.candidate.scheduler, "predicted_s": one.expected, "from_parts_s": one.predicted,
                 "measured_s": one.seconds if one.looks else None, "why": one.why,
                 "looks": {prompt: vars(look) for prompt, look in one.looks.items()},
                 "recommended": result.found is not None and one is result.found.best,

@@ -22,6 +22,8 @@ _SLACK = 1.6
 _FINALISTS = 4
 # Ways that differ by rounding are all timed where their predictions are so many times the fastest one's at most.
 _ALIKE = 1.1
+# So many of the last images tell how fast the machine is now.
+_PACES = 5
 # Of the time, what the first prompt may take; the rest is for more prompts and the held-out seeds.
 _FIRST_SHARE = 0.6
 
@@ -46,7 +48,7 @@ CALIBRATED: str = _TABLE["calibrated"]
 @dataclass(frozen=True)
 class Look:
     """One image: seconds from text to saved image, and how far it is from the user's own; of the model that draws the
-    share of attributes that are right."""
+    share of attributes that are right. `predicted`: the seconds that were expected before it was made."""
 
     seconds: float
     latent: float
@@ -54,11 +56,12 @@ class Look:
     psnr: float
     lpips: float | None = None
     attributes: float | None = None
+    predicted: float | None = None
 
 
 @dataclass
 class Tried:
-    """A candidate with its images by prompt; `why` tells why it is out."""
+    """A candidate with its images by prompt; `predicted`: by the parts alone; `why` tells why it is out."""
 
     candidate: Candidate
     predicted: float
@@ -69,6 +72,12 @@ class Tried:
     def seconds(self) -> float:
         """The median over its images."""
         return statistics.median(look.seconds for look in self.looks.values())
+
+    @property
+    def expected(self) -> float:
+        """The seconds that were expected before each of its images: the median; by the parts alone before the first."""
+        known = [look.predicted for look in self.looks.values() if look.predicted is not None]
+        return statistics.median(known) if known else self.predicted
 
     @property
     def mean(self) -> Look:
@@ -146,6 +155,30 @@ class Search:
         self.chains = self._chains()
         self.tried: list[Tried] = []
         self._kept = self.seconds * (1.0 - _FIRST_SHARE)
+        self._paces: list[float] = []
+        self._places: dict[tuple[Candidate, int], int] = {}
+
+    @property
+    def pace(self) -> float:
+        """What the last images took by what the parts said: the machine drifts, and the parts were measured before."""
+        return statistics.median(self._paces[-_PACES:]) if self._paces else 1.0
+
+    def steady(self, one: Tried) -> float:
+        """Its seconds on a machine as fast as it was when the parts were measured, by the images around each of its
+        own: images of other times are compared by this."""
+        around = _PACES // 2
+        places = {prompt: self._places[one.candidate, prompt] for prompt in one.looks}
+        return statistics.median(
+            one.looks[prompt].seconds / statistics.median(self._paces[max(place - around, 0) : place + around + 1])
+            for prompt, place in places.items()
+        )
+
+    def see(self, candidate: Candidate, seconds: float) -> None:
+        """Note what an image of a candidate took that this search has not asked for."""
+        own = self.pool.get(candidate.lossy)
+        same = [one for one in (own, *self.alike.get(candidate.lossy, ())) if one and one.candidate == candidate]
+        if same and same[0].predicted > 0:
+            self._paces.append(seconds / same[0].predicted)
 
     def _chains(self) -> dict[str, list[Tried]]:
         """What differs from the user's own in one thing, by that thing, the mildest setting first."""
@@ -183,22 +216,26 @@ class Search:
 
     def _passing(self) -> list[Tried]:
         good = [one for one in self.tried if one.looks and one.why is None and holds(one.mean, self.floor)]
-        return sorted(good, key=lambda one: one.seconds)
+        # They were made at other times, between which the machine drifts.
+        return sorted(good, key=self.steady)
 
     def best_so_far(self) -> Tried | None:
         """The fastest one that holds the floor on all that was made of it."""
-        return next(iter(self._passing()), None)
+        return min(self._passing(), key=lambda one: one.seconds, default=None)
 
     def _look(self, one: Tried, prompt: int, keep_s: float = 0.0) -> bool:
         """Make one image, unless fewer than `keep_s` seconds were left then; whether the candidate is still in."""
         if one.why is not None or prompt in one.looks:
             return one.why is None
-        if self.left() - one.predicted * 1.1 < keep_s:
+        expected = one.predicted * self.pace
+        if self.left() - expected * 1.1 < keep_s:
             raise OutOfTime
         if one not in self.tried:
             self.tried.append(one)
         try:
-            one.looks[prompt] = self.run(one.candidate, prompt)
+            one.looks[prompt] = replace(self.run(one.candidate, prompt), predicted=expected)
+            self._places[one.candidate, prompt] = len(self._paces)
+            self._paces.append(one.looks[prompt].seconds / max(one.predicted, 1e-9))
         except Refused as error:
             one.why = str(error)
         return one.why is None
@@ -226,7 +263,7 @@ class Search:
         """Stacks, the fastest first, until enough hold the floor: a slower one would not be recommended."""
         ratios: list[float] = []
         for one in sorted(self.pool.values(), key=lambda one: one.predicted):
-            faster = [known for known in self._passing() if known.seconds <= one.predicted]
+            faster = [known for known in self._passing() if self.steady(known) <= one.predicted]
             if len(faster) >= _FINALISTS:
                 return
             estimate = None if one.looks or one.why is not None else self.estimate(one.candidate)

@@ -168,19 +168,22 @@ def _typed(options: Mapping[str, str], names: Mapping[str, str]) -> dict[str, An
 
 @dataclass(frozen=True)
 class VariantParts:
-    """What was measured of a variant, in ms: a step of each kind, and a sampling's time beside its steps. `peak_gb`:
-    memory at its worst, None where the device does not tell; `refused`: what it does not go with, and why."""
+    """What was measured of a variant, in ms: a step of each kind, what a run takes beside all else that is known, and
+    its full decode, None where that is not its own. `peak_gb`: memory at its worst, None where the device does not
+    tell; `refused`: what it does not go with, and why."""
 
     steps: Mapping[Kind, float]
     beside: float = 0.0
     peak_gb: float | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    decode: float | None = None
 
 
 @dataclass(frozen=True)
 class Parts:
     """Everything measured once: `text` and `save` in ms, decoders by their text, variants by theirs, `forecast`: a
-    forecast step, `seen`: forecast steps of what decides while it runs."""
+    forecast step, `seen`: forecast steps of what decides while it runs, `samplers`: how many times as often as the
+    user's own sampler others evaluate in a step."""
 
     text: float
     save: float
@@ -189,6 +192,7 @@ class Parts:
     forecast: float = 0.0
     seen: Mapping[str, int] = field(default_factory=dict)
     guided: bool = True
+    samplers: Mapping[str, float] = field(default_factory=dict)
 
 
 def predicted_s(candidate: Candidate, parts: Parts) -> float | None:
@@ -197,12 +201,14 @@ def predicted_s(candidate: Candidate, parts: Parts) -> float | None:
     counts = counts_of(candidate, parts.guided, parts.seen)
     if variant is None or counts is None or candidate.decoder not in parts.decoders:
         return None
-    total = parts.text + parts.save + parts.decoders[candidate.decoder] + variant.beside
+    own_decode = None if candidate.decoder else variant.decode
+    decode = parts.decoders[candidate.decoder] if own_decode is None else own_decode
+    total = parts.text + parts.save + decode + variant.beside
     for kind, count in counts.items():
         ms = parts.forecast if kind[0] == FORECAST else variant.steps.get(kind)
         if ms is None:
             return None
-        total += ms * count
+        total += ms * count * parts.samplers.get(candidate.sampler, 1.0)
     return total / 1000.0
 
 

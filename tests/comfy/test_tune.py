@@ -45,7 +45,8 @@ def test_it_finds_keeps_and_reports_a_plan(tune: Any, node: Any, loaded: Any, ou
     # What the preset takes is what was found.
     assert in_worker(lambda: node("SpeedLabAccelerate").apply(loaded[0], "tuned"))["result"][3] == plan
     plans = figures["plans"]
-    assert {one["plan"] for one in plans} >= {"attention(split)", plan}
+    # Of ways that differ by rounding the one predicted fastest is tried.
+    assert {one["plan"] for one in plans} & {"attention(split)", "stock"}
     assert [one["recommended"] for one in plans].count(True) == 1
     ran = [one for one in plans if one["measured_s"] is not None]
     assert all(one["predicted_s"] > 0 and len(one["looks"]) >= 1 for one in ran)
@@ -114,7 +115,7 @@ def breaking(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     """Have something happen before the image of a plan that `when` tells by its settings and number."""
 
     def install(when: Callable[[Any, int], bool], what: Callable[[], None]) -> None:
-        module, made = engine("plans.tune"), []
+        module, made = engine("plans.tune_images"), []
         real = module.run_once
 
         def run(prepared: Any, *args: Any) -> Any:

@@ -210,6 +210,40 @@ def test_a_winner_that_fails_on_the_held_out_seeds_makes_room_for_the_next() -> 
     assert {2, 3} <= found.best.looks.keys()
 
 
+def test_predictions_follow_a_machine_that_drifts() -> None:
+    """Four times as slow after a while, and back again: what is expected of an image is what the last ones took."""
+    world, slow = World(9), []
+
+    def drifting(one: Candidate, prompt: int) -> Look:
+        look = world.look(one, prompt)
+        slow.append(4.0 if 6 <= len(slow) < 18 else 1.0)
+        return Look(look.seconds * slow[-1], look.latent, look.ssim, look.psnr)
+
+    search = world.search(FLOORS["similar"], 1e6, drifting)
+    search.see(search.user, 1.3 * (predicted_s(search.user, world.parts) or 0.0))
+    assert search.pace == pytest.approx(1.3)
+    found = search.find()
+    looks = [look for one in found.tried for look in one.looks.values()]
+    off = [abs(look.seconds / (look.predicted or math.inf) - 1) for look in looks]
+    assert len(looks) > 20 and slow.count(4.0) == 12
+    # Only where the machine has just changed, and before anything was known.
+    assert sum(share > 0.1 for share in off) <= 9
+    calm = World(9)
+    best = calm.search(FLOORS["similar"], 1e6).find().best
+    assert found.best is not None and best is not None
+    assert world.true_s[found.best.candidate] <= calm.true_s[best.candidate] * 1.05
+
+
+def test_a_prediction_knows_a_decode_of_its_own_and_what_a_sampler_evaluates() -> None:
+    plain = Candidate("", steps=20)
+    usual = predicted_s(plain, parts()) or 0.0
+    own = VariantParts({(FULL, True): 1000.0}, 50.0, decode=2500.0)
+    assert predicted_s(plain, parts(variants={"": own})) == pytest.approx(usual + 1.0)
+    assert predicted_s(Candidate("", "", "", "tiny", 20), parts(variants={"": own})) == pytest.approx(usual - 1.4)
+    twice = Candidate("", steps=20, sampler="heun")
+    assert predicted_s(twice, parts(samplers={"heun": 2.0})) == pytest.approx(usual + 20.0)
+
+
 def test_what_cannot_run_is_out_and_the_search_goes_on() -> None:
     world = World(3)
 
