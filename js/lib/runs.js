@@ -183,7 +183,7 @@ export class RunsTab {
   async #compare() {
     try {
       // In the order of their dates, so that B is what was tried later.
-      const [first, second] = await Promise.all([...this.picked].sort().map((runId) => readRun(runId)));
+      const [first, second] = await Promise.all([...this.picked].sort().map(readRun));
       this.#show(compareView(first, second));
     } catch (error) {
       this.note.textContent = t("failed", { why: error.message });

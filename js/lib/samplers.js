@@ -2,7 +2,7 @@
 import { api } from "../../../scripts/api.js";
 import { findNode, isHere, isVue, kindOf, redraw, rootGraph, shownOn } from "./nodes.js";
 import { fromRecord, panelOf } from "./panel.js";
-import { announceLive, readRun } from "./server.js";
+import { announceLive, findRun } from "./server.js";
 import { isReport, showRun } from "./texts.js";
 
 // All that a saved workflow keeps of a run: its id.
@@ -132,7 +132,7 @@ async function restore(node, executionId) {
   beforeReload.delete(key);
   if (typeof runId !== "string" || !RUN_ID.test(runId)) return;
   try {
-    const record = profiles.has(runId) ? null : await readRun(runId, true);
+    const record = profiles.has(runId) ? null : await findRun(runId);
     const profile = profiles.get(runId) ?? (record && fromRecord(record));
     // Deleted, or measured on another machine; or meanwhile a run has begun, or the node is gone.
     if (profile && node.graph && (isReport(node) || !panelOf(node).runId)) show(node, executionId, profile);

@@ -1,6 +1,15 @@
 // What the extension asks its own server; see speedlab/web/routes.py.
 import { api } from "../../../scripts/api.js";
 
+/** A run's record; null for one that was deleted, without the browser calling that a failed request. */
+export async function findRun(runId) {
+  const response = await api.fetchApi(`/speedlab/runs/${encodeURIComponent(runId)}?if_there`);
+  return response.status === 204 ? null : answer(response);
+}
+
+/** The address of a file that ComfyUI names: filename, subfolder, type. */
+export const viewUrl = (file) => api.apiURL(`/view?${new URLSearchParams(file)}`);
+
 async function answer(response) {
   const body = await response.json().catch(() => ({}));
   if (!response.ok) throw new Error(body.error ?? `${response.status} ${response.statusText}`);
@@ -17,13 +26,7 @@ export function listRuns(offset, limit, words) {
   return api.fetchApi(`/speedlab/runs?${query}`).then(answer);
 }
 
-
-/** A run's record. `ifThere`: null for one that was deleted, without the browser calling that a failed request. */
-export async function readRun(runId, ifThere = false) {
-  const response = await api.fetchApi(`/speedlab/runs/${encodeURIComponent(runId)}${ifThere ? "?if_there" : ""}`);
-  return response.status === 204 ? null : answer(response);
-}
-
+export const readRun = (runId) => api.fetchApi(`/speedlab/runs/${encodeURIComponent(runId)}`).then(answer);
 export const deleteRuns = (runIds) => post("/speedlab/delete", { run_ids: runIds });
 export const pruneRuns = (keep) => post("/speedlab/prune", { keep });
 export const announceLive = (clientId, on) => post("/speedlab/live", { client_id: clientId, on });
@@ -32,5 +35,4 @@ export const announceLive = (clientId, on) => post("/speedlab/live", { client_id
 export const jsonUrl = (runId) => api.apiURL(`/speedlab/runs/${encodeURIComponent(runId)}?download=1`);
 export const fileUrl = (runId, kind, index = 0) =>
   api.apiURL(`/speedlab/runs/${encodeURIComponent(runId)}/file/${encodeURIComponent(kind)}/${index}`);
-export const viewUrl = (file) => api.apiURL(`/view?${new URLSearchParams(file)}`);
 export const csvUrl = () => api.apiURL("/speedlab/results.csv");

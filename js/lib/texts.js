@@ -4,7 +4,7 @@ import { el } from "./dom.js";
 import { t } from "./i18n.js";
 import { findNode, isVue, kindOf, redraw, shownOn } from "./nodes.js";
 import { reportFace, sweepFace } from "./report.js";
-import { readRun } from "./server.js";
+import { findRun } from "./server.js";
 
 const REPORT = "SpeedLabProfileReport";
 const BENCHMARK = "SpeedLabBenchmark";
@@ -52,7 +52,7 @@ export function nodeCreated(node) {
 
 /** Show a run on a Profile Report; where its record is gone, the text that the node returned. */
 export async function showRun(node, runId, text) {
-  const record = await readRun(runId, true).catch(() => null);
+  const record = await findRun(runId).catch(() => null);
   if (record) show(node, reportFace(record));
   else if (text) show(node, text);
 }
