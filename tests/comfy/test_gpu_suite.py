@@ -120,6 +120,7 @@ def test_blocks_of_every_runner_run_from_end_to_end(comfy: ModuleType, tmp_path:
     assert "[1/" not in again.stdout, "nothing is measured twice"
 
 
+@pytest.mark.full
 def test_a_call_without_time_writes_what_it_has_and_says_what_is_left(comfy: ModuleType, tmp_path: Path) -> None:
     done = suite(tmp_path, "--minutes", "0.001", "--only", "peak", "sdxl-fp16")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -40,7 +40,7 @@ def test_it_prints_and_keeps_its_figures(tmp_path):
     ("arguments", "code", "words"),
     [(("--inputs", "-1"), 2, "numbers from 0 on"), (("--inputs", "0", "--faults", "0", "--soak", "0"), 2, "not 0 all"),
      (("--soak", "3"), 2, "at least 20 prompts"),
-     (("--only", "no such reader", "--inputs", "1"), 1, "No reader's name holds")],
+     pytest.param(("--only", "no such reader", "--inputs", "1"), 1, "No reader's name holds", marks=pytest.mark.full)],
 )  # fmt: skip
 def test_mistakes_are_sentences(tmp_path, arguments, code, words):
     done = stress(*arguments, cwd=tmp_path)
