@@ -183,5 +183,12 @@ def prepare(base: Path) -> None:
     checkpoint = base / "models" / "checkpoints" / CHECKPOINT
     if not checkpoint.exists():
         synthetic.write_checkpoint(checkpoint, synthetic.CheckpointSpec(family="sd15", size="full", dtype="fp32"))
+    prepare_tiny(base)
+
+
+def prepare_tiny(base: Path) -> None:
+    """Write a Tiny VAE with random weights where there is none yet."""
+    from speedlab_tools import synthetic
+
     if not (base / "models" / "vae_approx" / "taesd_decoder.safetensors").exists():
         synthetic.write_taesd(base / "models" / "vae_approx", "taesd")

@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { useStyles } from "./lib/dom.js";
+import * as front from "./lib/front.js";
 import { loadWords, t } from "./lib/i18n.js";
 import { RunsTab } from "./lib/runs.js";
 import * as samplers from "./lib/samplers.js";
@@ -59,12 +60,17 @@ app.registerExtension({
   nodeCreated(node) {
     samplers.nodeCreated(node);
     texts.nodeCreated(node);
+    front.nodeCreated(node);
   },
-  afterConfigureGraph: () => samplers.restoreAll(),
+  afterConfigureGraph() {
+    samplers.restoreAll();
+    front.restoreAll();
+  },
   async setup() {
     useStyles();
     samplers.listen(wantsLive);
     texts.listen();
+    front.listen();
     api.addEventListener("execution_success", afterPrompt);
     await loadWords();
     app.extensionManager.registerSidebarTab({
