@@ -1,6 +1,7 @@
 // SpeedLab in the browser: profiles on the samplers, the sidebar with all runs, the settings.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { CompareTab } from "./lib/compare.js";
 import { useStyles } from "./lib/dom.js";
 import * as front from "./lib/front.js";
 import { loadWords, t } from "./lib/i18n.js";
@@ -12,7 +13,10 @@ import * as texts from "./lib/texts.js";
 const LIVE = "SpeedLab.LiveChart";
 const KEEP = "SpeedLab.KeepRuns";
 const TAB = "speedlab";
+const COMPARE_TAB = "speedlab-compare";
 const runs = new RunsTab();
+const compare = new CompareTab();
+runs.onPick = (ids) => compare.show(ids);
 
 const setting = (id, fallback) => app.extensionManager?.setting?.get(id) ?? fallback;
 const wantsLive = () => setting(LIVE, true) !== false;
@@ -22,6 +26,7 @@ async function afterPrompt() {
   const keep = Math.floor(Number(setting(KEEP, 0)));
   if (keep > 0) await pruneRuns(keep).catch((error) => console.warn("SpeedLab:", error.message));
   runs.refresh();
+  compare.show();
 }
 
 app.registerExtension({
@@ -53,6 +58,15 @@ app.registerExtension({
       label: "Show SpeedLab runs",
       icon: "pi pi-gauge",
       function: () => app.extensionManager.sidebarTab?.toggleSidebarTab?.(TAB),
+    },
+  ],
+  // A frontend without a bottom panel leaves it aside.
+  bottomPanelTabs: [
+    {
+      id: COMPARE_TAB,
+      title: "SpeedLab",
+      type: "custom",
+      render: (element) => compare.render(element),
     },
   ],
   menuCommands: [{ path: ["View"], commands: ["SpeedLab.ShowRuns"] }],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..speedlab.measure import report
+from ..speedlab.measure import node_times, report
 from ..speedlab.measure.context import NodeContext
 from ..speedlab.measure.kernel_profile import DETAILS
 from ..speedlab.sampling.ensemble import EnsembleRequest, Expert, sample_ensemble
@@ -62,7 +62,8 @@ class EnsembleSampler:
 
     @classmethod
     def IS_CHANGED(cls, **_: object) -> float:
-        """A measurement is never taken from the cache."""
+        """A measurement is never taken from the cache. ComfyUI asks before it runs any node: watch them from here."""
+        node_times.watch()
         return float("nan")
 
     def sample(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..speedlab.measure import charts, report
+from ..speedlab.measure import charts, node_times, report
 from ..speedlab.measure.context import NodeContext
 from ..speedlab.sampling.profiled import DETAILS, ProfileOptions, SamplingRequest, profile_sampling
 from ..speedlab.web import browser
@@ -120,7 +120,8 @@ class ProfileSampler:
 
     @classmethod
     def IS_CHANGED(cls, **_: object) -> float:
-        """A measurement is never taken from the cache."""
+        """A measurement is never taken from the cache. ComfyUI asks before it runs any node: watch them from here."""
+        node_times.watch()
         return float("nan")
 
     def sample(

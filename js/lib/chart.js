@@ -1,6 +1,6 @@
 // The step chart: bars in SVG, which stretches with its box, and words in HTML, which does not.
 import { el, svg } from "./dom.js";
-import { barText, binned, duration, hasMedian, isNumber, KINDS, steady } from "./figures.js";
+import { barText, binned, duration, gigabytes, hasMedian, isNumber, KINDS, steady } from "./figures.js";
 import { t } from "./i18n.js";
 
 const WIDTH = 1000;
@@ -29,6 +29,23 @@ function wordOf(kind, summary) {
   const told = summary?.step_kinds?.[kind];
   const name = hasMedian(told) ? "kind_median" : "kind_one";
   return isNumber(told?.median_ms) ? t(name, { kind: t(`kind_${kind}`), value: duration(told.median_ms) }) : t(`kind_${kind}`);
+}
+
+/** Memory peaks of a record's steps from zero up, the device's where they are known; null without any. */
+export function memoryStrip(peaks) {
+  const [name, values] = [["vram", peaks?.peak_allocated_gb], ["ram", peaks?.peak_rss_gb]].find(([, list]) => list?.some(isNumber)) ?? [];
+  if (!values) return null;
+  const known = values.filter(isNumber);
+  const most = Math.max(...known);
+  const bars = values.map((gb, n) => (gb > 0 ? `M${n} 1V${1 - gb / most / 1.1}h1V1z` : ""));
+  const text = t("memory_a_step", { name: t(name), range: [...new Set([Math.min(...known), most].map(gigabytes))].join(" – ") });
+  const words = el("span", { class: "sl-axis", text });
+  const point = ({ target, offsetX }) => {
+    const n = Math.floor((offsetX / target.clientWidth) * values.length);
+    words.textContent = `${t("step_n", { n: n + 1 })} · ${gigabytes(values[n])}`;
+  };
+  const plot = svg("svg", { viewBox: `0 0 ${values.length} 1`, preserveAspectRatio: "none" }, svg("path", { d: bars.join("") }));
+  return el("div", { class: "sl-strip", role: "img", "aria-label": text, onpointermove: point, onpointerleave: () => (words.textContent = text) }, plot, words);
 }
 
 /** A chart of step times. `draw` may be called as often as there is news; the pointer shows a bar's values. */

@@ -1,12 +1,14 @@
-// Two runs beside each other: A is the earlier one.
+// Two runs beside each other, A the earlier one, and several over time.
 import { legend, StepChart } from "./chart.js";
-import { section, settingName, settingsOf, table } from "./detail.js";
-import { el } from "./dom.js";
+import { section, settingName, settingsOf, table, when } from "./detail.js";
+import { el, svg } from "./dom.js";
 import { duration, gigabytes, hasMedian, isNumber, KINDS, phasesOf, rate, recordBars } from "./figures.js";
 import { t } from "./i18n.js";
 import { phaseBar, statusBadge } from "./parts.js";
+import { listRuns, readRun } from "./server.js";
 
 const KERNELS = 15;
+const OFFERED = 100;
 // Different in every run and said elsewhere.
 const NOT_SETTINGS = new Set(["sampled_as", "plan", "plan_named"]);
 
@@ -115,4 +117,68 @@ function differences(a, b) {
   const names = [...new Set([...before.keys(), ...after.keys()])];
   const rows = names.filter((name) => !NOT_SETTINGS.has(name) && before.get(name) !== after.get(name)).map((name) => [settingName(name), before.get(name) ?? "–", after.get(name) ?? "–"]);
   return rows.length ? table([[t("setting"), "A", "B"], ...rows], "sl-differences") : null;
+}
+
+/** The same as a tab of the bottom panel: of the two runs that the sidebar has chosen, else of the newest two. */
+export class CompareTab {
+  picked = [];
+
+  render(container) {
+    this.choices = ["A", "B"].map((letter) => el("select", { class: "sl-filter", "aria-label": letter, onchange: () => this.show(this.choices.map((one) => one.value)) }));
+    this.place = el("div");
+    container.replaceChildren(el("div", { class: "sl-tab sl-bottom", tabindex: "0" }, el("div", { class: "sl-tools" }, this.choices), this.place));
+    this.show();
+  }
+
+  /** There may be a new run, or others were chosen. */
+  show(picked = this.picked) {
+    this.picked = picked;
+    if (this.place?.isConnected) this.#try(() => this.#choose(picked));
+  }
+
+  #try(work) {
+    return work().catch((error) => this.place.replaceChildren(t("failed", { why: error.message })));
+  }
+
+  async #choose(picked) {
+    const { runs } = await listRuns(0, OFFERED, "");
+    const names = new Map(runs.map((run) => [run.run_id, `${when(run.timestamp)} · ${run.plan}`]));
+    const chosen = [...(picked.length === 2 ? picked : [...names.keys()].slice(0, 2))].sort();
+    this.choices.forEach((choice, n) => {
+      choice.replaceChildren(...[...new Set([...names.keys(), ...chosen])].map((id) => el("option", { value: id, text: names.get(id) ?? id })));
+      choice.value = chosen[n];
+    });
+    await this.#draw();
+  }
+
+  async #draw() {
+    const ids = this.choices.map((choice) => choice.value);
+    const runs = ids.every(Boolean) ? await Promise.all(ids.map(readRun)) : null;
+    this.place.replaceChildren(runs ? compareView(...runs) : t("no_runs"));
+  }
+}
+
+const OVER_TIME = [
+  ["total", "total_ms", duration],
+  ["speed", "it_per_s", rate],
+  ["memory", "peak_gb", gigabytes],
+];
+
+/** Lines of the list by date: a chart for each figure, a colour for each plan. */
+export function timeView(lines) {
+  const runs = [...lines].sort((a, b) => (a.run_id < b.run_id ? -1 : 1));
+  const plans = [...new Set(runs.map((run) => run.plan))];
+  const colour = (plan) => `sl-${KINDS[plans.indexOf(plan) % KINDS.length]}`;
+  const charts = OVER_TIME.map(([name, key, write]) => {
+    const known = runs.map((run) => run[key]).filter(isPositive);
+    if (!known.length) return null;
+    const [least, most] = [Math.min(...known), Math.max(...known)];
+    // A line without length and with round ends: a dot that no stretching makes an egg.
+    const dots = runs.map((run, n) => isPositive(run[key]) && svg("path", { class: colour(run.plan), d: `M${n + 0.5} ${1.1 - run[key] / most}h0` }));
+    const label = `${t(name)}: ${write(least)} – ${write(most)}`;
+    return section(label, svg("svg", { class: "sl-dots", viewBox: `0 0 ${runs.length} 1.1`, preserveAspectRatio: "none", role: "img", "aria-label": label }, dots));
+  });
+  const rows = runs.map((run) => [when(run.timestamp), el("span", null, el("i", { class: `sl-dot ${colour(run.plan)}` }), run.plan), ...OVER_TIME.map(([, key, write]) => write(run[key]))]);
+  const head = ["date", "plan", ...OVER_TIME.map(([name]) => name)].map((name) => t(name));
+  return el("div", { class: "sl-detail sl-over-time" }, el("h3", { text: t("over_time") }), charts, el("div", { class: "sl-hint", text: t("over_time_hint") }), table([head, ...rows], "sl-figures"));
 }

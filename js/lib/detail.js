@@ -1,15 +1,16 @@
 // One run in full.
-import { legend, StepChart } from "./chart.js";
-import { el } from "./dom.js";
+import { app } from "../../../scripts/app.js";
+import { legend, memoryStrip, StepChart } from "./chart.js";
+import { button, copyButton, el } from "./dom.js";
 import { duration, gigabytes, isNumber, rate, recordBars, stepsText } from "./figures.js";
 import { t } from "./i18n.js";
 import { memoryPeaks, phaseBar, statusBadge } from "./parts.js";
-import { fileUrl, jsonUrl } from "./server.js";
+import { fileUrl, jsonUrl, pageUrl, readWorkflow } from "./server.js";
 
 const KERNELS = 12;
 
-/** The page of a record; `remove` is its delete button. */
-export function detailView(record, remove) {
+/** The page of a record; `line` is its line of the list, `remove` its delete button. */
+export function detailView(record, line, remove) {
   const { request = {}, summary = {}, artifacts = {} } = record;
   const bars = recordBars(record.steps ?? []);
   const chart = new StepChart();
@@ -22,7 +23,7 @@ export function detailView(record, remove) {
     request.label && request.label !== request.plan ? el("div", { class: "sl-sub sl-label", text: t("asked_as", { label: request.label }) }) : null,
     el("div", { class: "sl-sub", text: settingsLine(record) }),
     el("div", { class: "sl-big" }, bigFigure(duration(record.phases_ms?.total), t("total")), bigFigure(rate(summary.it_per_s), t("speed")), ...memoryPeaks(record.memory?.overall).slice(0, 1).map(([name, value]) => bigFigure(gigabytes(value), t(name)))),
-    bars.length ? [chart.element, legend(bars, summary)] : null,
+    bars.length ? [chart.element, memoryStrip(record.step_memory), legend(bars, summary)] : null,
     phaseBar(record.phases_ms),
     section(t("memory"), memoryTable(record.memory)),
     section(t("kernels"), kernelTable(record.kernels)),
@@ -32,12 +33,36 @@ export function detailView(record, remove) {
     el(
       "div",
       { class: "sl-tools sl-wrap" },
+      openButton(record.run_id),
+      el("a", { class: "sl-button", "data-act": "page", href: pageUrl(record.run_id), download: "", title: t("page_title"), text: "HTML" }),
+      copyButton(t("markdown"), () => line.markdown),
       el("a", { class: "sl-button", href: jsonUrl(record.run_id), download: "", text: "JSON" }),
       ...Object.entries(artifacts).flatMap(([kind, value]) => (kind === "images" ? [] : links(record.run_id, kind, value))),
       remove,
     ),
     artifacts.trace ? el("div", { class: "sl-hint", text: t("trace_hint") }) : null,
   );
+}
+
+// Puts the workflow of a run on the canvas. Its image holds it; why there is none stands on the button.
+function openButton(runId) {
+  const open = button("workflow", t("open_workflow"), null, { disabled: true });
+  readWorkflow(runId).then(
+    ({ workflow, prompt }) => {
+      open.disabled = false;
+      open.onclick = () => (workflow ? app.loadGraphData(workflow, true, true, runId) : app.loadApiJson(prompt, runId));
+    },
+    (error) => (open.title = error.message),
+  );
+  return open;
+}
+
+/** A record's time as people here write it. */
+export function when(timestamp) {
+  // Python writes the zone without a colon, which not every browser reads.
+  const date = new Date(String(timestamp).replace(/([+-]\d\d)(\d\d)$/, "$1:$2"));
+  if (Number.isNaN(date.getTime())) return "";
+  return date.toLocaleString([], { dateStyle: "short", timeStyle: "short" });
 }
 
 function bigFigure(value, label) {

@@ -1,4 +1,5 @@
 // Builds elements. Text always goes in as text: nothing here, nor anywhere in this extension, parses markup.
+import { t } from "./i18n.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -21,6 +22,30 @@ export function el(tag, attributes, ...children) {
 /** The same for SVG. */
 export function svg(tag, attributes, ...children) {
   return fill(document.createElementNS(SVG, tag), attributes, children);
+}
+
+/** A button, `act` its name in the page. */
+export const button = (act, text, onclick, attributes = {}) =>
+  el("button", { "data-act": act, text, onclick, ...attributes, class: `sl-button ${attributes.class ?? ""}` });
+
+/** A button that copies what `text` gives. */
+export function copyButton(label, text) {
+  const copy = button("copy", label, async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+    } catch {
+      // Browsers have a clipboard only on this machine or behind https.
+      const area = el("textarea");
+      area.value = text();
+      copy.after(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    copy.textContent = t("copied");
+    setTimeout(() => (copy.textContent = label), 1500);
+  });
+  return copy;
 }
 
 /** Load the extension's style sheet once. */

@@ -101,7 +101,7 @@ export function binned(bars, most = 200) {
   return bins;
 }
 
-const PHASES = ["load", "compile", "text_encode", "free", "to_device", "prepare", "sample", "decode", "after_sampling", "save"];
+const PHASES = ["load", "compile", "text_encode", "core_text_encode", "free", "to_device", "prepare", "sample", "decode", "after_sampling", "save"];
 
 /** [name, ms] of a record's phases that took time, in the order of the run. */
 export function phasesOf(phases) {

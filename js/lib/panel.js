@@ -1,5 +1,5 @@
 // What a sampler shows on itself: step times while it runs, then the whole profile.
-import { legend, StepChart } from "./chart.js";
+import { legend, memoryStrip, StepChart } from "./chart.js";
 import { el } from "./dom.js";
 import { duration, isNumber, liveBars, rate, recordBars, remaining, timeToGo } from "./figures.js";
 import { t } from "./i18n.js";
@@ -121,6 +121,7 @@ class Panel {
     this.chart.draw(bars, { stepMs: summary.step_time_ms });
     this.below.replaceChildren(
       ...[
+        memoryStrip(profile.step_memory),
         legend(bars, summary),
         phaseBar(profile.phases_ms),
         el("div", { class: "sl-facts" }, memoryLine(profile.memory), spreadLine(summary)),
@@ -155,6 +156,7 @@ export function fromRecord(record) {
     steps: record.steps,
     summary: record.summary,
     memory: record.memory?.overall,
+    step_memory: record.step_memory,
     warnings: record.warnings,
   };
 }

@@ -1,21 +1,33 @@
-// The sidebar tab: the runs of this server, one of them in full, or two beside each other.
-import { el } from "./dom.js";
-import { compareView } from "./compare.js";
-import { detailView } from "./detail.js";
+// The sidebar tab: the runs of this server, one of them in full, two beside each other, or several over time.
+import { compareView, timeView } from "./compare.js";
+import { detailView, when } from "./detail.js";
+import { button, copyButton, el } from "./dom.js";
 import { duration, gigabytes, isNumber, rate, stepsText } from "./figures.js";
 import { t } from "./i18n.js";
 import { statusBadge } from "./parts.js";
 import { csvUrl, deleteRuns, listRuns, readRun } from "./server.js";
 
-const PAGE = 40;
+const PAGE = 100;
 const TYPING_MS = 250;
+const ROW = 62; // height of a row and the gap below it, as in the style sheet
+const AROUND = 8; // rows that are made beyond the edges of what is seen
 
 export class RunsTab {
   constructor() {
     this.words = "";
-    this.picked = [];
-    this.runs = [];
+    this.picked = new Map(); // run id -> its line of the list, in the order of choosing
     this.asked = 0;
+    this.onPick = () => {};
+    this.#forget();
+  }
+
+  // Of thousands of runs those that were seen are known, by their place among all files of the server.
+  #forget(files = 0) {
+    this.files = files;
+    this.known = new Map();
+    this.order = Array.from({ length: files }, (_, place) => place); // places that are shown, or may have a run to show
+    this.skipped = 0;
+    this.best = 0;
   }
 
   render(container) {
@@ -28,17 +40,22 @@ export class RunsTab {
       value: this.words,
       oninput: () => this.#typed(),
     });
-    this.list = el("div", { class: "sl-list" });
-    this.note = el("div", { class: "sl-notes" });
+    this.rows = el("div", { class: "sl-rows", role: "presentation" });
+    this.list = el(
+      "div",
+      { class: "sl-list", tabindex: "0", "aria-label": t("runs"), onkeydown: (event) => this.#key(event), onclick: (event) => this.#click(event), onscroll: () => this.#drawSoon() },
+      this.rows,
+    );
+    this.note = el("div", { class: "sl-notes", role: "status" });
     this.bar = el("div", { class: "sl-bar-row" });
     this.listPage = el(
       "div",
-      { class: "sl-page" },
+      { class: "sl-page sl-runs" },
       el(
         "div",
         { class: "sl-tools" },
         this.filter,
-        el("button", { class: "sl-button pi pi-refresh", title: t("refresh"), "aria-label": t("refresh"), onclick: () => this.load() }),
+        button("refresh", "", () => this.load(), { class: "pi pi-refresh", title: t("refresh"), "aria-label": t("refresh") }),
         el("a", { class: "sl-button", href: csvUrl(), download: "results.csv", title: t("csv_title"), text: "CSV" }),
       ),
       this.bar,
@@ -47,11 +64,15 @@ export class RunsTab {
     );
     this.root = el("div", { class: "sl-tab" }, this.listPage);
     container.replaceChildren(this.root);
+    this.active = this.anchor = 0;
+    this.watch = new ResizeObserver(() => this.#drawSoon());
+    this.watch.observe(this.list);
     this.load();
   }
 
   destroy() {
     clearTimeout(this.timer);
+    this.watch?.disconnect();
     this.root = null;
   }
 
@@ -64,52 +85,99 @@ export class RunsTab {
     clearTimeout(this.timer);
     this.timer = setTimeout(() => {
       this.words = this.filter.value;
+      this.active = this.anchor = this.list.scrollTop = 0;
       this.load();
     }, TYPING_MS);
   }
 
-  async load(offset = 0) {
+  /** Ask for the list anew, from its top. */
+  load() {
+    const was = this.#runAt(this.active)?.run_id;
+    return this.#fetch(0, (page) => {
+      this.#forget(page.files);
+      const kept = page.runs.findIndex((run) => run.run_id === was);
+      if (kept >= 0) this.active = this.anchor = kept;
+    });
+  }
+
+  async #fetch(offset, first) {
     const asked = ++this.asked;
+    this.fetching = true;
     try {
       const page = await listRuns(offset, PAGE, this.words);
-      if (asked !== this.asked || !this.root) return; // a later question was asked meanwhile
-      this.runs = offset ? [...this.runs, ...page.runs] : page.runs;
-      this.#drawList(page);
+      if (asked !== this.asked || !this.root) return; // another question was asked meanwhile
+      // A run that came or went meanwhile has moved the places of all others.
+      if (!first && page.files !== this.files) return this.load();
+      this.note.textContent = "";
+      first?.(page);
+      this.#take(page, offset);
     } catch (error) {
       if (asked === this.asked && this.root) this.note.textContent = t("failed", { why: error.message });
+      return;
+    } finally {
+      if (asked === this.asked) this.fetching = false;
     }
-  }
-
-  #drawList(page) {
-    const best = Math.max(...this.runs.map((run) => run.it_per_s ?? 0), 0);
-    const more = page.next_offset !== null;
-    this.list.replaceChildren(
-      ...this.runs.map((run) => this.#row(run, best)),
-      ...(more ? [el("button", { class: "sl-button sl-more", text: t("more"), onclick: () => this.load(page.next_offset) })] : []),
-    );
-    const notes = [];
-    if (!this.runs.length) notes.push(this.words ? t("no_match") : t("no_runs"));
-    if (page.skipped) notes.push(t("skipped", { n: page.skipped }));
-    this.note.textContent = notes.join(" ");
     this.#drawBar();
+    this.#draw();
+    return true;
   }
 
-  #row(run, best) {
-    const mark = el("input", {
-      type: "checkbox",
-      title: t("pick"),
-      "aria-label": t("pick"),
-      onclick: (event) => event.stopPropagation(),
-      onchange: (event) => this.#pick(run.run_id, event.target.checked),
+  #take({ runs, skipped, next_offset }, from) {
+    const to = next_offset ?? this.files;
+    for (const run of runs) {
+      this.known.set(run.position, run);
+      this.best = Math.max(this.best, run.it_per_s ?? 0);
+      if (this.picked.has(run.run_id)) this.picked.set(run.run_id, run);
+    }
+    if (runs.length < to - from) this.order = this.order.filter((place) => place < from || place >= to || this.known.has(place));
+    this.skipped = Math.max(this.skipped, skipped);
+  }
+
+  #runAt(index) {
+    return this.known.get(this.order[index]);
+  }
+
+  #drawSoon() {
+    this.frame ??= requestAnimationFrame(() => {
+      this.frame = null;
+      if (this.root) this.#draw();
     });
-    mark.checked = this.picked.includes(run.run_id);
-    const size = isNumber(run.width) && isNumber(run.height) ? `${run.width}×${run.height}` : "";
+  }
+
+  // Only the rows that can be seen are elements.
+  #draw() {
+    const { list, order } = this;
+    const many = order.length;
+    this.active = Math.max(0, Math.min(this.active, many - 1));
+    this.rows.style.height = `${many * ROW}px`;
+    const from = Math.max(0, Math.floor(list.scrollTop / ROW) - AROUND);
+    const to = Math.min(many, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + AROUND);
+    const shown = Array.from({ length: Math.max(0, to - from) }, (_, n) => from + n);
+    this.rows.replaceChildren(...shown.map((index) => this.#row(index)));
+    const active = this.rows.querySelector(".sl-active")?.id ?? "";
+    // Without a run in it a list of choices would be none.
+    const isList = this.rows.querySelector("[role=option]");
+    list.role = isList ? "listbox" : "group";
+    list.ariaMultiSelectable = isList ? "true" : null;
+    list.setAttribute("aria-activedescendant", active);
+    const unknown = shown.find((index) => !this.#runAt(index));
+    if (unknown !== undefined && !this.fetching) this.#fetch(order[unknown]);
+    const skipped = this.skipped ? t("skipped", { n: this.skipped }) : "";
+    if (!this.fetching) this.note.textContent ||= many ? skipped : `${t(this.words ? "no_match" : "no_runs")} ${skipped}`;
+  }
+
+  #row(index) {
+    const run = this.#runAt(index);
+    const place = `top:${index * ROW}px`;
+    if (!run) return el("div", { class: "sl-row", role: "presentation", style: place });
+    const isPicked = this.picked.has(run.run_id);
+    const size = isNumber(run.width * run.height) ? `${run.width}×${run.height}` : "";
     const facts = [size, isNumber(run.batch) && run.batch > 1 ? `×${run.batch}` : "", run.sampler, stepsText(run.steps, run.steps_asked)];
-    const share = best && run.it_per_s ? (100 * run.it_per_s) / best : 0;
+    const share = this.best && run.it_per_s ? (100 * run.it_per_s) / this.best : 0;
     return el(
       "div",
-      { class: "sl-row", "data-run": run.run_id, tabindex: "0", role: "button", onclick: () => this.#open(run.run_id), onkeydown: (event) => event.key === "Enter" && event.target === event.currentTarget && this.#open(run.run_id) },
-      mark,
+      { class: `sl-row${index === this.active ? " sl-active" : ""}`, id: `sl-run-${index}`, role: "option", "aria-selected": String(isPicked), "aria-setsize": this.order.length, "aria-posinset": index + 1, "data-run": run.run_id, "data-index": index, style: place },
+      el("i", { class: `sl-mark${isPicked ? " pi pi-check" : ""}`, title: t("pick") }),
       el(
         "div",
         { class: "sl-what" },
@@ -127,64 +195,122 @@ export class RunsTab {
     );
   }
 
-  #pick(runId, checked) {
-    this.picked = this.picked.filter((id) => id !== runId);
-    if (checked) this.picked = [...this.picked, runId].slice(-2);
-    for (const row of this.list.querySelectorAll(".sl-row")) {
-      row.querySelector("input").checked = this.picked.includes(row.dataset.run);
-    }
+  #click(event) {
+    const row = event.target.closest("[data-index]");
+    if (!row) return;
+    const index = Number(row.dataset.index);
+    this.active = index;
+    if (event.shiftKey) return this.#pickRange(this.anchor, index);
+    this.anchor = index;
+    if (event.ctrlKey || event.metaKey || event.target.closest(".sl-mark")) this.#pick(index);
+    else this.#open(this.#runAt(index));
+  }
+
+  #key(event) {
+    const page = Math.max(1, Math.floor(this.list.clientHeight / ROW) - 1);
+    const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
+    const run = this.#runAt(this.active);
+    if (event.key in moves) this.#move(this.active + moves[event.key], event.shiftKey);
+    else if (event.key === "Enter" && run) this.#open(run);
+    else if (event.key === " " && run) this.#pick((this.anchor = this.active));
+    else if (event.key === "Delete" && run) {
+      if (!this.picked.size) this.#pick(this.active);
+      this.bar.querySelector("[data-act=delete]")?.click();
+    } else if (event.key === "Escape" && this.picked.size) this.#pickOnly([]);
+    else return;
+    // These keys mean other things to the canvas, such as deleting nodes.
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  #move(to, extend) {
+    this.active = Math.max(0, Math.min(to, this.order.length - 1));
+    if (!extend) this.anchor = this.active;
+    const top = this.active * ROW;
+    this.list.scrollTop = Math.min(top, Math.max(this.list.scrollTop, top + ROW - this.list.clientHeight));
+    if (extend) this.#pickRange(this.anchor, this.active);
+    this.#draw();
+  }
+
+  #pick(index) {
+    const run = this.#runAt(index);
+    if (!this.picked.delete(run.run_id)) this.picked.set(run.run_id, run);
+    this.#pickOnly([...this.picked.values()]);
+  }
+
+  async #pickRange(a, b) {
+    const wanted = this.order.slice(Math.min(a, b), Math.max(a, b) + 1);
+    for (const place of wanted) if (!this.known.has(place) && this.order.includes(place) && !(await this.#fetch(place))) break;
+    this.#pickOnly(wanted.map((place) => this.known.get(place)).filter(Boolean));
+  }
+
+  #pickOnly(runs) {
+    this.picked = new Map(runs.map((run) => [run.run_id, run]));
     this.#drawBar();
+    this.#draw();
+    this.onPick([...this.picked.keys()]);
   }
 
   #drawBar() {
-    const [first, second] = this.picked;
-    if (!first) return this.bar.replaceChildren(el("span", { class: "sl-hint", text: this.runs.length > 1 ? t("pick_two") : "" }));
+    const n = this.picked.size;
+    if (!n) return this.bar.replaceChildren(el("span", { class: "sl-hint", text: this.order.length > 1 ? t("pick_hint") : "" }));
+    const needing = (act, enabled, run) => button(act, t(act), run, { disabled: !enabled, title: enabled ? "" : t(`needs_${act}`), class: act === "compare" ? "sl-primary" : "" });
+    const picked = [...this.picked.values()];
     this.bar.replaceChildren(
-      el("button", { class: "sl-button sl-primary", "data-act": "compare", text: t("compare"), disabled: !second, onclick: () => this.#compare() }),
-      confirming(t("delete"), t("delete_really", { n: this.picked.length }), () => this.#delete(this.picked)),
+      el("span", { class: "sl-hint", text: t("n_picked", { n }) }),
+      needing("compare", n === 2, () => this.#compare()),
+      needing("over_time", n > 1, () => this.#show(timeView(picked))),
+      copyButton(t("markdown"), () => picked.map((run) => run.markdown).join("\n")),
+      confirming(n, () => this.#delete([...this.picked.keys()]), () => this.list.focus()),
     );
   }
 
-  async #delete(runIds) {
-    try {
-      const { deleted, failed } = await deleteRuns(runIds);
-      for (const row of this.list.querySelectorAll(".sl-row")) if (deleted.includes(row.dataset.run)) row.remove();
-      this.picked = this.picked.filter((id) => !runIds.includes(id));
+  #delete(runIds) {
+    this.list.focus();
+    return this.#try(async () => {
+      const [reason] = Object.values((await deleteRuns(runIds)).failed);
+      runIds.forEach((id) => this.picked.delete(id));
       await this.load();
-      const reasons = Object.values(failed);
-      if (reasons.length) this.note.textContent = t("failed", { why: reasons[0] });
-    } catch (error) {
-      this.note.textContent = t("failed", { why: error.message });
-    }
+      this.onPick([...this.picked.keys()]);
+      if (reason) throw new Error(reason);
+    });
+  }
+
+  #back() {
+    this.root.replaceChildren(this.listPage);
+    this.list.scrollTop = this.scrollTop;
+    this.list.focus();
+    this.load();
   }
 
   #show(...content) {
-    const back = el("button", { class: "sl-button", "data-act": "back" }, el("i", { class: "pi pi-arrow-left" }), t("back"));
-    back.addEventListener("click", () => {
-      this.root.replaceChildren(this.listPage);
-      this.load();
-    });
-    this.root.replaceChildren(el("div", { class: "sl-page" }, el("div", { class: "sl-tools" }, back), ...content));
+    this.scrollTop = this.list.scrollTop;
+    const back = button("back", "", () => this.#back());
+    back.append(el("i", { class: "pi pi-arrow-left" }), t("back"));
+    const onkeydown = (event) => event.key === "Escape" && this.#back();
+    this.root.replaceChildren(el("div", { class: "sl-page", onkeydown }, el("div", { class: "sl-tools" }, back), ...content));
+    back.focus();
   }
 
-  async #open(runId) {
-    try {
-      const record = await readRun(runId);
-      const remove = confirming(t("delete"), t("delete_really", { n: 1 }), async () => {
+  #open(line) {
+    this.#try(async () => {
+      const record = await readRun(line.run_id);
+      const remove = confirming(1, () => {
         this.root.replaceChildren(this.listPage);
-        await this.#delete([runId]);
+        this.#delete([line.run_id]);
       });
-      this.#show(detailView(record, remove));
-    } catch (error) {
-      this.note.textContent = t("failed", { why: error.message });
-    }
+      this.#show(detailView(record, line, remove));
+    });
   }
 
-  async #compare() {
+  #compare() {
+    // In the order of their dates, so that B is what was tried later.
+    this.#try(async () => this.#show(compareView(...(await Promise.all([...this.picked.keys()].sort().map(readRun))))));
+  }
+
+  async #try(work) {
     try {
-      // In the order of their dates, so that B is what was tried later.
-      const [first, second] = await Promise.all([...this.picked].sort().map(readRun));
-      this.#show(compareView(first, second));
+      await work();
     } catch (error) {
       this.note.textContent = t("failed", { why: error.message });
     }
@@ -197,24 +323,23 @@ function timeOf({ total_ms, sample_ms }) {
   return el("span", { text: isNumber(sample_ms) ? `${t("phase_sample")} ${duration(sample_ms)}` : "" });
 }
 
-/** A button that asks before it acts. */
-function confirming(label, question, act) {
+/** A button that asks before it deletes `n` runs; `stay` is called where the answer is no. */
+function confirming(n, act, stay = () => {}) {
   const place = el("span", { class: "sl-confirm" });
-  const rest = () => place.replaceChildren(el("button", { class: "sl-button", "data-act": "delete", text: label, onclick: ask }));
-  const ask = () =>
-    place.replaceChildren(
-      el("span", { text: question }),
-      el("button", { class: "sl-button sl-danger", "data-act": "yes", text: label, onclick: act }),
-      el("button", { class: "sl-button", "data-act": "no", text: t("keep"), onclick: rest }),
-    );
+  const rest = () => place.replaceChildren(button("delete", t("delete"), ask));
+  const no = () => {
+    rest();
+    stay();
+  };
+  const ask = () => {
+    place.replaceChildren(el("span", { text: t("delete_really", { n }) }), button("yes", t("delete"), act, { class: "sl-danger" }), button("no", t("keep"), no));
+    place.querySelector("[data-act=yes]").focus();
+  };
+  place.onkeydown = (event) => {
+    if (event.key !== "Escape") return;
+    event.stopPropagation();
+    no();
+  };
   rest();
   return place;
-}
-
-/** A record's time as people here write it. */
-export function when(timestamp) {
-  // Python writes the zone without a colon, which not every browser reads.
-  const date = new Date(String(timestamp).replace(/([+-]\d\d)(\d\d)$/, "$1:$2"));
-  if (Number.isNaN(date.getTime())) return "";
-  return date.toLocaleString([], { dateStyle: "short", timeStyle: "short" });
 }

@@ -26,13 +26,16 @@ export function listRuns(offset, limit, words) {
   return api.fetchApi(`/speedlab/runs?${query}`).then(answer);
 }
 
-export const readRun = (runId) => api.fetchApi(`/speedlab/runs/${encodeURIComponent(runId)}`).then(answer);
+const ofRun = (runId) => `/speedlab/runs/${encodeURIComponent(runId)}`;
+export const readRun = (runId) => api.fetchApi(ofRun(runId)).then(answer);
+/** {workflow, prompt}: what the run's image keeps of its graph; an error says why there is neither. */
+export const readWorkflow = (runId) => api.fetchApi(`${ofRun(runId)}/workflow`).then(answer);
 export const deleteRuns = (runIds) => post("/speedlab/delete", { run_ids: runIds });
 export const pruneRuns = (keep) => post("/speedlab/prune", { keep });
 export const announceLive = (clientId, on) => post("/speedlab/live", { client_id: clientId, on });
 
 /** Addresses for links and pictures. */
-export const jsonUrl = (runId) => api.apiURL(`/speedlab/runs/${encodeURIComponent(runId)}?download=1`);
-export const fileUrl = (runId, kind, index = 0) =>
-  api.apiURL(`/speedlab/runs/${encodeURIComponent(runId)}/file/${encodeURIComponent(kind)}/${index}`);
+export const jsonUrl = (runId) => api.apiURL(`${ofRun(runId)}?download=1`);
+export const pageUrl = (runId) => api.apiURL(`${ofRun(runId)}/page?download=1`);
+export const fileUrl = (runId, kind, index = 0) => api.apiURL(`${ofRun(runId)}/file/${encodeURIComponent(kind)}/${index}`);
 export const csvUrl = () => api.apiURL("/speedlab/results.csv");

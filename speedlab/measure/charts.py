@@ -27,6 +27,7 @@ _PHASE_COLOURS = {
     "load": "#9aa5b1",
     "compile": "#5f6b78",
     "text_encode": "#b07cc6",
+    "core_text_encode": "#d3b5e0",
     "free": "#7d8aa5",
     "to_device": "#c9c2b8",
     "prepare": "#e5d9c3",

@@ -96,6 +96,11 @@ class NodeContext:
         """Those of these nodes that encode text and are not this pack's."""
         return self._doing(encodes_text, among)
 
+    def text_encoders(self) -> list[str]:
+        """Nodes that are not this pack's and encode text for this sampler; upstream of another one they are its."""
+        upstream = self.ancestors()
+        return self.encoding(self.upstream(self.node_id, stop=self.samplers(upstream)))
+
     def names(self, node_ids: Iterable[str]) -> str:
         """Nodes as a user finds them: class and id."""
         return ", ".join(f"{class_of(self.graph.get(node_id)) or 'node'} ({node_id})" for node_id in sorted(node_ids))
@@ -182,17 +187,20 @@ class NodeContext:
                     return str(inputs[key])
         return None
 
-    def phase_ms(self, phase: str, entries: Iterable[PhaseEntry], list_index: int | None = None) -> float | str | None:
+    def phase_ms(
+        self, phase: str, entries: Iterable[PhaseEntry], list_index: int | None = None, beside_others: bool = False
+    ) -> float | str | None:
         """Milliseconds that this pack's nodes upstream spent in a phase, for item `list_index` of a list.
 
         `cached` where such a node is upstream but was not executed for this prompt (for text encoding: one of them,
         since the time of the others is no whole one), None where there is none, or where another's node did part of
-        it. Text and freed memory that are upstream of another sampler are that sampler's.
+        it, unless `beside_others` asks for this pack's part. Text and freed memory that are upstream of another
+        sampler are that sampler's.
         """
         upstream = self.ancestors()
         if phase in ("text_encode", "free"):
             upstream = self.upstream(self.node_id, stop=self.samplers(upstream))
-        if phase == "text_encode" and self.encoding(upstream):
+        if phase == "text_encode" and not beside_others and self.encoding(upstream):
             return None
         mine = [e for e in entries if e.phase == phase and self._concerns(e, upstream)]
         own = {n for n in upstream if class_of(self.graph.get(n)) in _PHASE_NODES.get(phase, ())}

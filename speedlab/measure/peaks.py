@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,10 +50,15 @@ class MemoryPeak:
 
 
 class PeakReading:
-    """`before`: the peak between the last measured block and this one; `peak`: filled when this one ends."""
+    """`before`: the peak between the last measured block and this one; `peak`: filled when this one ends.
+
+    `part` gives the peak since its last call and begins anew; it waits for nothing, and costs some ten microseconds.
+    The process's peak is in it only where it can be reset.
+    """
 
     before: MemoryPeak = MemoryPeak()
     peak: MemoryPeak = MemoryPeak()
+    part: Callable[[], MemoryPeak] = MemoryPeak
 
 
 @contextmanager
@@ -69,12 +74,27 @@ def measure_peak(device: Any) -> Iterator[PeakReading]:
     start = rss_bytes()
     if not resettable:
         reading.before = replace(reading.before, rss=start)
+    so_far = MemoryPeak()
+
+    def part() -> MemoryPeak:
+        nonlocal so_far
+        allocated, reserved = _torch_peaks(cuda, device)
+        outside = _outside_of(cuda, device)
+        now = MemoryPeak(_sum(allocated, outside), _sum(reserved, outside), rss_peak_bytes() if resettable else None)
+        so_far = so_far.merged(replace(now, outside=outside))
+        if cuda is not None:
+            cuda.reset_peak_memory_stats(device)
+        if resettable:
+            _reset_rss_peak()
+        return now
+
+    reading.part = part
     try:
         yield reading
     finally:
         rss = rss_peak_bytes() if resettable else _largest(start, rss_bytes())
         outside = _largest(at_start, _outside_of(cuda, device))
-        peak = _read(cuda, device, rss, outside)
+        peak = _read(cuda, device, rss, outside).merged(so_far)
         reading.peak = replace(peak, device_used=_largest(reading.before.device_used, peak.device_used))
 
 
@@ -86,6 +106,20 @@ def _read(cuda: Any | None, device: Any, rss: int | None, outside: int | None) -
         device_used=_device_used(cuda, device),
         outside=outside,
     )
+
+
+def _torch_peaks(cuda: Any | None, device: Any) -> tuple[int | None, int | None]:
+    """Peaks of allocated and reserved bytes since the last reset, without the flat table of all counters."""
+    if cuda is None:
+        return None, None
+    counted = cuda.memory_stats_as_nested_dict(device)
+    names = ("allocated_bytes", "reserved_bytes")
+    allocated, reserved = (counted.get(name, {}).get("all", {}).get("peak", 0) for name in names)
+    return int(allocated), int(reserved)
+
+
+def _sum(value: int | None, more: int | None) -> int | None:
+    return None if value is None else value + (more or 0)
 
 
 def _outside_of(cuda: Any | None, device: Any) -> int | None:

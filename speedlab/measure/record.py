@@ -85,6 +85,8 @@ class RunRecord:
     roofline: Mapping[str, Any] | None = None
     quality: Mapping[str, Any] | None = None
     artifacts: Mapping[str, Any] = field(default_factory=dict)
+    # Memory peaks of the steps in `steps`, by name a list in GB; empty where the platform tells none.
+    step_memory: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     schema: int = SCHEMA
 
@@ -165,11 +167,21 @@ def memory_dict(peak: MemoryPeak) -> dict[str, float | None]:
     }
 
 
+def step_memory(peaks: Sequence[MemoryPeak]) -> dict[str, list[float | None]]:
+    """The peaks of a run's steps by name, a list each, in GB; of the names that the platform knows."""
+    kept = {
+        "peak_allocated_gb": [_gb(peak.allocated) for peak in peaks],
+        "peak_rss_gb": [_gb(peak.rss) for peak in peaks],
+    }
+    return {name: values for name, values in kept.items() if any(value is not None for value in values)}
+
+
 def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | None) -> float | None:
     """Text encoding to saved image with every move of weights, without load; None while a part of that is unknown.
 
     A phase that ComfyUI answered from its cache (`cached`) is a part that is unknown: nobody knows here what a repeat
-    would have paid for it. `after_sampling` is the span from sampling to the report where a core node decoded in it.
+    would have paid for it. Where a core node encoded the text, `core_text_encode` stands for it; where one decoded,
+    `after_sampling` does, the span from sampling to the report.
     Work of other nodes on the same image that nobody measured (`others`) leaves no total either. Freeing memory
     (`free`) counts where it took place: a Free Memory node that ComfyUI did not run again moved no weights.
     """
@@ -177,7 +189,8 @@ def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | Non
         return None
     decode = phases_ms.get("decode")
     after = phases_ms.get("after_sampling") if decode is None else decode
-    parts = (phases_ms.get("text_encode"), sample_ms, after)
+    text = phases_ms.get("text_encode")
+    parts = (phases_ms.get("core_text_encode") if text is None else text, sample_ms, after)
     if not all(isinstance(part, (int, float)) for part in parts):
         return None
     extras = (phases_ms.get(name) for name in ("free", "to_device", "prepare", "save"))

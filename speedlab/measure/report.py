@@ -16,6 +16,7 @@ _PHASE_NAMES = {
     "load": "load checkpoint",
     "compile": "compiling",
     "text_encode": "text encoding",
+    "core_text_encode": "text, core node",
     "free": "freeing memory",
     "to_device": "model to device",
     "prepare": "preparation",
@@ -78,7 +79,7 @@ def report_text(record: RunRecord) -> str:
         f"{precision_text(request.get('precision')) or 'unknown precision'} | attention {record.env.get('attention')}",
         "",
     ]
-    body = [*_phase_table(record), "", *_step_table(record), ""]
+    body = [*aligned(phase_rows(record), numbers=True), "", *aligned(step_table(record), numbers=True, words=1), ""]
     deeper = kernel_table(record)
     body += [*deeper, "", summary_text(record)] if deeper else [summary_text(record)]
     trace = record.artifacts.get("trace")
@@ -95,29 +96,31 @@ def _steps_taken(record: RunRecord) -> str:
     return f"{asked} steps" if taken in (None, asked) else f"{taken} steps ({asked} asked for)"
 
 
-def _phase_table(record: RunRecord) -> list[str]:
+def phase_rows(record: RunRecord) -> list[tuple[str, ...]]:
+    """The phases as a table, its head first."""
     total = record.phases_ms.get("total")
-    rows = [("phase", "ms", "share", "VRAM GB", "RSS GB")]
+    rows: list[tuple[str, ...]] = [("phase", "ms", "share", "VRAM GB", "RSS GB")]
     for key, name in _PHASE_NAMES.items():
         value = record.phases_ms.get(key)
-        if key in (OTHERS, "free", "compile") and value is None:
+        if key in (OTHERS, "free", "compile", "core_text_encode") and value is None:
             continue
         memory: Mapping[str, Any] = record.memory.get("overall" if key == "total" else key, {})
         counted = isinstance(value, (int, float)) and isinstance(total, (int, float)) and total > 0
         share = f"{100 * value / total:.0f} %" if counted and key not in ("load", "compile", "first_eval") else ""  # type: ignore[operator]
         used = _gb(memory.get("peak_allocated_gb")), _gb(memory.get("peak_rss_gb"))
         rows.append((name, _phase_value(value), share, *used))
-    return aligned(rows, numbers=True)
+    return rows
 
 
-def _step_table(record: RunRecord) -> list[str]:
+def step_table(record: RunRecord) -> list[tuple[str, ...]]:
+    """The steps as a table, its head first."""
     rows: list[tuple[str, ...]] = [("step", "sigma", "ms", "evals", "cond", "uncond", "note")]
     for step in record.steps:
         ms = step["cpu_ms"] if step["gpu_ms"] is None else step["gpu_ms"]
         notes = [n for n, there in (("cached", step["cached"]), (step["model"], step["model"] != "base")) if there]
         counts = (str(step[name]) for name in ("evals", "cond_rows", "uncond_rows"))
         rows.append((str(step["index"] + 1), f"{step['sigma']:.4f}", f"{ms:.2f}", *counts, " ".join(notes)))
-    return aligned(rows, numbers=True, words=1)
+    return rows
 
 
 def _memory_line(memory: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from threading import Lock
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from ..patching.wrappers import SharedState, Site, Wrapper, attach, has_work_uni
 from . import nvtx
 from .clock import Clock, Mark, host_ms
 from .environment import Conditions, conditions_now
+from .peaks import MemoryPeak
 
 KEY = "speedlab.profile"
 _NO_PLACE = (
@@ -43,6 +44,8 @@ class Evaluation:
     cached: bool = False
     # Steps that the sampler's callback had reported before.
     done: int = 0
+    # Of memory, from its start to the next evaluation's.
+    peak: MemoryPeak = field(default_factory=MemoryPeak)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class SamplingTrace(SharedState):
     first_step: int = 0
     then: SamplingTrace | None = None
     observer: Observer | None = None
+    # Gives the peak of memory since its last call.
+    memory: Callable[[], MemoryPeak] | None = None
     _current: Evaluation | None = None
     _open_step: bool = False
     _tracker: StepTracker | None = None
@@ -122,13 +127,14 @@ class SamplingTrace(SharedState):
         """A trace for the part of the run that another model goes on with."""
         self.then = SamplingTrace(
             self.clock, self.emitter, model_role, apart=self.apart, on_step=self.on_step, first_step=first_step,
-            observer=self.observer,
+            observer=self.observer, memory=self.memory,
         )  # fmt: skip
         return self.then
 
     def begin(self, sigmas: Sequence[float]) -> None:
         self.sigmas = list(sigmas)
         self._tracker = StepTracker(tuple(self.sigmas)) if len(self.sigmas) > 1 else None
+        self._read_memory()
         self.start = self.clock.mark()
         self.emitter.push(nvtx.SAMPLE, len(self.sigmas) - 1)
         self._push_step(0)
@@ -140,6 +146,7 @@ class SamplingTrace(SharedState):
             self.emitter.pop()
             self._open_step = False
         self.emitter.pop()
+        self._read_memory()
         self.end = self.clock.mark()
         if self.observer is not None:
             self.observer.ended(self.end)
@@ -159,6 +166,8 @@ class SamplingTrace(SharedState):
     @contextmanager
     def evaluation(self, sigma: Any) -> Iterator[None]:
         outer = self._current
+        if outer is None:
+            self._read_memory()
         done = 0 if self._tracker is None else self._tracker.done
         current = self._current = Evaluation(sigma, self.clock.mark(), done=done)
         self.evaluations.append(current)
@@ -203,6 +212,13 @@ class SamplingTrace(SharedState):
     def note_saved(self, name: str, saved: int, of: int, unit: str) -> None:
         """What a technique left out in this run."""
         self.saved[name] = (saved, of, unit)
+
+    def _read_memory(self) -> None:
+        if self.memory is not None:
+            peak = self.memory()
+            # What is before the first evaluation belongs to no step.
+            if self.evaluations:
+                self.evaluations[-1].peak = self.evaluations[-1].peak.merged(peak)
 
     def _push_step(self, index: int) -> None:
         self.emitter.push(nvtx.STEP, index)
@@ -326,8 +342,9 @@ def step_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
 
 def part_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
     """`step_rows` of one part of the run alone, without what a repeat does not do again."""
-    if trace.start is None or trace.end is None or len(trace.sigmas) < 2:
+    if not _has_steps(trace):
         return ()
+    assert trace.start is not None and trace.end is not None
     owners = evaluation_steps(trace)
     # The first span also holds what the sampler does before its first evaluation.
     starts = [trace.start, *(evaluation.start for evaluation in trace.evaluations[1:])]
@@ -351,6 +368,23 @@ def part_rows(trace: SamplingTrace) -> tuple[StepRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def _has_steps(trace: SamplingTrace) -> bool:
+    return trace.start is not None and trace.end is not None and len(trace.sigmas) > 1
+
+
+def step_peaks(trace: SamplingTrace) -> tuple[MemoryPeak, ...]:
+    """The peak of memory of each step, as `step_rows` has them. Call after the clock settled."""
+    found = []
+    for part in trace.parts():
+        if not _has_steps(part):
+            continue
+        owners = evaluation_steps(part)
+        for index in range(len(part.sigmas) - 1):
+            mine = (e.peak for e, owner in zip(part.evaluations, owners, strict=True) if owner == index)
+            found.append(reduce(MemoryPeak.merged, mine, MemoryPeak()))
+    return tuple(found)
 
 
 def evaluation_steps(trace: SamplingTrace) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.core import compute_device, output_directory
-from ..measure import timeline
+from ..measure import node_times, timeline
 from ..measure.charts import OF_REPORT, STEPS, chart_or_blank
 from ..measure.context import NodeContext, of_item
 from ..measure.peaks import MemoryPeak, measure_peak
@@ -114,11 +114,27 @@ def _with_rest(
     if record.phases_ms.get("decode") is None:
         others -= set(decoders) & behind
     record = with_others(record, context, others)
+    if record.phases_ms.get("core_text_encode") is not None and _is_of_list(sampled, entries):
+        return with_others(
+            record, context, (),
+            "A core node encoded the texts of a list at once, so the time from text to image is not known. Encode with "
+            "Text Encode or Prompt Queue (SpeedLab) to have it.",
+        )  # fmt: skip
     if record.phases_ms.get("decode") is not None:
         return _with_freed(record, behind, upstream, entries, now.list_index)
     if others:
         return record
     between = _between(sampled, context, upstream, entries)
+    seen = node_times.seen_ms(decoders) if between and decoders and not _is_of_list(sampled, entries) else None
+    if isinstance(seen, float):
+        return record.changed(
+            phases_ms={**record.phases_ms, "after_sampling": seen},
+            warnings=(
+                *record.warnings,
+                f"{context.names(decoders)} decoded: its {seen:.0f} ms are what ComfyUI's progress tells of it, an "
+                "estimate that is part of the time from text to image. VAE Decode (SpeedLab) measures it.",
+            ),
+        )
     if between:
         return with_others(
             record, context, (),
@@ -154,11 +170,15 @@ def _between(
 ) -> str:
     """What else may have run since sampling, in words: another item of a list, or a node of another branch."""
     others = {e.node_id for e in entries if e.phase != "between" and e.end_ns > sampled.end_ns} - {sampled.node_id}
-    if any(e.phase == "sample" and e.node_id == sampled.node_id and e is not sampled for e in entries):
+    if _is_of_list(sampled, entries):
         return "other items of the list"
     branches = set(context.graph) - upstream - {context.node_id}
     unseen = {*context.working(branches), *context.encoding(branches), *(n for n in others - upstream if n is not None)}
     return context.names(unseen)
+
+
+def _is_of_list(sampled: timeline.PhaseEntry, entries: Sequence[timeline.PhaseEntry]) -> bool:
+    return any(e.phase == "sample" and e.node_id == sampled.node_id and e is not sampled for e in entries)
 
 
 def _decodes_of(

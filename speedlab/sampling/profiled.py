@@ -17,7 +17,7 @@ from ..measure import nvtx, timeline
 from ..measure.clock import clock_for
 from ..measure.context import NodeContext
 from ..measure.kernel_profile import DETAILS, TIMING, KernelProfile, measure_kernel_profile
-from ..measure.peaks import PeakReading, measure_peak
+from ..measure.peaks import MemoryPeak, PeakReading, measure_peak
 from ..measure.record import RunRecord
 from ..measure.store import RunStore, new_run_id
 from ..measure.torch_trace import require_profiler
@@ -154,7 +154,7 @@ def profile_run(
             if not options.part:
                 timeline.note_between(reading.before)
             compiled = compile_counts()
-            out = _run_all(model, options, session, sample)
+            out = _run_all(model, options, session, sample, reading.part)
             compilations = counts_between(compiled, compile_counts())["compilations"]
             session.compiled_unseen = bool(compilations) and not tells_of_dynamo()
         if observe is not None and options.detail != TIMING:
@@ -202,12 +202,14 @@ def _note_sampling(session: Session) -> None:
     )
 
 
-def _run_all(model: Any, options: ProfileOptions, session: Session, sample: Sampling) -> dict[str, Any]:
+def _run_all(
+    model: Any, options: ProfileOptions, session: Session, sample: Sampling, memory: Callable[[], MemoryPeak]
+) -> dict[str, Any]:
     emitter = nvtx.emitter(options.nvtx)
     first: dict[str, Any] | None = None
     with nvtx.nvtx_range(emitter, nvtx.RUN, options.repeats):
         for index in range(options.warmup + options.repeats):
-            trace = SamplingTrace(clock_for(model.load_device), emitter, on_step=options.on_step)
+            trace = SamplingTrace(clock_for(model.load_device), emitter, on_step=options.on_step, memory=memory)
             session.traces.append(trace)
             trace.observer = None if session.feed is None else session.feed.run(index)
             trace.called = trace.clock.mark()

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 
 from ..common.dtypes import unet_dtypes
 from ..common.errors import first_line
-from ..measure import timeline
+from ..measure import node_times, timeline
 from ..measure.context import NodeContext
 from ..measure.environment import environment, environment_hash
 from ..measure.kernel_profile import KernelProfile
 from ..measure.peaks import MemoryPeak
 from ..measure.plan_names import plan_of
-from ..measure.record import OTHERS, UNKNOWN, RunRecord, memory_dict, step_dict, total_ms
+from ..measure.record import OTHERS, UNKNOWN, RunRecord, memory_dict, step_dict, step_memory, total_ms
 from ..measure.summary import summarise
 from ..measure.trace import (
     Observer,
@@ -26,6 +26,7 @@ from ..measure.trace import (
     compile_ms,
     first_eval_ms,
     sampling_ms,
+    step_peaks,
     step_rows,
     to_device_ms,
 )
@@ -102,6 +103,7 @@ def record_of(
         "load": context.phase_ms("load", entries, now.list_index),
         "compile": _compile_ms(session),
         "text_encode": context.phase_ms("text_encode", entries, now.list_index),
+        **_core_text(context, entries, now.list_index),
         "free": context.phase_ms("free", entries, now.list_index),
         "to_device": _to_device_ms(session),
         "prepare": _prepare_ms(session),
@@ -129,6 +131,7 @@ def record_of(
             summary=summary,
             warnings=_warnings(model, session, phases, summary["first_step_excess_ms"]),
             memory=_memory(entries, context.concerning(entries), session.peak),
+            step_memory=step_memory(step_peaks(session.measured[0])) if session.measured else {},
             kernels=session.kernel_profile.kernels,
             kernel_profile=session.kernel_profile.profile,
             roofline=session.kernel_profile.roofline,
@@ -148,9 +151,15 @@ def _warnings(
             "times tell when work was queued, not when it was done, so steps and phases cannot be told apart for sure."
         )
     notes += [warning for match in model.get_attachment(LORAS) or () for warning in match.warnings()]
-    if phases["text_encode"] is None:
+    text, seen = phases["text_encode"], phases.get("core_text_encode")
+    if text is None and isinstance(seen, float):
+        notes.append(
+            f"A core node encoded the text: its {seen:.0f} ms are what ComfyUI's progress tells of it, an estimate "
+            "that is part of the time from text to image. Text Encode (SpeedLab) measures it."
+        )
+    elif text is None and seen is None:
         notes.append("A core node encoded the text, so the time from text to image is not known.")
-    elif phases["text_encode"] == "cached":
+    elif "cached" in (text, seen):
         notes.append(
             "ComfyUI had the encoded text, or a part of it, in its cache, so the time from text to image is not "
             "known. Change the texts to have it measured."
@@ -213,6 +222,23 @@ def with_rates(record: RunRecord) -> RunRecord:
 
 def _rows(traces: list[SamplingTrace]) -> list[tuple[StepRow, ...]]:
     return [rows for rows in (step_rows(trace) for trace in traces) if rows]
+
+
+def _core_text(
+    context: NodeContext, entries: Sequence[timeline.PhaseEntry], list_index: int | None
+) -> dict[str, float | str | None]:
+    """Text encoding where nodes of others did it or a part of it; nothing where they did none.
+
+    What such a node did for a whole list is no single item's.
+    """
+    encoders = context.text_encoders()
+    if not encoders:
+        return {}
+    seen = None if list_index else node_times.seen_ms(encoders)
+    own = context.phase_ms("text_encode", entries, list_index, beside_others=True)
+    if seen is None or "cached" in (seen, own):
+        return {"core_text_encode": seen and "cached"}
+    return {"core_text_encode": round(sum(ms for ms in (seen, own) if isinstance(ms, float)), 3)}
 
 
 def _to_device_ms(session: Session) -> float | None:

@@ -26,6 +26,7 @@ def browser_summary(record: RunRecord, context: NodeContext | None = None) -> di
         "steps": [dict(step) for step in record.steps],
         "summary": dict(record.summary),
         "memory": dict(record.memory.get("overall", {})),
+        "step_memory": dict(record.step_memory),
     }
 
 

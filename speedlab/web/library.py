@@ -6,19 +6,23 @@ ours is skipped and counted, and no path in a record leads out of this pack's fo
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..common.errors import ResultsError, SpeedLabError, first_line
-from ..measure.record import RUN_ID, RunRecord, loosely_from_json, shown_json
+from ..measure.page import run_page
+from ..measure.record import RUN_ID, RunRecord, from_json, loosely_from_json, shown_json
 from ..measure.store import RunStore, leads_into
 
 log = logging.getLogger(__name__)
@@ -26,7 +30,12 @@ log = logging.getLogger(__name__)
 MAX_PAGE = 200
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
 _MAX_TEXT = 200
+# Of a page to hand on: a batch of large images would make it too large for a mail.
+_MAX_IMAGES, _MAX_IMAGE_BYTES = 8, 32 * 1024 * 1024
+_KINDS = {".png": "png", ".jpg": "jpeg", ".webp": "webp"}
 _LEFT_OVER_S = 3600.0
+# What Markdown takes for more than a letter.
+_MARKUP, _ESCAPED = re.compile(r"([\\|`*_<\[])"), r"\\\1"
 # Where this pack lays what belongs to a run; only there, and only under the run's own id, is anything deleted.
 _ARTIFACT_FOLDERS = ("images", "charts")
 _TRACE = ".trace.json.gz"
@@ -59,6 +68,17 @@ class RunSummary:
     peak_kind: str
     device: str
 
+    def markdown(self) -> str:
+        """The line as a row of a table in Markdown: date, plan, checkpoint, size, steps, sampler, seconds from text to
+        image, steps a second, peak of memory, device, run id."""
+        memory = "" if self.peak_gb is None else f"{self.peak_gb:.2f} GB {self.peak_kind.upper()}"
+        total = "" if self.total_ms is None else f"{self.total_ms / 1000.0:.3f} s"
+        rate = "" if self.it_per_s is None else f"{self.it_per_s:.4g} it/s"
+        size = f"{_plain(self.width)}x{_plain(self.height)} x{_plain(self.batch)}"
+        texts = (self.timestamp[:16].replace("T", " "), self.plan, self.checkpoint, size, f"{_plain(self.steps)} steps",
+                 self.sampler, total, rate, memory, self.device, self.run_id)  # fmt: skip
+        return f"| {' | '.join(_MARKUP.sub(_ESCAPED, ' '.join(text.split())) or '-' for text in texts)} |"
+
     def matches(self, words: Sequence[str]) -> bool:
         """Whether every lower-case word occurs in one of the texts."""
         return all(word in self._searched for word in words)
@@ -71,12 +91,16 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Page:
-    """Part of the list, newest first. `next_offset` is None at the end; `skipped` files are no records of ours."""
+    """Part of the list, newest first. `next_offset` is None at the end; `skipped` files are no records of ours.
+
+    `positions` tell for each run where it stands among all files.
+    """
 
     runs: tuple[RunSummary, ...]
     files: int
     skipped: int
     next_offset: int | None
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -107,6 +131,7 @@ class RunLibrary:
         files, foreign = self._files()
         limit = max(1, min(limit, MAX_PAGE))
         runs: list[RunSummary] = []
+        positions: list[int] = []
         skipped, position = foreign, max(0, offset)
         while position < len(files) and len(runs) < limit:
             name, mtime_ns, size = files[position]
@@ -116,7 +141,9 @@ class RunLibrary:
                 skipped += 1
             elif summary.matches(words):
                 runs.append(summary)
-        return Page(tuple(runs), len(files), skipped, position if position < len(files) else None)
+                positions.append(position - 1)
+        after = position if position < len(files) else None
+        return Page(tuple(runs), len(files), skipped, after, tuple(positions))
 
     def text(self, run_id: str) -> str:
         """A record's JSON as it lies on disk. Raises UnknownRunError, ResultsError."""
@@ -144,6 +171,38 @@ class RunLibrary:
         if path is None or not path.is_file():
             raise UnknownRunError(f"The {kind} of run {run_id} is not there any more.")
         return path
+
+    def page_of(self, run_id: str) -> str:
+        """A run as one HTML page with its images in it. Raises UnknownRunError, ResultsError."""
+        record = from_json(self.text(run_id))
+        images = []
+        for index, name in enumerate(_artifact_paths(record.artifacts.get("images"))[:_MAX_IMAGES]):
+            kind = _KINDS.get(PurePosixPath(name).suffix.lower())
+            # One that is gone, or is no image, is left out: the figures are whole without it.
+            with suppress(UnknownRunError, OSError):
+                path = self.artifact(run_id, "images", index)
+                if kind is not None and path.stat().st_size <= _MAX_IMAGE_BYTES:
+                    images.append((kind, path.read_bytes()))
+        return run_page(record, images)
+
+    def workflow(self, run_id: str) -> dict[str, Any]:
+        """What a run's first image keeps of its graph: `workflow` as the canvas has it, `prompt` as it was queued.
+
+        Raises UnknownRunError where no image is left or it keeps neither, ResultsError.
+        """
+        if not _artifact_paths(_mapping(loosely_from_json(self.text(run_id)).artifacts).get("images")):
+            raise UnknownRunError(
+                "The workflow of a run is kept in its image, and this run saved none. Connect the image to Profile "
+                "Report to have it saved."
+            )
+        texts = png_texts(self.artifact(run_id, "images"))
+        found = {name: data for name in ("workflow", "prompt") if (data := _json_object(texts.get(name)))}
+        if not found:
+            raise UnknownRunError(
+                "The image of this run keeps no workflow: ComfyUI runs with --disable-metadata, or another program "
+                "saved the image."
+            )
+        return found
 
     def delete(self, run_id: str) -> None:
         """Remove a run's record and what it made. Its row in the CSV stays. Raises UnknownRunError, ResultsError."""
@@ -242,6 +301,30 @@ class RunLibrary:
                 folders = [self._store.root / folder for folder in _ARTIFACT_FOLDERS]
                 if path.parent in folders or path == self._store.trace_path(record.run_id):
                     yield path
+
+
+def png_texts(path: Path) -> dict[str, str]:
+    """The texts that stand before the pixels of a PNG file; none of another file, or of one that breaks off."""
+    texts: dict[str, str] = {}
+    with path.open("rb") as file:
+        if file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return texts
+        while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+            size = int.from_bytes(head[:4], "big")
+            if size > _MAX_RECORD_BYTES:
+                break
+            data = file.read(size + 4)[:-4]
+            if head[4:] == b"tEXt":
+                name, _, text = data.partition(b"\0")
+                texts[name.decode("latin-1")] = text.decode("latin-1")
+    return texts
+
+
+def _json_object(text: str | None) -> dict[str, Any] | None:
+    try:
+        return _mapping(json.loads(text or "null")) or None
+    except (ValueError, RecursionError):
+        return None
 
 
 def _artifact_paths(value: Any) -> list[str]:

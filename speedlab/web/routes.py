@@ -19,6 +19,7 @@ from typing import Any
 from ..common.core import output_directory
 from ..common.errors import ResultsError, SpeedLabError, first_line
 from ..common.timing import tell_of_work_through
+from ..measure.page import POLICY
 from ..measure.store import RunStore
 from ..sampling.profiled import show_runs_through
 from . import live
@@ -52,6 +53,8 @@ def add_to(routes: Any) -> None:
     """Add the routes to an aiohttp RouteTableDef."""
     routes.get("/speedlab/runs")(_answering(_list))
     routes.get("/speedlab/runs/{run_id}")(_answering(_record))
+    routes.get("/speedlab/runs/{run_id}/page")(_answering(_page))
+    routes.get("/speedlab/runs/{run_id}/workflow")(_answering(_workflow))
     routes.get("/speedlab/runs/{run_id}/file/{kind}/{index}")(_answering(_file))
     routes.get("/speedlab/results.csv")(_answering(_csv))
     routes.post("/speedlab/delete")(_answering(_delete))
@@ -86,7 +89,14 @@ async def _list(request: Any) -> Any:
     query = request.query
     offset, limit = _whole(query.get("offset", "0"), "offset"), _whole(query.get("limit", "50"), "limit")
     page = await asyncio.to_thread(lambda: _library().page(offset, limit, query.get("q", "")))
-    return web.json_response(asdict(page))
+    # Where a run stands among all files, so that a list can leave room for those that it has not asked for.
+    runs = [
+        {**asdict(run), "markdown": run.markdown(), "position": place}
+        for run, place in zip(page.runs, page.positions, strict=True)
+    ]
+    return web.json_response(
+        {"runs": runs, "files": page.files, "skipped": page.skipped, "next_offset": page.next_offset}
+    )
 
 
 async def _record(request: Any) -> Any:
@@ -106,6 +116,23 @@ async def _record(request: Any) -> Any:
         content_type="application/json",
         headers=_headers(f"{run_id}.json" if as_file else None),
     )
+
+
+async def _page(request: Any) -> Any:
+    from aiohttp import web
+
+    run_id = request.match_info["run_id"]
+    text = await asyncio.to_thread(lambda: _library().page_of(run_id))
+    headers = _headers(f"{run_id}.html" if "download" in request.query else None)
+    headers["Content-Security-Policy"] = f"{POLICY}; sandbox"
+    return web.Response(text=text, content_type="text/html", headers=headers)
+
+
+async def _workflow(request: Any) -> Any:
+    from aiohttp import web
+
+    found = await asyncio.to_thread(lambda: _library().workflow(request.match_info["run_id"]))
+    return web.json_response(found, headers=_headers(None))
 
 
 async def _file(request: Any) -> Any:

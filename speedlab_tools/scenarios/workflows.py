@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,20 @@ from .scenario import SOURCES, NeededFile, Scenario, models_of
 
 # Samplers that write the name of their plan into a record; a name stands there with what it was given for.
 _NAMED = frozenset({"SpeedLabProfileSampler", "SpeedLabEnsembleSampler"})
+# What a frontend with an app mode makes one screen of: widgets to set by class and name, of which the sampler's chart
+# is one, and the nodes whose images it shows. Other frontends keep it and do nothing with it.
+_APPS: Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[str, ...]]] = {
+    "txt2img-default": (
+        (
+            ("SpeedLabCheckpointLoader", "ckpt_name"),
+            ("SpeedLabTextEncode", "text"),
+            ("SpeedLabProfileSampler", "steps"),
+            ("SpeedLabProfileSampler", "seed"),
+            ("SpeedLabProfileSampler", "speedlab_profile"),
+        ),
+        ("SpeedLabProfileReport",),
+    )
+}
 
 
 def note_text(scenario: Scenario) -> str:
@@ -103,11 +117,24 @@ def ui_graph(scenario: Scenario) -> UiGraph:
     stands_for = {node: made_of(api, node) for node, entry in api.items() if entry["class_type"] in _NAMED}
     if stands_for:
         named["made_of"] = stands_for
-    extra = {"speedlab": named}
+    extra: dict[str, object] = {"speedlab": named}
+    if scenario.id in _APPS:
+        extra["linearData"] = _app(api, *_APPS[scenario.id])
     note = note_text(scenario)
     return to_ui(
         graph, name=scenario.id, note=note, note_title=scenario.title, extra=extra, models=models_of(scenario.files)
     )
+
+
+def _app(api: ApiGraph, widgets: Sequence[tuple[str, str]], shown: Sequence[str]) -> dict[str, object]:
+    """The screen of an app as the frontend keeps it in `extra.linearData`."""
+    of_class: dict[str, list[int]] = {}
+    for node_id, node in api.items():
+        of_class.setdefault(node["class_type"], []).append(int(node_id))
+    return {
+        "inputs": [[node, widget] for name, widget in widgets for node in of_class[name]],
+        "outputs": [node for name in shown for node in of_class[name]],
+    }
 
 
 def api_graph(scenario: Scenario) -> ApiGraph:

@@ -18,6 +18,7 @@ from . import samples as valid
 from .fuzz import HOSTILE_TEXTS, Broken, Target, of_json_text, random_text
 
 _PATHS = ("/speedlab/runs", "/speedlab/runs/{0}", "/speedlab/runs/{0}/file/{1}/{2}", "/speedlab/results.csv",
+          "/speedlab/runs/{0}/page", "/speedlab/runs/{0}/workflow",
           "/speedlab/delete", "/speedlab/prune", "/speedlab/live")  # fmt: skip
 _BODIES = ({"run_ids": [valid.RUN_ID]}, {"keep": 3}, {"client_id": "a", "on": True})
 _TYPES = ("application/json", "application/json; charset=utf-8", "application/json; charset=no-such", "text/plain",

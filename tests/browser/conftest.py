@@ -247,6 +247,7 @@ def open_canvas(server: ComfyServer, chromium: Any) -> Iterator[Callable[..., Ca
                 urllib.request.Request(f"{server.url}/settings/{name}", body, header), timeout=30
             ).close()
         context = chromium.new_context(viewport={"width": width, "height": height})
+        context.set_default_navigation_timeout(180_000)  # a machine that works on other things too is slow
         contexts.append(context)
         canvas = Canvas(context.new_page(), server.url, server.base / "output")
         canvases.append(canvas)

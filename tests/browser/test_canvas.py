@@ -20,7 +20,7 @@ SIDEBAR_OPEN = ".sl-tab"
 
 def open_sidebar(canvas) -> None:
     canvas.evaluate("() => app.extensionManager.command.execute('SpeedLab.ShowRuns')")
-    canvas.page.wait_for_selector(f"{SIDEBAR_OPEN} .sl-row", timeout=20_000)
+    canvas.page.wait_for_selector(f"{SIDEBAR_OPEN} .sl-row[data-run]", timeout=20_000)
 
 
 def has_chart(template: str) -> bool:
@@ -222,7 +222,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     data["summary"]["run"]["median"] *= 3
     file.write_text(json.dumps(data))
     for row in (0, 1):
-        canvas.page.locator(".sl-row input").nth(row).check()
+        canvas.page.locator(".sl-row .sl-mark").nth(row).click()
     canvas.page.locator("[data-act=compare]").click()
     compared = canvas.page.locator(".sl-compare")
     compared.wait_for()

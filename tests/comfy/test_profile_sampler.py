@@ -321,6 +321,9 @@ def test_the_record_is_written_with_the_contracts_fields(sample, base_dir):
     assert set(data["phases_ms"]) >= {"load", "text_encode", "first_eval", "sample", "decode", "total"}
     columns = "index sigma gpu_ms cpu_ms evals cond_rows uncond_rows cached model"
     assert set(data["steps"][0]) == set(columns.split())
+    (steps_gb,) = data["step_memory"].values()
+    assert len(steps_gb) == len(data["steps"]) and min(steps_gb) > 0.05
+    assert max(steps_gb) <= data["memory"]["sample"]["peak_rss_gb"] + 1e-4, "the peak of all is that of none less"
     assert data["phases_ms"]["to_device"] >= 0
     assert data["phases_ms"]["prepare"] >= 0
     assert data["request"]["sampler"] == "euler"

@@ -228,3 +228,78 @@ def test_ten_thousand_runs_open_only_what_is_shown(store, monkeypatch):
     assert opens(lambda: library.page(9950, 50)) == 50
     assert opens(lambda: library.page(text=run_id(3))) == 9900
     assert opens(lambda: library.page(text=run_id(4))) == 0
+
+
+STEP = {"index": 0, "sigma": 14.6, "gpu_ms": None, "cpu_ms": 100.0, "evals": 1, "cond_rows": 1, "uncond_rows": 1,
+        "cached": False, "model": "base"}  # fmt: skip
+SUMMARY = {"steps": 2, "it_per_s": 10.0, "step_time_ms": 100.0}
+
+
+def with_image(store, number: int, texts: dict[str, str], **changes) -> str:
+    """A run whose image keeps these texts as core's Save Image does."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    folder = store.root / "images"
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(folder / f"{run_id(number)}_000.png", pnginfo=info)
+    steps = [STEP, {**STEP, "index": 1}]
+    artifacts = {"images": [f"speedlab/images/{run_id(number)}_000.png"]}
+    known = {"artifacts": artifacts, "steps": steps, "summary": SUMMARY, "step_memory": {"peak_rss_gb": [None, 1.5]}}
+    return put(store, number, **{**known, **changes})
+
+
+def test_a_run_becomes_one_page_that_needs_nothing_else(store):
+    made = with_image(store, 1, {}, request={"plan": "<script>alert(1)</script>", "steps": 2, "width": 64})
+    page = RunLibrary(store).page_of(made)
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert "http" not in page.replace('http-equiv="Content', ""), "no address of anything"
+    assert page.count("data:image/png;base64,") == 1
+    assert page.count("<rect") == 2 and page.count("<polyline") == 1, "a bar a step, and the memory that is known"
+    assert "10.00 it/s" in page and "RAM of the process, peak of each step: 1.50 to 1.50 GB" in page
+
+
+def test_a_page_of_a_record_of_another_shape_is_refused_in_words(store):
+    made = put(store, 1, steps=[{"index": "first"}], summary=SUMMARY)
+    with pytest.raises(ResultsError, match="not as this pack writes one"):
+        RunLibrary(store).page_of(made)
+
+
+def test_the_workflow_of_a_run_is_read_from_its_image(store):
+    graph = {"nodes": [], "id": "\u00e4"}
+    made = with_image(store, 1, {"workflow": json.dumps(graph), "prompt": "no JSON", "other": "{}"})
+    assert RunLibrary(store).workflow(made) == {"workflow": graph}
+
+
+def test_why_a_run_has_no_workflow_is_said(store):
+    without = with_image(store, 1, {})
+    none = put(store, 2)
+    cut = with_image(store, 3, {"workflow": "{}" * 50})
+    image = store.root / "images" / f"{run_id(3)}_000.png"
+    image.write_bytes(image.read_bytes()[:60])
+    library = RunLibrary(store)
+    for made, why in ((without, "keeps no workflow"), (none, "saved none"), (cut, "keeps no workflow")):
+        with pytest.raises(UnknownRunError, match=why):
+            library.workflow(made)
+
+
+def test_positions_tell_where_runs_stand_among_all_files(store):
+    for number in range(5):
+        put(store, number, plan="odd" if number % 2 else "even")
+    (store.runs / f"{run_id(9)}.json").write_text("{")
+    library = RunLibrary(store)
+    assert library.page(0, 3).positions == (1, 2, 3), "the file at 0 is no record"
+    found = library.page(0, 50, "odd")
+    assert found.positions == (2, 4) and [run.run_id for run in found.runs] == [run_id(3), run_id(1)]
+
+
+def test_a_run_as_a_row_in_markdown_keeps_its_columns(store):
+    put(store, 1, plan="a|b *c*\n[d](e)", summary={**SUMMARY, "it_per_s": 1 / 3})
+    (run,) = RunLibrary(store).page().runs
+    assert run.markdown() == (
+        f"| 2026-01-01 10:00 | a\\|b \\*c\\* \\[d](e) | - | 512x768 x | 2 steps | euler/normal | 1.500 s | "
+        f"0.3333 it/s | 2.50 GB RAM | a GPU | {run_id(1)} |"
+    )

@@ -76,6 +76,13 @@ def test_a_run_is_listed_read_and_its_files_are_served(server, run_id):
         status, headers, data = ask(server, f"/speedlab/runs/{run_id}/file/{kind}/0")
         assert (status, headers["Content-Type"], data[1:4]) == (200, "image/png", b"PNG")
         assert headers["X-Content-Type-Options"] == "nosniff"
+    assert page["runs"][0]["position"] == 0
+    for query, told in (("", None), ("?download=1", f'attachment; filename="{run_id}.html"')):
+        status, headers, data = ask(server, f"/speedlab/runs/{run_id}/page{query}")
+        assert (status, headers["Content-Disposition"]) == (200, told)
+        assert headers["Content-Type"] == "text/html; charset=utf-8"
+        assert b"data:image/png;base64," in data and "sandbox" in headers["Content-Security-Policy"]
+    assert list(server.get(f"/speedlab/runs/{run_id}/workflow")) == ["prompt"], "it was queued without a canvas"
     status, headers, data = ask(server, "/speedlab/results.csv")
     assert status == 200 and run_id.encode() in data and headers["Content-Type"] == "text/csv"
 
@@ -98,7 +105,9 @@ def test_a_trace_is_handed_over_as_the_file_it_is(server, run_id):
     "path",
     ["/speedlab/runs/..%2f..%2fresults", "/speedlab/runs/%2e%2e", "/speedlab/runs/C:%5cx", "/speedlab/runs/a%00b",
      "/speedlab/runs?offset=-1", "/speedlab/runs?limit=many", "/speedlab/runs/20260101-000000-00000000",
-     "/speedlab/runs/20260101-000000-00000000/file/images/-1", "/speedlab/runs/%2fetc%2fpasswd"],
+     "/speedlab/runs/20260101-000000-00000000/file/images/-1", "/speedlab/runs/20260101-000000-00000000/page",
+     "/speedlab/runs/..%2f..%2fresults/page", "/speedlab/runs/20260101-000000-00000000/workflow",
+     "/speedlab/runs/%2fetc%2fpasswd"],
 )  # fmt: skip
 def test_what_is_no_run_is_refused(server, path):
     status, _, data = ask(server, path)

@@ -9,7 +9,9 @@ import pytest
 
 pytestmark = pytest.mark.server
 
-COUNTED = ("text_encode", "free", "to_device", "prepare", "sample", "decode", "after_sampling", "save")
+COUNTED = (
+    "text_encode", "core_text_encode", "free", "to_device", "prepare", "sample", "decode", "after_sampling", "save",
+)  # fmt: skip
 UNKNOWN = "the time from text to image is not known"
 words = itertools.count()
 
@@ -272,16 +274,17 @@ def test_freeing_memory_for_another_branch_is_no_phase_of_this_image(whose, job)
 
 
 @pytest.mark.full
-def test_a_core_decoder_beside_other_work_is_not_timed(whose, job):
-    """What ComfyUI runs between sampling and report is then not only this image's."""
+def test_a_core_decoder_beside_other_work_counts_for_itself_alone(whose, job):
+    """What ComfyUI runs between sampling and report is then not only this image's; its progress tells the decoder's."""
     prompt = job()
     prompt["6"] = core_decoder(["5", 0])
     prompt["20"] = core_sampler(["1", 0], ["4", 0], denoise=1.0)
     prompt["21"] = core_decoder(["20", 0])
     prompt["22"] = {"class_type": "PreviewImage", "inputs": {"images": ["21", 0]}}
     record = records(whose, prompt)[0]["7"][0]
-    assert_empty(whose, record, "VAEDecode (6)", "KSampler (20)")
-    assert "after_sampling" not in record["phases_ms"]
+    assert_whole(whose, record)
+    decoded = f"its {record['phases_ms']['after_sampling']:.0f} ms"
+    assert any(text.startswith(f"VAEDecode (6) decoded: {decoded}") for text in record["warnings"])
 
 
 def queue_of(prompt, count):
@@ -354,13 +357,31 @@ def test_a_chain_of_rounds_has_a_total_only_where_it_begins(whose, job):
 
 
 @pytest.mark.full
-def test_text_of_a_core_node_in_a_round_is_unknown_as_in_a_flat_graph(whose, job):
+def test_text_of_a_core_node_in_a_round_counts_as_in_a_flat_graph(whose, job):
     made, _ = made_by_rounds(whose, rounds(job(), core_negative=1))
     flat = job()
     flat["3"]["class_type"] = "CLIPTextEncode"
     for record in (*made, records(whose, flat)[0]["7"][0]):
         assert record["phases_ms"]["text_encode"] is None
-        assert_empty(whose, record, "A core node encoded the text")
+        assert record["phases_ms"]["core_text_encode"] > 0
+        assert_whole(whose, record)
+        assert any(text.startswith("A core node encoded the text: its") for text in record["warnings"])
+
+
+@pytest.mark.full
+def test_text_of_a_core_node_is_unknown_where_it_is_from_the_cache_or_of_a_list(whose, job):
+    prompt = job()
+    prompt["2"]["class_type"] = "CLIPTextEncode"
+    records(whose, prompt)
+    prompt["5"]["inputs"]["seed"] = 77
+    again = records(whose, prompt)[0]["7"][0]
+    assert again["phases_ms"]["core_text_encode"] == "cached"
+    assert_empty(whose, again, "in its cache")
+    listed = queue_of(job(), 2)
+    listed["3"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": f"blurred {next(words)}"}}
+    listed["5"]["inputs"]["negative"] = ["3", 0]
+    for record in records(whose, listed)[0]["7"]:
+        assert_empty(whose, record)
 
 
 @pytest.mark.full
