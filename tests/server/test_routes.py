@@ -45,6 +45,16 @@ def run_id(server):
     return entry["outputs"]["7"]["speedlab"][0]["run_id"]
 
 
+def test_a_run_that_is_gone_can_be_asked_for_without_a_failed_request(server, run_id):
+    """The page of a workflow that names it would have an error in its console."""
+    gone = "/speedlab/runs/20200101-000000-0000000b"
+    assert ask(server, gone)[0] == 404
+    assert ask(server, f"{gone}?if_there")[::2] == (204, b"")
+    there, name = ask(server, f"/speedlab/runs/{run_id}?if_there"), ask(server, "/speedlab/runs/nothing?if_there")
+    assert there[0] == 200 and json.loads(there[2])["run_id"] == run_id
+    assert name[0] in (204, 400, 404, 409)
+
+
 def test_a_run_of_schema_1_is_shown_with_the_rate_of_its_steps_and_downloaded_as_it_is(server, run_id):
     old_id = "20250101-000000-0000000a"
     told = server.record(run_id)
@@ -170,13 +180,3 @@ def test_only_the_routes_that_are_needed_answer(server, run_id):
                          ("POST", f"/speedlab/{run_id}")):  # fmt: skip
         assert ask(server, path, b"{}" if method != "GET" else None, method, **JSON)[0] in (404, 405), (method, path)
     assert server.get("/speedlab/runs")["files"] == before
-
-
-def test_a_run_that_is_gone_can_be_asked_for_without_a_failed_request(server, run_id):
-    """The page of a workflow that names it would have an error in its console."""
-    gone = "/speedlab/runs/20200101-000000-0000000b"
-    assert ask(server, gone)[0] == 404
-    assert ask(server, f"{gone}?if_there")[::2] == (204, b"")
-    there, name = ask(server, f"/speedlab/runs/{run_id}?if_there"), ask(server, "/speedlab/runs/nothing?if_there")
-    assert there[0] == 200 and json.loads(there[2])["run_id"] == run_id
-    assert name[0] in (204, 400, 404, 409)
