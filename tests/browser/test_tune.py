@@ -77,9 +77,7 @@ def test_a_plan_of_the_front_goes_to_accelerate(open_canvas: Any, vue: bool) -> 
     canvas.page.wait_for_function(f"() => {FRONT}?.dataset.points === '3'")
     if vue:
         assert canvas.page.locator("[data-node-id] .sl-scatter").count() == 1, "part of a node of the Vue renderer"
-    dots = canvas.evaluate(
-        f"() => [...{FRONT}.querySelectorAll('.sl-point')].map((d) => d.className.split(' ').at(-1))"
-    )
+    dots = canvas.evaluate(f"() => [...{FRONT}.querySelectorAll('.sl-point')].map((d) => [...d.classList].at(-1))")
     assert dots == ["sl-best", "sl-good", "sl-point"]
     words = canvas.page.locator(".sl-panel .sl-notes").first
     assert words.text_content() == "deepcache(3) @ 2: 4.00 s (2.00 times as fast), error 0.050"
