@@ -51,8 +51,9 @@ export function detailView(record, line, remove) {
 function openButton(runId) {
   const open = button("workflow", t("open_workflow"), null, { disabled: true });
   readWorkflow(runId).then(
-    ({ workflow, prompt }) => {
-      open.disabled = false;
+    ({ workflow, prompt, error = "" }) => {
+      open.title = error;
+      open.disabled = Boolean(error);
       open.onclick = () => (workflow ? app.loadGraphData(workflow, true, true, runId) : app.loadApiJson(prompt, runId));
     },
     (error) => (open.title = error.message),

@@ -11,9 +11,9 @@ export async function findRun(runId) {
 export const viewUrl = (file) => api.apiURL(`/view?${new URLSearchParams(file)}`);
 
 async function answer(response) {
-  const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(body.error ?? `${response.status} ${response.statusText}`);
-  return body;
+  if (response.ok) return response.json();
+  const { error } = await response.json().catch(() => ({}));
+  throw new Error(error ?? `${response.status} ${response.statusText}`);
 }
 
 const ask = (path, options) => api.fetchApi(path, options).then(answer);
@@ -24,8 +24,8 @@ export const listRuns = (offset, limit, words) => ask(`/speedlab/runs?${new URLS
 
 const ofRun = (runId) => `/speedlab/runs/${encodeURIComponent(runId)}`;
 export const readRun = (runId) => ask(ofRun(runId));
-/** {workflow, prompt}: what the run's image keeps of its graph; an error says why there is neither. */
-export const readWorkflow = (runId) => ask(`${ofRun(runId)}/workflow`);
+/** {workflow, prompt}: what the run's image keeps of its graph; or {error}, why there is neither. */
+export const readWorkflow = (runId) => ask(`${ofRun(runId)}/workflow?if_there`);
 export const deleteRuns = (runIds) => post("/speedlab/delete", { run_ids: runIds });
 export const pruneRuns = (keep) => post("/speedlab/prune", { keep });
 export const announceLive = (clientId, on) => post("/speedlab/live", { client_id: clientId, on });
