@@ -1,5 +1,5 @@
 // The step chart: bars in SVG, which stretches with its box, and words in HTML, which does not.
-import { el, svg } from "./dom.js";
+import { div, dot, el, svg } from "./dom.js";
 import { barText, binned, duration, gigabytes, hasMedian, isNumber, KINDS, steady } from "./figures.js";
 import { t } from "./i18n.js";
 
@@ -16,14 +16,8 @@ function ceiling(bars) {
 }
 
 /** The colours that occur, each with its word, and with the median of its steps where the summary tells them. */
-export function legend(bars, summary = null) {
-  const used = KINDS.filter((kind) => bars.some((bar) => bar.kind === kind));
-  return el(
-    "div",
-    { class: "sl-legend" },
-    used.map((kind) => el("span", null, el("i", { class: `sl-dot sl-${kind}` }), wordOf(kind, summary))),
-  );
-}
+export const legend = (bars, summary = null) =>
+  div("sl-legend", KINDS.filter((kind) => bars.some((bar) => bar.kind === kind)).map((kind) => dot(`sl-${kind}`, wordOf(kind, summary))));
 
 function wordOf(kind, summary) {
   const told = summary?.step_kinds?.[kind];
@@ -53,27 +47,23 @@ export class StepChart {
   constructor() {
     this.plot = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", class: "sl-plot" });
     this.top = el("span", { class: "sl-axis" });
-    this.tip = el("div", { class: "sl-tip" });
+    this.tip = div("sl-tip");
     this.element = el("div", { class: "sl-chart", role: "img" }, this.plot, this.top, this.tip);
     this.bins = [];
-    this.slots = 0;
     this.plot.addEventListener("pointermove", (event) => this.#point(event));
     this.plot.addEventListener("pointerleave", () => this.#leave());
   }
 
-  /**
-   * `bars` as of figures.js; `stepMs` is the summary's time of a step, drawn as a line; `total` steps to come in all;
-   * `ghost` bars of another run to compare with.
-   */
-  draw(bars, { stepMs = null, total = bars.length, ghost = [], scaleTo = null } = {}) {
+  /** `bars` as of figures.js; `stepMs` is the summary's time of a step, drawn as a line; `total` steps to come in all. */
+  draw(bars, { stepMs = null, total = bars.length, scaleTo = null } = {}) {
     this.bins = binned(bars);
     const perBin = this.bins.length ? this.bins[0].to - this.bins[0].from + 1 : 1;
-    this.slots = Math.max(1, this.bins.length, Math.ceil(Math.max(total, ghost.length) / perBin));
-    const { top, clipped } = ceiling(scaleTo ?? [...bars, ...ghost]);
+    this.slots = Math.max(1, this.bins.length, Math.ceil(total / perBin));
+    this.slot = WIDTH / this.slots;
+    const { top, clipped } = ceiling(scaleTo ?? bars);
     this.y = (ms) => HEIGHT - Math.min(1, ms / top) * HEIGHT;
     this.plot.replaceChildren(
-      ...(ghost.length ? binned(ghost, Math.ceil(ghost.length / perBin)).map((bar, i) => this.#rect(bar, i, "sl-ghost", 0)) : []),
-      ...this.bins.map((bar, i) => this.#rect(bar, i, `sl-bar sl-${bar.kind}`, ghost.length ? 0.22 : 0.09)),
+      ...this.bins.map((bar, i) => this.#rect(bar, i)),
       ...this.bins.filter((bar) => bar.ms > top).map((bar) => this.#cut(bar)),
       ...(isNumber(stepMs) && bars.length > 2 ? [this.#line(this.y(stepMs))] : []),
     );
@@ -83,16 +73,13 @@ export class StepChart {
     this.element.setAttribute("aria-label", t("chart_label", { n: bars.length, value: duration(stepMs) }));
   }
 
-  #rect(bar, index, name, inset) {
-    const slot = WIDTH / this.slots;
+  #rect(bar, index) {
     const y = this.y(bar.ms);
-    return svg("rect", { class: name, x: (index + inset) * slot, width: slot * (1 - 2 * inset), y, height: HEIGHT - y });
+    return svg("rect", { class: `sl-bar sl-${bar.kind}`, x: (index + 0.09) * this.slot, width: this.slot * 0.82, y, height: HEIGHT - y });
   }
 
   #cut(bar) {
-    const slot = WIDTH / this.slots;
-    const x = this.bins.indexOf(bar) * slot;
-    return svg("rect", { class: "sl-cut", x, width: slot, y: 9, height: 3 });
+    return svg("rect", { class: "sl-cut", x: this.bins.indexOf(bar) * this.slot, width: this.slot, y: 9, height: 3 });
   }
 
   #line(y) {

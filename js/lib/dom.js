@@ -15,14 +15,22 @@ function fill(element, attributes, children) {
 }
 
 /** An HTML element: `text` is its text, `onclick` and the like are listeners, the rest attributes. */
-export function el(tag, attributes, ...children) {
-  return fill(document.createElement(tag), attributes, children);
-}
+export const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+
+/** The usual one: a box of a class, of the style sheet's. */
+export const div = (name, ...children) => el("div", { class: name }, ...children);
+
+/** A word of a legend behind its colour, which is a class too. */
+export const dot = (name, ...words) => el("span", null, el("i", { class: `sl-dot ${name}` }), ...words);
+
+/** A name of a figure and the figure. */
+export const figure = (name, value) => el("span", null, `${t(name)} `, el("b", null, value));
+
+/** A link that looks like a button; what `download` names is saved. */
+export const link = (text, href, download, attributes = {}) => el("a", { class: "sl-button", href, download, text, ...attributes });
 
 /** The same for SVG. */
-export function svg(tag, attributes, ...children) {
-  return fill(document.createElementNS(SVG, tag), attributes, children);
-}
+export const svg = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
 /** A button, `act` its name in the page. */
 export const button = (act, text, onclick, attributes = {}) =>

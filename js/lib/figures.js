@@ -23,12 +23,10 @@ export function remaining(ms) {
   return hours ? `${hours} h ${minutes} min` : `${minutes} min ${seconds % 60} s`;
 }
 
-export const rate = (perSecond) =>
-  isNumber(perSecond) && perSecond > 0
-    ? perSecond >= 1
-      ? `${perSecond.toFixed(perSecond < 100 ? 2 : 0)} it/s`
-      : `${(1 / perSecond).toFixed(2)} s/it`
-    : "–";
+export function rate(perSecond) {
+  if (!isNumber(perSecond) || perSecond <= 0) return "–";
+  return perSecond >= 1 ? `${perSecond.toFixed(perSecond < 100 ? 2 : 0)} it/s` : `${(1 / perSecond).toFixed(2)} s/it`;
+}
 
 /** Steps taken, and those asked for where the scheduler made others of them. */
 export function stepsText(taken, asked) {
@@ -58,7 +56,7 @@ export function recordBars(steps) {
   return steps.map((step, index) => {
     const uncond = step.uncond_rows > 0 || !(step.evals > 0);
     const forecast = step.evals > 0 && step.cond_rows === 0 && step.uncond_rows === 0;
-    const ms = isNumber(step.gpu_ms) ? step.gpu_ms : isNumber(step.cpu_ms) ? step.cpu_ms : 0;
+    const ms = [step.gpu_ms, step.cpu_ms, 0].find(isNumber);
     return { ms, kind: kindOf(index, { forecast, cached: step.cached, uncond, anyUncond }), step };
   });
 }
@@ -81,8 +79,7 @@ export const steady = (bars) => (bars.length > 1 ? bars.slice(1) : bars).map((ba
 /** Milliseconds until all runs of a live state are done, by the steps done so far; null before the first. */
 export function timeToGo({ steps, total, run, runs }) {
   if (!steps.length) return null;
-  const times = steps.map(([ms]) => ms);
-  const usual = times.length > 1 ? times.slice(1) : times;
+  const usual = steady(liveBars(steps));
   const mean = usual.reduce((sum, ms) => sum + ms, 0) / usual.length;
   return mean * (Math.max(0, total - steps.length) + Math.max(0, runs - 1 - run) * total);
 }
@@ -104,9 +101,7 @@ export function binned(bars, most = 200) {
 const PHASES = ["load", "compile", "text_encode", "core_text_encode", "free", "to_device", "prepare", "sample", "decode", "after_sampling", "save"];
 
 /** [name, ms] of a record's phases that took time, in the order of the run. */
-export function phasesOf(phases) {
-  return PHASES.filter((name) => isNumber(phases?.[name]) && phases[name] > 0).map((name) => [name, phases[name]]);
-}
+export const phasesOf = (phases) => PHASES.map((name) => [name, phases?.[name]]).filter(([, ms]) => isNumber(ms) && ms > 0);
 
 /** One line about a bar, for the pointer. */
 export function barText(bar) {

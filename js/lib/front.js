@@ -1,10 +1,10 @@
 // Tune on its node: every plan tried by time and distance, live; a click picks the one for Accelerate.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { el, svg } from "./dom.js";
+import { div, el, svg } from "./dom.js";
 import { duration } from "./figures.js";
 import { t } from "./i18n.js";
-import { findNode, isHere, isVue, kindOf, redraw, rootGraph } from "./nodes.js";
+import { addElement, findNode, grow, isHere, isVue, kindOf, redraw, rootGraph } from "./nodes.js";
 
 const LEAST = 1e-6; // error
 const fronts = new WeakMap();
@@ -13,10 +13,8 @@ const states = new Map(); // by workflow and node, for other tabs
 function frontOf(node) {
   if (!fronts.has(node)) {
     fronts.set(node, new Front());
-    // Part neither of the prompt nor of the saved workflow.
-    const widget = node.addDOMWidget("speedlab_front", "speedlab_front", fronts.get(node).element, { serialize: false, getMinHeight: () => 250 });
-    widget.serialize = false;
-    node.setSize([0, 1].map((side) => Math.max(node.size[side], node.computeSize()[side])));
+    addElement(node, "speedlab_front", fronts.get(node).element, { getMinHeight: () => 250 });
+    grow(node);
     redraw();
   }
   return fronts.get(node);
@@ -29,13 +27,12 @@ const nodesOf = (graph) => [...(graph?.nodes ?? [])].flatMap((node) => [node, ..
 class Front {
   constructor() {
     this.under = []; // what was selected when the pointer came
-    this.plot = el("div", { class: "sl-scatter" });
+    this.plot = div("sl-scatter");
     this.picture = el("img", { class: "sl-shown", alt: "", hidden: true });
-    this.words = el("div", { class: "sl-notes", text: t("tune_not_run") });
+    this.words = div("sl-notes", t("tune_not_run"));
     this.said = el("div", { class: "sl-notes", role: "status" });
     this.button = el("button", { class: "sl-button sl-primary", text: t("tune_use"), onclick: () => this.#use() });
-    const parts = [el("div", { class: "sl-pick" }, this.plot, this.picture), this.words, el("div", null, this.button), this.said];
-    this.element = el("div", { class: "sl-panel", onpointerenter: () => (this.under = selected()) }, parts);
+    this.element = el("div", { class: "sl-panel", onpointerenter: () => (this.under = selected()) }, div("sl-pick", this.plot, this.picture), this.words, el("div", null, this.button), this.said);
     this.#look();
   }
 
@@ -65,12 +62,9 @@ class Front {
   }
 
   #dot(one, style) {
-    const look = () => this.#look(one);
-    const back = () => this.#look();
-    const onclick = () => this.#look((this.picked = one));
+    const [look, back, onclick] = [() => this.#look(one), () => this.#look(), () => this.#look((this.picked = one))];
     const kind = one.best ? "sl-best" : one.good ? "sl-good" : "";
-    const events = { onpointerenter: look, onfocus: look, onpointerleave: back, onblur: back, onclick };
-    return el("button", { class: `sl-point ${kind}`, style, "aria-label": this.#text(one), ...events });
+    return el("button", { class: `sl-point ${kind}`, style, "aria-label": this.#text(one), onpointerenter: look, onfocus: look, onpointerleave: back, onblur: back, onclick });
   }
 
   #text(one) {

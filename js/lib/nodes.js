@@ -23,6 +23,22 @@ export function findNode(executionId) {
 /** The id of the node that shows the result of an `executed` message: an expanded node's is its parent's. */
 export const shownOn = (detail) => detail?.display_node ?? detail?.node;
 
+/** Give a node a widget that is an element, part neither of the prompt nor of the saved workflow. */
+export function addElement(node, name, element, options) {
+  const widget = node.addDOMWidget(name, name, element, { serialize: false, ...options });
+  widget.serialize = false;
+  return widget;
+}
+
+/** Make a node as wide and tall as its widgets need; one that is larger stays so. */
+export function grow(node) {
+  const wanted = node.computeSize();
+  const size = [0, 1].map((side) => Math.max(node.size[side], wanted[side]));
+  if (size.every((length, side) => length === node.size[side])) return;
+  node.setSize(size);
+  node.setDirtyCanvas?.(true, true);
+}
+
 /** Draw all anew: where a widget came to a node without the canvas being touched, it has no place until then. */
 export function redraw() {
   app.canvas?.setDirty(true, true);

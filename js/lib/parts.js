@@ -1,5 +1,5 @@
 // Pieces that the node and the sidebar both show: phases and memory of a run.
-import { el } from "./dom.js";
+import { div, dot, el, figure } from "./dom.js";
 import { duration, gigabytes, isNumber, phasesOf } from "./figures.js";
 import { t } from "./i18n.js";
 
@@ -10,41 +10,22 @@ export function phaseBar(phases, longest = null) {
   if (!sum) return null;
   const width = (ms) => `width:${((100 * ms) / (longest ?? sum)).toFixed(2)}%`;
   const name = ([phase, ms]) => `${t(`phase_${phase}`)} ${duration(ms)}`;
-  return el(
-    "div",
-    { class: "sl-phases" },
-    el(
-      "div",
-      { class: "sl-stack" },
-      parts.map((part) => el("i", { class: `sl-ph-${part[0]}`, style: width(part[1]), title: name(part) })),
-    ),
-    el(
-      "div",
-      { class: "sl-legend" },
-      parts
-        .filter(([, ms]) => ms >= sum * 0.004)
-        .map((part) => el("span", null, el("i", { class: `sl-dot sl-ph-${part[0]}` }), name(part))),
-    ),
+  return div(
+    "sl-phases",
+    div("sl-stack", parts.map((part) => el("i", { class: `sl-ph-${part[0]}`, style: width(part[1]), title: name(part) }))),
+    div("sl-legend", parts.filter(([, ms]) => ms >= sum * 0.004).map((part) => dot(`sl-ph-${part[0]}`, name(part)))),
   );
 }
 
 /** Peaks: [words, GB] of what the platform has. */
 export function memoryPeaks(memory) {
-  return [
-    ["vram", memory?.peak_allocated_gb],
-    ["vram_reserved", memory?.peak_reserved_gb],
-    ["ram", memory?.peak_rss_gb],
-  ].filter(([, value]) => isNumber(value));
+  const { peak_allocated_gb: vram, peak_reserved_gb: vram_reserved, peak_rss_gb: ram } = memory ?? {};
+  return Object.entries({ vram, vram_reserved, ram }).filter(([, value]) => isNumber(value));
 }
 
 export function memoryLine(memory) {
   const peaks = memoryPeaks(memory);
-  if (!peaks.length) return null;
-  return el(
-    "div",
-    { class: "sl-memory" },
-    peaks.map(([name, value]) => el("span", null, `${t(name)} `, el("b", { text: gigabytes(value) }))),
-  );
+  return peaks.length ? div("sl-memory", peaks.map(([name, value]) => figure(name, gigabytes(value)))) : null;
 }
 
 /** A word for how a run ended, nothing where it ended well. */

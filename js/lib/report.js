@@ -1,6 +1,6 @@
 // What Profile Report and Benchmark show on themselves: pictures, plots in the colours of the page, tables.
-import { kernelTable, pictures, section, settingsLine, share, table } from "./detail.js";
-import { el, svg } from "./dom.js";
+import { kernelTable, NEW_TAB, notesOf, pictures, section, settingsLine, share, table } from "./detail.js";
+import { div, dot, el, link, svg } from "./dom.js";
 import { duration, gigabytes, isNumber, phasesOf, rate, recordBars, stepsText } from "./figures.js";
 import { t } from "./i18n.js";
 import { memoryPeaks, statusBadge } from "./parts.js";
@@ -13,14 +13,14 @@ export function reportFace(record) {
   const { request = {}, summary = {} } = record;
   const bars = recordBars(record.steps ?? []);
   return [
-    el("div", { class: "sl-head" }, el("b", { class: "sl-title" }, request.plan ?? record.run_id, statusBadge(record.status)), el("b", { class: "sl-figure", text: rate(summary.it_per_s) })),
-    el("div", { class: "sl-hint", text: settingsLine(record) }),
+    div("sl-head", el("b", { class: "sl-title" }, request.plan ?? record.run_id, statusBadge(record.status)), el("b", { class: "sl-figure" }, rate(summary.it_per_s))),
+    div("sl-hint", settingsLine(record)),
     pictures(record.run_id, record.artifacts?.images),
-    notes([record.error, ...(record.warnings ?? [])].filter(Boolean)),
+    div("sl-notes", notesOf(record)),
     section(t("phases"), phaseTable(record)),
     bars.length ? folded(stepsText(bars.length), () => stepTable(bars)) : null,
     section(t("kernels"), kernelTable(record.kernels)),
-    el("div", { class: "sl-tools" }, link("JSON", jsonUrl(record.run_id), ""), link("CSV", csvUrl(), "results.csv")),
+    div("sl-tools", link("JSON", jsonUrl(record.run_id), ""), link("CSV", csvUrl(), "results.csv")),
   ];
 }
 
@@ -28,47 +28,33 @@ function phaseTable({ phases_ms: phases = {}, memory = {} }) {
   const timed = phasesOf(phases);
   const longest = Math.max(...timed.map(([, ms]) => ms));
   const peak = (name) => memoryPeaks(memory[name]).map(([kind, gb]) => `${t(kind)} ${gigabytes(gb)}`)[0] ?? "";
-  const rows = timed.map(([name, ms]) => [
-    t(`phase_${name}`),
-    el("i", { class: `sl-part sl-ph-${name}`, style: `width:${((100 * ms) / longest).toFixed(1)}%` }),
-    duration(ms),
-    isNumber(phases.total) && !APART.includes(name) ? share((100 * ms) / phases.total) : "",
-    peak(name),
-  ]);
+  const bar = (name, ms) => el("i", { class: `sl-part sl-ph-${name}`, style: `width:${((100 * ms) / longest).toFixed(1)}%` });
+  const rows = timed.map(([name, ms]) => [t(`phase_${name}`), bar(name, ms), duration(ms), !APART.includes(name) && share((100 * ms) / phases.total), peak(name)]);
   for (const [name, value] of Object.entries(phases)) if (value === "cached") rows.push([t(`phase_${name}`), "", t("kind_cached"), "", ""]);
   if (isNumber(phases.total)) rows.push([t("total"), "", duration(phases.total), "", peak("overall")]);
-  return rows.length ? table([[t("phase"), "", t("time"), t("share"), t("peak")], ...rows], "sl-figures sl-parts") : null;
+  return table([t("phase"), "", t("time"), t("share"), t("peak")], rows, "sl-figures sl-parts");
 }
 
 function stepTable(bars) {
-  const rows = bars.map(({ ms, kind, step }, index) => [
-    String(index + 1),
-    isNumber(step.sigma) ? step.sigma.toFixed(4) : "",
-    duration(ms),
-    t(`kind_${kind}`),
-    `${step.evals} · ${step.cond_rows}+${step.uncond_rows}`,
-  ]);
-  return table([["", "σ", t("time"), t("kind"), t("evaluations")], ...rows], "sl-figures");
+  const rows = bars.map(({ ms, kind, step }, index) => [index + 1, isNumber(step.sigma) && step.sigma.toFixed(4), duration(ms), t(`kind_${kind}`), `${step.evals} · ${step.cond_rows}+${step.uncond_rows}`]);
+  return table(["", "σ", t("time"), t("kind"), t("evaluations")], rows, "sl-figures");
 }
 
 /** Made when somebody unfolds it. */
 function folded(title, make) {
-  const one = el("details", null, el("summary", { text: title }));
+  const one = el("details", null, el("summary", null, title));
   one.addEventListener("toggle", () => one.append(make()), { once: true });
   return one;
 }
 
-const notes = (lines) => el("div", { class: "sl-notes", text: lines.join("\n") });
-const link = (text, href, download) => el("a", { class: "sl-button", href, download, text });
-
 /** A sweep as Benchmark tells it: `speedlab_sweep` of its result. */
-export function sweepFace({ header, rows, notes: lines, plot, sheet, page }) {
+export function sweepFace({ header, rows, notes, plot, sheet, page }) {
   const address = viewUrl(sheet);
   return [
-    el("a", { href: address, target: "_blank", rel: "noopener" }, el("img", { class: "sl-sheet", src: address, alt: t("contact_sheet") })),
-    el("div", { class: "sl-tools" }, link(t("open_page"), viewUrl(page), page.filename), link("CSV", csvUrl(), "results.csv")),
-    el("div", { class: "sl-wide", tabindex: "0", role: "region", "aria-label": t("results") }, table([header, ...rows], "sl-figures")),
-    notes(lines),
+    el("a", { href: address, ...NEW_TAB }, el("img", { class: "sl-sheet", src: address, alt: t("contact_sheet") })),
+    div("sl-tools", link(t("open_page"), viewUrl(page), page.filename), link("CSV", csvUrl(), "results.csv")),
+    el("div", { class: "sl-wide", tabindex: "0", role: "region", "aria-label": t("results") }, table(header, rows, "sl-figures")),
+    div("sl-notes", notes.join("\n")),
     ...plot.panels.map((panel) => section(panel.name, plotOf(plot, panel))),
   ];
 }
@@ -101,8 +87,7 @@ function plotOf({ axis, labels, at, lines }, { marks, series }) {
       ),
     ),
   );
-  const legend = series.map((one, number) => one.label && el("span", null, el("i", { class: `sl-dot sl-line${number % 8}` }), one.label));
-  return el("div", null, drawing, el("div", { class: "sl-legend" }, legend.filter(Boolean)));
+  return el("div", null, drawing, div("sl-legend", series.map((one, number) => one.label && dot(`sl-line${number % 8}`, one.label))));
 }
 
 const line = (x1, x2, y1, y2) => svg("line", { x1, x2, y1, y2 });

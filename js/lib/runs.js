@@ -1,7 +1,7 @@
 // The sidebar tab: the runs of this server, one of them in full, two beside each other, or several over time.
 import { compareView, timeView } from "./compare.js";
 import { detailView, when } from "./detail.js";
-import { button, copyButton, el } from "./dom.js";
+import { button, copyButton, div, el, link } from "./dom.js";
 import { duration, gigabytes, isNumber, rate, stepsText } from "./figures.js";
 import { t } from "./i18n.js";
 import { statusBadge } from "./parts.js";
@@ -43,26 +43,15 @@ export class RunsTab {
     this.rows = el("div", { class: "sl-rows", role: "presentation" });
     this.list = el(
       "div",
-      { class: "sl-list", tabindex: "0", "aria-label": t("runs"), onkeydown: (event) => this.#key(event), onclick: (event) => this.#click(event), onscroll: () => this.#drawSoon() },
+      { class: "sl-list", tabindex: 0, "aria-label": t("runs"), onkeydown: (event) => this.#key(event), onclick: (event) => this.#click(event), onscroll: () => this.#drawSoon() },
       this.rows,
     );
     this.note = el("div", { class: "sl-notes", role: "status" });
-    this.bar = el("div", { class: "sl-bar-row" });
-    this.listPage = el(
-      "div",
-      { class: "sl-page sl-runs" },
-      el(
-        "div",
-        { class: "sl-tools" },
-        this.filter,
-        button("refresh", "", () => this.load(), { class: "pi pi-refresh", title: t("refresh"), "aria-label": t("refresh") }),
-        el("a", { class: "sl-button", href: csvUrl(), download: "results.csv", title: t("csv_title"), text: "CSV" }),
-      ),
-      this.bar,
-      this.list,
-      this.note,
-    );
-    this.root = el("div", { class: "sl-tab" }, this.listPage);
+    this.bar = div("sl-bar-row");
+    const refresh = button("refresh", "", () => this.load(), { class: "pi pi-refresh", title: t("refresh"), "aria-label": t("refresh") });
+    const tools = div("sl-tools", this.filter, refresh, link("CSV", csvUrl(), "results.csv", { title: t("csv_title") }));
+    this.listPage = div("sl-page sl-runs", tools, this.bar, this.list, this.note);
+    this.root = div("sl-tab", this.listPage);
     container.replaceChildren(this.root);
     this.active = this.anchor = 0;
     this.watch = new ResizeObserver(() => this.#drawSoon());
@@ -102,23 +91,23 @@ export class RunsTab {
 
   async #fetch(offset, first) {
     const asked = ++this.asked;
+    const isLate = () => asked !== this.asked || !this.root; // another question was asked meanwhile
     this.fetching = true;
     try {
       const page = await listRuns(offset, PAGE, this.words);
-      if (asked !== this.asked || !this.root) return; // another question was asked meanwhile
+      if (isLate()) return;
       // A run that came or went meanwhile has moved the places of all others.
       if (!first && page.files !== this.files) return this.load();
       this.note.textContent = "";
       first?.(page);
       this.#take(page, offset);
     } catch (error) {
-      if (asked === this.asked && this.root) this.note.textContent = t("failed", { why: error.message });
+      if (!isLate()) this.note.textContent = t("failed", { why: error.message });
       return;
     } finally {
       if (asked === this.asked) this.fetching = false;
     }
-    this.#drawBar();
-    this.#draw();
+    this.#drawAll();
     return true;
   }
 
@@ -131,6 +120,10 @@ export class RunsTab {
     }
     if (runs.length < to - from) this.order = this.order.filter((place) => place < from || place >= to || this.known.has(place));
     this.skipped = Math.max(this.skipped, skipped);
+  }
+
+  get #ids() {
+    return [...this.picked.keys()];
   }
 
   #runAt(index) {
@@ -178,20 +171,13 @@ export class RunsTab {
       "div",
       { class: `sl-row${index === this.active ? " sl-active" : ""}`, id: `sl-run-${index}`, role: "option", "aria-selected": String(isPicked), "aria-setsize": this.order.length, "aria-posinset": index + 1, "data-run": run.run_id, "data-index": index, style: place },
       el("i", { class: `sl-mark${isPicked ? " pi pi-check" : ""}`, title: t("pick") }),
-      el(
-        "div",
-        { class: "sl-what" },
+      div(
+        "sl-what",
         el("div", { class: "sl-plan", title: run.plan }, run.plan || run.run_id, statusBadge(run.status)),
-        el("div", { class: "sl-sub", text: [when(run.timestamp), ...facts].filter(Boolean).join(" · ") }),
-        el("div", { class: "sl-speed" }, el("i", { style: `width:${share.toFixed(1)}%` })),
+        div("sl-sub", [when(run.timestamp), ...facts].filter(Boolean).join(" · ")),
+        div("sl-speed", el("i", { style: `width:${share.toFixed(1)}%` })),
       ),
-      el(
-        "div",
-        { class: "sl-numbers" },
-        el("b", { text: rate(run.it_per_s) }),
-        timeOf(run),
-        el("span", { text: isNumber(run.peak_gb) ? `${gigabytes(run.peak_gb)} ${t(run.peak_kind)}` : "" }),
-      ),
+      div("sl-numbers", el("b", null, rate(run.it_per_s)), timeOf(run), el("span", null, isNumber(run.peak_gb) && `${gigabytes(run.peak_gb)} ${t(run.peak_kind)}`)),
     );
   }
 
@@ -246,9 +232,13 @@ export class RunsTab {
 
   #pickOnly(runs) {
     this.picked = new Map(runs.map((run) => [run.run_id, run]));
+    this.#drawAll();
+    this.onPick(this.#ids);
+  }
+
+  #drawAll() {
     this.#drawBar();
     this.#draw();
-    this.onPick([...this.picked.keys()]);
   }
 
   #drawBar() {
@@ -261,7 +251,7 @@ export class RunsTab {
       needing("compare", n === 2, () => this.#compare()),
       needing("over_time", n > 1, () => this.#show(timeView(picked))),
       copyButton(t("markdown"), () => picked.map((run) => run.markdown).join("\n")),
-      confirming(n, () => this.#delete([...this.picked.keys()]), () => this.list.focus()),
+      confirming(n, () => this.#delete(this.#ids), () => this.list.focus()),
     );
   }
 
@@ -271,7 +261,7 @@ export class RunsTab {
       const [reason] = Object.values((await deleteRuns(runIds)).failed);
       runIds.forEach((id) => this.picked.delete(id));
       await this.load();
-      this.onPick([...this.picked.keys()]);
+      this.onPick(this.#ids);
       if (reason) throw new Error(reason);
     });
   }
@@ -305,7 +295,7 @@ export class RunsTab {
 
   #compare() {
     // In the order of their dates, so that B is what was tried later.
-    this.#try(async () => this.#show(compareView(...(await Promise.all([...this.picked.keys()].sort().map(readRun))))));
+    this.#try(async () => this.#show(compareView(...(await Promise.all(this.#ids.sort().map(readRun))))));
   }
 
   async #try(work) {
@@ -320,7 +310,7 @@ export class RunsTab {
 // The time from text to image; where it is not known the sampling's, which says so.
 function timeOf({ total_ms, sample_ms }) {
   if (isNumber(total_ms)) return el("span", { title: t("total"), text: duration(total_ms) });
-  return el("span", { text: isNumber(sample_ms) ? `${t("phase_sample")} ${duration(sample_ms)}` : "" });
+  return el("span", null, isNumber(sample_ms) ? `${t("phase_sample")} ${duration(sample_ms)}` : "");
 }
 
 /** A button that asks before it deletes `n` runs; `stay` is called where the answer is no. */
@@ -332,7 +322,7 @@ function confirming(n, act, stay = () => {}) {
     stay();
   };
   const ask = () => {
-    place.replaceChildren(el("span", { text: t("delete_really", { n }) }), button("yes", t("delete"), act, { class: "sl-danger" }), button("no", t("keep"), no));
+    place.replaceChildren(el("span", null, t("delete_really", { n })), button("yes", t("delete"), act, { class: "sl-danger" }), button("no", t("keep"), no));
     place.querySelector("[data-act=yes]").focus();
   };
   place.onkeydown = (event) => {

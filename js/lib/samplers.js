@@ -72,6 +72,8 @@ function panelsOf(node, executionId) {
   return [node, ...hosts.filter(Boolean)].map(panelOf);
 }
 
+const showLive = (node, executionId, state) => panelsOf(node, executionId).forEach((panel) => panel.showLive(state));
+
 function show(node, executionId, profile, text) {
   keep(profiles, profile.run_id, profile);
   node.properties[PROPERTY] = profile.run_id;
@@ -94,7 +96,7 @@ function onStep({ detail }) {
   const state = { ...detail, steps: steps.concat(detail.steps), total: Math.max(detail.total, steps.length + detail.steps.length) };
   keep(states, detail.node, state);
   const node = findNode(detail.node);
-  if (isSampler(node)) for (const panel of panelsOf(node, detail.node)) panel.showLive(state);
+  if (isSampler(node)) showLive(node, detail.node, state);
 }
 
 function onExecuted({ detail }) {
@@ -124,8 +126,7 @@ export function restoreAll(graph = rootGraph(), prefix = "") {
 async function restore(node, executionId) {
   const state = states.get(executionId);
   if (state?.state === "running" && state.workflow && isHere(state.workflow)) {
-    for (const panel of panelsOf(node, executionId)) panel.showLive(state);
-    return;
+    return showLive(node, executionId, state);
   }
   const key = `${rootGraph()?.id}/${executionId}`;
   const runId = lastRuns.get(key) ?? beforeReload.get(key) ?? node.properties?.[PROPERTY];

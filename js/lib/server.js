@@ -3,7 +3,7 @@ import { api } from "../../../scripts/api.js";
 
 /** A run's record; null for one that was deleted, without the browser calling that a failed request. */
 export async function findRun(runId) {
-  const response = await api.fetchApi(`/speedlab/runs/${encodeURIComponent(runId)}?if_there`);
+  const response = await api.fetchApi(`${ofRun(runId)}?if_there`);
   return response.status === 204 ? null : answer(response);
 }
 
@@ -11,25 +11,21 @@ export async function findRun(runId) {
 export const viewUrl = (file) => api.apiURL(`/view?${new URLSearchParams(file)}`);
 
 async function answer(response) {
-  const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(body.error ?? `${response.status} ${response.statusText}`);
-  return body;
+  if (response.ok) return response.json();
+  const { error } = await response.json().catch(() => ({}));
+  throw new Error(error ?? `${response.status} ${response.statusText}`);
 }
 
-function post(path, body) {
-  const headers = { "Content-Type": "application/json" };
-  return api.fetchApi(path, { method: "POST", headers, body: JSON.stringify(body) }).then(answer);
-}
+const ask = (path, options) => api.fetchApi(path, options).then(answer);
 
-export function listRuns(offset, limit, words) {
-  const query = new URLSearchParams({ offset, limit, q: words });
-  return api.fetchApi(`/speedlab/runs?${query}`).then(answer);
-}
+const post = (path, body) => ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
+export const listRuns = (offset, limit, words) => ask(`/speedlab/runs?${new URLSearchParams({ offset, limit, q: words })}`);
 
 const ofRun = (runId) => `/speedlab/runs/${encodeURIComponent(runId)}`;
-export const readRun = (runId) => api.fetchApi(ofRun(runId)).then(answer);
-/** {workflow, prompt}: what the run's image keeps of its graph; an error says why there is neither. */
-export const readWorkflow = (runId) => api.fetchApi(`${ofRun(runId)}/workflow`).then(answer);
+export const readRun = (runId) => ask(ofRun(runId));
+/** {workflow, prompt}: what the run's image keeps of its graph; or {error}, why there is neither. */
+export const readWorkflow = (runId) => ask(`${ofRun(runId)}/workflow?if_there`);
 export const deleteRuns = (runIds) => post("/speedlab/delete", { run_ids: runIds });
 export const pruneRuns = (keep) => post("/speedlab/prune", { keep });
 export const announceLive = (clientId, on) => post("/speedlab/live", { client_id: clientId, on });

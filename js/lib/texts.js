@@ -2,7 +2,7 @@
 import { api } from "../../../scripts/api.js";
 import { el } from "./dom.js";
 import { t } from "./i18n.js";
-import { findNode, isVue, kindOf, redraw, shownOn } from "./nodes.js";
+import { addElement, findNode, grow, isVue, kindOf, redraw, shownOn } from "./nodes.js";
 import { reportFace, sweepFace } from "./report.js";
 import { findRun } from "./server.js";
 
@@ -21,13 +21,8 @@ function faceOf(node) {
   const kind = kindOf(node);
   // Scrolled by keys too, and by the wheel without the canvas.
   const element = el("div", { class: "sl-face widget-expands", style: `min-height: ${HEIGHTS[kind]}px`, tabindex: "0", role: "region", "aria-label": t("results"), "data-capture-wheel": "true" });
-  const widget = node.addDOMWidget(WIDGET, WIDGET, element, {
-    serialize: false, // not part of the prompt
-    hideOnZoom: false,
-    getMinHeight: () => HEIGHTS[kind] + MARGIN,
-  });
-  widget.serialize = false; // nor of the saved workflow
-  node.setSize([Math.max(node.size[0], node.computeSize()[0]), Math.max(node.size[1], node.computeSize()[1])]);
+  const widget = addElement(node, WIDGET, element, { hideOnZoom: false, getMinHeight: () => HEIGHTS[kind] + MARGIN });
+  grow(node);
   return widget;
 }
 
@@ -65,6 +60,4 @@ function onExecuted({ detail }) {
 }
 
 /** Have measuring nodes show their text. */
-export function listen() {
-  api.addEventListener("executed", onExecuted);
-}
+export const listen = () => api.addEventListener("executed", onExecuted);

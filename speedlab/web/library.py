@@ -321,8 +321,9 @@ def png_texts(path: Path) -> dict[str, str]:
 
 
 def _json_object(text: str | None) -> dict[str, Any] | None:
+    """What is an object of JSON; NaN, which ComfyUI writes into prompts and no browser reads, becomes null."""
     try:
-        return _mapping(json.loads(text or "null")) or None
+        return _mapping(json.loads(text or "null", parse_constant=lambda _: None)) or None
     except (ValueError, RecursionError):
         return None
 

@@ -131,7 +131,12 @@ async def _page(request: Any) -> Any:
 async def _workflow(request: Any) -> Any:
     from aiohttp import web
 
-    found = await asyncio.to_thread(lambda: _library().workflow(request.match_info["run_id"]))
+    try:
+        found = await asyncio.to_thread(lambda: _library().workflow(request.match_info["run_id"]))
+    except UnknownRunError as error:
+        if "if_there" not in request.query:
+            raise
+        found = {"error": str(error)}
     return web.json_response(found, headers=_headers(None))
 
 

@@ -45,6 +45,9 @@ READY = """() => {
   const tabs = manager?.getSidebarTabs?.() ?? manager?.sidebarTab?.sidebarTabs;
   return Boolean(tabs?.some?.((tab) => tab.id === "speedlab"));
 }"""
+# The frontend covers the page while it works. Covered again before the first cover has faded out, it takes away the
+# wrong one and fails at the end of that.
+UNCOVERED = "() => !document.querySelector('.p-blockui-mask')"
 WATCH = """() => {
   window.slSeen = [];
   clearInterval(window.slTimer);
@@ -90,6 +93,7 @@ class Canvas:
 
     def _arrive(self) -> None:
         self.page.wait_for_function(READY, timeout=90_000)
+        self.page.wait_for_function(UNCOVERED, timeout=90_000)
         self.page.wait_for_timeout(500)
         self.loaded = True
 
@@ -99,6 +103,7 @@ class Canvas:
         self.page.wait_for_function(
             "(id) => (app.rootGraph ?? app.graph).id === id", arg=workflow["id"], timeout=30_000
         )
+        self.page.wait_for_function(UNCOVERED, timeout=30_000)
         self.page.wait_for_timeout(300)
 
     def evaluate(self, script: str, argument: Any = None) -> Any:

@@ -184,11 +184,12 @@ def test_a_run_is_handed_on_opened_again_and_compared_below(open_canvas, small, 
     canvas = open_canvas(**{"Comfy.ColorPalette": palette})
     page = canvas.page
     workflow = small(steps=3, seed=71 + (palette == "light"))
-    # Core's nodes encode and decode: their times come from ComfyUI's progress.
+    # Core's nodes encode and decode: their times come from ComfyUI's progress. A text of its own for each of them, as
+    # ComfyUI answers the second of two nodes that are given the same from its cache.
     for node in workflow["nodes"]:
         if node["type"] == "SpeedLabTextEncode":
             node["type"] = "CLIPTextEncode"
-            node["widgets_values"] = [f"{palette} field"]
+            node["widgets_values"] = [f"{palette} field {node['id']}"]
     canvas.drop(workflow, "small")
     canvas.queue()
     run = canvas.evaluate(f"() => {PANEL}.dataset.run")

@@ -53,6 +53,9 @@ def test_a_run_that_is_gone_can_be_asked_for_without_a_failed_request(server, ru
     there, name = ask(server, f"/speedlab/runs/{run_id}?if_there"), ask(server, "/speedlab/runs/nothing?if_there")
     assert there[0] == 200 and json.loads(there[2])["run_id"] == run_id
     assert name[0] in (204, 400, 404, 409)
+    assert ask(server, f"{gone}/workflow")[0] == 404
+    status, _, why = ask(server, f"{gone}/workflow?if_there")
+    assert status == 200 and gone.rpartition("/")[2] in json.loads(why)["error"]
 
 
 def test_a_run_of_schema_1_is_shown_with_the_rate_of_its_steps_and_downloaded_as_it_is(server, run_id):
@@ -93,6 +96,10 @@ def test_a_run_is_listed_read_and_its_files_are_served(server, run_id):
         assert headers["Content-Type"] == "text/html; charset=utf-8"
         assert b"data:image/png;base64," in data and "sandbox" in headers["Content-Security-Policy"]
     assert list(server.get(f"/speedlab/runs/{run_id}/workflow")) == ["prompt"], "it was queued without a canvas"
+    # Of nodes that always run again ComfyUI writes NaN into the image, which is no JSON.
+    assert b"NaN" in (server.output / "speedlab" / "images" / f"{run_id}_000.png").read_bytes()
+    for query in ("", "?if_there"):
+        assert b"NaN" not in ask(server, f"/speedlab/runs/{run_id}/workflow{query}")[2]
     status, headers, data = ask(server, "/speedlab/results.csv")
     assert status == 200 and run_id.encode() in data and headers["Content-Type"] == "text/csv"
 
