@@ -38,8 +38,10 @@ def workflow(accelerates: int) -> dict[str, Any]:
     """Tune behind a loader, with so many Accelerate nodes beside it."""
     graph = Graph()
     loaded = graph.add("SpeedLabCheckpointLoader", group="Load", ckpt_name=DEMO_CHECKPOINT)
-    for _ in range(accelerates):
-        graph.add("SpeedLabAccelerate", group="Load", model=loaded["model"], preset="fast")
+    for number in range(accelerates):
+        graph.add(
+            "SpeedLabAccelerate", group="Load", title=f"Accelerate {number}", model=loaded["model"], preset="fast"
+        )
     parts = {name: loaded[name] for name in ("model", "clip", "vae")}
     graph.add("SpeedLabTune", group="Measure", **parts, **SETTINGS)
     return to_ui(graph, name="tune", note="tune", extra={})
@@ -62,6 +64,8 @@ STATE = {
 
 def click(canvas: Any, name: str | None) -> str:
     """Choose a point where one is named, then press the button; what the front says then."""
+    # A click on a node selects it, so the front looks at the selection when the pointer comes.
+    canvas.page.locator(".sl-panel:has(.sl-scatter)").dispatch_event("pointerenter")
     if name is not None:
         canvas.page.locator(f".sl-point[aria-label^='{name} @ 2']").dispatch_event("click")
     canvas.page.locator(".sl-panel .sl-primary").dispatch_event("click")
@@ -90,7 +94,7 @@ def test_a_plan_of_the_front_goes_to_accelerate(open_canvas: Any, vue: bool) -> 
     canvas.evaluate(SELECT, None)
     assert "select the one" in click(canvas, None)
     canvas.evaluate(SELECT, 1)
-    assert click(canvas, None) == "Accelerate (SpeedLab) has this plan now. "
+    assert click(canvas, None) == "Accelerate 1 has this plan now. "
     assert canvas.evaluate(PLANS) == [["fast", ""], ["custom", "deepcache(3)"]]
     canvas.evaluate(SELECT, 0)
     assert "Set steps 12 on the sampler" in click(canvas, "deepcache(5)")
@@ -114,7 +118,7 @@ def test_a_tune_draws_while_it_runs_and_a_cancel_keeps_its_best(open_canvas: Any
     canvas.page.wait_for_function(f"() => {FRONT}.dataset.state !== 'running'", timeout=60_000)
     assert canvas.evaluate(f"() => {FRONT}.dataset.state") == "cut"
     assert canvas.evaluate(f"() => {FRONT}.querySelector('img').src").startswith("data:image/jpeg;base64,")
-    assert click(canvas, None).startswith("Accelerate (SpeedLab) has this plan now.")
+    assert click(canvas, None).startswith("Accelerate 0 has this plan now.")
     ((preset, plan),) = canvas.evaluate(PLANS)
     kept = [json.loads(path.read_text()) for path in (canvas.output / "speedlab" / "tuned").glob("*.json")]
     assert preset == "custom" and plan == kept[-1]["plan"]
