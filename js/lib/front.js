@@ -63,8 +63,8 @@ class Front {
 
   #dot(one, style) {
     const [look, back, onclick] = [() => this.#look(one), () => this.#look(), () => this.#look((this.picked = one))];
-    const kind = one.best ? "sl-best" : one.good ? "sl-good" : "";
-    return el("button", { class: `sl-point ${kind}`, style, "aria-label": this.#text(one), onpointerenter: look, onfocus: look, onpointerleave: back, onblur: back, onclick });
+    const kind = one.best ? " sl-best" : one.good ? " sl-good" : "";
+    return el("button", { class: `sl-point${kind}`, style, "aria-label": this.#text(one), onpointerenter: look, onfocus: look, onpointerleave: back, onblur: back, onclick });
   }
 
   #text(one) {
