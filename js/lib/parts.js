@@ -19,8 +19,8 @@ export function phaseBar(phases, longest = null) {
 
 /** Peaks: [words, GB] of what the platform has. */
 export function memoryPeaks(memory) {
-  const { peak_allocated_gb: vram, peak_reserved_gb: vram_reserved, peak_rss_gb: ram } = memory ?? {};
-  return Object.entries({ vram, vram_reserved, ram }).filter(([, value]) => isNumber(value));
+  const { peak_allocated_gb: vram, peak_reserved_gb: reserved, peak_rss_gb: ram } = memory ?? {};
+  return Object.entries({ vram, "vram_reserved": reserved, ram }).filter(([, value]) => isNumber(value));
 }
 
 export function memoryLine(memory) {
