@@ -44,6 +44,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=None)
     parser.add_argument("--cool", type=int, default=None, metavar="STEP", help="let the rate fall from this step on")
+    parser.add_argument("--from-noise", action="store_true", help="train on noise with no signal at the last timestep")
     parser.add_argument("--start", type=Path, default=None, help="packed factors to begin with")
     parser.add_argument("--fp32", action="store_true", help="compute in fp32 instead of bf16 autocast")
     parser.add_argument("--packed", type=Path, default=packed.PACKED, help="the packed factors to write or to read")
@@ -78,14 +79,15 @@ def train_unet(args: argparse.Namespace) -> None:
     rate = args.rate or UNET_RATE
     training = Training(net, Muon(net.named_parameters(), rate), rate, warm_up=100)
     _resume(training, args, "unet")
-    if (args.out / "unet.csv").is_file() and side_of(args.out) != args.side:
-        training.average_anew()
+    training.on({"side": args.side, "from_noise": args.from_noise})
 
     def loss_of(step: int) -> tuple[torch.Tensor, int]:
         clean, context = pool.batch(args.seed, step, args.batch, args.side, DROPPED)
         rng = data.world.generator(args.seed, data.NOISES, step)
         t = diffusion.draw_timesteps(args.batch, rng)
         noise = torch.from_numpy(rng.standard_normal(clean.shape)).float()
+        if args.from_noise:
+            noise = diffusion.without_signal(clean, noise)
         noisy = diffusion.add_noise(clean, noise, t).to(memory_format=torch.channels_last)
         with _autocast(args):
             predicted = net(noisy, torch.from_numpy(t).float(), context)
@@ -94,7 +96,8 @@ def train_unet(args: argparse.Namespace) -> None:
     def sheet() -> None:
         write_sheet(args, pool, training)
 
-    run(training, args.out, "unet", args.until, loss_of, about={"side": args.side, "batch": args.batch},
+    about = {"side": args.side, "batch": args.batch, "from_noise": int(args.from_noise)}
+    run(training, args.out, "unet", args.until, loss_of, about=about,
         sheet=sheet, sheet_every=args.sheet_every, cool_from=args.cool)  # fmt: skip
 
 
@@ -174,12 +177,13 @@ STAGES = {
     "captions": encode_captions, "decoder": train_decoder, "unet": train_unet, "pack": pack, "examine": examine,
 }  # fmt: skip
 # What `all` runs. Pictures of 64x64 teach words, colours and places for a quarter of the arithmetic.
-PLAN: tuple[tuple[str, dict[str, int]], ...] = (
+PLAN: tuple[tuple[str, dict[str, float]], ...] = (
     ("captions", {}),
     ("decoder", {"side": 128, "batch": 8, "until": 2500, "cool": 2000}),
     ("unet", {"side": 64, "batch": 32, "until": 1500}),
     ("unet", {"side": 128, "batch": 24, "until": 2700}),
     ("unet", {"side": 256, "batch": 8, "until": 3600, "cool": 3100}),
+    ("unet", {"side": 256, "batch": 8, "until": 4400, "cool": 4000, "rate": 7e-4, "from_noise": True}),
     ("pack", {}),
     ("examine", {}),
 )

@@ -37,6 +37,18 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, t: np.ndarray) -> torc
     return share.sqrt() * latents + (1 - share).sqrt() * noise
 
 
+def without_signal(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Noise that takes away what the schedule leaves of the latents at its last timestep.
+
+    Stable Diffusion's schedule ends at 7 % of the signal, and a network learns to read an image's mean from it; a
+    sampler begins with noise alone, of mean zero, so backgrounds turn grey (Lin et al. 2023, arXiv:2305.08891). With
+    k the last ratio of signal to noise, x = clean + sigma * (noise - k * clean) is noise alone at the last sigma and
+    lies on the straight path that a sampler follows from there; what is predicted still gives `clean` the usual way.
+    """
+    share = float(signal_shares()[-1])
+    return noise - (share / (1 - share)) ** 0.5 * latents
+
+
 @torch.no_grad()
 def sample(
     net: Predict, context: torch.Tensor, empty: torch.Tensor, side: int, steps: int, cfg: float, seed: int

@@ -30,6 +30,7 @@ class Training:
     averaged: int = 0  # the step at which the average began
     images: int = 0
     seconds: float = 0.0
+    pictures: dict[str, Any] = field(default_factory=dict)  # what the pictures are like that the average is of
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class Training:
             {
                 "net": self.net.state_dict(), "optimiser": self.optimiser.state_dict(), "ema": self.ema,
                 "step": self.step, "begun": self.begun, "averaged": self.averaged, "images": self.images,
-                "seconds": self.seconds,
+                "seconds": self.seconds, "pictures": self.pictures,
             },
             temporary,
         )  # fmt: skip
@@ -70,16 +71,22 @@ class Training:
         self.optimiser.load_state_dict(kept["optimiser"])
         self.ema = kept["ema"]
         self.step, self.begun, self.averaged = kept["step"], kept.get("begun", 0), kept.get("averaged", 0)
-        self.images, self.seconds = kept["images"], kept["seconds"]
+        self.images, self.seconds, self.pictures = kept["images"], kept["seconds"], kept.get("pictures", {})
 
     def warm_start(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
         """Begin with these weights, as packed at a step; the optimiser begins anew."""
         self.step = self.begun = step
         self.net.load_state_dict(dict(tensors))
-        self.average_anew()
+        self._average_anew()
 
-    def average_anew(self) -> None:
-        """Begin the average at these weights: those that were trained on other pictures would stay in it for long."""
+    def on(self, pictures: dict[str, Any]) -> None:
+        """Say what the pictures are like from here on. Weights that were trained on others would stay in the average
+        for long, so it begins anew."""
+        if self.pictures != pictures:
+            self.pictures = pictures
+            self._average_anew()
+
+    def _average_anew(self) -> None:
         self.averaged = self.step
         self.ema = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
 
