@@ -233,11 +233,17 @@ async def _all(target: Target, args: argparse.Namespace, choice: ModelChoice, ou
         return await demo.with_distances(found) if args.checkpoint is not None else found
 
 
+def _row(run: DemoRun) -> dict[str, str]:
+    """The row of a run; of a preset that ran as something else, with what it was asked for as."""
+    row = csv_row(run.record)
+    return row if run.record.request.get("asked") is None else {**row, "asked": run.plan.name}
+
+
 def report(found: Result, out: Path) -> None:
     """Write the records, print their rows, the ratios and every file."""
     store = RunStore(out)
     records = [store.json_path(store.keep(run.record).run_id) for run in found.runs]
-    print("\n" + format_table([csv_row(run.record) for run in found.runs]))
+    print("\n" + format_table([_row(run) for run in found.runs]))
     for warning in dict.fromkeys(text for run in found.runs for text in run.record.warnings):
         print(f"note: {warning}")
     print()

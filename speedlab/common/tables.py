@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 HEADER = ("plan", "max VRAM", "time", "step time", "batch", "resolution", "steps", "cfg")
 RAM_COLUMN = "max RSS"
 QUALITY = ("PSNR", "SSIM")
 NOTHING = "-"
+# A longer name of a plan stands under the table, so that rows fit a screen.
+_LONGEST, _WIDTH = 44, 110
 
 
 def aligned(lines: Sequence[Sequence[str]], *, numbers: bool = False, words: int = 0) -> list[str]:
@@ -69,8 +72,29 @@ def _quality(row: Mapping[str, str]) -> tuple[str, str]:
     return NOTHING if psnr is None else f"{psnr:.1f} dB", NOTHING if ssim is None else f"{ssim:.4f}"
 
 
+def _footnoted(rows: Sequence[Mapping[str, str]]) -> tuple[list[Mapping[str, str]], list[str]]:
+    """The rows with short names of plans, and what those stand for. A row's `asked` is what its plan was asked for as,
+    where something else ran."""
+    shown: list[Mapping[str, str]] = []
+    notes: list[str] = []
+    for row in rows:
+        plan, asked = row.get("plan") or NOTHING, row.get("asked")
+        if asked or len(plan) > _LONGEST:
+            mark = f"[{len(notes) + 1}]"
+            what = f"{asked} was asked for; what ran is {plan}" if asked else plan
+            # Lines are broken between techniques.
+            lines = textwrap.wrap(what.replace("+", " + "), _WIDTH, break_long_words=False)
+            notes.append(textwrap.indent("\n".join(lines), "    ").replace("    ", f"{mark} ", 1))
+            row = {**row, "plan": f"{asked or plan[: _LONGEST - 8] + '...'} {mark}"}
+        shown.append(row)
+    return shown, notes
+
+
 def format_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """The rows under a header, columns aligned. RAM appears where a row has no VRAM, quality where one has it."""
+    """The rows under a header, columns aligned. RAM appears where a row has no VRAM, quality where one has it; long
+    names of plans stand under the table.
+    """
+    rows, notes = _footnoted(rows)
     with_ram = any(not row.get("max_vram_gb") for row in rows)
     lines: list[tuple[str, ...]] = [(*HEADER, RAM_COLUMN), *(cells(row) for row in rows)]
     if not with_ram:
@@ -79,4 +103,4 @@ def format_table(rows: Sequence[Mapping[str, str]]) -> str:
         lines = [(*line, *more) for line, more in zip(lines, (QUALITY, *map(_quality, rows)), strict=True)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(aligned(lines))
+    return "\n".join([*aligned(lines), *notes])

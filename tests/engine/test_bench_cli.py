@@ -230,6 +230,16 @@ def test_a_failed_run_shows_its_status():
     assert " oom " in format_table([{**ROW, "status": "oom", "time_s": ""}])
 
 
+def test_a_long_name_of_a_plan_stands_under_the_table():
+    stack = "+".join(f"technique_{number}(option=value,other=7)" for number in range(8))
+    rows = [ROW, {**ROW, "plan": stack, "asked": "fast"}, {**ROW, "plan": stack}]
+    lines = format_table(rows).splitlines()
+    assert max(map(len, lines[:5])) < 130 and max(map(len, lines)) < 130
+    assert lines[3].startswith("fast [1] ") and "technique_0" in lines[4] and "[2]" in lines[4]
+    notes = " ".join(line.strip() for line in lines[5:]).replace(" + ", "+").replace("+ ", "+")
+    assert notes == f"[1] fast was asked for; what ran is {stack} [2] {stack}"
+
+
 def test_seconds_are_readable():
     assert [seconds(value) for value in (None, 0.1471, 3.72, 125.0)] == ["-", "0.147 s", "3.72 s", "2 min 5 s"]
 
@@ -311,7 +321,8 @@ def test_the_demo_tells_the_median_round(make_record, tmp_path, capsys, stock, b
     found = cmd_demo.result_of(runs(STOCK, stock), runs(cmd_demo.PLANS[-1], best))
     assert found.ratio(found.runs[1]) == pytest.approx(ratio) and found.of_rounds == rounds
     cmd_demo.report(found, tmp_path)
-    assert f"{ratio:.2f} times as fast as stock ({rounds})" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{ratio:.2f} times as fast as stock ({rounds})" in told and "was asked for" not in told
     with (tmp_path / "speedlab" / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert float(rows[0]["time_s"]) / float(rows[1]["time_s"]) == pytest.approx(ratio), "the table says the same"
