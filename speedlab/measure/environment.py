@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import sys
@@ -64,6 +65,7 @@ def environment(device: Any) -> dict[str, Any]:
         "flags": speed_flags(),
         "cpu": cpu_name(),
         "cpu_threads": torch.get_num_threads(),
+        "cpus": _cpus(),
         "ram_gb": _ram_gb(),
     }
 
@@ -103,6 +105,20 @@ def comfyui_version() -> str | None:
     except ImportError:
         return None
     return str(version)
+
+
+def _cpus() -> str | None:
+    """The CPUs that this process may run on, such as `0-15`."""
+    may_run_on = getattr(os, "sched_getaffinity", None)
+    if may_run_on is None:
+        return None
+    ranges: list[list[int]] = []
+    for cpu in sorted(may_run_on(0)):
+        if ranges and cpu == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [cpu]
+        else:
+            ranges.append([cpu])
+    return ",".join("-".join(map(str, part)) for part in ranges)
 
 
 @lru_cache(maxsize=1)

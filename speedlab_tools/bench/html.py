@@ -29,7 +29,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 MORE = ("min", "max", "std", "images/min", "PSNR", "SSIM", "status")
 _ENV = (
     "device", "device_memory_gb", "driver", "torch", "cuda", "comfyui", "speedlab", "python", "platform",
-    "attention", "allocator", "cpu", "cpu_threads", "ram_gb",
+    "attention", "allocator", "cpu", "cpu_threads", "cpus", "ram_gb",
 )  # fmt: skip
 
 

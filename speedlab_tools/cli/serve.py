@@ -31,6 +31,8 @@ def serve(host: Host, arguments: Sequence[str], reporter: Reporter) -> int:
         reporter.line(f"  models   {server.base / 'models'}" + (f" and {options.models}" if options.models else ""))
         reporter.line(f"  images   {server.base / 'output'}")
         reporter.line(f"  log      {server.log_path}")
+        if server.threads is not None:
+            reporter.line(f"  threads  {server.threads.words} (the environment variable OMP_NUM_THREADS sets another)")
         reporter.line("Ctrl-C ends it.")
         try:
             code = _follow(server)

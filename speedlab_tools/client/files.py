@@ -278,4 +278,6 @@ def open_server(options: ServerOptions, models: Mapping[str, Sequence[Path]]) ->
             log=options.out / "speedlab" / "server.log",
         )
         with server:
+            if server.threads is not None:
+                print(f"Threads: {server.threads.words}.", flush=True)
             yield Target(server.url, server)

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import json
+import os
 import re
 import signal
 import socket
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import layout, watchdog
+from . import layout, threads, watchdog
 from .base import Host, ServerError, child_environment
 from .card import card, cpu_is_wanted, remedy
 
@@ -33,7 +34,8 @@ class ComfyServer:
 
     `base` is ComfyUI's base directory and is made; `output` moves only the output folder. `models` is one more tree
     with checkpoints/, loras/, vae/ and so on; the folders it has at the start are read. `port` None takes a free one,
-    `cpu` None asks torch. `log` (default `base`/comfyui.log) gets all that the server prints.
+    `cpu` None asks torch. `log` (default `base`/comfyui.log) gets all that the server prints. Of a server on the CPU
+    `threads` says what was chosen; None where the environment says it.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ComfyServer:
         self.timeout_s = timeout_s
         self.port = port or 0
         self.process: subprocess.Popen[bytes] | None = None
+        self.threads: threads.Threads | None = None
         self._port_given = port is not None
         self._watchdog: subprocess.Popen[bytes] | None = None
 
@@ -150,6 +153,7 @@ class ComfyServer:
             arguments += ["--extra-model-paths-config", str(config)]
         if self._wants_cpu():
             arguments.append("--cpu")
+            self.threads = threads.choose(self.env)
         return arguments
 
     def _model_trees(self) -> dict[str, Path]:
@@ -177,13 +181,14 @@ class ComfyServer:
     def _launch(self, arguments: Sequence[str]) -> None:
         command = [str(self.host.python), str(self.host.comfyui / "main.py"), *arguments]
         options = _own_group()
+        chosen = {} if self.threads is None else {threads.VARIABLE: str(self.threads.count)}
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.log_path.open("wb") as log:
                 self.process = subprocess.Popen(
                     command,
                     cwd=self.host.comfyui,
-                    env=self.env,
+                    env={**self.env, **chosen},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -192,6 +197,9 @@ class ComfyServer:
         except OSError as error:
             raise ServerError(f"ComfyUI could not be started with {self.host.python}: {error}") from error
         atexit.register(self.stop)
+        if self.threads is not None and self.threads.cpus and sys.platform == "linux":
+            with contextlib.suppress(OSError):  # it has ended already, which is told by who waits for it
+                os.sched_setaffinity(self.process.pid, self.threads.cpus)  # before it has any thread
         self._watchdog = subprocess.Popen(
             [sys.executable, "-I", str(Path(watchdog.__file__)), str(self.process.pid)],
             stdin=subprocess.PIPE,
