@@ -106,7 +106,7 @@ def parts_of(model: Any, clip: Any | None, vae: Any | None, size: ImageSize) -> 
 def compiled_bytes(model: Any) -> int:
     """Bytes of the weights that compiled programs of a MODEL hold beside its own."""
     copies = held_copies(model)
-    return copies * weight_bytes(model.model.diffusion_model) if copies else 0
+    return round(copies * weight_bytes(model.model.diffusion_model)) if copies else 0
 
 
 def compiled_vae_bytes(vae: Any) -> int:

@@ -51,8 +51,8 @@ def accelerate(
     if compiled and "compile" in names:
         notes.append("The plan compiles by itself; the switch adds nothing.")
     elif compiled:
-        # A program of the whole network has its own attention, and no room for DeepCache's cached steps.
-        options = fastest_here(parts.model, bool(names & {"attention", "deepcache"}))
+        # A program of the whole network has its own attention.
+        options = fastest_here(parts.model, "attention" in names)
         settings = settings.with_technique(TechniqueText("compile", options))
     if preset in PRESETS and parts.clip is not None and parts.vae is not None:
         settings = settings.with_technique(_PLACED)

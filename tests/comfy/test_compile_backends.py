@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -108,19 +109,66 @@ def test_autocast_is_refused_where_it_cannot_act(
     assert 0.5 * cast_error < relative(unet.sample(traced, steps=2, size=SIZE), plain) < 2 * cast_error
 
 
-@pytest.mark.full
-def test_a_damaged_graph_is_exported_anew(unet: Any, compiled: Any, engine: Any, base_dir: Path, caplog: Any) -> None:
-    config = compiled.CompileConfig("onnxruntime")
-    wanted = unet.sample(compiled.attach_compile(unet.model, config), steps=1, size=SIZE)
-    (folder,) = (base_dir / "user" / "speedlab" / "compiled").glob("onnxruntime-*")
-    (newest, *_) = sorted(folder.glob("*.graph"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for damage in (lambda data: data[: len(data) // 2], lambda data: bytes(len(data)), lambda data: b""):
-        newest.write_bytes(damage(newest.read_bytes()))
-        engine("techniques.compile.program")._programs.clear()
-        again = unet.sample(compiled.attach_compile(unet.model, config), steps=1, size=SIZE)
-        assert torch.equal(again, wanted)
-        assert "is damaged" in caplog.text
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("onnxruntime", marks=pytest.mark.full)])
+def test_graphs_are_found_again_and_made_anew_where_they_are_wrong(
+    unet: Any, compiled: Any, engine: Any, base_dir: Path, backend: str, caplog: Any
+) -> None:
+    """By a process that has none yet."""
+    caplog.set_level("INFO")
+    folder = base_dir / "user" / "speedlab" / "compiled"
+
+    def start(model: Any) -> torch.Tensor:
         caplog.clear()
+        engine("techniques.compile.program")._programs.clear()
+        config = compiled.CompileConfig(backend)
+        return unet.sample(compiled.attach_compile(model, config), steps=1, size=SIZE)
+
+    for old in folder.glob(f"{backend}-*/*.graph"):
+        old.unlink()
+    wanted = start(unet.model)
+    assert "in " in caplog.text and "kept on disk" not in caplog.text
+    (kept,) = folder.glob(f"{backend}-*/*.graph")
+    whole = kept.read_bytes()
+    assert len(whole) < 2e6, "it holds no weights"
+    assert torch.equal(start(unet.model), wanted)
+    assert re.search(rf"{backend} compiled .* in [\d.]+ s, from the graph kept on disk", caplog.text)
+    with_lora = lora(unet.model, 1.0)
+    assert relative(start(with_lora), unet.sample(with_lora, steps=1, size=SIZE)) < 1e-4
+    assert "kept on disk" in caplog.text, "a LoRA takes the same graph"
+    kept.write_bytes(whole[: len(whole) // 2])
+    assert torch.equal(start(unet.model), wanted)
+    assert "is damaged" in caplog.text and "from the graph" not in caplog.text
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_only_the_very_file_that_was_kept_is_taken(engine: Any, tmp_path: Path, caplog: Any) -> None:
+    """Not one that is cut off, overwritten or empty, nor a whole one of another network or of other versions."""
+    kept, backends = engine("techniques.compile.backends.kept"), engine("techniques.compile.backends")
+    options = backends.CompileOptions(example=(torch.ones(1, 3),), changing=((0,),), folder=tmp_path)
+    made: list[bytes] = []
+
+    def graph(target: torch.nn.Module, version: str = "1") -> tuple[bytes, bool]:
+        def make() -> bytes:
+            made.append(f"graph {len(made)}".encode())
+            return made[-1]
+
+        return tuple(kept.graph_of(target, options, {"compiler": version}, make))
+
+    network, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 4)
+    assert graph(network) == (b"graph 0", False) and graph(network) == (b"graph 0", True)
+    torch.nn.init.zeros_(network.weight)
+    assert graph(network) == (b"graph 0", True), "other weights take the same graph"
+    (path,) = tmp_path.iterdir()
+    assert graph(other) == (b"graph 1", False) and graph(network, "2") == (b"graph 2", False)
+    whole = path.read_bytes()
+    others = [one.read_bytes() for one in tmp_path.iterdir() if one != path]
+    for damaged in (whole[: len(whole) // 2], bytes(len(whole)), b"", *others):
+        path.write_bytes(damaged)
+        caplog.clear()
+        again = graph(network)
+        assert again == (made[-1], False) and "is damaged" in caplog.text
+        assert graph(network) == (made[-1], True)
+    assert len(list(tmp_path.iterdir())) == 3, "nothing else is left"
 
 
 @pytest.mark.full

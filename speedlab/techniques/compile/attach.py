@@ -8,7 +8,7 @@ settings and shapes, so that neither a LoRA nor another checkpoint of the same f
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -35,6 +35,7 @@ from ...patching.wrappers import (
     when_unloaded,
 )
 from ..deepcache import attach as deepcache
+from ..deepcache.forward import outer_modules
 from . import backends
 from .backends import MODES, NAMES, CompileOptions
 from .run import Run, cache_folder
@@ -126,7 +127,7 @@ def fastest_here(model: Any, by_blocks: bool) -> Mapping[str, str]:
     raise UnavailableError(f"No compile backend can run here: {'; '.join(reasons)}.")
 
 
-def held_copies(model: Any) -> int:
+def held_copies(model: Any) -> float:
     """How often compiled programs hold the UNet's weights once more while MODEL `model` is loaded."""
     options = next((one.options for one in accelerators(model) if one.name == "compile"), None)
     if options is None:
@@ -136,7 +137,16 @@ def held_copies(model: Any) -> int:
         return int(freeze)
     from .program import copies_of_weights
 
-    return copies_of_weights(backend, freeze)
+    copies = copies_of_weights(backend, freeze)
+    cached = deepcache.branch_of(model)
+    if not copies or cached is None:
+        return copies
+    network = model.model.diffusion_model
+    return copies * (1.0 + _bytes_of(outer_modules(network, cached)) / _bytes_of([network]))
+
+
+def _bytes_of(modules: Iterable[torch.nn.Module]) -> int:
+    return sum(weight.numel() * weight.itemsize for module in modules for weight in module.parameters())
 
 
 def _give_back(patcher: Any) -> None:
@@ -191,7 +201,7 @@ def _wrappers(config: CompileConfig, backend: ModuleType, unavailable: str) -> M
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_work_units(executor.class_obj.model_patcher, "Compile Model")
-        _refuse_pairs(executor.class_obj.model_patcher, config)
+        _refuse_pairs(executor.class_obj.model_patcher, config, backend)
         run = Run(backend, _options(config, executor.class_obj.model_patcher), config.on_failure == "eager")
         if unavailable:
             run.eager = unavailable
@@ -237,16 +247,18 @@ def _options(config: CompileConfig, patcher: Any) -> CompileOptions:
     )
 
 
-def _refuse_pairs(patcher: Any, config: CompileConfig) -> None:
+def _refuse_pairs(patcher: Any, config: CompileConfig, backend: ModuleType) -> None:
     if patcher.get_wrappers(Site.APPLY_MODEL.value, CORE_COMPILE_KEY):
         raise UnavailableError(
             "Compile Model and ComfyUI's TorchCompileModel are both on this model. Take one of the two out."
         )
-    if has_wrapper(patcher, deepcache.KEY) and not config.by_blocks:
+    runs_parts = config.by_blocks or getattr(backend, "SEVERAL_TENSORS", False)
+    if has_wrapper(patcher, deepcache.KEY) and not runs_parts:
+        able = [name for name in backends.TENSOR_PROGRAMS if getattr(backends.load(name), "SEVERAL_TENSORS", False)]
         raise UnavailableError(
             f"DeepCache and Compile Model with {config.backend} on the whole model do not work together: a cached step "
-            "runs another network than the one compiled. Set Compile Model to inductor with scope blocks, or take "
-            "DeepCache out."
+            "runs another network than the one compiled. Set Compile Model to inductor with scope blocks, choose "
+            f"{' or '.join(able)}, which have a second program for cached steps, or take DeepCache out."
         )
 
 
@@ -289,5 +301,5 @@ def _apply_model(
     inputs = (x, t, c_concat, c_crossattn, control, options)
     if state is None or state.engine is None or state.run.eager:
         return executor(*inputs, **kwargs)
-    with state.engine.evaluating():
+    with state.engine.evaluating(options):
         return executor(*inputs, **kwargs)

@@ -52,7 +52,7 @@ class GraphEngine:
         self._tell_outcome()
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, _options: dict[str, Any]) -> Iterator[None]:
         """Once an evaluation: compiled code in place of the network's own, and out again."""
         options = self.run.options
         graphs = dynamo.GRAPHS_PER_KIND_STATIC if options.dynamic is False else dynamo.GRAPHS_PER_KIND

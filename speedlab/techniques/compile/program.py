@@ -1,19 +1,21 @@
 """Programs of tensors: backends that trace or export the whole network, and what they cannot do, refused by name.
 
 What is traced is fixed: it knows neither ControlNet nor patches. Those are refused when they show up in a run, never
-ignored. A program that holds weights of its own is made again when ComfyUI has patched others into the model.
+ignored. A program that holds weights of its own is made again when ComfyUI has patched others into the model. DeepCache
+has two programs, one of full steps and one of cached ones, which holds the weights of the outer blocks alone.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -24,7 +26,9 @@ from ...models.lora import LORAS
 from ...models.unet import Evaluation, forward_through
 from ...models.weights import is_plain
 from ...patching.dynamic_vram import is_paged
+from ..deepcache import forward as deepcache
 from .attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
+from .backends import CompileOptions, Picture
 from .run import CompileError, Run, raise_what_passes
 
 log = logging.getLogger(__name__)
@@ -38,17 +42,54 @@ KEPT_WITH_WEIGHTS_FIXED = 2
 NETWORKS = 2
 
 
-class PureNetwork(torch.nn.Module):
-    """A UNet as a function of tensors: x [B, C, H, W], timesteps [B], context [B, T, D], maybe y [B, D]."""
+@dataclass(frozen=True)
+class Part:
+    """What of a network a program computes. `full`: all of it, with DeepCache's features as a second result where there
+    is a branch. `cached`: the outer blocks of that branch, on features."""
 
-    def __init__(self, network: Any, attention: Mapping[str, Any]) -> None:
+    kind: Literal["full", "cached"] = "full"
+    branch: int | None = None
+
+    def evaluate(self, network: Any, asked: Evaluation, features: Any = None) -> Any:
+        """By ComfyUI's code: what is traced, and what runs where nothing is compiled."""
+        if self.branch is None:
+            return asked.by_comfyui(network)
+        if self.kind == "full":
+            return deepcache.full_forward(network, self.branch, asked)
+        return deepcache.shallow_forward(network, self.branch, features, *asked[:5], asked.options)
+
+    def words(self) -> str:
+        """For notes: what was compiled."""
+        return "the network" if self.kind == "full" else "the outer blocks of cached steps"
+
+
+WHOLE = Part()
+_NAMES = ("x", "timesteps", "context", "y")
+
+
+class PureNetwork(torch.nn.Module):
+    """A UNet as a function of tensors: those of `names`, of x [B, C, H, W], timesteps [B], context [B, T, D], y [B, D],
+    features [B, C', H', W']. `fixed` are the options of all its evaluations."""
+
+    CODE = (deepcache,)
+
+    def __init__(
+        self, network: Any, fixed: Mapping[str, Any], names: Sequence[str] = _NAMES[:3], part: Part = WHOLE
+    ) -> None:
         super().__init__()
         self.network = network
-        self.attention = dict(attention)
+        self.fixed = dict(fixed)
+        self.names, self.part = tuple(names), part
 
-    def forward(self, x: Any, timesteps: Any, context: Any, y: Any = None) -> Any:
-        asked = Evaluation(x, timesteps, context, y, transformer_options=dict(self.attention))
-        return asked.by_comfyui(self.network)
+    def extra_repr(self) -> str:
+        """What the code of the modules does not tell, for what is kept on disk."""
+        return f"{self.part}, {self.names}"
+
+    def forward(self, x: Any, timesteps: Any, context: Any, *more: Any) -> Any:
+        given = dict(zip(self.names, (x, timesteps, context, *more), strict=True))
+        features = given.pop("features", None)
+        asked = Evaluation(**given, transformer_options=dict(self.fixed))
+        return self.part.evaluate(self.network, asked, features)
 
 
 @dataclass
@@ -57,7 +98,7 @@ class Programs:
 
     weights: Hashable = None
     holds_weights: bool = False
-    by_key: OrderedDict[Hashable, Callable[..., Any]] = field(default_factory=OrderedDict)
+    by_key: OrderedDict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=OrderedDict)
     let_go: set[Hashable] = field(default_factory=set)
     unloaded: bool = False
 
@@ -121,13 +162,23 @@ class ProgramEngine:
         yield
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Once an evaluation: the program in place of the network's own forward, and out again."""
-        self.network.__dict__["_forward"] = forward_through(self._compute)
+    def evaluating(self, options: dict[str, Any]) -> Iterator[None]:
+        """Once an evaluation: programs in place of the network's own forward and of DeepCache's, and out again."""
+        self.network.__dict__["_forward"] = forward_through(lambda asked: self._compute(WHOLE, asked))
+        options[deepcache.PARTS] = self
         try:
             yield
         finally:
             self.network.__dict__.pop("_forward", None)
+            options.pop(deepcache.PARTS, None)
+
+    def full(self, branch: int, asked: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
+        """DeepCache's full step: the result, and the features."""
+        return self._compute(Part("full", branch), asked)
+
+    def cached(self, branch: int, features: torch.Tensor, asked: Evaluation) -> torch.Tensor:
+        """DeepCache's cached step."""
+        return self._compute(Part("cached", branch), asked, features)
 
     def _follow(self, patcher: Any) -> None:
         weights = weights_word(patcher)
@@ -141,9 +192,9 @@ class ProgramEngine:
             self.programs.let_go.clear()
         self.programs.weights = weights
 
-    def _compute(self, asked: Evaluation) -> Any:
+    def _compute(self, part: Part, asked: Evaluation, features: torch.Tensor | None = None) -> Any:
         def eager() -> Any:
-            return asked.by_comfyui(self.network)
+            return part.evaluate(self.network, asked, features)
 
         if self.run.eager:
             return eager()
@@ -151,11 +202,12 @@ class ProgramEngine:
         if reason:
             self.run.fail(type(self.network).__name__, UnavailableError(reason), f"Take that out, or {_OTHER}.")
             return eager()
-        inputs = tuple(tensor for tensor in asked[:4] if tensor is not None)
+        given = {**dict(zip(_NAMES, asked, strict=False)), "features": features}
+        inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
         seen = attention_options(asked.options) or {}
         note_use(seen)
         try:
-            program = self._program(inputs, seen)
+            program = self._program(part, inputs, seen)
         except Exception as error:  # exporters raise whatever their layers raise
             if isinstance(error, CompileError):
                 raise
@@ -163,29 +215,33 @@ class ProgramEngine:
             self.run.fail(type(self.network).__name__, error)
             return eager()
         try:
-            return program(*inputs)
+            found = program(*inputs.values())
+            return found[0] if isinstance(found, tuple) and part.branch is None else found
         except Exception as error:  # a program of another library raises whatever that library raises
             raise_what_passes(error)
             self.programs.by_key = OrderedDict((k, v) for k, v in self.programs.by_key.items() if v is not program)
             self.run.fail(type(self.network).__name__, error, doing="run")
             return eager()
 
-    def _program(self, inputs: tuple[torch.Tensor, ...], seen: Mapping[str, Any]) -> Callable[..., Any]:
-        backend, options = self.run.backend, self.run.options
-        key = (_shapes(inputs, backend), attention_word(seen), _autocast(inputs[0].device))
+    def _program(self, part: Part, inputs: Mapping[str, torch.Tensor], seen: Mapping[str, Any]) -> Callable[..., Any]:
+        backend, x = self.run.backend, inputs["x"]
+        key = (part, _shapes(inputs, backend), attention_word(seen), _autocast(x.device))
         known = self.programs.by_key
-        if key in known:
-            known.move_to_end(key)
-            return known[key]
+        way = key if key in known else next((other for other in reversed(known) if _serves(other, key)), None)
+        if way is not None:
+            known.move_to_end(way)
+            return known[way]
+        words = f"{part.words()} for {_words(x)}"
         if key in self.programs.let_go:
             self.run.note(
-                f"{backend.NAME} compiled {_words(inputs[0])} once more: each of its programs is for one size and may "
-                f"hold the weights, so only {self._most_kept} are kept. Inductor takes all sizes."
+                f"{backend.NAME} compiled {words} once more: each of its programs is for one size and may hold the "
+                f"weights, so only {self._most_kept} are kept. Inductor takes all sizes."
             )
-        log.info("SpeedLab: %s compiles the network for %s; this can take minutes", backend.NAME, _words(inputs[0]))
-        given = replace(options, example=inputs, changing=_changing(inputs), result=(self.network.out_channels, 1))
+        log.info("SpeedLab: %s compiles %s; this can take minutes", backend.NAME, words)
+        began = time.perf_counter()
         with apart(), torch.no_grad():
-            program = backend.compile(PureNetwork(self.network, seen), given)
+            program = backend.compile(PureNetwork(self.network, seen, tuple(inputs), part), self._given(part, inputs))
+        seconds = time.perf_counter() - began
         known[key] = program
         if self.programs.unloaded:
             self.programs.unloaded = False
@@ -195,11 +251,34 @@ class ProgramEngine:
                 logging.INFO,
             )
         self.run.graphs += 1
-        self.run.note(f"{backend.NAME} compiled the network for {_words(inputs[0])}.", logging.INFO)
-        self.run.compiling(f"the network for {_words(inputs[0])}")
-        while len(known) > self._most_kept:
-            self.programs.let_go.add(known.popitem(last=False)[0])
+        kept = ", from the graph kept on disk" if getattr(program, "from_disk", False) else ""
+        self.run.note(f"{backend.NAME} compiled {words} in {seconds:.1f} s{kept}.", logging.INFO)
+        self.run.compiling(words)
+        # Programs of cached steps hold little, and those of full steps not each other's place.
+        of_kind = [other for other in known if other[0].kind == part.kind]
+        for other in of_kind[: max(len(of_kind) - self._most_kept, 0)]:
+            self.programs.let_go.add(other)
+            del known[other]
         return program
+
+    def _given(self, part: Part, inputs: Mapping[str, torch.Tensor]) -> CompileOptions:
+        results = [Picture(self.network.out_channels)]
+        following: dict[str, Picture] = {}
+        if part.branch is not None:
+            channels, halved = deepcache.features_of(self.network, part.branch)
+            features = Picture(channels, halved=halved)
+            if part.kind == "full":
+                results.append(features)
+            else:
+                following["features"] = features
+        return replace(
+            self.run.options,
+            example=tuple(inputs.values()),
+            changing=tuple(_CHANGING.get(name, _IMAGE) for name in inputs),
+            names=tuple(inputs),
+            following=following,
+            results=tuple(results),
+        )
 
     @property
     def _most_kept(self) -> int:
@@ -257,17 +336,23 @@ def _obstacle_of_evaluation(run: Run, control: Any, options: Mapping[str, Any]) 
     return "" if attention_options(options) is not None else f"{name} cannot run another node's attention override"
 
 
-def _shapes(inputs: tuple[torch.Tensor, ...], backend: Any) -> Hashable:
+def _shapes(inputs: Mapping[str, torch.Tensor], backend: Any) -> Hashable:
     """The types, and the sizes that a program is fixed to."""
     return tuple(
-        (tensor.dtype, str(tensor.device), tuple(tensor.shape) if backend.FIXED_SHAPES else tensor.ndim)
-        for tensor in inputs
+        (name, tensor.dtype, str(tensor.device), tuple(tensor.shape) if backend.FIXED_SHAPES else tensor.ndim)
+        for name, tensor in inputs.items()
     )
 
 
-def _changing(inputs: tuple[torch.Tensor, ...]) -> tuple[tuple[int, ...], ...]:
-    """The dimensions of x, timesteps, context and y that may change: batch, height and width, tokens."""
-    return ((0, 2, 3), (0,), (0, 1), (0,))[: len(inputs)]
+# The dimensions that may change: batch, height and width, tokens.
+_IMAGE = (0, 2, 3)
+_CHANGING = {"timesteps": (0,), "context": (0, 1), "y": (0,)}
+
+
+def _serves(known: tuple[Any, ...], asked: tuple[Any, ...]) -> bool:
+    """Whether a program can stand for another one: DeepCache's full steps give more than a run without it asks for.
+    Each program may hold the weights, so that few are kept."""
+    return asked[0] == WHOLE and known[0].kind == "full" and known[1:] == asked[1:]
 
 
 def _autocast(device: torch.device) -> Hashable:

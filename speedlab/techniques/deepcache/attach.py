@@ -21,7 +21,17 @@ from ...models.unet import require_unet
 from ...patching.cond_identity import scheduled_hooks, with_unique_uuids
 from ...patching.notes import MOST_FEW_STEPS, report_cached, report_note, report_ran, report_saved, warn
 from ...patching.position import Position, StepFinder, counting_steps
-from ...patching.wrappers import Accelerator, Site, Wrapper, attach, declare, refuse_work_units, run_state, state_of
+from ...patching.wrappers import (
+    Accelerator,
+    Site,
+    Wrapper,
+    accelerators,
+    attach,
+    declare,
+    refuse_work_units,
+    run_state,
+    state_of,
+)
 from ..error_control import obstacle
 from .features import Expected, Run, chunk_keys
 from .forward import keeping, largest_branch, partial_forward, reusing
@@ -52,6 +62,14 @@ def attach_deepcache(model: Any, config: DeepCacheConfig) -> Any:
     clone = attach(model, KEY, _wrappers(config, clamped))
     declare(clone, Accelerator("deepcache", _options(asked)))
     return clone
+
+
+def branch_of(model: Any) -> int | None:
+    """The branch that MODEL `model` caches; None where DeepCache is not on it."""
+    options = next((one.options for one in accelerators(model) if one.name == "deepcache"), None)
+    if options is None:
+        return None
+    return min(options["cache_branch_id"], largest_branch(require_unet(model, "DeepCache")))
 
 
 def _options(config: DeepCacheConfig) -> Mapping[str, Any]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, apply_control, forward_timestep_embed
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, apply_control, forward_timestep_embed
 from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 
+from ...models.unet import Evaluation
 from ...patching.wrappers import Wrapper
 
 Control = Mapping[str, list]
@@ -132,7 +133,50 @@ def _transformers_left_out(unet: UNetModel, branch: int) -> int:
     return sum(isinstance(layer, SpatialTransformer) for block in blocks for layer in block)
 
 
-# In `transformer_options` of one forward: the list that a full step's features go to, and the features of a cached one.
+class Features(NamedTuple):
+    """What deep features look like: their channels, and how often their height and width are half of the latent's."""
+
+    channels: int
+    halved: int
+
+
+def features_of(unet: UNetModel, branch: int) -> Features:
+    """The features that a full step keeps for `branch`."""
+    below = unet.output_blocks[cut(unet, branch) - 1] if cut(unet, branch) > 0 else unet.middle_block
+    return Features(below[0].out_channels, halvings(unet, branch + 1))
+
+
+def halvings(unet: UNetModel, blocks: int) -> int:
+    """How often the first `blocks` input blocks halve height and width."""
+    return sum(isinstance(layer, Downsample) for block in unet.input_blocks[:blocks] for layer in block)
+
+
+def outer_modules(unet: UNetModel, branch: int) -> list[Any]:
+    """The modules that a cached step runs."""
+    embedding = [unet.time_embed, *([] if unet.num_classes is None else [unet.label_emb])]
+    return [*embedding, *unet.input_blocks[: branch + 1], *unet.output_blocks[cut(unet, branch) :], unet.out]
+
+
+def full_forward(unet: UNetModel, branch: int, asked: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
+    """ComfyUI's own forward, and the features that reach the outer blocks in it."""
+    kept: list[torch.Tensor] = []
+    out = asked._replace(transformer_options=_looking(unet, branch, kept, asked.x, asked.options)).by_comfyui(unet)
+    return out, kept[0]
+
+
+class Parts(Protocol):
+    """Who evaluates a network as a whole, and has other programs for full and for cached steps."""
+
+    def full(self, branch: int, asked: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `full_forward` gives."""
+
+    def cached(self, branch: int, features: torch.Tensor, asked: Evaluation) -> torch.Tensor:
+        """What `shallow_forward` gives."""
+
+
+# In `transformer_options` of one forward: the `Parts` that evaluate it, where the network itself does not.
+PARTS = "speedlab_deepcache_parts"
+# Likewise: the list that a full step's features go to, and the features of a cached one.
 _KEPT = "speedlab_deepcache_kept"
 _FEATURES = "speedlab_deepcache_features"
 
@@ -177,6 +221,8 @@ def partial_forward(branch: int) -> Wrapper:
         if features is not None:
             return _cached(executor, branch, features, inputs, options, kwargs)
         kept = options.get(_KEPT)
+        if PARTS in options:  # a step of which nothing is kept runs the same program as the others
+            return _full_by(options[PARTS], executor, branch, kept, inputs, options, kwargs)
         if kept is not None:
             return _full(executor, branch, kept, inputs, options, kwargs)
         return executor(*inputs, options, **kwargs)
@@ -187,8 +233,15 @@ def partial_forward(branch: int) -> Wrapper:
 def _full(
     executor: Any, branch: int, kept: list[torch.Tensor], inputs: tuple[Any, ...], options: dict, kwargs: dict
 ) -> torch.Tensor:
-    """The whole forward, as it would run without DeepCache; a patch that changes nothing looks on."""
-    place, rows = ("output", cut(executor.class_obj, branch)), inputs[0].shape[0]
+    """The whole forward, as it would run without DeepCache."""
+    return executor(*inputs, _looking(executor.class_obj, branch, kept, inputs[0], options), **kwargs)
+
+
+def _looking(
+    unet: UNetModel, branch: int, kept: list[torch.Tensor], x: torch.Tensor, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`options` with a patch that changes nothing and puts the deep features into `kept`."""
+    place, rows = ("output", cut(unet, branch)), x.shape[0]
 
     def look(h: torch.Tensor, skip: torch.Tensor, extra: dict) -> tuple[torch.Tensor, torch.Tensor]:
         if extra.get("block") == place and h.shape[0] == rows:
@@ -200,7 +253,32 @@ def _full(
     # options as they are.
     patches = dict(options.get("patches", {}))
     patches["output_block_patch"] = [look, *patches.get("output_block_patch", ())]
-    return executor(*inputs, {**options, "patches": patches}, **kwargs)
+    return {**options, "patches": patches}
+
+
+def _full_by(
+    parts: Parts,
+    executor: Any,
+    branch: int,
+    kept: list[torch.Tensor] | None,
+    inputs: tuple[Any, ...],
+    options: dict,
+    kwargs: dict,
+) -> torch.Tensor:
+    """The whole forward by `parts`, inside the wrappers that other nodes put between this one and the model."""
+
+    def full(*given: Any, **rest: Any) -> torch.Tensor:
+        out, features = parts.full(branch, Evaluation(*given)._replace(rest=rest))
+        if kept is not None:
+            kept.append(features)
+        return out
+
+    return _inside(executor, full).execute(*inputs, options, **kwargs)
+
+
+def _inside(executor: Any, forward: Any) -> Any:
+    """The wrappers further in than this one, around another forward."""
+    return type(executor).new_class_executor(forward, executor.class_obj, executor.wrappers, executor.idx + 1)
 
 
 def _cached(
@@ -210,7 +288,9 @@ def _cached(
     unet = executor.class_obj
 
     def outer_blocks(x: Any, timesteps: Any, context: Any, y: Any, control: Any, extra: dict, **_: Any) -> torch.Tensor:
+        parts: Parts | None = extra.get(PARTS)
+        if parts is not None:
+            return parts.cached(branch, features, Evaluation(x, timesteps, context, y, control, extra))
         return shallow_forward(unet, branch, features, x, timesteps, context, y, control, extra)
 
-    inner = type(executor).new_class_executor(outer_blocks, unet, executor.wrappers, executor.idx + 1)
-    return inner.execute(*inputs, options, **kwargs)
+    return _inside(executor, outer_blocks).execute(*inputs, options, **kwargs)

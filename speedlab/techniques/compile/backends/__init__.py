@@ -3,7 +3,8 @@
 Every file has `NAME`, `SUPPORTED_MODES`, `REMEDY` (what to do where it fails), `available() -> (bool, reason)` and
 `compile(target, options)`. Those of TENSOR_PROGRAMS take a module of tensors in, tensor out and compile it as a whole;
 they say whether a program follows weights that change (`FOLLOWS_WEIGHTS`), whether it is of one size (`FIXED_SHAPES`),
-and may freeze weights (`CAN_FREEZE`). Those of GRAPH_BY_GRAPH compile Python functions graph by graph and so know
+whether it may have more inputs than the network and several results, then given as a tuple (`SEVERAL_TENSORS`), and may
+freeze weights (`CAN_FREEZE`). Those of GRAPH_BY_GRAPH compile Python functions graph by graph and so know
 patches, ControlNet and weights that change; they have `uses_cuda_graphs(options)`, and `compile` gets the kind of the
 module too. FOR_VAE are those that Compile VAE offers.
 """
@@ -11,7 +12,8 @@ module too. FOR_VAE are those that Compile VAE offers.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,10 +36,25 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What a tensor [B, C, H, W] of a program looks like beside the first input: its channels, and its height and width
+    by that one's, so many times as large or halved so often."""
+
+    channels: int
+    times: int = 1
+    halved: int = 0
+
+    def shape(self, like: tuple[int, ...]) -> tuple[int, int, int, int]:
+        """Its shape where the first input is of shape `like`; each halving rounds up."""
+        height, width = (-(-side * self.times // 2**self.halved) for side in like[2:])
+        return like[0], self.channels, height, width
+
+
+@dataclass(frozen=True)
 class CompileOptions:
     """What a backend gets: the node's settings, the device and type to compute in, and for tensor programs the
-    inputs to trace with, their dimensions that may change, the result's channels and its height and width in units of
-    the first input's, and a folder to keep files in."""
+    inputs to trace with, their names and dimensions that may change, those among them that follow the first one's
+    size, what the results look like, and a folder to keep files in."""
 
     mode: str = "default"
     dynamic: bool | None = None
@@ -46,7 +63,9 @@ class CompileOptions:
     dtype: Any = None
     example: tuple[Any, ...] = ()
     changing: tuple[tuple[int, ...], ...] = ()
-    result: tuple[int, int] = (4, 1)
+    names: tuple[str, ...] = ("x", "timesteps", "context", "y")
+    following: Mapping[str, Picture] = field(default_factory=dict)
+    results: tuple[Picture, ...] = (Picture(4),)
     folder: Path | None = None
 
 

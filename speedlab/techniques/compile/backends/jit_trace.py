@@ -21,6 +21,7 @@ SUPPORTED_MODES = ("default",)
 CAN_FREEZE = True
 FOLLOWS_WEIGHTS = True
 FIXED_SHAPES = True
+SEVERAL_TENSORS = True
 KEEPS_ATTENTION = True
 KEEPS_AUTOCAST = True
 REMEDY = "Choose inductor, or take the node out."
@@ -42,12 +43,12 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
 
 
 def _with_live_weights(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
-    slots = _ordered_slots(target)
+    slots = ordered_slots(target)
 
     def weights() -> list[torch.Tensor]:
-        return [_read(slot) for slot in slots]
+        return [read(slot) for slot in slots]
 
-    program = function_of_graph(_graph(target, slots, weights(), options.example))
+    program = function_of_graph(trace(target, slots, weights(), options.example))
     return lambda *inputs: program(*weights(), *inputs)
 
 
@@ -57,9 +58,9 @@ def _frozen(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
     `torch.jit.freeze` would do the same for a module, and keep its constants until the process ends: the code of a
     module is never let go.
     """
-    slots = _ordered_slots(target)
-    weights = [_read(slot).detach() for slot in slots]
-    graph = _graph(target, slots, weights, options.example)
+    slots = ordered_slots(target)
+    weights = [read(slot).detach() for slot in slots]
+    graph = trace(target, slots, weights, options.example)
     graph.setInsertPoint(next(iter(graph.nodes())))
     for value, weight in zip(list(graph.inputs()), weights, strict=False):
         value.replaceAllUsesWith(graph.insertConstant(weight))
@@ -69,9 +70,7 @@ def _frozen(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
     return function_of_graph(graph)
 
 
-def _graph(
-    target: torch.nn.Module, slots: list[Slot], weights: Sequence[torch.Tensor], example: tuple[Any, ...]
-) -> Any:
+def trace(target: torch.nn.Module, slots: list[Slot], weights: Sequence[torch.Tensor], example: tuple[Any, ...]) -> Any:
     """One evaluation of `target`: a graph that takes the weights, then the inputs."""
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
@@ -93,13 +92,13 @@ def _slots(target: torch.nn.Module) -> list[tuple[str, Slot]]:
     return found
 
 
-def _ordered_slots(target: torch.nn.Module) -> list[Slot]:
+def ordered_slots(target: torch.nn.Module) -> list[Slot]:
     """The places of all weights, parameters first."""
     slots = dict(_slots(target))
     return [slots[name] for name, _ in (*target.named_parameters(), *target.named_buffers())]
 
 
-def _read(slot: Slot) -> torch.Tensor:
+def read(slot: Slot) -> torch.Tensor:
     module = slot[0]()
     assert module is not None
     return getattr(module, slot[1])

@@ -2,21 +2,14 @@
 
 The file on disk holds no weights: a session gets the live ones by name, so a LoRA or another checkpoint of the family
 makes a new session, in seconds, and no new export.
-
-A network as an ONNX file without its weights, exported once and found again by what it was made from.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
-import json
-import logging
-import os
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +17,13 @@ import torch
 from ....common.core import compute_device
 from ....common.errors import UnavailableError
 from . import CompileOptions
+from .kept import Graph, graph_of, weights_of
 
 NAME = "onnxruntime"
 SUPPORTED_MODES = ("default",)
 FOLLOWS_WEIGHTS = False
 FIXED_SHAPES = False
+SEVERAL_TENSORS = True
 REMEDY = "Choose inductor or jit_trace, or take the node out."
 OPSET = 18
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -64,41 +59,45 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
             f"ONNX Runtime does not compute in {str(dtype).removeprefix('torch.')} on {device.type}: "
             "load the checkpoint in fp32"
         )
-    graph = exported(target, options, OPSET)
+    graph = exported(target, options)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = torch.get_num_threads()
-    needed = _initializer_names(graph)
+    needed = _initializer_names(graph.data)
     weights = {name: tensor for name, tensor in weights_of(target).items() if name in needed}
     values = [_value(tensor) for tensor in weights.values()]
     settings.add_external_initializers(list(weights), values)
-    session = onnxruntime.InferenceSession(graph, settings, providers=[_PROVIDERS[device.type], *_fallback(device)])
-    return _Session(session, values, options.result)
+    session = onnxruntime.InferenceSession(
+        graph.data, settings, providers=[_PROVIDERS[device.type], *_fallback(device)]
+    )
+    return _Session(session, values, options, graph.from_disk)
 
 
 class _Session:
     """Runs on the memory of torch's tensors, in and out; nothing is copied."""
 
-    def __init__(self, session: Any, weights: list[Any], result: tuple[int, int]) -> None:
-        self._session, self._weights, self._result = session, weights, result
+    def __init__(self, session: Any, weights: list[Any], options: CompileOptions, from_disk: bool) -> None:
+        self._session, self._weights, self.from_disk = session, weights, from_disk
+        self._names, self._pictures = options.names, options.results
         self._inputs = [entry.name for entry in session.get_inputs()]
-        self._output = session.get_outputs()[0].name
+        self._outputs = [entry.name for entry in session.get_outputs()]
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> Any:
         binding = self._session.io_binding()
         held = [tensor.contiguous() for tensor in inputs]  # until the session has run
-        for name, tensor in zip(INPUT_NAMES, held, strict=False):
+        for name, tensor in zip(self._names, held, strict=False):
             if name in self._inputs:
                 binding.bind_input(name, *_place(tensor), _TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-        x, (channels, scale) = held[0], self._result
-        out = torch.empty(
-            (x.shape[0], channels, x.shape[2] * scale, x.shape[3] * scale), dtype=x.dtype, device=x.device
-        )
-        binding.bind_output(self._output, *_place(out), _TYPES[out.dtype], tuple(out.shape), out.data_ptr())
-        if out.device.type == "cuda":
-            torch.cuda.current_stream(out.device).synchronize()
+        x = held[0]
+        found = []
+        for name, picture in zip(self._outputs, self._pictures, strict=True):
+            out = torch.empty(picture.shape(tuple(x.shape)), dtype=x.dtype, device=x.device)
+            binding.bind_output(name, *_place(out), _TYPES[out.dtype], tuple(out.shape), out.data_ptr())
+            found.append(out)
+        if x.device.type == "cuda":
+            torch.cuda.current_stream(x.device).synchronize()
         self._session.run_with_iobinding(binding)
-        return out
+        return tuple(found) if len(found) > 1 else found[0]
 
 
 def _value(tensor: torch.Tensor) -> Any:
@@ -122,96 +121,21 @@ def _fallback(device: torch.device) -> list[str]:
     return [] if device.type == "cpu" else [_PROVIDERS["cpu"]]
 
 
-log = logging.getLogger(__name__)
-
 # What the file says of each weight's place; nothing is read from there, the live weights are handed over by name.
 NOWHERE = "weights-of-the-live-model"
-INPUT_NAMES = ("x", "timesteps", "context", "y")
-_DIMENSIONS = {("x", 0): "batch", ("x", 2): "height", ("x", 3): "width", ("context", 1): "tokens"}
-_SCHEMA = 2
-_DIGEST = hashlib.sha256().digest_size
+_DIMENSIONS = {("x", 2): "height", ("x", 3): "width", ("context", 1): "tokens"}
 
 
-def weights_of(target: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every weight of a network by its name in the exported graph."""
-    return {name: tensor.detach() for name, tensor in (*target.named_parameters(), *target.named_buffers())}
-
-
-def exported(target: torch.nn.Module, options: CompileOptions, opset: int) -> bytes:
-    """The ONNX model, its weights by name only. From `options.folder` where it was made before, else put there."""
-    path = None if options.folder is None else options.folder / f"{_key(target, options, opset)}.graph"
-    kept = None if path is None else _kept(path)
-    if kept is not None:
-        return kept
-    data = _export(target, options, opset)
-    if path is not None:
-        _keep(path, data)
-    return data
-
-
-def _kept(path: Path) -> bytes | None:
-    """The graph in a file; None where there is none, or one that is not as it was written."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        log.warning("SpeedLab: the graph kept in %s cannot be read (%s); it is exported again.", path, error)
-        return None
-    graph, digest = data[:-_DIGEST], data[-_DIGEST:]
-    if hashlib.sha256(graph).digest() != digest:
-        log.warning("SpeedLab: the graph kept in %s is damaged; it is exported again.", path)
-        return None
-    return graph
-
-
-def _keep(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(data + hashlib.sha256(data).digest())
-        partial.replace(path)
-    except OSError as error:
-        log.warning("SpeedLab: the exported graph is not kept, for %s cannot be written: %s", path, error)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _key(target: torch.nn.Module, options: CompileOptions, opset: int) -> str:
-    """A hash of what a graph depends on: structure and code, shapes and types of weights and inputs, and versions."""
+def exported(target: torch.nn.Module, options: CompileOptions) -> Graph:
+    """The ONNX model, its weights by name only."""
     import onnx
     import onnxscript
 
-    identity = {
-        "schema": _SCHEMA,
-        "opset": opset,
-        "versions": [torch.__version__, onnx.__version__, onnxscript.__version__],
-        "structure": str(target),
-        "code": _code_of(target),
-        "settings": [_plain_values(module) for module in target.modules()],
-        "weights": [(name, str(t.dtype), list(t.shape)) for name, t in weights_of(target).items()],
-        "inputs": [(str(tensor.dtype), tensor.ndim) for tensor in options.example],
-        "fixed": [
-            [n for d, n in enumerate(t.shape) if d not in c]
-            for t, c in zip(options.example, options.changing, strict=True)
-        ],
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    versions = {"opset": str(OPSET), "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
+    return graph_of(target, options, versions, lambda: _export(target, options))
 
 
-def _code_of(target: torch.nn.Module) -> list[str]:
-    """Hashes of the files that define the layers, those of PyTorch left out."""
-    kinds = {type(module) for module in target.modules() if not type(module).__module__.startswith("torch.")}
-    files = {inspect.getsourcefile(kind) for kind in kinds}
-    return sorted(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if file)
-
-
-def _plain_values(module: torch.nn.Module) -> list[tuple[str, str]]:
-    """Sizes, heads, groups and switches of a module, which `str(module)` leaves out."""
-    values = ((name, value) for name, value in vars(module).items() if isinstance(value, (bool, int, float, str)))
-    return sorted((name, str(value)) for name, value in values)
-
-
-def _export(target: torch.nn.Module, options: CompileOptions, opset: int) -> bytes:
+def _export(target: torch.nn.Module, options: CompileOptions) -> bytes:
     example = _distinct(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -219,9 +143,9 @@ def _export(target: torch.nn.Module, options: CompileOptions, opset: int) -> byt
             target.eval(),
             example,
             dynamo=True,
-            opset_version=opset,
-            input_names=list(INPUT_NAMES[: len(example)]),
-            dynamic_shapes=_dynamic_shapes(options),
+            opset_version=OPSET,
+            input_names=list(options.names[: len(example)]),
+            dynamic_shapes=_dynamic_shapes(target, options),
             optimize=False,  # it would fold weights into other weights, which the live ones could not replace
             verbose=False,
         )
@@ -232,27 +156,39 @@ def _export(target: torch.nn.Module, options: CompileOptions, opset: int) -> byt
 def _distinct(options: CompileOptions) -> tuple[torch.Tensor, ...]:
     """Inputs to export with: sizes that are no special case, so that none is taken for a constant."""
     sizes = {"batch": 2, "height": 24, "width": 16, "tokens": 77}
-    inputs = []
-    for name, tensor, changing in zip(INPUT_NAMES, options.example, options.changing, strict=False):
+    inputs: list[torch.Tensor] = []
+    for name, tensor, changing in zip(options.names, options.example, options.changing, strict=False):
         shape = list(tensor.shape)
         for dimension in changing:
             shape[dimension] = sizes[_DIMENSIONS.get((name, dimension), "batch")]
+        if name in options.following:
+            shape = list(options.following[name].shape(tuple(inputs[0].shape)))
         inputs.append(torch.zeros(shape, dtype=tensor.dtype, device=tensor.device))
     return tuple(inputs)
 
 
-def _dynamic_shapes(options: CompileOptions) -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(target: torch.nn.Module, options: CompileOptions) -> tuple[Any, ...]:
     from torch.export import Dim
 
-    return tuple(dict.fromkeys(changing, Dim.DYNAMIC) for changing in options.changing)
+    # Sizes that follow the first input's are said by the network, in formulas that DYNAMIC would refuse.
+    kinds = [Dim.AUTO if name in options.following else Dim.DYNAMIC for name in options.names]
+    shapes = tuple(dict.fromkeys(d, kind) for d, kind in zip(options.changing, kinds, strict=False))
+    parameters = inspect.signature(target.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters) and len(shapes) >= len(parameters):
+        named = len(parameters) - 1
+        return (*shapes[:named], shapes[named:])
+    return shapes
 
 
 def _without_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> bytes:
     """The model with each weight as a reference to nowhere. Raises RuntimeError where the graph knows others."""
     import onnx_ir as ir
 
-    for name, value in model.graph.initializers.items():
+    for name, value in list(model.graph.initializers.items()):
         if name not in weights:
+            continue
+        if not value.uses():  # of blocks that this program leaves out
+            del model.graph.initializers[name]
             continue
         tensor = value.const_value
         size = tensor.nbytes

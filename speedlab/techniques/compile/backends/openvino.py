@@ -1,22 +1,35 @@
-"""openvino: the network converted by OpenVINO and compiled for Intel and AMD CPUs, with sizes left open."""
+"""openvino: the network converted by OpenVINO and compiled for Intel and AMD CPUs, with sizes left open.
+
+Weights are inputs of what is converted, and constants of what is compiled: one conversion, kept on disk without them,
+serves each LoRA and each checkpoint of the family.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ....common.core import compute_device
-from ....common.errors import UnavailableError
+from ....common.errors import UnavailableError, first_line
+from ....common.torch_private import function_of_graph
 from . import CompileOptions
+from .jit_trace import ordered_slots, trace
+from .kept import forget, graph_of, weights_of
+
+log = logging.getLogger(__name__)
 
 NAME = "openvino"
 SUPPORTED_MODES = ("default",)
 FOLLOWS_WEIGHTS = False
 FIXED_SHAPES = False
+SEVERAL_TENSORS = True
 REMEDY = "Choose onnxruntime or jit_trace, or take the node out."
 # By itself OpenVINO computes in bf16 wherever a CPU can, whatever the model's type.
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -41,28 +54,99 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
         raise UnavailableError(
             f"OpenVINO does not compute in {str(dtype).removeprefix('torch.')} here: load the model in fp32 or bf16"
         )
-    shapes = [_partial_shape(openvino, tensor, changing) for tensor, changing in _open(options)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its trace warns of each size, and sizes are left open by the shapes
-        model = openvino.convert_model(target.eval(), example_input=options.example, input=shapes)
-    settings = {"INFERENCE_PRECISION_HINT": _PRECISIONS[dtype], "PERFORMANCE_HINT": "LATENCY"}
-    return _Request(openvino.compile_model(model, "CPU", settings).create_infer_request())
+    model, from_disk = _converted(target, options)
+    weights = {_name(index): tensor.contiguous() for index, tensor in enumerate(weights_of(target).values())}
+    for parameter in model.get_parameters():
+        known = weights.get(_names(parameter))
+        if known is not None:
+            constant = openvino.op.Constant(_tensor(known), shared_memory=True)
+            parameter.output(0).replace(constant.output(0))
+            model.remove_parameter(parameter)
+    model.validate_nodes_and_infer_types()
+    settings = {
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    return _Request(openvino.compile_model(model, "CPU", settings), list(weights.values()), options, from_disk)
 
 
 class _Request:
-    """Runs on the memory of torch's tensors; the result is a tensor of its own."""
+    """Runs on the memory of torch's tensors; the results are tensors of their own."""
 
-    def __init__(self, request: Any) -> None:
-        self._request = request
+    def __init__(self, compiled: Any, weights: list[torch.Tensor], options: CompileOptions, from_disk: bool) -> None:
+        # It may read the weights where they lie.
+        self._request, self._weights, self.from_disk = compiled.create_infer_request(), weights, from_disk
+        self._results = len(options.results)
+        names = [entry.get_names() for entry in compiled.inputs]
+        self._inputs = [next(index for index, name in enumerate(options.names) if name in known) for known in names]
 
-    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *inputs: torch.Tensor) -> Any:
         held = [_tensor(tensor.contiguous()) for tensor in inputs]
-        self._request.infer(dict(enumerate(held)))
-        return _torch(self._request.get_output_tensor(0), inputs[0].dtype)
+        self._request.infer({place: held[index] for place, index in enumerate(self._inputs)})
+        found = tuple(_torch(self._request.get_output_tensor(i), inputs[0].dtype) for i in range(self._results))
+        return found if len(found) > 1 else found[0]
 
 
-def _open(options: CompileOptions) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
-    return list(zip(options.example, options.changing, strict=True))
+def _converted(target: torch.nn.Module, options: CompileOptions) -> tuple[Any, bool]:
+    """An OpenVINO model that takes the weights as inputs too, and whether it was on disk."""
+    import openvino
+
+    versions = {"openvino": openvino.__version__}
+    graph = graph_of(target, options, versions, lambda: _written(_convert(target, options)))
+    try:
+        return _read_model(graph.data), graph.from_disk
+    except Exception as error:  # OpenVINO raises what its readers raise
+        if not graph.from_disk:
+            raise
+        log.warning("SpeedLab: OpenVINO cannot read the graph that was kept (%s); it is made anew.", first_line(error))
+        forget(target, options, versions)
+        return _read_model(graph_of(target, options, versions, lambda: _written(_convert(target, options))).data), False
+
+
+def _convert(target: torch.nn.Module, options: CompileOptions) -> Any:
+    import openvino
+
+    weights = list(weights_of(target).values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a trace warns of each size, and sizes are left open by the shapes
+        graph = trace(target.eval(), ordered_slots(target), weights, options.example)
+        names = [*(_name(index) for index in range(len(weights))), *options.names[: len(options.example)]]
+        tensors = [*((weight, ()) for weight in weights), *zip(options.example, options.changing, strict=True)]
+        shapes: list[Any] = []
+        for index, value in reversed(list(enumerate(graph.inputs()))):
+            if not value.uses():  # of blocks that this program leaves out
+                graph.eraseInput(index)
+                continue
+            value.setDebugName(names[index])
+            shapes.insert(0, _partial_shape(openvino, *tensors[index]))
+        return openvino.convert_model(function_of_graph(graph), input=shapes)
+
+
+def _name(index: int) -> str:
+    return f"weight{index}_"
+
+
+def _names(parameter: Any) -> str:
+    return next((name for name in parameter.output(0).get_names() if name.startswith("weight")), "")
+
+
+def _written(model: Any) -> bytes:
+    """Its description, and the few constants beside the weights, as one."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        description, constants = Path(folder) / "graph.xml", Path(folder) / "graph.bin"
+        openvino.serialize(model, str(description), str(constants))
+        text = description.read_bytes()
+        return len(text).to_bytes(8, "little") + text + constants.read_bytes()
+
+
+def _read_model(data: bytes) -> Any:
+    import openvino
+
+    size = int.from_bytes(data[:8], "little")
+    return openvino.Core().read_model(data[8 : 8 + size], data[8 + size :])
 
 
 def _partial_shape(openvino: Any, tensor: torch.Tensor, changing: tuple[int, ...]) -> Any:
