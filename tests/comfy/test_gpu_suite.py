@@ -31,9 +31,7 @@ CANNOT = (
     "alone-attention/attention-sdpa_mem_efficient", "alone-attention/attention-sdpa_cudnn",
     "alone-attention-slow/attention-xformers", "alone-attention-slow/attention-flash_attn",
     "alone-attention-slow/attention-sage", "alone-attention-slow/attention-sage3",
-    "alone-attention-slow/attention-kitchen_int8", "sdxl-fp16/sdxl-fastest-deepcache",
-    "sdxl-bf16/sdxl-fastest-deepcache", "sd15-fp16/fastest-deepcache", "compile-blocks/blocks",
-    "compile-reduce-overhead/reduce-overhead",
+    "alone-attention-slow/attention-kitchen_int8", "compile-blocks/blocks", "compile-reduce-overhead/reduce-overhead",
     "compile-cudagraphs/cudagraphs", "compile-dynamic/dynamic", "compile-max-autotune/max-autotune",
     "compile-max-autotune-no-cudagraphs/max-autotune-no-cudagraphs",
 )  # fmt: skip
