@@ -129,7 +129,8 @@ def test_graphs_are_found_again_and_made_anew_where_they_are_wrong(
     assert "in " in caplog.text and "kept on disk" not in caplog.text
     (kept,) = folder.glob(f"{backend}-*/*.graph")
     whole = kept.read_bytes()
-    assert len(whole) < 2e6, "it holds no weights"
+    large = [(n, w.detach()) for n, w in unet.model.model.diffusion_model.named_parameters() if w.numel() > 512]
+    assert large and not [n for n, w in large if w.std() > 0 and w.numpy().tobytes()[:256] in whole], "holds weights"
     assert torch.equal(start(unet.model), wanted)
     assert re.search(rf"{backend} compiled .* in [\d.]+ s, from the graph kept on disk", caplog.text)
     with_lora = lora(unet.model, 1.0)

@@ -36,8 +36,7 @@ CANNOT = (
     "alone-attention/attention-sdpa_mem_efficient", "alone-attention/attention-sdpa_cudnn",
     "alone-attention-slow/attention-xformers", "alone-attention-slow/attention-flash_attn",
     "alone-attention-slow/attention-sage", "alone-attention-slow/attention-sage3",
-    "alone-attention-slow/attention-kitchen_int8", "sdxl-fp16/sdxl-fastest-deepcache",
-    "compile-cudagraphs/cudagraphs",
+    "alone-attention-slow/attention-kitchen_int8", "compile-cudagraphs/cudagraphs",
 )  # fmt: skip
 
 
