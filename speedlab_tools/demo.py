@@ -245,12 +245,6 @@ def _row(run: DemoRun) -> dict[str, str]:
     return row if run.record.request.get("asked") is None else {**row, "asked": run.plan.name}
 
 
-def _row(run: DemoRun) -> dict[str, str]:
-    """The row of a run; of a preset that ran as something else, with what it was asked for as."""
-    row = csv_row(run.record)
-    return row if run.record.request.get("asked") is None else {**row, "asked": run.plan.name}
-
-
 def report(found: Result, out: Path) -> None:
     """Write the records, print their rows, the ratios and every file."""
     store = RunStore(out)
