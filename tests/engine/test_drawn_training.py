@@ -185,6 +185,29 @@ def test_a_changed_packed_file_is_refused(trained: Path, tmp_path: Path) -> None
     assert not (tmp_path / "models").exists()
 
 
+def test_from_noise_the_last_timestep_holds_nothing_of_the_image() -> None:
+    rng = torch.Generator().manual_seed(0)
+    clean, drawn = torch.randn(3, 4, 4, 4, generator=rng), torch.randn(3, 4, 4, 4, generator=rng)
+    noise = diffusion.without_signal(clean, drawn)
+    t = np.array([999, 500, 0])
+    noisy = diffusion.add_noise(clean, noise, t)
+    share = torch.from_numpy(diffusion.signal_shares()[t]).float()[:, None, None, None]
+    torch.testing.assert_close(noisy[0], (1 - share[0]).sqrt() * drawn[0], rtol=0, atol=1e-5)
+    # The noise that is to be predicted gives the clean latent as in every model of the kind.
+    torch.testing.assert_close((noisy - (1 - share).sqrt() * noise) / share.sqrt(), clean, rtol=1e-4, atol=1e-4)
+
+
+def test_the_average_begins_anew_when_the_noise_changes(trained: Path, tmp_path: Path) -> None:
+    for name in ("captions/captions.json", "captions/captions.f16", "unet.csv", "unet.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(trained / name, tmp_path / name)
+    argv = ["unet", "--out", str(tmp_path), "--captions", "6", "--batch", "1", "--side", "64", "--fp32"]
+    for until, averaged in ((5, 4), (6, 4)):
+        assert main([*argv, "--until", str(until), "--from-noise"]) == 0
+        assert state(tmp_path, "unet")["averaged"] == averaged
+    assert (tmp_path / "unet.csv").read_text().splitlines()[-1].endswith(",64,1,1")
+
+
 def test_the_average_begins_anew_with_pictures_of_another_size(trained: Path, tmp_path: Path) -> None:
     for name in ("captions/captions.json", "captions/captions.f16", "unet.csv", "unet.pt", "decoder.pt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
