@@ -124,21 +124,23 @@ class Bench:
         return unet.eval()
 
     def diffusers_picture(self, interval: int, size: int, steps: int) -> Any:
-        """The same job in diffusers with the DeepCache package: its UNet, its helper, Euler, the same full VAE."""
+        """The same job in diffusers: its UNet, Euler, the same full VAE, with DeepCache but for `interval` 1."""
         import comfy.sample
         import comfy.samplers
         import torch
-        from DeepCache import DeepCacheSDHelper
 
         conds = self.encode()
         sampling = self.stock[0].get_model_object("model_sampling")
         sigmas = comfy.samplers.calculate_sigmas(sampling, SCHEDULER, steps)
         timesteps = sampling.timestep(sigmas[:-1]).float()
         unet = self.diffusers_unet
-        pipe = _Pipe(unet, _Timesteps(timesteps))
-        helper = DeepCacheSDHelper(pipe=pipe)
-        helper.set_params(cache_interval=interval, cache_branch_id=0)
-        helper.enable()
+        helper = None
+        if interval > 1:
+            from DeepCache import DeepCacheSDHelper
+
+            helper = DeepCacheSDHelper(pipe=_Pipe(unet, _Timesteps(timesteps)))
+            helper.set_params(cache_interval=interval, cache_branch_id=0)
+            helper.enable()
         try:
             context = torch.cat([conds[1][0][0], conds[0][0][0]])
             x = comfy.sample.prepare_noise(torch.zeros(1, 4, size // 8, size // 8), SEED)
@@ -148,7 +150,8 @@ class Bench:
                 uncond, cond = unet(torch.cat([scaled] * 2), timestep, encoder_hidden_states=context).sample.chunk(2)
                 x = x + (uncond + CFG * (cond - uncond)) * (following - sigma)
         finally:
-            helper.disable()
+            if helper is not None:
+                helper.disable()
         latent = self.stock[0].model.process_latent_out(x)
         self.core.VAEDecode().decode(self.stock[2], {"samples": latent})
         return latent

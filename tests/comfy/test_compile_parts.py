@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from . import tiny_unet
+from .test_composition import _control
 from .tiny_unet import TinyUNet, relative
 
 SIZE, STEPS = (16, 16), 7
@@ -94,3 +96,136 @@ def test_features_of_deeper_blocks_at_any_size(
         eager = deep.sample(cached(deep.model, branch=branch), steps=4, size=size)
         model = cached(compiled(deep.model, backend), branch=branch)
         assert relative(deep.sample(model, steps=4, size=size), eager) < 1e-4
+
+
+def test_a_run_without_deepcache_takes_the_program_of_full_steps(
+    unet: TinyUNet, compiled: Any, cached: Any, engine: Any, caplog: Any
+) -> None:
+    """What is measured in turn, with and without DeepCache, is not compiled each time, and equal to the bit."""
+    caplog.set_level("INFO")
+    engine("techniques.compile.program")._programs.clear()
+    plain = compiled(unet.model, "openvino")
+    before = unet.sample(plain, steps=2, size=SIZE)
+    unet.sample(cached(plain), steps=2, size=SIZE)
+    caplog.clear()
+    assert torch.equal(unet.sample(plain, steps=2, size=SIZE), before)
+    assert "compile" not in caplog.text
+
+
+def test_adaptive_steps_and_lines_are_those_of_eager(unet: TinyUNet, compiled: Any, cached: Any) -> None:
+    options = {"interval": 3, "branch": 1, "schedule": "adaptive", "features": "extrapolate", "tolerance": 0.3}
+    eager, wanted = told(cached(unet.model, **options))
+    expected = unet.sample(eager, steps=10, size=SIZE)
+    model, heard = told(cached(compiled(unet.model, "jit_trace"), **options))
+    assert relative(unet.sample(model, steps=10, size=SIZE), expected) < 1e-4
+    assert heard == wanted and "cached" in heard
+
+
+def test_sdxls_pooled_text_and_features_beside_it(comfy: Any, compiled: Any, cached: Any) -> None:
+    with torch.inference_mode():
+        unet = tiny_unet.build("sdxl")
+    eager = unet.sample(cached(unet.model, branch=3), steps=3, size=SIZE)
+    model = cached(compiled(unet.model, "openvino"), branch=3)
+    assert relative(unet.sample(model, steps=3, size=SIZE), eager) < 1e-4
+
+
+def test_a_backend_of_one_program_names_deepcache(
+    unet: TinyUNet, compiled: Any, cached: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of stable_fast, which does not run here; what it lacks is asked of the code that a run asks."""
+    monkeypatch.setattr(engine("techniques.compile.backends.stable_fast"), "available", lambda: (True, ""))
+    model = cached(compiled(unet.model, "stable_fast"))
+    with pytest.raises(engine("common.errors").UnavailableError, match=r"DeepCache.*stable_fast.*openvino"):
+        unet.sample(model, steps=2, size=SIZE)
+
+
+@pytest.mark.parametrize("interval", [None, 3])
+def test_a_fallback_to_eager_goes_on_with_deepcache(
+    unet: TinyUNet, compiled: Any, cached: Any, interval: int | None, caplog: Any
+) -> None:
+    def halve(q: Any, k: Any, v: Any, extra: dict) -> Any:
+        return q, k * 0.5, v
+
+    def stack(model: Any) -> Any:
+        clone = model if interval is None else cached(model, interval=interval)
+        clone = clone.clone()
+        clone.set_model_attn2_patch(halve)
+        return clone
+
+    expected = unet.sample(stack(unet.model), steps=4, size=SIZE)
+    model = stack(compiled(unet.model, "jit_trace", on_failure="eager"))
+    assert torch.equal(unet.sample(model, steps=4, size=SIZE), expected)
+    assert "went on uncompiled" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def controlled(unet: TinyUNet) -> Callable[..., list]:
+    with torch.inference_mode():
+        return _control(unet, (0.0, 0.5))
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_controlnets_residuals_are_inputs(
+    unet: TinyUNet,
+    compiled: Any,
+    cached: Any,
+    controlled: Any,
+    engine: Any,
+    backend: str,
+    with_cache: bool,
+    caplog: Any,
+) -> None:
+    """For the first half of the run; then, and for a negative prompt without it, the same program takes zeros."""
+    caplog.set_level("INFO")
+    engine("techniques.compile.program")._programs.clear()
+
+    def stack(model: Any) -> Any:
+        return cached(model, interval=2, branch=1) if with_cache else model
+
+    for negative in (controlled(unet.cond(2)), unet.cond(2)):
+        conds = {"positive": controlled(unet.cond(1)), "negative": negative}
+        expected = unet.sample(stack(unet.model), steps=4, size=SIZE, **conds)
+        assert relative(expected, unet.sample(stack(unet.model), steps=4, size=SIZE)) > 1e-3
+        model = compiled(stack(unet.model), backend)
+        assert relative(unet.sample(model, steps=4, size=SIZE, **conds), expected) < 1e-4
+    rows = 2 if backend == "jit_trace" else 1
+    assert caplog.text.count("compiles the network") == rows
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+@pytest.mark.parametrize("name", ["FreeU", "FreeU_V2"])
+def test_freeu_is_traced(unet: TinyUNet, compiled: Any, cached: Any, name: str, with_cache: bool) -> None:
+    """With each of its settings: another one is another program."""
+    freeu = importlib.import_module("comfy_extras.nodes_freelunch").NODE_CLASS_MAPPINGS[name]()
+    pictures = []
+    for scales in ((1.3, 1.4, 0.9, 0.2), (1.1, 1.2, 0.9, 0.4)):
+        (model,) = freeu.patch(unet.model, *scales)
+        model = cached(model, interval=2, branch=1) if with_cache else model
+        pictures.append(unet.sample(model, steps=3, size=SIZE))
+        assert relative(unet.sample(compiled(model, "jit_trace"), steps=3, size=SIZE), pictures[-1]) < 1e-4
+    assert relative(*pictures) > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_freeu_is_refused_where_it_is_not_traced(unet: TinyUNet, compiled: Any, engine: Any, backend: str) -> None:
+    (model,) = importlib.import_module("comfy_extras.nodes_freelunch").FreeU().patch(unet.model, 1.3, 1.4, 0.9, 0.2)
+    with pytest.raises(engine("common.errors").SpeedLabError, match=rf"{backend}.*FreeU"):
+        unet.sample(compiled(model, backend), steps=1, size=SIZE)
+
+
+@pytest.mark.parametrize("backend", ["jit_trace", "openvino"])
+def test_forecast_and_reused_uncond_act_around_programs(
+    unet: TinyUNet, compiled: Any, guided: Any, engine: Any, backend: str
+) -> None:
+    forecast = engine("techniques.forecast.attach")
+
+    def stack(model: Any) -> Any:
+        model = forecast.attach_forecast(model, forecast.ForecastConfig(mode="fixed"))
+        return guided(model, stop_at=0.75, uncond_interval=2)
+
+    eager, wanted = told(stack(unet.model))
+    expected = unet.sample(eager, steps=12, size=SIZE)
+    model, heard = told(stack(compiled(unet.model, backend)))
+    assert relative(unet.sample(model, steps=12, size=SIZE), expected) < 1e-4
+    assert heard == wanted and "cached" in heard

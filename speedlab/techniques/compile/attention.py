@@ -6,7 +6,8 @@ graph that looked at them would be compiled again each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,15 +56,27 @@ def transformer_patch(options: Mapping[str, Any], depth: int) -> str | None:
     return None
 
 
-def any_patch(options: Mapping[str, Any]) -> str | None:
-    """Any patch of the network, by name; None where there is none."""
+def any_patch(options: Mapping[str, Any], known: Sequence[Any] = ()) -> str | None:
+    """Any patch of the network but `known` ones, by name; None where there is none."""
     for kind, functions in options.get("patches", {}).items():
-        if functions:
-            return f"{kind} {name_of(functions[0])}"
+        for function in functions:
+            if function not in known:
+                return f"{kind} {name_of(function)}"
     for kind, functions in options.get("patches_replace", {}).items():
         if functions:
             return f"{kind} replacement {name_of(next(iter(functions.values())))}"
     return None
+
+
+def freeu_patches(options: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Those of ComfyUI's FreeU nodes, which do the same at every step, so that they can be traced."""
+    patches = options.get("patches", {}).get("output_block_patch", ())
+    return tuple(patch for patch in patches if name_of(patch).startswith("comfy_extras.nodes_freelunch.FreeU"))
+
+
+def patch_word(patches: Sequence[Any]) -> Hashable:
+    """Equal for FreeU's patches that do the same: node, and the scales that it was given."""
+    return tuple((name_of(patch), str(inspect.getclosurevars(patch).nonlocals.get("scale_dict"))) for patch in patches)
 
 
 def name_of(function: Any) -> str:

@@ -1,8 +1,9 @@
 """Programs of tensors: backends that trace or export the whole network, and what they cannot do, refused by name.
 
-What is traced is fixed: it knows neither ControlNet nor patches. Those are refused when they show up in a run, never
-ignored. A program that holds weights of its own is made again when ComfyUI has patched others into the model. DeepCache
-has two programs, one of full steps and one of cached ones, which holds the weights of the outer blocks alone.
+What is traced is fixed: it knows no patches but FreeU's, and ControlNet's residuals as inputs. Other patches are
+refused when they show up in a run, never ignored. A program that holds weights of its own is made again when ComfyUI
+has patched others into the model. DeepCache has two programs, one of full steps and one of cached ones, which holds
+the weights of the outer blocks alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -27,7 +28,7 @@ from ...models.unet import Evaluation, forward_through
 from ...models.weights import is_plain
 from ...patching.dynamic_vram import is_paged
 from ..deepcache import forward as deepcache
-from .attention import OVERRIDE, any_patch, attention_options, attention_word, note_use
+from .attention import OVERRIDE, any_patch, attention_options, attention_word, freeu_patches, note_use, patch_word
 from .backends import CompileOptions, Picture
 from .run import CompileError, Run, raise_what_passes
 
@@ -69,7 +70,7 @@ _NAMES = ("x", "timesteps", "context", "y")
 
 class PureNetwork(torch.nn.Module):
     """A UNet as a function of tensors: those of `names`, of x [B, C, H, W], timesteps [B], context [B, T, D], y [B, D],
-    features [B, C', H', W']. `fixed` are the options of all its evaluations."""
+    features [B, C', H', W'] and ControlNet's residuals. `fixed` are the options of all its evaluations."""
 
     CODE = (deepcache,)
 
@@ -87,9 +88,34 @@ class PureNetwork(torch.nn.Module):
 
     def forward(self, x: Any, timesteps: Any, context: Any, *more: Any) -> Any:
         given = dict(zip(self.names, (x, timesteps, context, *more), strict=True))
-        features = given.pop("features", None)
-        asked = Evaluation(**given, transformer_options=dict(self.fixed))
+        features, control = given.pop("features", None), residual_lists(given)
+        asked = Evaluation(**given, control=control, transformer_options=dict(self.fixed))
         return self.part.evaluate(self.network, asked, features)
+
+
+_KINDS = ("input", "middle", "output")
+
+
+def _residuals(control: Mapping[str, Any] | None) -> dict[str, torch.Tensor]:
+    """ControlNet's residuals by names that count from the end of each list, from where ComfyUI takes them."""
+    lists = {kind: (control or {}).get(kind, ()) for kind in _KINDS}
+    return {
+        f"{kind}_{place}": tensor
+        for kind, tensors in lists.items()
+        for place, tensor in enumerate(reversed(tensors))
+        if tensor is not None
+    }
+
+
+def residual_lists(given: dict[str, Any]) -> dict[str, list] | None:
+    """Take residuals out of `given`, and make the lists again that ComfyUI takes them from."""
+    control: dict[str, list] = {}
+    for name in [name for name in given if _is_residual(name)]:
+        kind, _, place = name.partition("_")
+        found = control.setdefault(kind, [])
+        found[:0] = [None] * (int(place) + 1 - len(found))
+        found[-1 - int(place)] = given.pop(name)
+    return control or None
 
 
 @dataclass
@@ -198,16 +224,16 @@ class ProgramEngine:
 
         if self.run.eager:
             return eager()
-        reason = _obstacle_of_evaluation(self.run, asked.control, asked.options)
+        reason = _obstacle_of_evaluation(self.run, asked.control, asked.options) or self._misfit(asked)
         if reason:
             self.run.fail(type(self.network).__name__, UnavailableError(reason), f"Take that out, or {_OTHER}.")
             return eager()
-        given = {**dict(zip(_NAMES, asked, strict=False)), "features": features}
+        given = {**dict(zip(_NAMES, asked, strict=False)), "features": features, **_residuals(asked.control)}
         inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
         seen = attention_options(asked.options) or {}
         note_use(seen)
         try:
-            program = self._program(part, inputs, seen)
+            program, names = self._program(part, inputs, seen, freeu_patches(asked.options))
         except Exception as error:  # exporters raise whatever their layers raise
             if isinstance(error, CompileError):
                 raise
@@ -215,7 +241,7 @@ class ProgramEngine:
             self.run.fail(type(self.network).__name__, error)
             return eager()
         try:
-            found = program(*inputs.values())
+            found = program(*(inputs[name] if name in inputs else self._zeros(name, asked.x) for name in names))
             return found[0] if isinstance(found, tuple) and part.branch is None else found
         except Exception as error:  # a program of another library raises whatever that library raises
             raise_what_passes(error)
@@ -223,14 +249,18 @@ class ProgramEngine:
             self.run.fail(type(self.network).__name__, error, doing="run")
             return eager()
 
-    def _program(self, part: Part, inputs: Mapping[str, torch.Tensor], seen: Mapping[str, Any]) -> Callable[..., Any]:
+    def _program(
+        self, part: Part, inputs: Mapping[str, torch.Tensor], seen: Mapping[str, Any], patches: Sequence[Any]
+    ) -> tuple[Callable[..., Any], Iterable[str]]:
+        """A program that can do it, and what it takes."""
         backend, x = self.run.backend, inputs["x"]
-        key = (part, _shapes(inputs, backend), attention_word(seen), _autocast(x.device))
+        shapes = _shapes(inputs, backend)
+        key = (part, shapes, attention_word(seen), _autocast(x.device), patch_word(patches))
         known = self.programs.by_key
         way = key if key in known else next((other for other in reversed(known) if _serves(other, key)), None)
         if way is not None:
             known.move_to_end(way)
-            return known[way]
+            return known[way], [name for name, *_ in way[1]]
         words = f"{part.words()} for {_words(x)}"
         if key in self.programs.let_go:
             self.run.note(
@@ -238,9 +268,10 @@ class ProgramEngine:
                 f"weights, so only {self._most_kept} are kept. Inductor takes all sizes."
             )
         log.info("SpeedLab: %s compiles %s; this can take minutes", backend.NAME, words)
+        fixed = {**seen, "patches": {"output_block_patch": list(patches)}} if patches else seen
         began = time.perf_counter()
         with apart(), torch.no_grad():
-            program = backend.compile(PureNetwork(self.network, seen, tuple(inputs), part), self._given(part, inputs))
+            program = backend.compile(PureNetwork(self.network, fixed, tuple(inputs), part), self._given(part, inputs))
         seconds = time.perf_counter() - began
         known[key] = program
         if self.programs.unloaded:
@@ -259,11 +290,22 @@ class ProgramEngine:
         for other in of_kind[: max(len(of_kind) - self._most_kept, 0)]:
             self.programs.let_go.add(other)
             del known[other]
-        return program
+        return program, inputs
+
+    def _zeros(self, residual: str, x: torch.Tensor) -> torch.Tensor:
+        """A residual that adds nothing, for a program that takes more of them than there are."""
+        return x.new_zeros(_picture(self.network, residual).shape(tuple(x.shape)))
+
+    def _misfit(self, asked: Evaluation) -> str:
+        """ComfyUI leaves out a residual of another size, with a warning; a program of open sizes could not."""
+        for name, tensor in _residuals(asked.control).items():
+            if tuple(tensor.shape) != _picture(self.network, name).shape(tuple(asked.x.shape)):
+                return f"{self.run.backend.NAME} cannot take a ControlNet's residuals of {list(tensor.shape[2:])} here"
+        return ""
 
     def _given(self, part: Part, inputs: Mapping[str, torch.Tensor]) -> CompileOptions:
         results = [Picture(self.network.out_channels)]
-        following: dict[str, Picture] = {}
+        following = {name: _picture(self.network, name) for name in inputs if _is_residual(name)}
         if part.branch is not None:
             channels, halved = deepcache.features_of(self.network, part.branch)
             features = Picture(channels, halved=halved)
@@ -273,7 +315,8 @@ class ProgramEngine:
                 following["features"] = features
         return replace(
             self.run.options,
-            example=tuple(inputs.values()),
+            # FreeU writes to features, and what is traced is run.
+            example=tuple(tensor.clone() if name == "features" else tensor for name, tensor in inputs.items()),
             changing=tuple(_CHANGING.get(name, _IMAGE) for name in inputs),
             names=tuple(inputs),
             following=following,
@@ -321,9 +364,9 @@ _CASTS = ("weight_function", "bias_function")
 
 def _obstacle_of_evaluation(run: Run, control: Any, options: Mapping[str, Any]) -> str:
     name = run.backend.NAME
-    if control is not None:
+    if control is not None and not getattr(run.backend, "SEVERAL_TENSORS", False):
         return f"{name} cannot take ControlNet's residuals"
-    patch = any_patch(options)
+    patch = any_patch(options, freeu_patches(options) if getattr(run.backend, "KEEPS_FREEU", False) else ())
     if patch:
         return f"{name} cannot run the patch {patch}"
     if not getattr(run.backend, "KEEPS_AUTOCAST", False) and torch.is_autocast_enabled(run.options.device.type):
@@ -350,9 +393,25 @@ _CHANGING = {"timesteps": (0,), "context": (0, 1), "y": (0,)}
 
 
 def _serves(known: tuple[Any, ...], asked: tuple[Any, ...]) -> bool:
-    """Whether a program can stand for another one: DeepCache's full steps give more than a run without it asks for.
-    Each program may hold the weights, so that few are kept."""
-    return asked[0] == WHOLE and known[0].kind == "full" and known[1:] == asked[1:]
+    """Whether a program can stand for another one: DeepCache's full steps give more than a run without it asks for, and
+    residuals that are not there are zeros. Each program may hold the weights, so that few are kept."""
+    alike = known[0] == asked[0] or (asked[0] == WHOLE and known[0].kind == "full")
+    takes, given = set(known[1]), set(asked[1])
+    return alike and known[2:] == asked[2:] and given <= takes and all(_is_residual(name) for name, *_ in takes - given)
+
+
+def _is_residual(name: str) -> bool:
+    return name.partition("_")[0] in _KINDS
+
+
+def _picture(network: Any, residual: str) -> Picture:
+    """What a residual looks like: as the result of the input block that it is added to."""
+    kind, _, place = residual.partition("_")
+    blocks = len(network.input_blocks)
+    count = {"input": int(place) + 1, "middle": blocks, "output": blocks - int(place)}[kind]
+    layers = [layer for block in network.input_blocks[:count] for layer in block]
+    channels = next(layer.out_channels for layer in reversed(layers) if getattr(layer, "out_channels", None))
+    return Picture(channels, halved=deepcache.halvings(network, count))
 
 
 def _autocast(device: torch.device) -> Hashable:
