@@ -122,13 +122,13 @@ export class CompareTab {
     this.choices = ["A", "B"].map((letter) => el("select", { class: "sl-filter", "aria-label": letter, onchange: () => this.show(this.choices.map((one) => one.value)) }));
     this.place = el("div");
     container.replaceChildren(el("div", { class: "sl-tab sl-bottom", tabindex: "0" }, div("sl-tools", this.choices), this.place));
-    this.show();
+    this.show(this.picked, true);
   }
 
   /** There may be a new run, or others were chosen. */
-  show(picked = this.picked) {
+  show(picked = this.picked, here = this.place?.isConnected) {
     this.picked = picked;
-    if (this.place?.isConnected) this.#choose(picked).catch((error) => this.place.replaceChildren(t("failed", { why: error.message })));
+    if (here) this.#choose(picked).catch((error) => this.place.replaceChildren(t("failed", { why: error.message })));
   }
 
   async #choose(picked) {
