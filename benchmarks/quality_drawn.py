@@ -151,11 +151,11 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self.known: dict[str, dict[str, Any]] = {}
-        for line in lines:
-            entry = json.loads(line)
-            self.known[entry["key"]] = entry
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        if lines and not lines[-1].endswith("\n"):  # cut off in the middle of a line
+            path.write_text("".join(lines[:-1]), encoding="utf-8")
+            del lines[-1]
+        self.known: dict[str, dict[str, Any]] = {entry["key"]: entry for entry in map(json.loads, lines)}
 
     def get(self, key: tuple[Any, ...], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         name = json.dumps(key)

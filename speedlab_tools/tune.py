@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,20 @@ def run(args: argparse.Namespace) -> int:
     choice = choose_models(args, [demo_scenario()])
     for note in choice.notes:
         print(note)
-    draws = drawn.is_drawn(choice.checkpoints.get(BASE))
-    texts = given or ([*drawn.CAPTIONS[:4]] if draws else [LIGHTHOUSE.text])
-    side, cfg = (drawn.side(), drawn.CFG) if draws else (SIDE, CFG)
-    inputs = {
-        "positive": "\n".join(texts), "negative": args.negative, "width": args.width or side,
-        "height": args.height or side, "batch": args.batch, "steps": first,
-        "cfg": cfg if args.cfg is None else args.cfg, "sampler_name": args.sampler,
-        "scheduler": args.scheduler, "seed": str(args.seed), "quality": args.quality, "budget_minutes": args.minutes,
-        "budget_gb": args.budget_gb, "candidates": "", "steps_axis": axis, "samplers_axis": args.samplers,
-    }  # fmt: skip
+
+    def inputs(checkpoint: str) -> dict[str, Any]:
+        draws = drawn.is_drawn(checkpoint)
+        texts = given or ([*drawn.CAPTIONS[:4]] if draws else [LIGHTHOUSE.text])
+        side, cfg = (drawn.side(), drawn.CFG) if draws else (SIDE, CFG)
+        return {
+            "positive": "\n".join(texts), "negative": args.negative, "width": args.width or side,
+            "height": args.height or side, "batch": args.batch, "steps": first,
+            "cfg": cfg if args.cfg is None else args.cfg, "sampler_name": args.sampler,
+            "scheduler": args.scheduler, "seed": str(args.seed), "quality": args.quality,
+            "budget_minutes": args.minutes, "budget_gb": args.budget_gb, "candidates": "", "steps_axis": axis,
+            "samplers_axis": args.samplers,
+        }  # fmt: skip
+
     with open_server(ServerOptions(args.server, args.port, out), choice.files) as target:
         try:
             table, page, plan = asyncio.run(_tune(target, choice.checkpoints.get(BASE), inputs))
@@ -73,14 +78,17 @@ def steps_of(text: str) -> tuple[int, str]:
     return int(first), text if first != text else ""
 
 
-async def _tune(target: Target, checkpoint: str | None, inputs: dict[str, Any]) -> tuple[str, str, str]:
+async def _tune(
+    target: Target, checkpoint: str | None, inputs: Callable[[str], dict[str, Any]]
+) -> tuple[str, str, str]:
     async with ComfyClient(target.url) as client:
         name = checkpoint or await server_checkpoint(client, demo_scenario())
         graph = Graph()
         loaded = graph.add("SpeedLabCheckpointLoader", group="Load", ckpt_name=name)
         graph.add(
-            "SpeedLabTune", group="Measure", model=loaded["model"], clip=loaded["clip"], vae=loaded["vae"], **inputs
-        )
+            "SpeedLabTune", group="Measure", model=loaded["model"], clip=loaded["clip"], vae=loaded["vae"],
+            **inputs(name),
+        )  # fmt: skip
         api = graph.to_api()
         line = ProgressLine("tune", api)
         try:

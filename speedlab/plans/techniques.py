@@ -62,11 +62,26 @@ def sigmas_of(settings: CellSettings, model: Any, nodes: NodeTable) -> Any | Non
     written = settings.sigmas
     if written is None:
         return None
+    return _called(_schedule(written, settings, model), Known(SIGMAS[written.name]), nodes, {"MODEL": model})[0]
+
+
+def sigmas_node(settings: CellSettings, model: Any, nodes: NodeTable) -> tuple[str, dict[str, Any]] | None:
+    """The node of core's that makes a cell's sigmas with its inputs, `model` among them where it takes one; else None.
+
+    Raises as `sigmas_of` does.
+    """
+    written = settings.sigmas
+    if written is None:
+        return None
+    known = Known(SIGMAS[written.name])
+    return known.node_id, _inputs_of(_schedule(written, settings, model), known, nodes, {"MODEL": model})
+
+
+def _schedule(written: TechniqueText, settings: CellSettings, model: Any) -> TechniqueText:
     options = {**written.options, "steps": str(settings.steps)}
     if written.name == "ays" and not {MAIN, "model_type"} & options.keys():
         options["model_type"] = _trained_as(model)
-    result = _called(TechniqueText(written.name, options), Known(SIGMAS[written.name]), nodes, {"MODEL": model})
-    return result[0]
+    return TechniqueText(written.name, options)
 
 
 def _trained_as(model: Any) -> str:
@@ -133,17 +148,23 @@ def attach(parts: Parts, technique: TechniqueText, nodes: NodeTable) -> Parts:
 
 
 def _called(technique: TechniqueText, known: Known, nodes: NodeTable, have: Mapping[str, Any]) -> Any:
-    """What the node gives, with the technique's options, defaults for the others and `have` in its sockets."""
+    """What the node gives."""
     cls = _node_class(technique.name, known, nodes)
-    specs = _inputs(cls)
-    values = {name: default for name, spec in specs.items() if (default := _default(spec)) is not None}
-    values |= options_of(technique, known, nodes)
-    values |= {name: have[spec[0]] for name, spec in specs.items() if isinstance(spec[0], str) and spec[0] in have}
     try:
-        result = getattr(cls(), cls.FUNCTION)(**values)
+        result = getattr(cls(), cls.FUNCTION)(**_inputs_of(technique, known, nodes, have))
     except ValueError as error:
         raise SpeedLabError(f"{technique.words()}: {error}") from error
     return result["result"] if isinstance(result, dict) else getattr(result, "result", result)
+
+
+def _inputs_of(technique: TechniqueText, known: Known, nodes: NodeTable, have: Mapping[str, Any]) -> dict[str, Any]:
+    """The node's inputs: the technique's options, defaults for the others, and `have` in its sockets."""
+    specs = _inputs(_node_class(technique.name, known, nodes))
+    values = {name: default for name, spec in specs.items() if (default := _default(spec)) is not None}
+    values |= options_of(technique, known, nodes)
+    return values | {
+        name: have[spec[0]] for name, spec in specs.items() if isinstance(spec[0], str) and spec[0] in have
+    }
 
 
 def attach_all(parts: Parts, settings: CellSettings, nodes: NodeTable) -> Parts:

@@ -22,6 +22,7 @@ from ..common.dtypes import cpu_computes_bf16
 from ..common.errors import ResultsError, SpeedLabError, UnavailableError
 from ..measure import timeline
 from ..measure.context import NodeContext
+from ..measure.drawn.accuracy import checkpoint_path
 from ..measure.environment import environment, environment_hash
 from ..measure.store import RunStore, cannot_write, write_atomically
 from ..measure.summary import CACHED, FULL, rows_of
@@ -36,7 +37,7 @@ from .cell import OneRun, Prompt, check_sampler
 from .in_turn import Series, turns
 from .plan_text import PRESETS, TechniqueText
 from .sheet import data_url, thumbnail
-from .techniques import NodeTable, check_techniques
+from .techniques import NodeTable, check_techniques, sigmas_node
 from .techniques import Parts as Models
 from .tune_images import Images
 from .tune_search import FLOORS, Found, Look, Refused, Search, holds
@@ -64,9 +65,10 @@ _FIRST_STEPS = 4
 _PROBE_STEPS = 10
 _PROBE_ROUNDS = 3
 # Of the minutes: what measuring parts may take where more than one round is made, and what has to be left for another
-# way of computing to be begun.
+# way of computing to be begun, or measured.
 _PARTS_SHARE = 0.15
 _VARIANTS_UNTIL = 2.0 / 3.0
+_IMAGES_FROM = 0.4
 _FORECAST_STEPS = 10
 _LONG_REFERENCE = 3
 _COMPILE_FROM_MINUTES = 10.0
@@ -112,6 +114,7 @@ class TuneResult:
     pictures: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     synthetic: bool = False
+    sigmas: tuple[str, dict[str, Any]] | None = None  # the best plan's node of sigmas, as `_workflow` has its model
     state_path: Path | None = None
 
 
@@ -131,18 +134,19 @@ class Tune:
         )  # fmt: skip
         self.result = TuneResult(request, self.tuned_for, env)
         self.lines = [of_line(line, base) for line in request.candidates]
-        for one in self.lines:
-            check_techniques(one.over(base), nodes)
-        for sampler, scheduler in (*request.samplers, (base.sampler, base.scheduler)):
-            check_sampler(replace(base, sampler=sampler, scheduler=scheduler))
         self.user = Candidate("", steps=base.steps, sampler=base.sampler, scheduler=base.scheduler)
+        opened = [replace(self.user, sampler=sampler, scheduler=scheduler) for sampler, scheduler in request.samplers]
+        for one in (self.user, *opened, *self.lines):
+            settings = one.over(base)
+            check_techniques(settings, nodes)
+            check_sampler(settings)
         self.prompts = request.all_prompts()
         steps = base.steps * _LONG_REFERENCE if self._opened else base.steps
         self.images = Images(models, base, self.prompts, nodes, context, self.store, steps)
         self.known: dict[str, Any] = {"schema": SCHEMA, "looks": {}, "seen": {}}
         self._node = timeline.executing().node_id
         self._search: Search | None = None
-        self._new = name_of(self.user)
+        self._new = self._own = name_of(replace(self.user, steps=steps))
 
     def run(self) -> TuneResult:
         """Tune. Raises SpeedLabError where not even one plan could be measured, and what a cancel raises."""
@@ -188,7 +192,8 @@ class Tune:
 
     def _open(self) -> None:
         source = self.models.model.get_attachment(SOURCE)
-        self.result.synthetic = source is not None and _is_made_up(source.path)
+        path = checkpoint_path(self.models.model, self.context)
+        self.result.synthetic = path is not None and _is_made_up(path)
         told = {
             "request": asdict(self.request) | {"minutes": 0, "prompts": [asdict(p) for p in self.prompts]},
             "env": environment_hash(self.result.env),
@@ -227,6 +232,10 @@ class Tune:
         if best is None:
             return
         one, base = best.candidate, self.request.base
+        made_by = sigmas_node(one.over(base), self.models.model, self.nodes)
+        if made_by is not None:
+            inputs = {n: ["plan", 0] if value is self.models.model else value for n, value in made_by[1].items()}
+            self.result.sigmas = made_by[0], inputs
         figures = {
             "time_s": best.seconds, "predicted_s": best.expected, "stock_s": self.result.stock_s,
             "latent_error": best.mean.latent, "quality": self.request.quality, "confirmed": confirmed,
@@ -273,7 +282,7 @@ class Tune:
         new = prompt not in self.images.references
         run = self.images.reference(prompt)
         if new:
-            self.result.pictures.setdefault(name_of(self.user), thumbnail(run.pictures))
+            self.result.pictures.setdefault(self._own, thumbnail(run.pictures))
             if self._search is not None and not self._opened:
                 self._search.see(self.user, run.total_ms / 1000.0)
         return run
@@ -392,12 +401,17 @@ class Tune:
                 one.status = "no time"
                 continue
             self._say(f"measuring the parts of {one.variant or 'stock'}, {turn.text}")
+            # A second way of computing is worth nothing without time for an image of it.
+            if turn.counts and any(other.repeats for other in probes) and self._left() < seconds * _IMAGES_FROM:
+                if not one.repeats:
+                    one.status = "no time"
+                continue
             run = self._probe_turn(one, _PROBE_STEPS if turn.counts else _FIRST_STEPS)
             if run is not None:
                 turn.keep(run)
         if any(one.status == "no time" for one in probes):
             self.result.notes.append("The minutes did not allow every way of computing to be measured.")
-        measured = [one for one in probes if one.status == "ok"]
+        measured = [one for one in probes if one.status == "ok" and one.repeats]
         if not measured:
             reasons = "; ".join(reason for one in probes for reason in one.refused.values())
             raise SpeedLabError(f"Tune could not measure even your own settings: {reasons}")

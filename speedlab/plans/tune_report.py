@@ -272,7 +272,7 @@ def _sheet(result: TuneResult) -> Any:
     own = [
         (
             "without a plan",
-            f"{result.stock_s:.2f} s" if result.stock_s else "",
+            f"{result.stock_s:.2f} s" if result.stock_s else "reference with more steps",
             next(iter(result.pictures.values()), None),
         )
     ]
@@ -320,10 +320,7 @@ def _workflow(result: TuneResult, context: NodeContext) -> dict[str, Any]:
         "positive": ("CLIPTextEncode", {"clip": ["plan", 1], "text": prompt.text}),
         "negative": ("CLIPTextEncode", {"clip": ["plan", 1], "text": prompt.negative}),
         "latent": ("EmptyLatentImage", {"width": base.width, "height": base.height, "batch_size": base.batch}),
-        "sampler": ("KSampler", {
-            "model": ["plan", 0], "positive": ["positive", 0], "negative": ["negative", 0],
-            "latent_image": ["latent", 0], "seed": prompt.seed, "steps": best.steps, "cfg": base.cfg,
-            "sampler_name": best.sampler, "scheduler": best.scheduler, "denoise": 1.0}),
+        **_sampling(best.over(base), prompt.seed, result.sigmas),
         "decode": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["plan", 2]}),
         "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "tuned"}),
     }  # fmt: skip
@@ -331,6 +328,28 @@ def _workflow(result: TuneResult, context: NodeContext) -> dict[str, Any]:
     # Numbers, as the canvas counts them.
     ids = {name: str(number) for number, name in enumerate(graph, start=1)}
     return {ids[name]: _renamed(node, ids) for name, node in graph.items()}
+
+
+def _sampling(
+    settings: CellSettings, seed: int, sigmas: tuple[str, dict[str, Any]] | None
+) -> dict[str, tuple[str, Any]]:
+    """The sampler's node; where a node of core's makes the sigmas, that one and core's sampler that takes them."""
+    shared = {
+        "model": ["plan", 0], "positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0],
+        "cfg": settings.cfg,
+    }  # fmt: skip
+    if sigmas is None:
+        return {
+            "sampler": ("KSampler", {
+                **shared, "seed": seed, "steps": settings.steps, "sampler_name": settings.sampler,
+                "scheduler": settings.scheduler, "denoise": 1.0})
+        }  # fmt: skip
+    return {
+        "select": ("KSamplerSelect", {"sampler_name": settings.sampler}),
+        "sigmas": sigmas,
+        "sampler": ("SamplerCustom", {
+            **shared, "add_noise": True, "noise_seed": seed, "sampler": ["select", 0], "sigmas": ["sigmas", 0]}),
+    }  # fmt: skip
 
 
 def _renamed(node: Any, ids: dict[str, str] | None = None) -> Any:

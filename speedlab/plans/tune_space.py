@@ -16,7 +16,7 @@ from ..patching.schedule import steps_before
 from ..techniques.deepcache.schedule import DeepCacheConfig, sources
 from ..techniques.forecast.plan import ForecastConfig, fixed_plan
 from .axes import CellSettings
-from .plan_text import MAIN, MAIN_OPTION, TechniqueText, parse_plan
+from .plan_text import MAIN, MAIN_OPTION, SweepTextError, TechniqueText, parse_plan
 
 # What a step does, and whether it evaluates the negative prompt too.
 Kind = tuple[str, bool]
@@ -46,7 +46,7 @@ class Candidate:
     decoder: str = ""
     steps: int = 20
     sampler: str = "euler"
-    scheduler: str = "normal"
+    scheduler: str = "normal"  # or one of axes.SIGMAS, with its options
 
     @property
     def line(self) -> str:
@@ -62,7 +62,7 @@ class Candidate:
 
     def over(self, base: CellSettings) -> CellSettings:
         """The settings of a cell that runs it."""
-        changed = replace(base, steps=self.steps, sampler=self.sampler, scheduler=self.scheduler, plan=self.line)
+        changed = replace(base, steps=self.steps, sampler=self.sampler, plan=self.line).with_sigmas(self.scheduler)
         return changed.with_stack(parse_plan(self.line).techniques)
 
 
@@ -74,8 +74,16 @@ def is_exact(text: str) -> bool:
 
 
 def of_line(line: str, base: CellSettings) -> Candidate:
-    """The candidate of a plan line, which may hold `settings(steps=..., sampler=...)`. Raises SweepTextError."""
+    """The candidate of a plan line, which may hold `settings(steps=..., sampler=..., scheduler=..., sigmas=...)`.
+
+    Raises SweepTextError, for other settings too: images that are to be compared share them.
+    """
     settings = base.with_stack(parse_plan(line).techniques)
+    own = [name for name in ("width", "height", "batch", "cfg") if getattr(settings, name) != getattr(base, name)]
+    if own:
+        raise SweepTextError(
+            f"'{line}': Tune keeps your own {', '.join(own)}. A candidate can set steps, sampler, scheduler and sigmas."
+        )
     groups: dict[str, list[str]] = {"variant": [], "skip": [], "guidance": []}
     for technique in settings.techniques:
         name = technique.name
@@ -86,7 +94,7 @@ def of_line(line: str, base: CellSettings) -> Candidate:
     parts = {group: "+".join(texts) for group, texts in groups.items()}
     decoder = "" if settings.decoder == TechniqueText("full") else settings.decoder.words()
     return Candidate(
-        **parts, decoder=decoder, steps=settings.steps, sampler=settings.sampler, scheduler=settings.scheduler
+        **parts, decoder=decoder, steps=settings.steps, sampler=settings.sampler, scheduler=settings.schedule
     )
 
 

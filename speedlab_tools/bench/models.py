@@ -25,7 +25,8 @@ from ..scenarios import drawn
 from ..scenarios.scenario import Scenario
 
 DRAWS = (
-    "The checkpoint is the demo model that draws simple scenes: a small one, whose times are those of a small model. "
+    "The checkpoint is the demo model that draws simple scenes: a small one, with a small model's times, and images "
+    "only as large as those it was trained on. Random ControlNets and LoRAs disturb them. "
     "Give your own with --checkpoint FILE."
 )
 NOISE = (

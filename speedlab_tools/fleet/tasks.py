@@ -93,7 +93,7 @@ def order_of(args: argparse.Namespace) -> Order:
         return Order(cell_work(wanted, models=models, small=args.small), files, asked, choice.notes)
     first = wanted.settings.prompts[0]
     seed = first.seed if prompts_seed is None else prompts_seed
-    negative = first.negative if args.negative is None else args.negative
+    negative = first.negative if args.negative is None else args.negative.strip() or None
     prompts = read_prompts(args.prompts, seed=seed, negative=negative)
     work = prompt_work(wanted, prompts, models=models, small=args.small)
     digest = hashlib.sha256(_read(args.prompts)).hexdigest()
@@ -105,7 +105,7 @@ def read_prompts(path: Path, *, seed: int, negative: str | None) -> tuple[Prompt
     """The prompts of a file in order. Blank lines do not count. Raises FleetError that names the line.
 
     A prompt without a seed of its own gets `seed` plus its place (from 0), one without a negative prompt `negative`.
-    A blank negative prompt is none: zeroed conditioning.
+    A blank negative prompt is none, zeroed conditioning; where the scenario's own `negative` is blank, that is encoded.
     """
     try:
         text = _read(path).decode("utf-8-sig")
@@ -117,13 +117,14 @@ def read_prompts(path: Path, *, seed: int, negative: str | None) -> tuple[Prompt
         raise FleetError(f"--prompts: {path} holds no prompt. Write one on each line.")
     if len(lines) > _MOST_PROMPTS:
         raise FleetError(f"--prompts: {path} holds {len(lines)} prompts; a fleet takes up to {_MOST_PROMPTS}.")
+    blank = "" if negative == "" else None
     as_json = path.suffix.lower() in _JSON_SUFFIXES
     prompts = []
     for place, (number, line) in enumerate(lines):
         given: dict[str, Any] = _fields(line, f"{path}, line {number}") if as_json else {"prompt": line}
         own = given.get("negative", negative)
         own_seed = given.get("seed", (seed + place) % (MAX_SEED + 1))
-        prompts.append(Prompt(f"{place + 1:05d}", given["prompt"], own_seed, own if own and own.strip() else None))
+        prompts.append(Prompt(f"{place + 1:05d}", given["prompt"], own_seed, own if own and own.strip() else blank))
     return tuple(prompts)
 
 

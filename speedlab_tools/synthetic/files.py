@@ -20,6 +20,8 @@ from typing import BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from speedlab.common.errors import SpeedLabError
+
 Adjust = Callable[[torch.Tensor], None]
 
 # Gains that keep a unit-variance signal at unit variance behind each activation (1 / rms of the activation of a
@@ -121,6 +123,21 @@ def is_current(path: Path, metadata: Mapping[str, str]) -> bool:
     return dict(found) == dict(metadata)
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raise SpeedLabError where a model of somebody else lies at `path`, which would be lost."""
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            ours = "speedlab" in (file.metadata() or {})
+    except SafetensorError:
+        ours = path.suffix == ".safetensors"  # one of ours that was cut off
+    if not ours:
+        raise SpeedLabError(
+            f"{path} is there and was not made by this pack: it would be lost. Choose another folder or name."
+        )
+
+
 def write_weights(
     path: Path,
     weights: Mapping[str, Weight],
@@ -131,11 +148,13 @@ def write_weights(
 ) -> Path:
     """Draws every weight and writes it; the file appears under its name only when it is whole.
 
-    An equal complete file is left alone. Raises OSError, with the path and a remedy, when it cannot be written.
+    An equal complete file is left alone. Raises OSError, with the path and a remedy, when it cannot be written, and
+    SpeedLabError where a model lies there that this pack did not make.
     """
     if is_current(path, metadata):
         log.info("%s is already there", path)
         return path
+    refuse_foreign(path)
     header, total = _header(weights, dtype, metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

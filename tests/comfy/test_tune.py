@@ -59,6 +59,20 @@ def test_it_finds_keeps_and_reports_a_plan(tune: Any, node: Any, loaded: Any, ou
     assert not list((output / "speedlab" / "tuned" / "unfinished").glob("*.json"))
 
 
+def test_a_schedule_of_core_s_own_node_is_an_axis_and_is_in_the_workflow(
+    tune: Any, core: Any, loaded: Any, engine: Any
+) -> None:
+    *_, figures, _ = tune(candidates="stock\nsettings(sigmas=ays)", samplers_axis="euler/ays")
+    assert {"normal", "ays"} >= {one["scheduler"] for one in figures["plans"] if one["measured_s"]} != {"normal"}
+    settings = engine("plans.axes").CellSettings(steps=6).with_sigmas("ays")
+    node = engine("plans.techniques").sigmas_node(settings, loaded[0], core.NODE_CLASS_MAPPINGS)
+    assert node == ("AlignYourStepsScheduler", {"model_type": "SD1", "steps": 6, "denoise": 1.0})
+    made = engine("plans.tune_report")._sampling(settings, 7, node)
+    assert made["sigmas"] == node and made["sampler"][1]["sigmas"] == ["sigmas", 0]
+    for kind, inputs in made.values():
+        assert set(core.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()["required"]) <= inputs.keys(), kind
+
+
 @pytest.mark.full
 def test_the_workflow_that_it_writes_runs_with_the_plan(tune: Any, core: Any, output: Path) -> None:
     prompt = {
@@ -177,6 +191,8 @@ def test_a_cancel_keeps_what_was_found_and_the_next_call_goes_on(
         ({"candidates": "deepcache(3"}, "parenthesis"),
         ({"sampler_name": "eulr"}, "no sampler 'eulr'"),
         ({"samplers_axis": "euler/karas"}, "no scheduler 'karas'"),
+        ({"candidates": "settings(cfg=1)+tiny"}, "keeps your own cfg"),
+        ({"candidates": "settings(sampler=eulr)"}, "no sampler 'eulr'"),
         ({"steps_axis": "30:20"}, "no range of steps"),
         ({"budget_minutes": 0.0}, "budget_minutes above 0"),
         ({"clip": None}, "no text encoder"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from speedlab.common.errors import SpeedLabError
 from speedlab.measure.drawn import world
@@ -197,15 +197,32 @@ def test_from_noise_the_last_timestep_holds_nothing_of_the_image() -> None:
     torch.testing.assert_close((noisy - (1 - share).sqrt() * noise) / share.sqrt(), clean, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_of_somebody_else_is_not_overwritten(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "factors.safetensors"
+    tensors = packed.pack(state(trained, "unet")["ema"], state(trained, "decoder")["ema"])
+    packed.save_packed(file, tensors, step=4, side=64)
+    theirs = tmp_path / "models" / "vae_approx" / "taesd_decoder.safetensors"
+    theirs.parent.mkdir(parents=True)
+    save_file({"1.weight": torch.zeros(1)}, theirs)
+    before = theirs.read_bytes()
+    with pytest.raises(SpeedLabError, match=r"taesd_decoder.* was not made by this pack"):
+        packed.write_drawn(tmp_path / "models", file)
+    assert theirs.read_bytes() == before and not (tmp_path / "models" / "checkpoints").exists()
+
+
 def test_the_average_begins_anew_when_the_noise_changes(trained: Path, tmp_path: Path) -> None:
     for name in ("captions/captions.json", "captions/captions.f16", "unet.csv", "unet.pt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(trained / name, tmp_path / name)
     argv = ["unet", "--out", str(tmp_path), "--captions", "6", "--batch", "1", "--side", "64", "--fp32"]
+    log = (tmp_path / "unet.csv").read_text().replace(",from_noise", "").replace(",64,2,0\n", ",64,2\n")
+    (tmp_path / "unet.csv").write_text(log)  # of a version without that column
     for until, averaged in ((5, 4), (6, 4)):
         assert main([*argv, "--until", str(until), "--from-noise"]) == 0
         assert state(tmp_path, "unet")["averaged"] == averaged
-    assert (tmp_path / "unet.csv").read_text().splitlines()[-1].endswith(",64,1,1")
+    lines = (tmp_path / "unet.csv").read_text().splitlines()
+    assert lines[0].endswith(",side,batch,from_noise") and len(lines) == 4
+    assert [line.split(",")[5:] for line in lines[1:]] == [["64", "2", "0"], ["64", "1", "1"], ["64", "1", "1"]]
 
 
 def test_the_average_begins_anew_with_pictures_of_another_size(trained: Path, tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ def test_a_text_file_has_one_prompt_a_line_and_counted_seeds(tmp_path):
     assert [prompt.seed for prompt in prompts] == [41, 42, 43]
     assert {prompt.negative for prompt in prompts} == {"blurry"}
     assert prompts == read_prompts(path, seed=41, negative="blurry")
+    # As the scenario's own prompt: none is zeroed conditioning, a blank one is encoded.
+    assert {p.negative for p in read_prompts(path, seed=41, negative=None)} == {None}
+    assert {p.negative for p in read_prompts(path, seed=41, negative="")} == {""}
 
 
 def test_seeds_begin_again_where_they_end(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from speedlab.common.errors import SpeedLabError
 from speedlab.measure.summary import CACHED, FORECAST, FULL
 from speedlab.plans.axes import CellSettings
-from speedlab.plans.plan_text import SweepTextError
-from speedlab.plans.tune_search import FLOORS, Floor, Look, Refused, Search, Tried, holds
+from speedlab.plans.plan_text import SweepTextError, TechniqueText
+from speedlab.plans.tune_search import Floor, Look, Refused, Search, Tried, holds
 from speedlab.plans.tune_space import (
     Candidate,
     Parts,
@@ -27,6 +27,8 @@ from speedlab.plans.tune_space import (
 )
 
 BASE = CellSettings(steps=20)
+# Not the limits that are shipped, which benchmarks/floors.py sets: what is claimed here holds on the made-up world.
+FLOORS = {"close": Floor(0.1, 0.9, 25, 0.1), "similar": Floor(0.25, 0.75, 18, 0.25), "any": Floor()}
 VARIANTS = ["", "attention(auto)", "attention(auto)+compile(inductor)", "attention(auto)+precision(linear=auto)"]
 
 
@@ -87,6 +89,15 @@ def test_a_line_becomes_a_candidate_and_a_cells_settings() -> None:
     assert [t.name for t in settings.techniques] == ["attention", "deepcache", "dynamic_cfg"]
     with pytest.raises(SweepTextError):
         of_line("deepcache(3", BASE)
+    searched = of_line("settings(sampler=dpmpp_2m,sigmas=ays)", BASE)
+    assert (searched.sampler, searched.scheduler) == ("dpmpp_2m", "ays")
+    assert searched.over(BASE).sigmas == TechniqueText("ays") and searched.over(BASE).sampler == "dpmpp_2m"
+
+
+@pytest.mark.parametrize("settings", ["cfg=1", "width=768", "height=64", "batch=2"])
+def test_a_line_that_would_make_another_image_is_refused(settings: str) -> None:
+    with pytest.raises(SweepTextError, match=rf"Tune keeps your own {settings.partition('=')[0]}"):
+        of_line(f"settings({settings})+tiny", BASE)
 
 
 def test_the_space_has_every_stack_once_and_fewer_plain_steps() -> None:

@@ -29,13 +29,20 @@ def is_model_that_draws(path: Path) -> bool:
 
 def draws(model: Any, context: NodeContext) -> bool:
     """Whether a graph's model is the one that draws, whichever loader made it."""
-    source = model.get_attachment(SOURCE)
-    name = None if source is not None else context.checkpoint_name()
-    try:
-        path = source.path if source is not None else find_model_file("checkpoints", name) if name else None
-    except SpeedLabError:
-        return False
+    path = checkpoint_path(model, context)
     return path is not None and is_model_that_draws(path)
+
+
+def checkpoint_path(model: Any, context: NodeContext) -> Path | None:
+    """The checkpoint of a graph's model, whichever loader made it; None where nothing tells it."""
+    source = model.get_attachment(SOURCE)
+    if source is not None:
+        return source.path
+    name = context.checkpoint_name()
+    try:
+        return find_model_file("checkpoints", name) if name else None
+    except SpeedLabError:
+        return None
 
 
 def accuracy(pictures: Any, texts: Sequence[str]) -> float | None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from speedlab.common.errors import SpeedLabError
 
 from ..checkpoint import UNET_PREFIX, VAE_PREFIX, text_layout
-from ..files import Layout, Progress, Weight, describe, is_current, write_weights
+from ..files import Layout, Progress, Weight, describe, is_current, refuse_foreign, write_weights
 from ..spec import CheckpointSpec, architecture
 from ..taesd import decoder_layout
 from . import factors, latents
@@ -174,6 +174,8 @@ def write_drawn(models: Path, packed_path: Path = PACKED, progress: Progress | N
         and checkpoint_hash(packed) != known["checkpoint"]
     ):
         raise SpeedLabError(f"{packed_path} builds another checkpoint than it says; get it again from the repository")
+    for path, _, _ in wanted:
+        refuse_foreign(path)  # before any of them is written
     for path, weights, metadata in wanted:
         write_weights(path, weights, 0, torch.float16, metadata, progress)
     return tuple(path for path, _, _ in wanted)

@@ -82,7 +82,7 @@ class Training:
     def on(self, pictures: dict[str, Any]) -> None:
         """Say what the pictures are like from here on. Weights that were trained on others would stay in the average
         for long, so it begins anew."""
-        if self.pictures != pictures:
+        if pictures.items() - self.pictures.items():
             self.pictures = pictures
             self._average_anew()
 
@@ -137,9 +137,17 @@ def run(
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
-    new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
+    before: list[dict[str, Any]] = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            before = list(csv.DictReader(file))
+    if before and list(before[0]) == list(row):
+        before = []
+        mode = "a"
+    else:  # begun, or by an earlier version without all columns
+        mode = "w"
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, list(row), restval=0, extrasaction="ignore")
+        if mode == "w":
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows([*before, row])
