@@ -181,7 +181,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     tip = canvas.page.locator(".sl-panel .sl-tip").text_content()
     assert tip.startswith("Step 3 ·") and tip.endswith("· 1 evaluation, 1+1 rows")
 
-    saved = canvas.evaluate("() => (app.rootGraph ?? app.graph).serialize()")
+    saved = json.loads(canvas.evaluate("() => JSON.stringify((app.rootGraph ?? app.graph).serialize())"))
     node = next(n for n in saved["nodes"] if n["type"] == "SpeedLabProfileSampler")
     assert node["properties"]["speedlab_run"] == first
     assert "phases_ms" not in str(saved), "a saved workflow keeps the run's id, not the run"
@@ -298,12 +298,14 @@ def test_a_result_that_overtakes_the_last_step_ends_the_live_chart(open_canvas, 
     canvas = open_canvas()
     canvas.drop(small(seed=51), "small")
     run = "20990101-000000-000000aa"
-    canvas.evaluate(RESULT, run)
-    canvas.evaluate(CELLS, "20990101-000000-000000bb")
-    for again in (False, True):
-        if again:
+    for happened in ("result", "undo", "cells"):
+        if happened == "result":
+            canvas.evaluate(RESULT, run)
+        elif happened == "undo":
             canvas.evaluate("() => app.loadGraphData((app.rootGraph ?? app.graph).serialize())")
-            canvas.page.wait_for_function(f"() => {PANEL}?.dataset.steps === '2'", timeout=20_000)
+            canvas.page.wait_for_function(f"() => {PANEL}?.dataset.state", timeout=20_000)
+        else:
+            canvas.evaluate(CELLS, "20990101-000000-000000bb")
         shown = canvas.evaluate(f"() => ({{...{PANEL}.dataset}})")
         assert (shown["run"], shown["state"], shown["steps"]) == (run, "ok", "2")
         assert "Late." in canvas.page.locator(".sl-panel .sl-notes").text_content()
