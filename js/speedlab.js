@@ -12,8 +12,6 @@ import * as texts from "./lib/texts.js";
 
 const LIVE = "SpeedLab.LiveChart";
 const KEEP = "SpeedLab.KeepRuns";
-const TAB = "speedlab";
-const COMPARE_TAB = "speedlab-compare";
 const runs = new RunsTab();
 const compare = new CompareTab();
 runs.onPick = (ids) => compare.show(ids);
@@ -21,7 +19,7 @@ runs.onPick = (ids) => compare.show(ids);
 const setting = (id, fallback) => app.extensionManager?.setting?.get(id) ?? fallback;
 const wantsLive = () => setting(LIVE, true) !== false;
 
-/** After a prompt queued here has ended well: keep as many runs as the setting says, and show the new ones. */
+/** After a prompt queued here: keep as many runs as the setting says, and show the new ones. */
 async function afterPrompt() {
   const keep = Math.floor(Number(setting(KEEP, 0)));
   if (keep > 0) await pruneRuns(keep).catch((error) => console.warn("SpeedLab:", error.message));
@@ -52,23 +50,9 @@ app.registerExtension({
       attrs: { min: 0, max: 1000000, step: 1 },
     },
   ],
-  commands: [
-    {
-      id: "SpeedLab.ShowRuns",
-      label: "Show SpeedLab runs",
-      icon: "pi pi-gauge",
-      function: () => app.extensionManager.sidebarTab?.toggleSidebarTab?.(TAB),
-    },
-  ],
+  commands: [{ id: "SpeedLab.ShowRuns", label: "Show SpeedLab runs", icon: "pi pi-gauge", function: () => app.extensionManager.sidebarTab?.toggleSidebarTab?.("speedlab"), }],
   // A frontend without a bottom panel leaves it aside.
-  bottomPanelTabs: [
-    {
-      id: COMPARE_TAB,
-      title: "SpeedLab",
-      type: "custom",
-      render: (element) => compare.render(element),
-    },
-  ],
+  bottomPanelTabs: [{ id: "speedlab-compare", title: "SpeedLab", type: "custom", render: (element) => compare.render(element), }],
   menuCommands: [{ path: ["View"], commands: ["SpeedLab.ShowRuns"] }],
   beforeRegisterNodeDef: (nodeType, nodeData) => samplers.noteType(nodeData),
   nodeCreated(node) {
@@ -78,6 +62,7 @@ app.registerExtension({
   },
   afterConfigureGraph() {
     samplers.restoreAll();
+    texts.restoreAll();
     front.restoreAll();
   },
   async setup() {
@@ -88,7 +73,7 @@ app.registerExtension({
     api.addEventListener("execution_success", afterPrompt);
     await loadWords();
     app.extensionManager.registerSidebarTab({
-      id: TAB,
+      id: "speedlab",
       icon: "pi pi-gauge",
       title: "SpeedLab",
       tooltip: t("tab_tooltip"),

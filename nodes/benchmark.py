@@ -111,8 +111,9 @@ class Benchmark:
         )  # fmt: skip
         nodes = {**core_nodes().NODE_CLASS_MAPPINGS, **self.pack_nodes}
         parts = Parts(model, clip, vae, refiner, refiner_clip)
-        sweep = Sweep(parts, request, nodes, NodeContext.of(prompt, extra_pnginfo, unique_id))
-        output = write_output(sweep.run(), sweep.store)
+        context = NodeContext.of(prompt, extra_pnginfo, unique_id)
+        sweep = Sweep(parts, request, nodes, context)
+        output = write_output(sweep.run(), sweep.store, context.workflow_id())
         return {"ui": output.ui, "result": (output.table, output.plot, output.sheet, output.csv_path)}
 
 

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from ..speedlab.measure import compare
+from ..speedlab.measure.context import NodeContext
+
+_HIDDEN = {"extra_pnginfo": "EXTRA_PNGINFO"}
+
+
+def _said(report: str, extra_pnginfo: object) -> dict:
+    """The report, and the workflow whose node shows it, of those that a browser has open."""
+    return {"text": [report], "speedlab_workflow": [NodeContext.of(None, extra_pnginfo, None).workflow_id()]}
 
 
 class CompareImages:
@@ -30,13 +38,14 @@ class CompareImages:
             "required": {
                 "image_a": ("IMAGE", {"tooltip": "The image to judge."}),
                 "image_b": ("IMAGE", {"tooltip": "The reference, of the same size."}),
-            }
+            },
+            "hidden": _HIDDEN,
         }
 
-    def compare(self, image_a: object, image_b: object) -> dict:
+    def compare(self, image_a: object, image_b: object, extra_pnginfo: object = None) -> dict:
         result = compare.compare_images(image_a, image_b)
         return {
-            "ui": {"text": [result.report]},
+            "ui": _said(result.report, extra_pnginfo),
             "result": (result.psnr, result.ssim, result.diff, result.report),
         }
 
@@ -65,13 +74,14 @@ class CompareLatents:
             "required": {
                 "samples_a": ("LATENT", {"tooltip": "The latent to judge."}),
                 "samples_b": ("LATENT", {"tooltip": "The reference, of the same shape."}),
-            }
+            },
+            "hidden": _HIDDEN,
         }
 
-    def compare(self, samples_a: dict, samples_b: dict) -> dict:
+    def compare(self, samples_a: dict, samples_b: dict, extra_pnginfo: object = None) -> dict:
         result = compare.compare_latents(samples_a["samples"], samples_b["samples"])
         return {
-            "ui": {"text": [result.report]},
+            "ui": _said(result.report, extra_pnginfo),
             "result": (result.relative_error, result.max_abs, result.report),
         }
 

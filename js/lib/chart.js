@@ -15,7 +15,6 @@ function ceiling(bars) {
   return { top: (high > 0 ? Math.min(all, high * CLIP) : all) * 1.08 || 1, clipped: high > 0 && all > high * CLIP };
 }
 
-/** The colours that occur, each with its word, and with the median of its steps where the summary tells them. */
 export const legend = (bars, summary = null) =>
   div("sl-legend", KINDS.filter((kind) => bars.some((bar) => bar.kind === kind)).map((kind) => dot(`sl-${kind}`, wordOf(kind, summary))));
 
@@ -42,7 +41,6 @@ export function memoryStrip(peaks) {
   return el("div", { class: "sl-strip", role: "img", "aria-label": text, onpointermove: point, onpointerleave: () => (words.textContent = text) }, plot, words);
 }
 
-/** A chart of step times. `draw` may be called as often as there is news; the pointer shows a bar's values. */
 export class StepChart {
   constructor() {
     this.plot = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", class: "sl-plot" });
@@ -54,7 +52,7 @@ export class StepChart {
     this.plot.addEventListener("pointerleave", () => this.#leave());
   }
 
-  /** `bars` as of figures.js; `stepMs` is the summary's time of a step, drawn as a line; `total` steps to come in all. */
+  /** `stepMs` is the summary's time of a step, drawn as a line; `total` the steps in all. */
   draw(bars, { stepMs = null, total = bars.length, scaleTo = null } = {}) {
     this.bins = binned(bars);
     const perBin = this.bins.length ? this.bins[0].to - this.bins[0].from + 1 : 1;
@@ -63,8 +61,8 @@ export class StepChart {
     const { top, clipped } = ceiling(scaleTo ?? bars);
     this.y = (ms) => HEIGHT - Math.min(1, ms / top) * HEIGHT;
     this.plot.replaceChildren(
-      ...this.bins.map((bar, i) => this.#rect(bar, i)),
-      ...this.bins.filter((bar) => bar.ms > top).map((bar) => this.#cut(bar)),
+      ...this.bins.map((bar, n) => this.#rect(`bar sl-${bar.kind}`, n + 0.09, 0.82, this.y(bar.ms), HEIGHT - this.y(bar.ms))),
+      ...this.bins.flatMap((bar, n) => (bar.ms > top ? this.#rect("cut", n, 1, 9, 3) : [])),
       ...(isNumber(stepMs) && bars.length > 2 ? [this.#line(this.y(stepMs))] : []),
     );
     this.top.textContent = bars.length ? `${clipped ? "> " : ""}${duration(top / 1.08)}` : "";
@@ -73,13 +71,8 @@ export class StepChart {
     this.element.setAttribute("aria-label", t("chart_label", { n: bars.length, value: duration(stepMs) }));
   }
 
-  #rect(bar, index) {
-    const y = this.y(bar.ms);
-    return svg("rect", { class: `sl-bar sl-${bar.kind}`, x: (index + 0.09) * this.slot, width: this.slot * 0.82, y, height: HEIGHT - y });
-  }
-
-  #cut(bar) {
-    return svg("rect", { class: "sl-cut", x: this.bins.indexOf(bar) * this.slot, width: this.slot, y: 9, height: 3 });
+  #rect(name, at, width, y, height) {
+    return svg("rect", { class: `sl-${name}`, x: at * this.slot, width: width * this.slot, y, height });
   }
 
   #line(y) {

@@ -2,79 +2,90 @@
 import { legend, StepChart } from "./chart.js";
 import { kernelName, section, settingName, settingsOf, table, when } from "./detail.js";
 import { div, dot, el, svg } from "./dom.js";
-import { duration, gigabytes, hasMedian, isNumber, KINDS, phasesOf, rate, recordBars } from "./figures.js";
+import { duration, gigabytes, hasMedian, isNumber, KINDS, phasesOf, rate, recordBars, sumOf } from "./figures.js";
 import { t } from "./i18n.js";
-import { phaseBar, statusBadge } from "./parts.js";
-import { listRuns, readRun } from "./server.js";
+import { phaseBar, picture, statusBadge } from "./parts.js";
+import { findRun, listRuns } from "./server.js";
 
 const KERNELS = 15;
 const OFFERED = 100;
-// Different in every run and said elsewhere.
 const NOT_SETTINGS = new Set(["sampled_as", "plan", "plan_named"]);
 
-/** The page that compares two records. */
-export function compareView(a, b) {
-  const bars = [recordBars(a.steps ?? []), recordBars(b.steps ?? [])];
-  const longest = Math.max(...[a, b].map((run) => phasesOf(run.phases_ms).reduce((sum, [, ms]) => sum + ms, 0)));
+export function compareView(...runs) {
+  const bars = runs.map(recordBars);
+  const longest = Math.max(...runs.map((run) => sumOf(phasesOf(run.phases_ms))));
   return div(
     "sl-detail sl-compare",
-    div("sl-pair", nameOf("A", a), nameOf("B", b)),
-    verdict(a, b),
-    table(["", "A", "B", "B / A"], figures(a, b), "sl-figures"),
-    section(t("steps"), el("div", null, stepCharts(bars, [a, b]), legend(bars.flat()))),
-    section(t("phases"), div("sl-two", [a, b].map((run, n) => [letter(n), phaseBar(run.phases_ms, longest) ?? "–"]))),
-    section(t("kernels"), kernels(a, b)),
-    section(t("differences"), differences(a, b) ?? div("sl-hint", t("no_differences"))),
+    div("sl-pair", runs.map(nameOf)),
+    verdict(runs),
+    images(runs),
+    table(["", "A", "B", "B / A"], figures(runs), "sl-figures"),
+    section(t("steps"), el("div", null, stepCharts(bars, runs), legend(bars.flat()))),
+    section(t("phases"), div("sl-two", runs.map((run, n) => [letter(n), phaseBar(run.phases_ms, longest) ?? "–"]))),
+    section(t("kernels"), kernels(runs)),
+    section(t("differences"), differences(runs) ?? div("sl-hint", t("no_differences"))),
   );
 }
 
 const letter = (n) => el("span", null, "AB"[n]);
 
-function nameOf(which, run) {
-  return el("div", null, el("b", { class: "sl-letter" }, which), el("span", { title: run.run_id, text: run.request?.plan ?? run.run_id }), statusBadge(run.status));
+function nameOf(run, n) {
+  return el("div", null, el("b", { class: "sl-letter" }, "AB"[n]), statusBadge(run.status), el("span", { title: run.request?.plan, "data-run": run.run_id, text: run.request?.plan ?? run.run_id }));
+}
+
+// Their first images beside each other, and A over B as far as the slider says.
+function images(runs) {
+  const shown = (n) => picture(runs[n].run_id, 0, { alt: "AB"[n] });
+  if (!runs.every((run) => run.artifacts?.images?.length)) return null;
+  const over = shown(0);
+  const move = () => (over.style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`);
+  const slider = el("input", { type: "range", value: 50, "aria-label": t("slider"), title: t("slider"), oninput: move });
+  move();
+  return el("div", null, div("sl-sides", shown(0), shown(1)), div("sl-over", shown(1), over, slider));
 }
 
 // What the user waits for decides; how much of it is sampling tells what sampling faster could still gain.
-function verdict(a, b) {
-  const [totals, sampled] = ["total", "sample"].map((name) => [a, b].map((run) => run.phases_ms?.[name]));
+function verdict(runs) {
+  const [totals, sampled] = ["total", "sample"].map((name) => runs.map(at(`phases_ms.${name}`)));
   if (!totals.every(isPositive)) return div("sl-verdict", sampled.every(isPositive) ? t("no_verdict_but_sampling", { ratio: words(...sampled) }) : t("no_verdict"));
   const [share_a, share_b] = totals.map((total, index) => (isPositive(sampled[index]) ? Math.round((100 * sampled[index]) / total) : "–"));
   const text = t("verdict", { ratio: words(...totals), time_a: duration(totals[0]), time_b: duration(totals[1]), share_a, share_b });
-  // A ratio, and never good or bad: two runs are two moments of a machine. `run.py compare` judges, from three sessions of each.
-  const repeated = [a, b].every((run) => run.summary?.repeats > 1);
-  return el("div", null, mixture(a, b), div("sl-verdict", text), div("sl-hint", t(repeated ? "within_sessions" : "single_runs")));
+  // A ratio, never good or bad: two runs are two moments of a machine. `run.py compare` judges.
+  const repeated = runs.every((run) => run.summary?.repeats > 1);
+  return el("div", null, mixture(...runs), div("sl-verdict", text), div("sl-hint", t(repeated ? "within_sessions" : "single_runs")));
 }
 
 // What differs besides what is compared: then the ratio is not of the techniques alone.
 function mixture(a, b) {
   const told = [
-    ["mixed_machine", (run) => run.env_hash],
-    ["mixed_size", (run) => `${run.request?.width}x${run.request?.height}, ${run.request?.batch}`],
-    ["mixed_steps", (run) => run.summary?.steps],
-    ["mixed_checkpoint", (run) => run.request?.checkpoint?.name],
-  ].filter(([, read]) => read(a) !== read(b));
+    ["mixed_machine", "env_hash"],
+    ["mixed_size", "request.width", "request.height", "request.batch"],
+    ["mixed_steps", "summary.steps"],
+    ["mixed_checkpoint", "request.checkpoint.name"],
+  ].filter(([, ...paths]) => paths.some((path) => at(path)(a) !== at(path)(b)));
   return told.length ? div("sl-hint sl-mixed", t("mixed", { what: told.map(([name]) => t(name)).join(", ") })) : null;
 }
 
+const at = (path) => (run) => path.split(".").reduce((part, name) => part?.[name], run);
 const unique = (...names) => [...new Set(names)];
 const isPositive = (value) => isNumber(value) && value > 0;
 
 const words = (before, after) =>
   after <= before ? t("times_faster", { times: (before / after).toFixed(2) }) : t("times_slower", { times: (after / before).toFixed(2) });
 
-function figures(a, b) {
-  const rows = [
-    [t("total"), (run) => run.phases_ms?.total, duration],
-    [t("speed"), (run) => run.summary?.it_per_s, rate],
-    [t("step_time"), (run) => run.summary?.step_time_ms, duration],
-    ...KINDS.map((kind) => [kindName(kind, [a, b]), (run) => run.summary?.step_kinds?.[kind]?.median_ms, duration]),
-    [t("first_eval"), (run) => run.summary?.first_eval_ms, duration],
-    ...unique(...[a, b].flatMap((run) => phasesOf(run.phases_ms).map(([name]) => name))).map((name) => [t(`phase_${name}`), (run) => run.phases_ms?.[name], duration]),
-    [t("vram"), (run) => run.memory?.overall?.peak_allocated_gb, gigabytes],
-    [t("ram"), (run) => run.memory?.overall?.peak_rss_gb, gigabytes],
-  ];
-  return rows
-    .map(([name, read, write]) => [name, read(a), read(b), write])
+function figures(runs) {
+  const phases = unique(...runs.flatMap((run) => phasesOf(run.phases_ms).map(([name]) => name)));
+  return [
+    [t("total"), "phases_ms.total", duration],
+    [t("speed"), "summary.it_per_s", rate],
+    [t("step_time"), "summary.step_time_ms", duration],
+    ...KINDS.map((kind) => [kindName(kind, runs), `summary.step_kinds.${kind}.median_ms`, duration]),
+    [t("first_eval"), "summary.first_eval_ms", duration],
+    ...phases.map((name) => [t(`phase_${name}`), `phases_ms.${name}`, duration]),
+    [t("vram"), "memory.overall.peak_allocated_gb", gigabytes],
+    [t("ram"), "memory.overall.peak_rss_gb", gigabytes],
+  ]
+    .map(([name, path, write]) => [name, ...runs.map(at(path)), write])
     .filter(([, before, after]) => isNumber(before) || isNumber(after))
     .map(([name, before, after, write]) => [name, write(before), write(after), ratio(before, after)]);
 }
@@ -97,8 +108,8 @@ function stepCharts(bars, runs) {
   });
 }
 
-function kernels(a, b) {
-  const times = [a, b].map((run) => new Map((run.kernels ?? []).map((kernel) => [kernel.name, kernel.ms])));
+function kernels(runs) {
+  const times = runs.map((run) => new Map((run.kernels ?? []).map((kernel) => [kernel.name, kernel.ms])));
   const both = unique(...times.flatMap((one) => [...one.keys()])).map((name) => [name, ...times.map((one) => one.get(name))]);
   const most = ([, before = 0, after = 0]) => Math.max(before, after);
   const rows = both
@@ -108,13 +119,13 @@ function kernels(a, b) {
   return table([t("kernel"), "A", "B", "B / A"], rows, "sl-kernels");
 }
 
-function differences(a, b) {
-  const [before, after] = [settingsOf(a), settingsOf(b)];
+function differences(runs) {
+  const [before, after] = runs.map(settingsOf);
   const rows = unique(...before.keys(), ...after.keys()).filter((name) => !NOT_SETTINGS.has(name) && before.get(name) !== after.get(name)).map((name) => [settingName(name), before.get(name) ?? "–", after.get(name) ?? "–"]);
   return table([t("setting"), "A", "B"], rows, "sl-differences");
 }
 
-/** The same as a tab of the bottom panel: of the two runs that the sidebar has chosen, else of the newest two. */
+/** The tab of the bottom panel: the two runs that the sidebar has chosen, else the newest two. */
 export class CompareTab {
   picked = [];
 
@@ -125,46 +136,46 @@ export class CompareTab {
     this.show(this.picked, true);
   }
 
-  /** There may be a new run, or others were chosen. */
   show(picked = this.picked, here = this.place?.isConnected) {
     this.picked = picked;
     if (here) this.#choose(picked).catch((error) => this.place.replaceChildren(t("failed", { why: error.message })));
   }
 
   async #choose(picked) {
+    const asked = (this.asked = {}); // of two questions the later one is answered
     const { runs } = await listRuns(0, OFFERED, "");
+    if (asked !== this.asked) return;
     const names = new Map(runs.map((run) => [run.run_id, `${when(run.timestamp)} · ${run.plan}`]));
     const chosen = [...(picked.length === 2 ? picked : [...names.keys()].slice(0, 2))].sort();
     this.choices.forEach((choice, n) => {
       choice.replaceChildren(...unique(...names.keys(), ...chosen).map((id) => el("option", { value: id, text: names.get(id) ?? id })));
       choice.value = chosen[n];
     });
-    const both = this.choices.every((choice) => choice.value);
-    this.place.replaceChildren(both ? compareView(...(await Promise.all(chosen.map(readRun)))) : t("no_runs"));
+    if (chosen.length < 2) return this.place.replaceChildren(t(chosen.length ? "needs_compare" : "no_runs"));
+    const records = await Promise.all(chosen.map(findRun));
+    if (asked !== this.asked) return;
+    if (records.includes(null)) return this.show([]); // deleted meanwhile
+    this.place.replaceChildren(compareView(...records));
   }
 }
 
-const OVER_TIME = [
-  ["total", "total_ms", duration],
-  ["speed", "it_per_s", rate],
-  ["memory", "peak_gb", gigabytes],
-];
+const OVER_TIME = [["total", "total_ms", duration], ["speed", "it_per_s", rate], ["memory", "peak_gb", gigabytes]];
 
-/** Lines of the list by date: a chart for each figure, a colour for each plan. */
 export function timeView(lines) {
   const runs = [...lines].sort((a, b) => (a.run_id < b.run_id ? -1 : 1));
   const plans = unique(...runs.map((run) => run.plan));
-  const colour = (plan) => `sl-${KINDS[plans.indexOf(plan) % KINDS.length]}`;
+  // Turned by the golden angle, so that of any number no two are alike.
+  const colour = (plan) => `--sl-plan: hsl(${Math.round(plans.indexOf(plan) * 137.5) % 360} 55% 52%)`;
   const charts = OVER_TIME.map(([name, key, write]) => {
     const known = runs.map((run) => run[key]).filter(isPositive);
     if (!known.length) return null;
     const [least, most] = [Math.min(...known), Math.max(...known)];
     // A line without length and with round ends: a dot that no stretching makes an egg.
-    const dots = runs.map((run, n) => isPositive(run[key]) && svg("path", { class: colour(run.plan), d: `M${n + 0.5} ${1.1 - run[key] / most}h0` }));
+    const dots = runs.map((run, n) => isPositive(run[key]) && svg("path", { style: colour(run.plan), d: `M${n + 0.5} ${1.1 - run[key] / most}h0` }));
     const label = `${t(name)}: ${write(least)} – ${write(most)}`;
     return section(label, svg("svg", { class: "sl-dots", viewBox: `0 0 ${runs.length} 1.1`, preserveAspectRatio: "none", role: "img", "aria-label": label }, dots));
   });
-  const rows = runs.map((run) => [when(run.timestamp), dot(colour(run.plan), run.plan), ...OVER_TIME.map(([, key, write]) => write(run[key]))]);
-  const head = ["date", "plan", ...OVER_TIME.map(([name]) => name)].map((name) => t(name));
+  const rows = runs.map((run) => [when(run.timestamp), el("span", { style: colour(run.plan) }, dot("sl-of-plan", run.plan)), ...OVER_TIME.map(([, key, write]) => write(run[key]))]);
+  const head = [["date"], ["plan"], ...OVER_TIME].map(([name]) => t(name));
   return div("sl-detail sl-over-time", el("h3", null, t("over_time")), charts, div("sl-hint", t("over_time_hint")), table(head, rows, "sl-figures"));
 }

@@ -4,27 +4,21 @@ import { legend, memoryStrip, StepChart } from "./chart.js";
 import { button, copyButton, div, el, link } from "./dom.js";
 import { duration, gigabytes, isNumber, rate, recordBars, stepsText } from "./figures.js";
 import { t } from "./i18n.js";
-import { memoryPeaks, phaseBar, statusBadge } from "./parts.js";
+import { memoryPeaks, notesOf, peakTexts, phaseBar, picture, statusBadge } from "./parts.js";
 import { fileUrl, jsonUrl, pageUrl, readWorkflow } from "./server.js";
 
 const KERNELS = 12;
-export const NEW_TAB = { target: "_blank", rel: "noopener" };
 
-/** What a run has to say, a line each. */
-export const notesOf = ({ error, warnings }) => [error, ...(warnings ?? [])].filter(Boolean).join("\n");
-
-/** The page of a record; `line` is its line of the list, `remove` its delete button. */
 export function detailView(record, line, remove) {
   const { request = {}, summary = {}, artifacts = {} } = record;
-  const bars = recordBars(record.steps ?? []);
+  const bars = recordBars(record);
   const chart = new StepChart();
   chart.draw(bars, { stepMs: summary.step_time_ms });
-  const notes = notesOf(record);
   return el(
     "div",
     { class: "sl-detail", "data-run": record.run_id },
-    el("h3", null, request.plan ?? record.run_id, statusBadge(record.status)),
-    request.label && request.label !== request.plan ? div("sl-sub sl-label", t("asked_as", { label: request.label })) : null,
+    el("h3", null, statusBadge(record.status), request.plan ?? record.run_id),
+    request.label && request.label !== request.plan && div("sl-sub sl-label", t("asked_as", { label: request.label })),
     div("sl-sub", settingsLine(record)),
     div("sl-big", bigFigure(duration(record.phases_ms?.total), "total"), bigFigure(rate(summary.it_per_s), "speed"), memoryPeaks(record.memory?.overall).slice(0, 1).map(([name, value]) => bigFigure(gigabytes(value), name))),
     bars.length ? [chart.element, memoryStrip(record.step_memory), legend(bars, summary)] : null,
@@ -32,7 +26,7 @@ export function detailView(record, line, remove) {
     section(t("memory"), memoryTable(record.memory)),
     section(t("kernels"), kernelTable(record.kernels)),
     pictures(record.run_id, artifacts.images),
-    notes && div("sl-notes", notes),
+    notesOf(record),
     section(t("settings"), settingsTable(record)),
     div(
       "sl-tools sl-wrap",
@@ -43,7 +37,7 @@ export function detailView(record, line, remove) {
       Object.entries(artifacts).map(([kind, value]) => kind !== "images" && links(record.run_id, kind, value)),
       remove,
     ),
-    artifacts.trace ? div("sl-hint", t("trace_hint")) : null,
+    artifacts.trace && div("sl-hint", t("trace_hint")),
   );
 }
 
@@ -61,12 +55,10 @@ function openButton(runId) {
   return open;
 }
 
-/** A record's time as people here write it. */
 export function when(timestamp) {
   // Python writes the zone without a colon, which not every browser reads.
   const date = new Date(String(timestamp).replace(/([+-]\d\d)(\d\d)$/, "$1:$2"));
-  if (Number.isNaN(date.getTime())) return "";
-  return date.toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+  return isNaN(date) ? "" : date.toLocaleString([], { dateStyle: "short", timeStyle: "short" });
 }
 
 const bigFigure = (value, name) => value !== "–" && el("div", null, el("b", null, value), el("span", null, t(name)));
@@ -76,7 +68,6 @@ export const section = (title, content) => content && el("section", null, el("h4
 /** The name of a setting, which may break behind a dot or an underscore. */
 export const settingName = (name) => el("span", null, name.split(/(?<=[._])/).map((part) => [part, el("wbr")]));
 
-/** Rows of texts as a table; null without any. */
 export function table(head, rows, name = "") {
   if (!rows.length) return null;
   return el(
@@ -88,11 +79,10 @@ export function table(head, rows, name = "") {
 }
 
 function memoryTable(memory) {
-  const rows = Object.entries(memory ?? {}).map(([phase, peaks]) => [t(`phase_${phase}`), memoryPeaks(peaks).map(([name, value]) => `${t(name)} ${gigabytes(value)}`).join(" · ")]);
+  const rows = Object.entries(memory ?? {}).map(([phase, peaks]) => [t(`phase_${phase}`), peakTexts(peaks).join(" · ")]);
   return table([t("phase"), t("peak")], rows.filter(([, peaks]) => peaks));
 }
 
-/** Names of kernels are long. */
 export const kernelName = (name) => el("span", { class: "sl-name", title: name, text: name });
 
 export function kernelTable(kernels) {
@@ -100,23 +90,24 @@ export function kernelTable(kernels) {
   return table(["kernel", "family", "calls", "time", "share"].map((name) => t(name)), rows, "sl-kernels");
 }
 
+/** Made when somebody unfolds it. */
+export function folded(title, make) {
+  const one = el("details", null, el("summary", null, title));
+  one.addEventListener("toggle", () => one.append(make()), { once: true });
+  return one;
+}
+
 export const share = (percent) => (isNumber(percent) ? `${percent.toFixed(1)} %` : "");
 
 export function pictures(runId, images) {
   if (!Array.isArray(images) || !images.length) return null;
-  return div(
-    "sl-pictures",
-    images.slice(0, 8).map((_, index) => {
-      const href = fileUrl(runId, "images", index);
-      return el("a", { href, ...NEW_TAB }, el("img", { src: href, loading: "lazy", alt: t("picture_n", { n: index + 1 }) }));
-    }),
-  );
+  return div("sl-pictures", images.slice(0, 8).map((_, n) => el("a", { href: fileUrl(runId, "images", n), target: "_blank" }, picture(runId, n, { alt: t("picture_n", { n: n + 1 }) }))));
 }
 
 function links(runId, kind, value) {
-  const values = Array.isArray(value) ? value : [value];
+  const values = [value].flat();
   const name = ["chart", "charts", "trace"].includes(kind) ? t(`open_${kind}`) : kind;
-  return values.filter((path) => typeof path === "string").map((path, index) => link(values.length > 1 ? `${name} ${index + 1}` : name, fileUrl(runId, kind, index), null, { ...NEW_TAB, title: path }));
+  return values.filter((path) => typeof path === "string").map((path, index) => link(values.length > 1 ? `${name} ${index + 1}` : name, fileUrl(runId, kind, index), null, { target: "_blank", title: path }));
 }
 
 export function settingsLine({ request = {}, env = {}, summary = {} }) {
@@ -124,18 +115,17 @@ export function settingsLine({ request = {}, env = {}, summary = {} }) {
   return [request.checkpoint?.name, size, request.sampler && `${request.sampler}/${request.scheduler}`, stepsText(summary.steps ?? request.steps, request.steps), env.device].filter(Boolean).join(" · ");
 }
 
-/** Everything that was set, as [name, text], flat. */
 export const settingsOf = (record) => new Map([...flat(record.request ?? {}, ""), ...flat(record.env ?? {}, "env.")]);
 
 function* flat(value, prefix) {
   for (const [name, entry] of Object.entries(value)) {
     const key = prefix + name;
     if (entry && typeof entry === "object" && !Array.isArray(entry)) yield* flat(entry, `${key}.`);
-    else if (entry !== null && entry !== undefined && entry !== "") yield [key, Array.isArray(entry) ? entry.map((item) => (typeof item === "object" ? JSON.stringify(item) : item)).join(", ") : String(entry)];
+    else if ((entry ?? "") !== "") yield [key, [entry].flat().map((item) => (typeof item === "object" ? JSON.stringify(item) : item)).join(", ")];
   }
 }
 
 function settingsTable(record) {
   const rows = [...settingsOf(record)].filter(([name]) => name !== "sampled_as").map(([name, value]) => [settingName(name), value]);
-  return rows.length ? el("details", null, el("summary", null, t("n_settings", { n: rows.length })), table([t("setting"), t("value")], rows)) : null;
+  return folded(t("n_settings", { n: rows.length }), () => table([t("setting"), t("value")], rows));
 }

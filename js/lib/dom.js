@@ -5,38 +5,32 @@ const SVG = "http://www.w3.org/2000/svg";
 
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes ?? {})) {
-    if (value === undefined || value === null || value === false) continue;
+    if ((value ?? false) === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name === "text") element.textContent = value;
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(...children.flat(Infinity).filter((child) => (child ?? false) !== false));
   return element;
 }
 
 /** An HTML element: `text` is its text, `onclick` and the like are listeners, the rest attributes. */
 export const el = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
 
-/** The usual one: a box of a class, of the style sheet's. */
 export const div = (name, ...children) => el("div", { class: name }, ...children);
 
-/** A word of a legend behind its colour, which is a class too. */
 export const dot = (name, ...words) => el("span", null, el("i", { class: `sl-dot ${name}` }), ...words);
 
-/** A name of a figure and the figure. */
 export const figure = (name, value) => el("span", null, `${t(name)} `, el("b", null, value));
 
-/** A link that looks like a button; what `download` names is saved. */
+// What `download` names is saved.
 export const link = (text, href, download, attributes = {}) => el("a", { class: "sl-button", href, download, text, ...attributes });
 
-/** The same for SVG. */
 export const svg = (tag, attributes, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
 
-/** A button, `act` its name in the page. */
 export const button = (act, text, onclick, attributes = {}) =>
   el("button", { "data-act": act, text, onclick, ...attributes, class: `sl-button ${attributes.class ?? ""}` });
 
-/** A button that copies what `text` gives. */
 export function copyButton(label, text) {
   const copy = button("copy", label, async () => {
     try {
@@ -56,10 +50,4 @@ export function copyButton(label, text) {
   return copy;
 }
 
-/** Load the extension's style sheet once. */
-export function useStyles() {
-  const href = new URL("../speedlab.css", import.meta.url).href;
-  if (!document.querySelector(`link[href="${href}"]`)) {
-    document.head.append(el("link", { rel: "stylesheet", href }));
-  }
-}
+export const useStyles = () => document.head.append(el("link", { rel: "stylesheet", href: new URL("../speedlab.css", import.meta.url) }));

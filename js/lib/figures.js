@@ -3,7 +3,6 @@ import { t } from "./i18n.js";
 
 export const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
 
-/** A duration in ms in the unit a person would say it in. */
 export function duration(ms) {
   if (!isNumber(ms)) return "–";
   if (ms < 10) return `${ms.toFixed(2)} ms`;
@@ -16,7 +15,6 @@ export function duration(ms) {
 
 /** Time to go, without digits that nobody believes. */
 export function remaining(ms) {
-  if (!isNumber(ms)) return "–";
   const seconds = Math.ceil(ms / 1000);
   if (seconds < 60) return `${seconds} s`;
   const [hours, minutes] = [Math.floor(seconds / 3600), Math.floor((seconds % 3600) / 60)];
@@ -28,7 +26,7 @@ export function rate(perSecond) {
   return perSecond >= 1 ? `${perSecond.toFixed(perSecond < 100 ? 2 : 0)} it/s` : `${(1 / perSecond).toFixed(2)} s/it`;
 }
 
-/** Steps taken, and those asked for where the scheduler made others of them. */
+/** Steps taken, and those asked for where a scheduler made others. */
 export function stepsText(taken, asked) {
   if (!isNumber(taken)) return "";
   if (isNumber(asked) && asked !== taken) return t("n_steps_of", { n: taken, asked });
@@ -38,45 +36,33 @@ export function stepsText(taken, asked) {
 export const gigabytes = (value) => (isNumber(value) ? `${value.toFixed(value < 10 ? 2 : 1)} GB` : "–");
 
 export const KINDS = ["full", "cached", "forecast", "cfg_off", "first"];
-const CACHED = 1;
-const WITH_UNCOND = 2;
-const FORECAST = 4;
 
 // The kinds of speedlab/measure/summary.py, and a colour of its own for the first step, which also prepares.
-function kindOf(index, { forecast, cached, uncond, anyUncond }) {
-  if (forecast) return "forecast";
-  if (cached) return "cached";
-  if (index === 0) return "first";
-  return anyUncond && !uncond ? "cfg_off" : "full";
+function kindsOf(steps) {
+  const anyUncond = steps.some((one) => one.uncond);
+  const off = ({ uncond, idle }) => (anyUncond && !uncond && !idle ? "cfg_off" : "full");
+  const kindOf = (one, index) => (one.forecast ? "forecast" : one.cached ? "cached" : index ? off(one) : "first");
+  return steps.map((one, index) => ({ ms: one.ms, kind: kindOf(one, index), step: one.step }));
 }
 
-/** The bars of a record's steps: {ms, kind, step}. Device time where there is one. */
-export function recordBars(steps) {
-  const anyUncond = steps.some((step) => step.uncond_rows > 0);
-  return steps.map((step, index) => {
-    const uncond = step.uncond_rows > 0 || !(step.evals > 0);
-    const forecast = step.evals > 0 && step.cond_rows === 0 && step.uncond_rows === 0;
-    const ms = [step.gpu_ms, step.cpu_ms, 0].find(isNumber);
-    return { ms, kind: kindOf(index, { forecast, cached: step.cached, uncond, anyUncond }), step };
-  });
-}
-
-/** The bars of live steps, which are [ms, flags]. */
-export function liveBars(steps) {
-  const anyUncond = steps.some(([, flags]) => flags & WITH_UNCOND);
-  return steps.map(([ms, flags], index) => ({
-    ms,
-    kind: kindOf(index, { forecast: flags & FORECAST, cached: flags & CACHED, uncond: flags & WITH_UNCOND, anyUncond }),
+/** The bars of a record: {ms, kind, step}. Device time where there is one. */
+export const recordBars = ({ steps }) =>
+  kindsOf((steps ?? []).map((step) => {
+    const { evals, uncond_rows } = step;
+    const forecast = evals > 0 && step.cond_rows === 0 && uncond_rows === 0;
+    return { ms: [step.gpu_ms, step.cpu_ms, 0].find(isNumber), forecast, cached: step.cached, uncond: uncond_rows > 0, idle: !(evals > 0), step };
   }));
-}
 
-/** Whether a kind's `median_ms` is a median, and not the time of its only step. */
+// Live steps are [ms, flags]; see speedlab/web/live.py.
+export const liveBars = (steps) => kindsOf(steps.map(([ms, flags]) => ({ ms, cached: flags & 1, uncond: flags & 2, forecast: flags & 4 })));
+
+// Of one step `median_ms` is its time.
 export const hasMedian = (told) => (told?.samples ?? told?.steps) > 1;
 
 /** Steps but the first, where compilation and warm-up show; a single step stands for itself. */
 export const steady = (bars) => (bars.length > 1 ? bars.slice(1) : bars).map((bar) => bar.ms);
 
-/** Milliseconds until all runs of a live state are done, by the steps done so far; null before the first. */
+/** Milliseconds until all runs of a live state are done; null before the first step. */
 export function timeToGo({ steps, total, run, runs }) {
   if (!steps.length) return null;
   const usual = steady(liveBars(steps));
@@ -101,9 +87,9 @@ export function binned(bars, most = 200) {
 const PHASES = ["load", "compile", "text_encode", "core_text_encode", "free", "to_device", "prepare", "sample", "decode", "after_sampling", "save"];
 
 /** [name, ms] of a record's phases that took time, in the order of the run. */
+export const sumOf = (parts) => parts.reduce((sum, [, ms]) => sum + ms, 0);
 export const phasesOf = (phases) => PHASES.map((name) => [name, phases?.[name]]).filter(([, ms]) => isNumber(ms) && ms > 0);
 
-/** One line about a bar, for the pointer. */
 export function barText(bar) {
   const which = bar.to > bar.from ? t("steps_range", { from: bar.from + 1, to: bar.to + 1 }) : t("step_n", { n: bar.from + 1 });
   const parts = [which, duration(bar.ms), t(`kind_${bar.kind}`)];

@@ -1,14 +1,15 @@
 // Tune on its node: every plan tried by time and distance, live; a click picks the one for Accelerate.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { div, el, svg } from "./dom.js";
+import { div, dot, el, svg } from "./dom.js";
 import { duration } from "./figures.js";
 import { t } from "./i18n.js";
-import { addElement, findNode, grow, isHere, isVue, kindOf, redraw, rootGraph } from "./nodes.js";
+import { Kept } from "./kept.js";
+import { addElement, grow, isVue, kindOf, nodeHere, redraw, rootGraph } from "./nodes.js";
 
 const LEAST = 1e-6; // error
 const fronts = new WeakMap();
-const states = new Map(); // by workflow and node, for other tabs
+const states = new Kept(4, "SpeedLab.Fronts"); // by workflow and node
 
 function frontOf(node) {
   if (!fronts.has(node)) {
@@ -32,7 +33,8 @@ class Front {
     this.words = div("sl-notes", t("tune_not_run"));
     this.said = el("div", { class: "sl-notes", role: "status" });
     this.button = el("button", { class: "sl-button sl-primary", text: t("tune_use"), onclick: () => this.#use() });
-    this.element = el("div", { class: "sl-panel", onpointerenter: () => (this.under = selected()) }, div("sl-pick", this.plot, this.picture), this.words, el("div", null, this.button), this.said);
+    const legend = div("sl-legend", ["best", "good", "far", "floor"].map((kind) => dot(`sl-${kind}`, t(`tune_${kind}`))));
+    this.element = el("div", { class: "sl-panel", onpointerenter: () => (this.under = selected()) }, div("sl-pick", this.plot, this.picture), legend, this.words, el("div", null, this.button), this.said);
     this.#look();
   }
 
@@ -47,29 +49,29 @@ class Front {
     const x = (s) => (100 * s) / right;
     const y = (error) => (100 * (log(error) - low)) / (Math.max(...logs) + 0.3 - low);
     const line = (kind, path) => svg("polyline", { class: kind, points: path.map(([s, error]) => `${x(s)},${100 - y(error)}`) });
+    const focused = this.plot.querySelector(":focus")?.dataset.name;
     this.plot.replaceChildren(
-      svg(
-        "svg",
-        { viewBox: "0 0 100 100", preserveAspectRatio: "none" },
-        floor !== null && line("sl-floor", [[0, floor], [right, floor]]),
-        line("sl-edge", front(points)),
-      ),
+      svg("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none" }, floor !== null && line("sl-floor", [[0, floor], [right, floor]]), line("sl-edge", front(points))),
       ...points.map((one) => this.#dot(one, `left:${x(one.s)}%;bottom:${y(one.error)}%`)),
       el("span", { class: "sl-axis", text: duration(right * 1000) }),
+      el("span", { class: "sl-axis sl-up", text: t("tune_error") }),
     );
     this.#look();
-    if (state === "cut") this.said.textContent = t("tune_cut");
+    if (focused) this.plot.querySelector(`[data-name="${CSS.escape(focused)}"]`)?.focus();
+    const isCut = state === "cut";
+    if (isCut || this.said.textContent === t("tune_cut")) this.said.textContent = isCut ? t("tune_cut") : "";
   }
 
   #dot(one, style) {
     const [look, back, onclick] = [() => this.#look(one), () => this.#look(), () => this.#look((this.picked = one))];
-    const kind = one.best ? " sl-best" : one.good ? " sl-good" : "";
-    return el("button", { class: `sl-point${kind}`, style, "aria-label": this.#text(one), onpointerenter: look, onfocus: look, onpointerleave: back, onblur: back, onclick });
+    const kind = one.best ? "best" : one.good ? "good" : "far";
+    const label = `${this.#text(one)} (${t(`tune_${kind}`)})`;
+    return el("button", { class: `sl-point sl-${kind}`, style, "aria-label": label, "data-name": one.name, onpointerenter: look, onfocus: look, onpointerleave: back, onblur: back, onclick });
   }
 
   #text(one) {
     const ratio = this.stock ? t("tune_ratio", { times: (this.stock / one.s).toFixed(2) }) : "";
-    return t("tune_point", { name: one.name, time: duration(one.s * 1000), ratio, error: one.error.toFixed(3) });
+    return t("tune_point", { name: one.name, time: duration(one.s * 1000), ratio, error: one.error.toFixed(4) });
   }
 
   /** Show a point; without one that which the button is about. */
@@ -102,13 +104,12 @@ class Front {
 const front = (points) =>
   points.filter((a) => !points.some((b) => b.s < a.s && b.error <= a.error)).sort((a, b) => a.s - b.s).map((a) => [a.s, a.error]);
 
-/** A node was made. */
 export function nodeCreated(node) {
   if (isVue() && kindOf(node) === "SpeedLabTune") frontOf(node);
 }
 
 function show(state) {
-  const node = isHere(state.workflow) ? findNode(state.node) : null;
+  const node = nodeHere(state.workflow, state.node);
   if (kindOf(node) === "SpeedLabTune") frontOf(node).show(state);
 }
 
@@ -120,7 +121,6 @@ function onTune({ detail }) {
   show(state);
 }
 
-/** Show what is known of the workflow just loaded. */
 export const restoreAll = () => states.forEach(show);
 
 export const listen = () => api.addEventListener("speedlab.tune", onTune);

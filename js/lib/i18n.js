@@ -1,10 +1,10 @@
-// The extension's own words, from locales/<language>/main.json under "speedlab", in the language of the interface.
+// The extension's words, from locales/<language>/main.json, in the language of the interface.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
 let words = {};
 
-/** Fetch the words once; without them keys are shown, and everything still works. */
+/** Fetch the words; without them keys are shown. */
 export async function loadWords() {
   try {
     const answer = await api.fetchApi("/i18n");

@@ -3,7 +3,6 @@ import { app } from "../../../scripts/app.js";
 
 export const rootGraph = () => app.rootGraph ?? app.graph;
 
-/** The id of a node's class. */
 export const kindOf = (node) => node?.comfyClass ?? node?.type;
 
 /** Whether the Vue renderer draws nodes: it shows the widgets that a node is born with and none that come later. */
@@ -15,10 +14,12 @@ export const isHere = (workflow) => !workflow || !rootGraph()?.id || workflow ==
 /** The node of an execution id such as "12" or, inside subgraphs, "12:3". */
 export function findNode(executionId) {
   const path = String(executionId).split(":");
-  let graph = rootGraph();
-  for (const id of path.slice(0, -1)) graph = graph?.getNodeById(id)?.subgraph;
-  return graph?.getNodeById(path.at(-1)) ?? null;
+  const last = path.pop();
+  return path.reduce((graph, id) => graph?.getNodeById(id)?.subgraph, rootGraph())?.getNodeById(last) ?? null;
 }
+
+/** The same of a workflow; null where that is not the one on the canvas. */
+export const nodeHere = (workflow, executionId) => (isHere(workflow) ? findNode(executionId) : null);
 
 /** The id of the node that shows the result of an `executed` message: an expanded node's is its parent's. */
 export const shownOn = (detail) => detail?.display_node ?? detail?.node;
@@ -39,7 +40,7 @@ export function grow(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
-/** Draw all anew: where a widget came to a node without the canvas being touched, it has no place until then. */
+/** Draw all anew: a widget that came without the canvas being touched has no place until then. */
 export function redraw() {
   app.canvas?.setDirty(true, true);
   requestAnimationFrame(() => app.canvas?.setDirty(true, true));

@@ -1,33 +1,32 @@
-// What Profile Report and Benchmark show on themselves: pictures, plots in the colours of the page, tables.
-import { kernelTable, NEW_TAB, notesOf, pictures, section, settingsLine, share, table } from "./detail.js";
+// What Profile Report and Benchmark show on themselves.
+import { folded, kernelTable, pictures, section, settingsLine, share, table } from "./detail.js";
 import { div, dot, el, link, svg } from "./dom.js";
-import { duration, gigabytes, isNumber, phasesOf, rate, recordBars, stepsText } from "./figures.js";
+import { duration, isNumber, phasesOf, rate, recordBars, stepsText } from "./figures.js";
 import { t } from "./i18n.js";
-import { memoryPeaks, statusBadge } from "./parts.js";
-import { csvUrl, jsonUrl, viewUrl } from "./server.js";
+import { notesOf, peakTexts, statusBadge } from "./parts.js";
+import { csvUrl, jsonUrl, pageUrl, viewUrl } from "./server.js";
 
 const APART = ["load", "compile"]; // phases that are no part of the time from text to image
 
-/** A record as Profile Report shows it. */
 export function reportFace(record) {
   const { request = {}, summary = {} } = record;
-  const bars = recordBars(record.steps ?? []);
+  const bars = recordBars(record);
   return [
-    div("sl-head", el("b", { class: "sl-title" }, request.plan ?? record.run_id, statusBadge(record.status)), el("b", { class: "sl-figure" }, rate(summary.it_per_s))),
+    div("sl-head", el("b", { class: "sl-title", title: request.plan }, statusBadge(record.status), request.plan ?? record.run_id), el("b", { class: "sl-figure" }, rate(summary.it_per_s))),
     div("sl-hint", settingsLine(record)),
     pictures(record.run_id, record.artifacts?.images),
-    div("sl-notes", notesOf(record)),
+    notesOf(record),
     section(t("phases"), phaseTable(record)),
-    bars.length ? folded(stepsText(bars.length), () => stepTable(bars)) : null,
+    bars.length && folded(stepsText(bars.length), () => stepTable(bars)),
     section(t("kernels"), kernelTable(record.kernels)),
-    div("sl-tools", link("JSON", jsonUrl(record.run_id), ""), link("CSV", csvUrl(), "results.csv")),
+    div("sl-tools", link("HTML", pageUrl(record.run_id), "", { title: t("page_title") }), link("JSON", jsonUrl(record.run_id), ""), link("CSV", csvUrl(), "results.csv")),
   ];
 }
 
 function phaseTable({ phases_ms: phases = {}, memory = {} }) {
   const timed = phasesOf(phases);
   const longest = Math.max(...timed.map(([, ms]) => ms));
-  const peak = (name) => memoryPeaks(memory[name]).map(([kind, gb]) => `${t(kind)} ${gigabytes(gb)}`)[0] ?? "";
+  const peak = (name) => peakTexts(memory[name])[0] ?? "";
   const bar = (name, ms) => el("i", { class: `sl-part sl-ph-${name}`, style: `width:${((100 * ms) / longest).toFixed(1)}%` });
   const rows = timed.map(([name, ms]) => [t(`phase_${name}`), bar(name, ms), duration(ms), !APART.includes(name) && share((100 * ms) / phases.total), peak(name)]);
   for (const [name, value] of Object.entries(phases)) if (value === "cached") rows.push([t(`phase_${name}`), "", t("kind_cached"), "", ""]);
@@ -40,18 +39,10 @@ function stepTable(bars) {
   return table(["", "σ", t("time"), t("kind"), t("evaluations")], rows, "sl-figures");
 }
 
-/** Made when somebody unfolds it. */
-function folded(title, make) {
-  const one = el("details", null, el("summary", null, title));
-  one.addEventListener("toggle", () => one.append(make()), { once: true });
-  return one;
-}
-
-/** A sweep as Benchmark tells it: `speedlab_sweep` of its result. */
 export function sweepFace({ header, rows, notes, plot, sheet, page }) {
   const address = viewUrl(sheet);
   return [
-    el("a", { href: address, ...NEW_TAB }, el("img", { class: "sl-sheet", src: address, alt: t("contact_sheet") })),
+    el("a", { href: address, target: "_blank" }, el("img", { class: "sl-sheet", src: address, alt: t("contact_sheet") })),
     div("sl-tools", link(t("open_page"), viewUrl(page), page.filename), link("CSV", csvUrl(), "results.csv")),
     el("div", { class: "sl-wide", tabindex: "0", role: "region", "aria-label": t("results") }, table(header, rows, "sl-figures")),
     div("sl-notes", notes.join("\n")),

@@ -1,10 +1,10 @@
-// The sidebar tab: the runs of this server, one of them in full, two beside each other, or several over time.
+// The sidebar tab: the runs of this server, one in full, two side by side, or several over time.
 import { compareView, timeView } from "./compare.js";
 import { detailView, when } from "./detail.js";
 import { button, copyButton, div, el, link } from "./dom.js";
 import { duration, gigabytes, isNumber, rate, stepsText } from "./figures.js";
 import { t } from "./i18n.js";
-import { statusBadge } from "./parts.js";
+import { picture, statusBadge } from "./parts.js";
 import { csvUrl, deleteRuns, listRuns, readRun } from "./server.js";
 
 const PAGE = 100;
@@ -17,29 +17,22 @@ export class RunsTab {
     this.words = "";
     this.picked = new Map(); // run id -> its line of the list, in the order of choosing
     this.asked = 0;
+    this.thumbs = new Map(); // of the rows that are shown: drawing anew asks for none again
     this.onPick = () => {};
     this.#forget();
   }
 
-  // Of thousands of runs those that were seen are known, by their place among all files of the server.
+  // Of thousands of runs those seen are known, by their place among all files.
   #forget(files = 0) {
     this.files = files;
     this.known = new Map();
-    this.order = Array.from({ length: files }, (_, place) => place); // places that are shown, or may have a run to show
+    this.order = Array.from({ length: files }, (_, place) => place); // shown, or to be asked for
     this.skipped = 0;
     this.best = 0;
   }
 
   render(container) {
-    this.filter = el("input", {
-      class: "sl-filter",
-      type: "search",
-      placeholder: t("filter"),
-      title: t("filter_title"),
-      "aria-label": t("filter"),
-      value: this.words,
-      oninput: () => this.#typed(),
-    });
+    this.filter = el("input", { class: "sl-filter", type: "search", placeholder: t("filter"), title: t("filter_title"), "aria-label": t("filter"), value: this.words, oninput: () => this.#typed() });
     this.rows = el("div", { class: "sl-rows", role: "presentation" });
     this.list = el(
       "div",
@@ -65,7 +58,7 @@ export class RunsTab {
     this.root = null;
   }
 
-  /** There may be a new run: look, unless the user is reading something else. */
+  /** There may be a new run: look, unless the user reads something else. */
   refresh() {
     if (this.root?.isConnected && this.root.firstChild === this.listPage) this.load();
   }
@@ -81,8 +74,8 @@ export class RunsTab {
 
   /** Ask for the list anew, from its top. */
   load() {
-    const was = this.#runAt(this.active)?.run_id;
     return this.#fetch(0, (page) => {
+      const was = this.#runAt(this.active)?.run_id; // keys may have moved on meanwhile
       this.#forget(page.files);
       const kept = page.runs.findIndex((run) => run.run_id === was);
       if (kept >= 0) this.active = this.anchor = kept;
@@ -113,13 +106,15 @@ export class RunsTab {
 
   #take({ runs, skipped, next_offset }, from) {
     const to = next_offset ?? this.files;
+    const many = this.order.length;
     for (const run of runs) {
       this.known.set(run.position, run);
       this.best = Math.max(this.best, run.it_per_s ?? 0);
       if (this.picked.has(run.run_id)) this.picked.set(run.run_id, run);
     }
     if (runs.length < to - from) this.order = this.order.filter((place) => place < from || place >= to || this.known.has(place));
-    this.skipped = Math.max(this.skipped, skipped);
+    // Of pages that overlap no file counts twice.
+    this.skipped += from ? Math.min(skipped, many - this.order.length) : skipped;
   }
 
   get #ids() {
@@ -137,7 +132,6 @@ export class RunsTab {
     });
   }
 
-  // Only the rows that can be seen are elements.
   #draw() {
     const { list, order } = this;
     const many = order.length;
@@ -146,7 +140,9 @@ export class RunsTab {
     const from = Math.max(0, Math.floor(list.scrollTop / ROW) - AROUND);
     const to = Math.min(many, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + AROUND);
     const shown = Array.from({ length: Math.max(0, to - from) }, (_, n) => from + n);
-    this.rows.replaceChildren(...shown.map((index) => this.#row(index)));
+    const thumbs = new Map();
+    this.rows.replaceChildren(...shown.map((index) => this.#row(index, thumbs)));
+    this.thumbs = thumbs;
     const active = this.rows.querySelector(".sl-active")?.id ?? "";
     // Without a run in it a list of choices would be none.
     const isList = this.rows.querySelector("[role=option]");
@@ -159,21 +155,24 @@ export class RunsTab {
     if (!this.fetching) this.note.textContent ||= many ? skipped : `${t(this.words ? "no_match" : "no_runs")} ${skipped}`;
   }
 
-  #row(index) {
+  #row(index, thumbs) {
     const run = this.#runAt(index);
     const place = `top:${index * ROW}px`;
     if (!run) return el("div", { class: "sl-row", role: "presentation", style: place });
     const isPicked = this.picked.has(run.run_id);
+    const thumb = run.images > 0 && (this.thumbs.get(run.run_id) ?? picture(run.run_id, 0, { class: "sl-thumb", alt: "" }));
+    if (thumb) thumbs.set(run.run_id, thumb);
     const size = isNumber(run.width * run.height) ? `${run.width}×${run.height}` : "";
-    const facts = [size, isNumber(run.batch) && run.batch > 1 ? `×${run.batch}` : "", run.sampler, stepsText(run.steps, run.steps_asked)];
+    const facts = [size, run.batch > 1 ? `×${run.batch}` : "", run.sampler, stepsText(run.steps, run.steps_asked)];
     const share = this.best && run.it_per_s ? (100 * run.it_per_s) / this.best : 0;
     return el(
       "div",
       { class: `sl-row${index === this.active ? " sl-active" : ""}`, id: `sl-run-${index}`, role: "option", "aria-selected": String(isPicked), "aria-setsize": this.order.length, "aria-posinset": index + 1, "data-run": run.run_id, "data-index": index, style: place },
       el("i", { class: `sl-mark${isPicked ? " pi pi-check" : ""}`, title: t("pick") }),
+      thumb,
       div(
         "sl-what",
-        el("div", { class: "sl-plan", title: run.plan }, run.plan || run.run_id, statusBadge(run.status)),
+        el("div", { class: "sl-plan", title: run.plan }, statusBadge(run.status), run.plan || run.run_id),
         div("sl-sub", [when(run.timestamp), ...facts].filter(Boolean).join(" · ")),
         div("sl-speed", el("i", { style: `width:${share.toFixed(1)}%` })),
       ),
@@ -193,6 +192,7 @@ export class RunsTab {
   }
 
   #key(event) {
+    if (event.ctrlKey || event.metaKey) return; // ComfyUI's, such as the one that queues
     const page = Math.max(1, Math.floor(this.list.clientHeight / ROW) - 1);
     const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
     const run = this.#runAt(this.active);
@@ -200,8 +200,11 @@ export class RunsTab {
     else if (event.key === "Enter" && run) this.#open(run);
     else if (event.key === " " && run) this.#pick((this.anchor = this.active));
     else if (event.key === "Delete" && run) {
-      if (!this.picked.size) this.#pick(this.active);
-      this.bar.querySelector("[data-act=delete]")?.click();
+      // Without a choice it is about this run, chosen while it is asked about.
+      const alone = this.alone || !this.picked.size;
+      this.drawn = "";
+      this.#pickOnly(alone ? [run] : [...this.picked.values()], alone);
+      this.bar.querySelector("[data-act=delete]").click();
     } else if (event.key === "Escape" && this.picked.size) this.#pickOnly([]);
     else return;
     // These keys mean other things to the canvas, such as deleting nodes.
@@ -225,12 +228,17 @@ export class RunsTab {
   }
 
   async #pickRange(a, b) {
+    const { known } = this;
     const wanted = this.order.slice(Math.min(a, b), Math.max(a, b) + 1);
-    for (const place of wanted) if (!this.known.has(place) && this.order.includes(place) && !(await this.#fetch(place))) break;
-    this.#pickOnly(wanted.map((place) => this.known.get(place)).filter(Boolean));
+    for (const place of wanted) {
+      if (!known.has(place) && this.order.includes(place) && !(await this.#fetch(place))) break;
+      if (known !== this.known) return; // runs came or went: these places are other runs' now
+    }
+    this.#pickOnly(wanted.map((place) => known.get(place)).filter(Boolean));
   }
 
-  #pickOnly(runs) {
+  #pickOnly(runs, alone = false) {
+    this.alone = alone;
     this.picked = new Map(runs.map((run) => [run.run_id, run]));
     this.#drawAll();
     this.onPick(this.#ids);
@@ -243,6 +251,9 @@ export class RunsTab {
 
   #drawBar() {
     const n = this.picked.size;
+    const ids = this.#ids.join();
+    if (ids === this.drawn && this.bar.querySelector("[data-act=yes]")) return; // not answered yet
+    this.drawn = ids;
     if (!n) return this.bar.replaceChildren(el("span", { class: "sl-hint", text: this.order.length > 1 ? t("pick_hint") : "" }));
     const needing = (act, enabled, run) => button(act, t(act), run, { disabled: !enabled, title: enabled ? "" : t(`needs_${act}`), class: act === "compare" ? "sl-primary" : "" });
     const picked = [...this.picked.values()];
@@ -251,7 +262,10 @@ export class RunsTab {
       needing("compare", n === 2, () => this.#compare()),
       needing("over_time", n > 1, () => this.#show(timeView(picked))),
       copyButton(t("markdown"), () => picked.map((run) => run.markdown).join("\n")),
-      confirming(n, () => this.#delete(this.#ids), () => this.list.focus()),
+      confirming(n, () => this.#delete(this.#ids), () => {
+        if (this.alone) this.#pickOnly([]);
+        this.list.focus();
+      }),
     );
   }
 
@@ -266,10 +280,14 @@ export class RunsTab {
     });
   }
 
-  #back() {
+  #showList() {
     this.root.replaceChildren(this.listPage);
     this.list.scrollTop = this.scrollTop;
     this.list.focus();
+  }
+
+  #back() {
+    this.#showList();
     this.load();
   }
 
@@ -286,7 +304,7 @@ export class RunsTab {
     this.#try(async () => {
       const record = await readRun(line.run_id);
       const remove = confirming(1, () => {
-        this.root.replaceChildren(this.listPage);
+        this.#showList();
         this.#delete([line.run_id]);
       });
       this.#show(detailView(record, line, remove));
@@ -310,10 +328,10 @@ export class RunsTab {
 // The time from text to image; where it is not known the sampling's, which says so.
 function timeOf({ total_ms, sample_ms }) {
   if (isNumber(total_ms)) return el("span", { title: t("total"), text: duration(total_ms) });
-  return el("span", null, isNumber(sample_ms) ? `${t("phase_sample")} ${duration(sample_ms)}` : "");
+  return el("span", null, isNumber(sample_ms) && `${t("phase_sample")} ${duration(sample_ms)}`);
 }
 
-/** A button that asks before it deletes `n` runs; `stay` is called where the answer is no. */
+/** A button that asks before it deletes `n` runs; `stay` is for the answer no. */
 function confirming(n, act, stay = () => {}) {
   const place = el("span", { class: "sl-confirm" });
   const rest = () => place.replaceChildren(button("delete", t("delete"), ask));

@@ -1,6 +1,7 @@
-// Leads events and results to the nodes that they belong to, and gives a reloaded workflow its last profiles back.
+// Leads events and results to their nodes, and gives a reloaded workflow its last profiles back.
 import { api } from "../../../scripts/api.js";
-import { findNode, isHere, isVue, kindOf, redraw, rootGraph, shownOn } from "./nodes.js";
+import { Kept } from "./kept.js";
+import { findNode, isHere, isVue, kindOf, nodeHere, redraw, rootGraph, shownOn } from "./nodes.js";
 import { fromRecord, panelOf } from "./panel.js";
 import { announceLive, findRun } from "./server.js";
 import { isReport, showRun } from "./texts.js";
@@ -9,50 +10,23 @@ import { isReport, showRun } from "./texts.js";
 const PROPERTY = "speedlab_run";
 const RUN_ID = /^\d{8}-\d{6}-[0-9a-f]{8}$/;
 const KEPT = 64;
-// Outlives a reload of the page, and not the browser's tab.
-const STORAGE = "SpeedLab.LastRuns";
 
 const samplers = new Set(); // node types
-const states = new Map(); // node's execution id -> live state
-const profiles = new Map(); // run id -> profile
-const lastRuns = new Map(); // workflow id and node's execution id -> run id, for workflows in other tabs
-// The same, of this page before it was reloaded: ComfyUI keeps a workflow as it was when somebody last touched it, so
-// that the id of a run that came later is not in it.
-const beforeReload = new Map(stored());
+const states = new Kept(KEPT); // node's execution id -> live state
+const profiles = new Kept(KEPT); // run id -> profile
+// Workflow id and node's execution id -> run id: ComfyUI keeps a workflow as it was when somebody last touched it, for
+// other tabs, undo and a reload alike, and a run that came later is not in that.
+const lastRuns = new Kept(KEPT, "SpeedLab.LastRuns");
 
 const isSampler = (node) => samplers.has(kindOf(node));
+const shows = (node) => isSampler(node) || isReport(node);
 const hasSampler = (node) => node.subgraph?.nodes.some((inner) => isSampler(inner) || hasSampler(inner));
-
-function keep(map, key, value) {
-  map.delete(key);
-  map.set(key, value);
-  if (map.size > KEPT) map.delete(map.keys().next().value);
-}
-
-function stored() {
-  try {
-    return JSON.parse(sessionStorage.getItem(STORAGE)) ?? [];
-  } catch {
-    return []; // switched off in this browser, or not of ours
-  }
-}
-
-function store(key, runId) {
-  const runs = new Map(stored());
-  keep(runs, key, runId);
-  try {
-    sessionStorage.setItem(STORAGE, JSON.stringify([...runs]));
-  } catch {
-    // Full, or switched off: then a reload shows the run that the workflow names.
-  }
-}
 
 /** Learn from the server's description of a node whether it returns profiles. */
 export function noteType(nodeData) {
   if (nodeData.name.startsWith("SpeedLab") && nodeData.output?.includes("SPEEDLAB_PROFILE")) samplers.add(nodeData.name);
 }
 
-/** A node was made. */
 export function nodeCreated(node) {
   if (!isVue()) return;
   if (isSampler(node)) panelOf(node);
@@ -75,68 +49,58 @@ function panelsOf(node, executionId) {
 const showLive = (node, executionId, state) => panelsOf(node, executionId).forEach((panel) => panel.showLive(state));
 
 function show(node, executionId, profile, text) {
-  keep(profiles, profile.run_id, profile);
   node.properties[PROPERTY] = profile.run_id;
   if (isReport(node)) return showRun(node, profile.run_id, text);
-  for (const panel of panelsOf(node, executionId)) panel.showProfile(profile, warningsOf(text));
+  for (const panel of panelsOf(node, executionId)) panel.showProfile(profile);
   redraw();
 }
 
-// The summary's first lines say what the panel draws; what follows are warnings.
-const warningsOf = (text) => (text ?? "").split("\n").filter((line) => line.endsWith(".")).join("\n");
-
 function onStep({ detail }) {
-  if (!detail?.run_id || !isHere(detail.workflow)) return;
-  if (profiles.has(detail.run_id)) return; // the result overtook the last message
+  if (!detail?.run_id || profiles.has(detail.run_id)) return; // the result overtook the last message
   const before = states.get(detail.node);
   const goesOn = before?.run_id === detail.run_id && before.run === detail.run && detail.first <= before.steps.length;
   const steps = goesOn ? before.steps.slice(0, detail.first) : [];
-  // Messages that were sent while this page was loading are gone; their steps are shown as of the first one known.
+  // Messages sent while this page was loading are gone: their steps are shown as the first one known.
   while (steps.length < detail.first) steps.push(detail.steps[0] ?? [0, 0]);
   const state = { ...detail, steps: steps.concat(detail.steps), total: Math.max(detail.total, steps.length + detail.steps.length) };
-  keep(states, detail.node, state);
-  const node = findNode(detail.node);
+  states.set(detail.node, state);
+  const node = nodeHere(detail.workflow, detail.node);
   if (isSampler(node)) showLive(node, detail.node, state);
 }
 
 function onExecuted({ detail }) {
   // A sampler that ran for each item of a list returns a profile for each; the last one is shown.
   const profile = detail?.output?.speedlab?.at?.(-1);
-  if (!profile) return;
-  const key = `${profile.workflow}/${shownOn(detail)}`;
-  if (!isHere(profile.workflow)) {
-    keep(profiles, profile.run_id, profile);
-    keep(lastRuns, key, profile.run_id);
-    return;
-  }
-  const node = findNode(shownOn(detail));
-  if (!isSampler(node) && !isReport(node)) return;
-  show(node, shownOn(detail), profile, detail.output.text?.at(-1));
-  if (profile.workflow) store(key, profile.run_id);
+  if (!profile?.steps) return; // Benchmark's names only its runs
+  const { workflow, run_id } = profile;
+  const id = shownOn(detail);
+  profiles.set(run_id, profile);
+  if (workflow) lastRuns.set(`${workflow}/${id}`, run_id);
+  const node = nodeHere(workflow, id);
+  if (shows(node)) show(node, id, profile, detail.output.text?.at(-1));
 }
 
 /** Show the last profile on every sampler of the workflow just loaded. */
 export function restoreAll(graph = rootGraph(), prefix = "") {
   for (const node of graph?.nodes ?? graph?._nodes ?? []) {
     if (node.subgraph) restoreAll(node.subgraph, `${prefix}${node.id}:`);
-    else if (isSampler(node) || isReport(node)) restore(node, `${prefix}${node.id}`);
+    else if (shows(node)) restore(node, `${prefix}${node.id}`);
   }
 }
 
 async function restore(node, executionId) {
   const state = states.get(executionId);
-  if (state?.state === "running" && state.workflow && isHere(state.workflow)) {
-    return showLive(node, executionId, state);
-  }
-  const key = `${rootGraph()?.id}/${executionId}`;
-  const runId = lastRuns.get(key) ?? beforeReload.get(key) ?? node.properties?.[PROPERTY];
-  beforeReload.delete(key);
+  const runs = state?.state === "running" && !profiles.has(state.run_id);
+  if (runs && state.workflow && isHere(state.workflow)) return showLive(node, executionId, state);
+  const runId = lastRuns.get(`${rootGraph()?.id}/${executionId}`) ?? node.properties?.[PROPERTY];
   if (typeof runId !== "string" || !RUN_ID.test(runId)) return;
   try {
     const record = profiles.has(runId) ? null : await findRun(runId);
     const profile = profiles.get(runId) ?? (record && fromRecord(record));
     // Deleted, or measured on another machine; or meanwhile a run has begun, or the node is gone.
-    if (profile && node.graph && (isReport(node) || !panelOf(node).runId)) show(node, executionId, profile);
+    if (!profile || !node.graph || (!isReport(node) && panelOf(node).runId)) return;
+    profiles.set(runId, profile);
+    show(node, executionId, profile);
   } catch {
     // A record that cannot be read: nothing to show.
   }
@@ -146,12 +110,12 @@ let announced = null;
 
 /** Tell the server whether this page shows live charts, once for each connection. */
 export function announce(wanted, again = false) {
-  if (!api.clientId || (!again && announced === `${api.clientId} ${wanted}`)) return;
-  announced = `${api.clientId} ${wanted}`;
+  const now = `${api.clientId} ${wanted}`;
+  if (!api.clientId || (!again && announced === now)) return;
+  announced = now;
   announceLive(api.clientId, wanted).catch(() => (announced = null));
 }
 
-/** Listen; `wantsLive` tells whether live charts are switched on. */
 export function listen(wantsLive) {
   api.addEventListener("speedlab.step", onStep);
   api.addEventListener("executed", onExecuted);

@@ -30,7 +30,6 @@ export const deleteRuns = (runIds) => post("/speedlab/delete", { run_ids: runIds
 export const pruneRuns = (keep) => post("/speedlab/prune", { keep });
 export const announceLive = (clientId, on) => post("/speedlab/live", { client_id: clientId, on });
 
-/** Addresses for links and pictures. */
 export const jsonUrl = (runId) => api.apiURL(`${ofRun(runId)}?download=1`);
 export const pageUrl = (runId) => api.apiURL(`${ofRun(runId)}/page?download=1`);
 export const fileUrl = (runId, kind, index = 0) => api.apiURL(`${ofRun(runId)}/file/${encodeURIComponent(kind)}/${index}`);

@@ -1,8 +1,9 @@
-// Shows what SpeedLab's measuring nodes say on the nodes themselves. Text only, never markup.
+// Shows what measuring nodes say on themselves. Text only, never markup.
 import { api } from "../../../scripts/api.js";
 import { el } from "./dom.js";
 import { t } from "./i18n.js";
-import { addElement, findNode, grow, isVue, kindOf, redraw, shownOn } from "./nodes.js";
+import { Kept } from "./kept.js";
+import { addElement, grow, isVue, kindOf, nodeHere, redraw, shownOn } from "./nodes.js";
 import { reportFace, sweepFace } from "./report.js";
 import { findRun } from "./server.js";
 
@@ -12,6 +13,7 @@ const BENCHMARK = "SpeedLabBenchmark";
 const HEIGHTS = { [REPORT]: 420, [BENCHMARK]: 420, SpeedLabCompareImages: 60, SpeedLabCompareLatents: 60 };
 const MARGIN = 20; // that ComfyUI leaves above and below such a widget
 const WIDGET = "speedlab_text";
+const outputs = new Kept(16, "SpeedLab.Outputs");
 
 export const isReport = (node) => kindOf(node) === REPORT;
 
@@ -39,25 +41,35 @@ function show(node, content) {
   redraw();
 }
 
-/** A node was made. */
 export function nodeCreated(node) {
   if (isReport(node) || kindOf(node) === BENCHMARK) hidePreview(node);
   if (isVue() && kindOf(node) in HEIGHTS) faceOf(node);
 }
 
-/** Show a run on a Profile Report; where its record is gone, the text that the node returned. */
+/** Show a run on a Profile Report; where its record is gone or damaged, the text that the node returned. */
 export async function showRun(node, runId, text) {
-  const record = await findRun(runId).catch(() => null);
-  if (record) show(node, reportFace(record));
-  else if (text) show(node, text);
+  try {
+    const record = await findRun(runId);
+    if (record) return show(node, reportFace(record));
+  } catch (error) {
+    console.warn("SpeedLab:", error.message);
+  }
+  if (text) show(node, text);
+}
+
+function tell({ workflow, id, text, sweep }) {
+  const node = nodeHere(workflow, id);
+  if (kindOf(node) in HEIGHTS) show(node, sweep ? sweepFace(sweep) : text.join("\n"));
 }
 
 function onExecuted({ detail }) {
-  const node = detail?.output?.text ? findNode(shownOn(detail)) : null;
-  if (!(kindOf(node) in HEIGHTS) || isReport(node)) return; // a report's run comes with its id
-  const sweep = detail.output.speedlab_sweep?.at(-1);
-  show(node, sweep ? sweepFace(sweep) : detail.output.text.join("\n"));
+  const { text, speedlab_sweep: sweeps, speedlab_workflow: workflows } = detail?.output ?? {};
+  if (!workflows) return; // another's, or one whose run comes with its id
+  const said = { workflow: workflows.at(-1), id: shownOn(detail), text, sweep: sweeps?.at(-1) };
+  if (said.workflow) outputs.set(`${said.workflow}/${said.id}`, said);
+  tell(said);
 }
 
-/** Have measuring nodes show their text. */
+export const restoreAll = () => outputs.forEach(tell);
+
 export const listen = () => api.addEventListener("executed", onExecuted);

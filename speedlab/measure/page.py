@@ -31,7 +31,7 @@ def run_page(record: RunRecord, images: Sequence[tuple[str, bytes]]) -> str:
     """The page of a run; `images` are kind ("png") and bytes of each. Raises ResultsError."""
     try:
         return "".join(_parts(record, images))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError) as error:
         raise ResultsError(f"the record of run {record.run_id} is not as this pack writes one: {error!r}") from error
 
 
@@ -44,9 +44,10 @@ def _parts(record: RunRecord, images: Sequence[tuple[str, bytes]]) -> Iterator[s
         f"<title>{plan} - SpeedLab</title><style>{_STYLE}</style><h1>{plan}</h1>"
     )
     facts = (
-        (request.get("checkpoint") or {}).get("name"), f"{request.get('width')}x{request.get('height')}",
-        f"batch {request.get('batch')}", f"{request.get('sampler')}/{request.get('scheduler')}",
-        env.get("device"), f"torch {env.get('torch')}", f"ComfyUI {env.get('comfyui')}", record.timestamp,
+        (request.get("checkpoint") or {}).get("name"), _fact("{}x{}", request.get("width"), request.get("height")),
+        _fact("batch {}", request.get("batch")), _fact("{}/{}", request.get("sampler"), request.get("scheduler")),
+        env.get("device"), _fact("torch {}", env.get("torch")), _fact("ComfyUI {}", env.get("comfyui")),
+        record.timestamp,
     )  # fmt: skip
     yield f"<p>{escape(' | '.join(str(fact) for fact in facts if fact))}</p>"
     yield "".join(f"<p>{escape(line)}</p>" for line in summary_text(record).splitlines())
@@ -66,6 +67,11 @@ def _parts(record: RunRecord, images: Sequence[tuple[str, bytes]]) -> Iterator[s
     yield f"<p>SpeedLab run {escape(record.run_id)}, status {escape(record.status)}.</p></html>\n"
 
 
+def _fact(words: str, *values: Any) -> str:
+    """The words with the values, nothing where one is not known."""
+    return "" if None in values else words.format(*values)
+
+
 def _bars(record: RunRecord) -> str:
     """Step times as bars in the colours of the charts; a first step that compiles is cut off, and its label says so."""
     rows = rows_of(record.steps)
@@ -80,7 +86,8 @@ def _bars(record: RunRecord) -> str:
             f'<rect x="{index * slot:.1f}" y="{_HEIGHT - high:.1f}" width="{0.86 * slot:.1f}" height="{high:.1f}" '
             f'fill="{_COLOURS[kind or "full"]}"><title>step {index + 1}: {ms:.2f} ms</title></rect>'
         )
-    label = f"Times of {len(rows)} steps, highest bar {top:.1f} ms"
+    cut = f"; bars end at {top:.1f} ms" if max(times) > top else ""
+    label = f"Times of {len(rows)} steps, the longest {max(times):.1f} ms{cut}"
     return f"{_svg(label, ''.join(bars))}<p>{escape(label)}</p>"
 
 

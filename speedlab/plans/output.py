@@ -38,8 +38,8 @@ class SweepOutput:
     ui: dict[str, list[Any]]
 
 
-def write_output(result: SweepResult, store: RunStore) -> SweepOutput:
-    """Draw, save and gather. Raises ResultsError naming the path."""
+def write_output(result: SweepResult, store: RunStore, workflow: str | None) -> SweepOutput:
+    """Draw, save and gather. Raises ResultsError naming the path. `workflow` is the id of the canvas's."""
     header, rows, notes = _table(result)
     table = _markdown(header, rows, notes)
     plot = sweep_plot(result)
@@ -68,6 +68,7 @@ def write_output(result: SweepResult, store: RunStore) -> SweepOutput:
         if runs.record is not None
     ]
     ui: dict[str, list[Any]] = {"text": [table], "images": [_view(file) for file in files], "speedlab": runs}
+    ui["speedlab_workflow"] = [workflow]  # whose node shows this, of those that a browser has open
     # The same for the node's face, which draws it in the colours of the page.
     ui["speedlab_sweep"] = [
         {

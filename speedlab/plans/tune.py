@@ -225,9 +225,7 @@ class Tune:
 
     def _keep(self, confirmed: bool) -> None:
         """Save the choice as the tuned plan."""
-        if self.result.parts is not None and not self._opened:
-            made = statistics.median(run.total_ms for run in self.images.references.values()) / 1000.0
-            self.result.stock_s = made
+        self.result.stock_s = self._stock_s()
         best = self.result.found.best if self.result.found is not None else None
         if best is None:
             return
@@ -247,6 +245,11 @@ class Tune:
                 self.tuned_for, one.line, self._differs(one), tuned.versions_of(self.result.env), figures, time.time()
             ),
         )
+
+    def _stock_s(self) -> float | None:
+        """What the user's own image takes, the median of all; None where the reference has more steps than that."""
+        own = [run.total_ms for run in self.images.references.values()]
+        return statistics.median(own) / 1000.0 if own and not self._opened else None
 
     def _differs(self, one: Candidate) -> dict[str, Any]:
         """What the user has to set on the sampler beside the plan."""
@@ -319,12 +322,11 @@ class Tune:
             for one in search.tried
             if one.looks
         ]  # fmt: skip
-        own = self.images.references.get(0)
         tell_browser(
             EVENT,
             {
                 "node": self.context.node_id, "workflow": self.context.workflow_id(), "state": state, "points": points,
-                "stock_s": None if own is None or self._opened else own.total_ms / 1000.0,
+                "stock_s": self._stock_s(),
                 "floor": floor.latent if math.isfinite(floor.latent) else None,
                 "pictures": {} if picture is None else {self._new: data_url(picture)},
             },

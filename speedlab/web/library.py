@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+from uuid import uuid4
 
 from ..common.errors import ResultsError, SpeedLabError, first_line
 from ..measure.page import run_page
@@ -29,11 +30,17 @@ log = logging.getLogger(__name__)
 
 MAX_PAGE = 200
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
-_MAX_TEXT = 200
+_MAX_TEXT, _MAX_PLAN = 200, 2000
 # Of a page to hand on: a batch of large images would make it too large for a mail.
 _MAX_IMAGES, _MAX_IMAGE_BYTES = 8, 32 * 1024 * 1024
 _KINDS = {".png": "png", ".jpg": "jpeg", ".webp": "webp"}
 _LEFT_OVER_S = 3600.0
+# What of a saved workflow shows a run, and the property that names it; see js/lib/samplers.js.
+_SAMPLERS, _REPORT, _PROPERTY = (
+    ("SpeedLabProfileSampler", "SpeedLabEnsembleSampler"),
+    "SpeedLabProfileReport",
+    "speedlab_run",
+)
 # What Markdown takes for more than a letter.
 _MARKUP, _ESCAPED = re.compile(r"([\\|`*_<\[])"), r"\\\1"
 # Where this pack lays what belongs to a run; only there, and only under the run's own id, is anything deleted.
@@ -67,16 +74,19 @@ class RunSummary:
     peak_gb: float | None
     peak_kind: str
     device: str
+    images: int
 
     def markdown(self) -> str:
         """The line as a row of a table in Markdown: date, plan, checkpoint, size, steps, sampler, seconds from text to
-        image, steps a second, peak of memory, device, run id."""
+        image, steps a second, peak of memory, device, status, run id."""
         memory = "" if self.peak_gb is None else f"{self.peak_gb:.2f} GB {self.peak_kind.upper()}"
         total = "" if self.total_ms is None else f"{self.total_ms / 1000.0:.3f} s"
         rate = "" if self.it_per_s is None else f"{self.it_per_s:.4g} it/s"
-        size = f"{_plain(self.width)}x{_plain(self.height)} x{_plain(self.batch)}"
-        texts = (self.timestamp[:16].replace("T", " "), self.plan, self.checkpoint, size, f"{_plain(self.steps)} steps",
-                 self.sampler, total, rate, memory, self.device, self.run_id)  # fmt: skip
+        known = None not in (self.width, self.height)
+        size = f"{_plain(self.width)}x{_plain(self.height)} x{_plain(self.batch) or '?'}" if known else ""
+        steps = "" if self.steps is None else f"{_plain(self.steps)} steps"
+        texts = (self.timestamp[:16].replace("T", " "), self.plan, self.checkpoint, size, steps,
+                 self.sampler, total, rate, memory, self.device, self.status, self.run_id)  # fmt: skip
         return f"| {' | '.join(_MARKUP.sub(_ESCAPED, ' '.join(text.split())) or '-' for text in texts)} |"
 
     def matches(self, words: Sequence[str]) -> bool:
@@ -91,7 +101,8 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Page:
-    """Part of the list, newest first. `next_offset` is None at the end; `skipped` files are no records of ours.
+    """Part of the list, newest first. `next_offset` is None at the end; `skipped` files are no records of ours, those
+    that have no run's name among them with the first page alone.
 
     `positions` tell for each run where it stands among all files.
     """
@@ -132,7 +143,8 @@ class RunLibrary:
         limit = max(1, min(limit, MAX_PAGE))
         runs: list[RunSummary] = []
         positions: list[int] = []
-        skipped, position = foreign, max(0, offset)
+        position = max(0, offset)
+        skipped = 0 if position else foreign
         while position < len(files) and len(runs) < limit:
             name, mtime_ns, size = files[position]
             position += 1
@@ -188,6 +200,7 @@ class RunLibrary:
     def workflow(self, run_id: str) -> dict[str, Any]:
         """What a run's first image keeps of its graph: `workflow` as the canvas has it, `prompt` as it was queued.
 
+        The workflow is one of its own and names this run: when it was queued, its nodes showed the run before.
         Raises UnknownRunError where no image is left or it keeps neither, ResultsError.
         """
         if not _artifact_paths(_mapping(loosely_from_json(self.text(run_id)).artifacts).get("images")):
@@ -202,6 +215,8 @@ class RunLibrary:
                 "The image of this run keeps no workflow: ComfyUI runs with --disable-metadata, or another program "
                 "saved the image."
             )
+        if "workflow" in found:
+            _name_run(found["workflow"], run_id)
         return found
 
     def delete(self, run_id: str) -> None:
@@ -378,7 +393,7 @@ def _summary_of(path: Path, size: int) -> RunSummary | None:
         run_id=record.run_id,
         timestamp=_text(record.timestamp),
         status=_text(record.status),
-        plan=_text(request.get("plan")),
+        plan=_text(request.get("plan"), _MAX_PLAN),
         scenario=_text(request.get("scenario")),
         checkpoint=_text(_mapping(request.get("checkpoint")).get("name")),
         sampler="/".join(filter(None, (_text(request.get("sampler")), _text(request.get("scheduler"))))),
@@ -394,15 +409,32 @@ def _summary_of(path: Path, size: int) -> RunSummary | None:
         peak_gb=_number(peaks.get("peak_rss_gb")) if vram is None else vram,
         peak_kind="ram" if vram is None else "vram",
         device=_text(_mapping(record.env).get("device")),
+        images=len(_artifact_paths(_mapping(record.artifacts).get("images"))),
     )
+
+
+def _name_run(workflow: dict[str, Any], run_id: str) -> None:
+    """Give a workflow an id that no open one has, and its nodes this run; of several samplers it may be any one's."""
+    workflow["id"] = str(uuid4())
+    graphs = [workflow, *_mappings(_mapping(workflow.get("definitions")).get("subgraphs"))]
+    nodes = [node for graph in graphs for node in _mappings(graph.get("nodes"))]
+    one = sum(node.get("type") in _SAMPLERS for node in nodes) == 1
+    for node in nodes:
+        if node.get("type") in (*_SAMPLERS, _REPORT):
+            properties = {k: v for k, v in _mapping(node.get("properties")).items() if k != _PROPERTY}
+            node["properties"] = properties | ({_PROPERTY: run_id} if one else {})
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _text(value: Any) -> str:
-    return value[:_MAX_TEXT] if isinstance(value, str) else ""
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _text(value: Any, most: int = _MAX_TEXT) -> str:
+    return value[:most] if isinstance(value, str) else ""
 
 
 def _number(value: Any) -> float | None:

@@ -141,9 +141,16 @@ async def _workflow(request: Any) -> Any:
 
 
 async def _file(request: Any) -> Any:
+    from aiohttp import web
+
     found = request.match_info
     index = _whole(found["index"], "index")
-    path = await asyncio.to_thread(lambda: _library().artifact(found["run_id"], found["kind"], index))
+    try:
+        path = await asyncio.to_thread(lambda: _library().artifact(found["run_id"], found["kind"], index))
+    except UnknownRunError:
+        if "if_there" not in request.query:
+            raise
+        return web.Response(status=204)
     shown = _SHOWN.get(path.suffix.lower())
     return _file_response(path, shown or "application/octet-stream", None if shown else path.name)
 

@@ -9,6 +9,7 @@ from .scenario import (
     ASTRONAUT,
     CHECKPOINT_SD15,
     CHECKPOINT_SDXL,
+    HUGGING_FACE,
     RTX_3090,
     S1_SETTINGS,
     NeededFile,
@@ -96,6 +97,7 @@ def _few_steps(family: str, title: str, checkpoint: NeededFile, lora: NeededFile
     )  # fmt: skip
 
 
+# Published under one name for both families, "pytorch_lora_weights.safetensors": so fetched, neither would be found.
 _LCM_SD15 = NeededFile(
     kind="lora", folder="models/loras", default="lcm-lora-sdv1-5.safetensors",
     where="LCM-LoRA for SD 1.5, on Hugging Face as latent-consistency/lcm-lora-sdv1-5",
@@ -108,7 +110,10 @@ CONTROLNET = NeededFile(
     kind="controlnet",
     folder="models/controlnet",
     default="control_v11p_sd15_canny_fp16.safetensors",
-    where="ControlNet 1.1 canny for SD 1.5 by lllyasviel; any ControlNet that fits the checkpoint will do",
+    where="ControlNet 1.1 canny for SD 1.5 by lllyasviel (any ControlNet that fits the checkpoint will do), in fp16 on "
+    "Hugging Face as comfyanonymous/ControlNet-v1-1_fp16_safetensors",
+    url=f"{HUGGING_FACE}/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
+    "control_v11p_sd15_canny_fp16.safetensors",
 )
 CONTROL_IMAGE = NeededFile(
     kind="image", folder="input", default="example.png", where="ComfyUI brings it; pick an image of yours"

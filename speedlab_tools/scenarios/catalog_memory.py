@@ -30,8 +30,9 @@ REFINER_SDXL = NeededFile(
 VAE_FP16_FIX = NeededFile(
     kind="vae",
     folder="models/vae",
-    default="sdxl_vae_fp16_fix.safetensors",
+    default="sdxl.vae.safetensors",
     where="SDXL VAE FP16 fix by madebyollin, on Hugging Face as madebyollin/sdxl-vae-fp16-fix",
+    url=f"{HUGGING_FACE}/madebyollin/sdxl-vae-fp16-fix/resolve/main/sdxl.vae.safetensors",
 )
 _ONE_PROMPT = replace(S1_SETTINGS, prompts=FOUR_PROMPTS[:1])
 

@@ -285,6 +285,19 @@ def _note(canvas: Canvas, kind: str, text: str, location: Any) -> None:
         canvas.faults.append(f"{text} ({place})")
 
 
+def serious(canvas: Any, inside: str) -> list[str]:
+    """What axe-core finds inside an element that keeps somebody from using it."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(canvas.page, context=inside, options={"resultTypes": ["violations"]}).response["violations"]
+    return [
+        f"{one['id']}: {node['html'][:160]} {node['failureSummary'][:300]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
+
+
 @pytest.fixture(scope="session")
 def workflows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Every shipped workflow by the scenario that it is of: (drag-in file, API file)."""

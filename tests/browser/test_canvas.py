@@ -12,6 +12,8 @@ from speedlab_tools.host import pack_root
 from speedlab_tools.scenarios.blueprints import BLUEPRINTS, blueprint_ui
 from speedlab_tools.scenarios.catalog import TEMPLATES
 
+from .conftest import serious
+
 pytestmark = pytest.mark.browser
 
 PANEL = "document.querySelector('.sl-panel')"
@@ -179,7 +181,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     tip = canvas.page.locator(".sl-panel .sl-tip").text_content()
     assert tip.startswith("Step 3 ·") and tip.endswith("· 1 evaluation, 1+1 rows")
 
-    saved = canvas.evaluate("() => (app.rootGraph ?? app.graph).serialize()")
+    saved = json.loads(canvas.evaluate("() => JSON.stringify((app.rootGraph ?? app.graph).serialize())"))
     node = next(n for n in saved["nodes"] if n["type"] == "SpeedLabProfileSampler")
     assert node["properties"]["speedlab_run"] == first
     assert "phases_ms" not in str(saved), "a saved workflow keeps the run's id, not the run"
@@ -191,6 +193,9 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     )
     canvas.queue()
     second = canvas.evaluate(f"() => {PANEL}.dataset.run")
+    # An undo, or a way to another tab and back: the workflow as it was before the run.
+    canvas.evaluate("(graph) => app.loadGraphData(graph)", saved)
+    canvas.page.wait_for_function(f"(run) => {PANEL}?.dataset.run === run", arg=second, timeout=20_000)
     open_sidebar(canvas)
     listed = canvas.evaluate("() => [...document.querySelectorAll('.sl-row')].map((row) => row.dataset.run)")
     assert listed[:2] == [second, first]
@@ -227,6 +232,14 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     compared = canvas.page.locator(".sl-compare")
     compared.wait_for()
     assert compared.locator(".sl-chart").count() == 2
+    pixels = "[...document.querySelectorAll('.sl-compare img')].map((one) => one.naturalWidth).join()"
+    canvas.page.wait_for_function(f"() => {pixels} === '64,64,64,64'")
+    slider, over = compared.get_by_label("A over B"), compared.locator(".sl-over img").nth(1)
+    assert over.get_attribute("alt") == "A" and "50%" in over.get_attribute("style")
+    slider.press("Home")
+    slider.press("ArrowRight")
+    assert "99%" in over.get_attribute("style"), "one part of a hundred of A"
+    assert serious(canvas, ".sl-compare") == []
     assert "seed" in compared.locator(".sl-differences").text_content()
     assert compared.locator(".sl-verdict").text_content() == verdict(told, record_of(canvas, second))
     canvas.shot("compare")
@@ -241,6 +254,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     canvas.shot("detail")
     assert canvas.evaluate(GAP) >= 4, "the arrow stands apart from the words"
     detail.locator("summary").click()
+    detail.locator("details td").first.wait_for()
     assert canvas.evaluate(LINES, "accelerators") == 1, "a word of a setting's name is whole"
     record = canvas.output / "speedlab" / "runs" / f"{second}.json"
     detail.locator("[data-act=delete]").click()
@@ -259,6 +273,42 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     for queued, words in ((True, "2.00 it/s (queued)"), (False, "2.00 it/s")):
         canvas.evaluate(SEND_LIVE, queued)
         assert canvas.evaluate(f"() => {PANEL}.querySelector('.sl-figure').textContent") == words
+
+
+RESULT = """(run_id) => {
+  const {id, nodes} = app.rootGraph ?? app.graph, of = (kind) => nodes.find((one) => one.type === kind);
+  const node = String(of("SpeedLabProfileSampler").id), total = 2;
+  const live = {node, workflow: id, run_id, run: 0, runs: 1, warmup: 0, total, summary: {}, queued: false};
+  app.api.dispatchCustomEvent("speedlab.step", {...live, first: 0, steps: [[500, 2]], state: "running"});
+  const steps = [0, 1].map((index) => ({index, cpu_ms: 500, evals: 1, cond_rows: 1, uncond_rows: 1}));
+  const speedlab = [{run_id, workflow: id, status: "ok", plan: "late", steps, summary: {}, warnings: ["Late."]}];
+  app.api.dispatchCustomEvent("executed", {node, display_node: node, output: {text: [""], speedlab}});
+  app.api.dispatchCustomEvent("speedlab.step", {...live, first: 1, steps: [[500, 2]], state: "ok"});
+}"""
+CELLS = """(run_id) => {
+  const node = String(app.graph.nodes.find((one) => one.type === "SpeedLabProfileSampler").id);
+  const speedlab = [{run_id, status: "ok", plan: "a cell", cell: "x"}];
+  const output = {text: ["of another workflow"], speedlab, speedlab_workflow: ["another"]};
+  app.api.dispatchCustomEvent("executed", {node, display_node: node, output});
+}"""
+
+
+def test_a_result_that_overtakes_the_last_step_ends_the_live_chart(open_canvas, small):
+    """Also where the workflow is loaded again, as an undo and another tab do; cells of a Benchmark are no profile."""
+    canvas = open_canvas()
+    canvas.drop(small(seed=51), "small")
+    run = "20990101-000000-000000aa"
+    for happened in ("result", "undo", "cells"):
+        if happened == "result":
+            canvas.evaluate(RESULT, run)
+        elif happened == "undo":
+            canvas.evaluate("() => app.loadGraphData((app.rootGraph ?? app.graph).serialize())")
+            canvas.page.wait_for_function(f"() => {PANEL}?.dataset.state", timeout=20_000)
+        else:
+            canvas.evaluate(CELLS, "20990101-000000-000000bb")
+        shown = canvas.evaluate(f"() => ({{...{PANEL}.dataset}})")
+        assert (shown["run"], shown["state"], shown["steps"]) == (run, "ok", "2")
+        assert "Late." in canvas.page.locator(".sl-panel .sl-notes").text_content()
 
 
 DAY = """(text) =>
@@ -437,3 +487,6 @@ def test_a_warning_under_the_chart_is_read_whole_on_the_smallest_node(open_canva
         )
         assert top + height <= whole, "the panel reaches out of its node"
         assert canvas.page.locator(".sl-panel .sl-plot").bounding_box()["height"] >= 60
+    canvas.reload()
+    canvas.page.wait_for_selector(".sl-panel .sl-bar", timeout=20_000)
+    assert "in its cache" in canvas.page.locator(".sl-panel .sl-notes").text_content(), "of the record too"

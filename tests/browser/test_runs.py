@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
+
+from .conftest import serious
 
 pytestmark = pytest.mark.browser
 
@@ -64,19 +65,12 @@ def active(canvas: Any) -> str:
     return canvas.evaluate("() => document.querySelector('.sl-active')?.dataset.run")
 
 
+def has_file(canvas: Any, number: int) -> bool:
+    return (canvas.output / "speedlab" / "runs" / f"{made_up_id(number)}.json").is_file()
+
+
 def has_row(canvas: Any, number: int) -> None:
     canvas.page.wait_for_selector(f".sl-row[data-run='{made_up_id(number)}']", timeout=60_000)
-
-
-def serious(canvas: Any, inside: str) -> list[str]:
-    """What axe-core finds inside an element that keeps somebody from using it."""
-    found = Axe().run(canvas.page, context=inside, options={"resultTypes": ["violations"]}).response["violations"]
-    return [
-        f"{one['id']}: {node['html'][:160]} {node['failureSummary'][:300]}"
-        for one in found
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"]
-    ]
 
 
 def test_ten_thousand_runs_are_a_few_elements_and_go_by_keyboard(open_canvas, made_up):
@@ -161,11 +155,23 @@ def test_ten_thousand_runs_are_a_few_elements_and_go_by_keyboard(open_canvas, ma
     file = canvas.output / "speedlab" / "runs" / f"{made_up_id(MANY - 2)}.json"
     page.keyboard.press("Escape")
     assert file.is_file() and canvas.evaluate("() => document.activeElement.className") == "sl-list"
+    assert canvas.evaluate(picked) == 0, "a question that is answered with no chooses nothing"
+    # Asked about one run, left, and asked about the next: that one it is.
+    runs.press("ArrowDown")
     runs.press("Delete")
+    runs.focus()
+    runs.press("ArrowUp")
+    runs.press("Delete")
+    # A prompt that ends has the list read again; the question stays.
+    canvas.evaluate("() => app.api.dispatchCustomEvent('execution_success', {})")
+    page.wait_for_timeout(1000)
     page.keyboard.press("Enter")
     page.wait_for_function(f"() => !document.querySelector(`.sl-row[data-run='{made_up_id(MANY - 2)}']`)")
-    assert not file.exists()
+    assert not file.exists() and has_file(canvas, MANY - 3)
     assert canvas.evaluate("() => app.graph.nodes.length") == nodes
+    runs.press("Control+Enter")
+    page.wait_for_timeout(300)
+    assert page.locator(".sl-detail").count() == 0, "ComfyUI's own key, which queues"
 
     # A filter leaves what matches, wherever it stands.
     page.locator(".sl-filter").fill("plan|0")
@@ -205,6 +211,8 @@ def test_a_run_is_handed_on_opened_again_and_compared_below(open_canvas, small, 
     runs = open_sidebar(canvas)
     runs.press("ArrowDown")
     assert canvas.evaluate(FOCUS), "the row with the keyboard is marked"
+    page.wait_for_function(f"() => document.querySelector(`[data-run='{run}'] .sl-thumb`)?.naturalWidth === 64")
+    assert page.locator(f".sl-row[data-run='{made_up_id(0)}'] .sl-thumb").count() == 0, "it saved no image"
     page.locator(f".sl-row[data-run='{run}'] .sl-mark").click()
     page.locator(f".sl-row[data-run='{made_up_id(0)}'] .sl-mark").click()
     assert serious(canvas, ".sl-tab") == []
@@ -237,6 +245,8 @@ def test_a_run_is_handed_on_opened_again_and_compared_below(open_canvas, small, 
     page.wait_for_function("() => (app.rootGraph ?? app.graph).nodes.length > 3", timeout=60_000)
     again = canvas.evaluate("() => (app.rootGraph ?? app.graph).serialize()")
     assert {(n["id"], n["type"]) for n in again["nodes"]} == {(n["id"], n["type"]) for n in workflow["nodes"]}
+    assert again["id"] != workflow["id"], "a tab of its own"
+    page.wait_for_function(f"() => {PANEL}?.dataset.run === '{run}'")
 
     # The same comparison as a tab of the bottom panel, with the two that are chosen.
     canvas.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleBottomPanelTab.speedlab-compare')")
@@ -247,7 +257,7 @@ def test_a_run_is_handed_on_opened_again_and_compared_below(open_canvas, small, 
     assert serious(canvas, ".sl-bottom") == []
     page.locator(".sl-bottom select").first.select_option(made_up_id(1))
     page.wait_for_function(
-        "(id) => document.querySelector(`.sl-bottom .sl-pair span[title='${id}']`)", arg=made_up_id(1)
+        "(id) => document.querySelector(`.sl-bottom .sl-pair span[data-run='${id}']`)", arg=made_up_id(1)
     )
 
 

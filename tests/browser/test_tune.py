@@ -10,7 +10,7 @@ import pytest
 from speedlab_tools.client.graph import Graph
 from speedlab_tools.scenarios.canvas import to_ui
 
-from .conftest import DEMO_CHECKPOINT
+from .conftest import DEMO_CHECKPOINT, serious
 
 pytestmark = pytest.mark.browser
 
@@ -82,9 +82,9 @@ def test_a_plan_of_the_front_goes_to_accelerate(open_canvas: Any, vue: bool) -> 
     if vue:
         assert canvas.page.locator("[data-node-id] .sl-scatter").count() == 1, "part of a node of the Vue renderer"
     dots = canvas.evaluate(f"() => [...{FRONT}.querySelectorAll('.sl-point')].map((d) => [...d.classList].at(-1))")
-    assert dots == ["sl-best", "sl-good", "sl-point"]
+    assert dots == ["sl-best", "sl-good", "sl-far"]
     words = canvas.page.locator(".sl-panel .sl-notes").first
-    assert words.text_content() == "deepcache(3) @ 2: 4.00 s (2.00 times as fast), error 0.050"
+    assert words.text_content() == "deepcache(3) @ 2: 4.00 s (2.00 times as fast), error 0.0500"
     canvas.page.locator(".sl-point[aria-label^='tiny']").dispatch_event("pointerenter")
     assert words.text_content().startswith("tiny @ 2: 6.00 s (1.33 times as fast)")
     assert canvas.evaluate(f"() => {FRONT}.querySelector('img').src") == PIXEL
@@ -103,7 +103,19 @@ def test_a_plan_of_the_front_goes_to_accelerate(open_canvas: Any, vue: bool) -> 
     sent = sorted(n["inputs"]["custom"] for n in made.values() if n["class_type"] == "SpeedLabAccelerate")
     assert sent == ["deepcache(3)", "deepcache(5)"]
     canvas.evaluate(SEND, {**STATE, "state": "cut", "pictures": {}})
-    assert "Cut off" in canvas.page.locator(".sl-panel [role=status]").text_content()
+    said = canvas.page.locator(".sl-panel [role=status]")
+    assert "Cut off" in said.text_content()
+    tiny = canvas.page.locator(".sl-point[aria-label^='tiny']")
+    assert tiny.get_attribute("aria-label").endswith("(within the distance asked for)")
+    tiny.focus()
+    canvas.evaluate(SEND, {**STATE, "pictures": {}})
+    assert said.text_content() == "", "it goes on"
+    assert canvas.evaluate("() => document.activeElement.dataset.name") == "tiny @ 2", "the keyboard is where it was"
+    assert serious(canvas, ".sl-panel") == []
+    canvas.reload()
+    canvas.page.wait_for_function(f"() => {FRONT}?.dataset.points === '3'", timeout=20_000)
+    assert words.text_content().startswith("deepcache(3) @ 2: 4.00 s")
+    assert canvas.evaluate(f"() => {FRONT}.querySelector('img').src") == PIXEL
 
 
 @pytest.mark.full

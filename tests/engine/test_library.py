@@ -259,19 +259,49 @@ def test_a_run_becomes_one_page_that_needs_nothing_else(store):
     assert "http" not in page.replace('http-equiv="Content', ""), "no address of anything"
     assert page.count("data:image/png;base64,") == 1
     assert page.count("<rect") == 2 and page.count("<polyline") == 1, "a bar a step, and the memory that is known"
+    assert "Times of 2 steps, the longest 100.0 ms<" in page and "None" not in page
     assert "10.00 it/s" in page and "RAM of the process, peak of each step: 1.50 to 1.50 GB" in page
 
 
 def test_a_page_of_a_record_of_another_shape_is_refused_in_words(store):
-    made = put(store, 1, steps=[{"index": "first"}], summary=SUMMARY)
-    with pytest.raises(ResultsError, match="not as this pack writes one"):
-        RunLibrary(store).page_of(made)
+    for number, strange in enumerate(({"steps": [{"index": "first"}]}, {"steps": [{**STEP, "sigma": 10**400}]})):
+        made = put(store, number, **{"summary": SUMMARY, **strange})
+        with pytest.raises(ResultsError, match="not as this pack writes one"):
+            RunLibrary(store).page_of(made)
+
+
+def test_a_first_step_beyond_the_bars_of_a_page_is_told_with_where_they_end(store):
+    made = put(store, 1, steps=[{**STEP, "cpu_ms": 900.0}, STEP, STEP], summary=SUMMARY)
+    assert "Times of 3 steps, the longest 900.0 ms; bars end at 220.0 ms" in RunLibrary(store).page_of(made)
 
 
 def test_the_workflow_of_a_run_is_read_from_its_image(store):
-    graph = {"nodes": [], "id": "\u00e4"}
+    graph = {"nodes": [], "id": "an open one's", "extra": "\u00e4"}
     made = with_image(store, 1, {"workflow": json.dumps(graph), "prompt": "no JSON", "other": "{}"})
-    assert RunLibrary(store).workflow(made) == {"workflow": graph}
+    read = RunLibrary(store).workflow(made)["workflow"]
+    assert (read.pop("id") == graph.pop("id"), read) == (False, graph)
+
+
+def test_the_workflow_of_a_run_shows_that_run_and_not_the_one_before(store):
+    """When it was queued its nodes named the run before."""
+    old = {"speedlab_run": run_id(9), "kept": 1}
+    report, other = {"type": "SpeedLabProfileReport"}, {"type": "KSampler", "properties": old}
+    sampler = {"type": "SpeedLabProfileSampler", "properties": old}
+    inner = {"definitions": {"subgraphs": [{"nodes": [sampler, 3]}, None, {"nodes": {}}]}}
+
+    def shown(number: int, **graph) -> list:
+        made = with_image(store, number, {"workflow": json.dumps(graph)})
+        read = RunLibrary(store).workflow(made)["workflow"]
+        subgraphs = read.get("definitions", {}).get("subgraphs", [])
+        return [node.get("properties") for node in [*read["nodes"], *(subgraphs[0]["nodes"][:1] if subgraphs else [])]]
+
+    named = {"speedlab_run": run_id(1)}
+    assert shown(1, nodes=[report, sampler, other]) == [named, {"kept": 1} | named, old]
+    assert shown(2, nodes=[report], **inner) == [{"speedlab_run": run_id(2)}, {"kept": 1, "speedlab_run": run_id(2)}]
+    # Of two samplers nothing tells which one made the image.
+    assert shown(3, nodes=[sampler, report, sampler]) == [{"kept": 1}, {}, {"kept": 1}]
+    strange = [{"type": ["SpeedLabProfileSampler"]}, {"type": "SpeedLabEnsembleSampler", "properties": [1]}]
+    assert shown(4, nodes=strange) == [None, {"speedlab_run": run_id(4)}]
 
 
 def test_why_a_run_has_no_workflow_is_said(store):
@@ -294,12 +324,20 @@ def test_positions_tell_where_runs_stand_among_all_files(store):
     assert library.page(0, 3).positions == (1, 2, 3), "the file at 0 is no record"
     found = library.page(0, 50, "odd")
     assert found.positions == (2, 4) and [run.run_id for run in found.runs] == [run_id(3), run_id(1)]
+    (store.runs / "notes.txt").write_text("mine")
+    pages = [library.page(offset, 2) for offset in (0, 3, 5)]
+    assert [page.skipped for page in pages] == [2, 0, 0], "a file counts in one page"
 
 
 def test_a_run_as_a_row_in_markdown_keeps_its_columns(store):
     put(store, 1, plan="a|b *c*\n[d](e)", summary={**SUMMARY, "it_per_s": 1 / 3})
     (run,) = RunLibrary(store).page().runs
     assert run.markdown() == (
-        f"| 2026-01-01 10:00 | a\\|b \\*c\\* \\[d](e) | - | 512x768 x | 2 steps | euler/normal | 1.500 s | "
-        f"0.3333 it/s | 2.50 GB RAM | a GPU | {run_id(1)} |"
+        f"| 2026-01-01 10:00 | a\\|b \\*c\\* \\[d](e) | - | 512x768 x? | 2 steps | euler/normal | 1.500 s | "
+        f"0.3333 it/s | 2.50 GB RAM | a GPU | ok | {run_id(1)} |"
+    )
+    put(store, 2, request={"plan": "long " * 100}, summary={}, status="error", phases_ms={}, memory={})
+    run = RunLibrary(store).page().runs[0]
+    assert run.markdown() == (
+        f"| 2026-01-01 10:00 | {('long ' * 100).strip()} | {'- | ' * 7}a GPU | error | {run_id(2)} |"
     )

@@ -240,6 +240,8 @@ def test_addresses_are_those_of_the_repositories_that_the_notes_name():
         "sd_xl_base_1.0.safetensors",
         "sd_xl_refiner_1.0.safetensors",
         "v1-5-pruned-emaonly.safetensors",
+        "control_v11p_sd15_canny_fp16.safetensors",
+        "sdxl.vae.safetensors",
     }
     for entry in entries:
         if entry.url:
@@ -323,4 +325,4 @@ def test_tiling_is_4096_pixels_in_tiles_and_the_fix_is_a_vae_file():
     assert [(size["width"], size["height"]) for size in sizes] == [(4096, 4096)]
     assert all(n["inputs"]["tile_size"] == 1024 for n in api if n["class_type"] == "SpeedLabVAEDecode")
     fixed = SCENARIOS["sdxl-vae-fp16-fix"].graph().find("SpeedLabVAELoader")
-    assert [node.inputs["vae_name"] for node in fixed] == ["sdxl_vae_fp16_fix.safetensors"]
+    assert [node.inputs["vae_name"] for node in fixed] == ["sdxl.vae.safetensors"]

@@ -53,6 +53,7 @@ def test_a_run_that_is_gone_can_be_asked_for_without_a_failed_request(server, ru
     there, name = ask(server, f"/speedlab/runs/{run_id}?if_there"), ask(server, "/speedlab/runs/nothing?if_there")
     assert there[0] == 200 and json.loads(there[2])["run_id"] == run_id
     assert name[0] in (204, 400, 404, 409)
+    assert [ask(server, f"{gone}/file/images/0{query}")[0] for query in ("", "?if_there")] == [404, 204]
     assert ask(server, f"{gone}/workflow")[0] == 404
     status, _, why = ask(server, f"{gone}/workflow?if_there")
     assert status == 200 and gone.rpartition("/")[2] in json.loads(why)["error"]
