@@ -191,7 +191,7 @@ def _fleet(parser: Parser) -> None:
     add("--start-timeout", type=_positive, default=300.0, metavar="SECONDS",
         help="so long may a worker take to start (default: %(default)g)")  # fmt: skip
     _model_files(
-        parser, "checkpoint file (without it a demo with random weights)", "VAE file in place of the checkpoint's",
+        parser, "checkpoint file (without it a small demo)", "VAE file in place of the checkpoint's",
         "ControlNet file", "refiner checkpoint", "LoRA file", "second LoRA file",
     )  # fmt: skip
     add = _sampling(parser, "images of one prompt", "seed of the first prompt", "runs before those").add_argument
