@@ -308,7 +308,7 @@ def test_a_result_that_overtakes_the_last_step_ends_the_live_chart(open_canvas, 
             canvas.evaluate(CELLS, "20990101-000000-000000bb")
         shown = canvas.evaluate(f"() => ({{...{PANEL}.dataset}})")
         assert (shown["run"], shown["state"], shown["steps"]) == (run, "ok", "2")
-        assert "Late." in canvas.page.locator(".sl-panel .sl-notes").text_content()
+    assert "Late." in canvas.page.locator(".sl-panel .sl-notes").text_content()
 
 
 DAY = """(text) =>
