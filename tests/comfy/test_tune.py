@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -60,10 +61,17 @@ def test_it_finds_keeps_and_reports_a_plan(tune: Any, node: Any, loaded: Any, ou
 
 
 def test_a_schedule_of_core_s_own_node_is_an_axis_and_is_in_the_workflow(
-    tune: Any, core: Any, loaded: Any, engine: Any
+    tune: Any, core: Any, loaded: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    *_, figures, _ = tune(candidates="stock\nsettings(sigmas=ays)", samplers_axis="euler/ays")
-    assert {"normal", "ays"} >= {one["scheduler"] for one in figures["plans"] if one["measured_s"]} != {"normal"}
+    found = importlib.import_module("comfy_extras.nodes_align_your_steps").AlignYourStepsScheduler
+    monkeypatch.setitem(core.NODE_CLASS_MAPPINGS, "AlignYourStepsScheduler", found)
+    extra = importlib.import_module("comfy_extras.nodes_custom_sampler")
+    for name in ("KSamplerSelect", "SamplerCustom"):
+        monkeypatch.setitem(core.NODE_CLASS_MAPPINGS, name, getattr(extra, name))
+    *_, figures, page = tune(steps=10, candidates="settings(sigmas=ays,steps=3)", samplers_axis="euler/ays")
+    assert "ays" in {one["scheduler"] for one in figures["plans"] if one["measured_s"]}, "the fastest one by far"
+    graph = json.loads(page.with_name(f"{page.stem}_workflow.json").read_text())
+    assert "AlignYourStepsScheduler" in {one["class_type"] for one in graph.values()}
     settings = engine("plans.axes").CellSettings(steps=6).with_sigmas("ays")
     node = engine("plans.techniques").sigmas_node(settings, loaded[0], core.NODE_CLASS_MAPPINGS)
     assert node == ("AlignYourStepsScheduler", {"model_type": "SD1", "steps": 6, "denoise": 1.0})
