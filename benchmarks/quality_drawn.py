@@ -320,17 +320,20 @@ def main(args: argparse.Namespace, ways: list[Way]) -> None:
     work = work_of(args.work, about["checkpoint"])
     with inference():
         model, kept = load(args.factors, images, work), Kept(work / "images.jsonl")
-        found = list(measure(model, kept, images, args.quick, ways))
+        found = [] if args.behaviour else list(measure(model, kept, images, args.quick, ways))
         seen = list(behaviour(model, kept, images, args.quick))
     date = datetime.date.today().isoformat()
     more = {"torch": torch.__version__, "date": date}
-    for kind, columns, rows in (("quality-drawn", COLUMNS, found), ("drawn-behaviour", BEHAVIOUR, seen)):
+    tables = ("quality-drawn", COLUMNS, found), ("drawn-behaviour", BEHAVIOUR, seen)
+    for kind, columns, rows in tables[1:] if args.behaviour else tables:
         path = args.results / inprocess.result_name(kind, args.device, torch.__version__, date)
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows({**row, **more} for row in rows)
         print(path)
+    if args.behaviour:
+        return
     plot = args.results / inprocess.result_name("quality-drawn", args.device, torch.__version__, date)
     draw(found, plot.with_suffix(".png"))
 

@@ -138,4 +138,4 @@ def test_a_tune_draws_while_it_runs_and_a_cancel_keeps_its_best(open_canvas: Any
     # It goes on where it stopped.
     canvas.evaluate("async () => { await app.queuePrompt(0, 1); }")
     canvas.page.wait_for_function(f"() => {FRONT}.dataset.state === 'done'", timeout=240_000)
-    assert canvas.evaluate(f"() => {FRONT}.querySelectorAll('.sl-best').length") == 1
+    assert canvas.evaluate(f"() => {FRONT}.querySelectorAll('.sl-point.sl-best').length") == 1
