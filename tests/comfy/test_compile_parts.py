@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from . import tiny_unet
-from .test_composition import _control
+from .test_composition import _control, _core_node
 from .tiny_unet import TinyUNet, relative
 
 SIZE, STEPS = (16, 16), 7
@@ -197,10 +196,9 @@ def test_controlnets_residuals_are_inputs(
 @pytest.mark.parametrize("name", ["FreeU", "FreeU_V2"])
 def test_freeu_is_traced(unet: TinyUNet, compiled: Any, cached: Any, name: str, with_cache: bool) -> None:
     """With each of its settings: another one is another program."""
-    freeu = importlib.import_module("comfy_extras.nodes_freelunch").NODE_CLASS_MAPPINGS[name]()
     pictures = []
     for scales in ((1.3, 1.4, 0.9, 0.2), (1.1, 1.2, 0.9, 0.4)):
-        (model,) = freeu.patch(unet.model, *scales)
+        model = _core_node("nodes_freelunch", name, *scales)(unet.model)
         model = cached(model, interval=2, branch=1) if with_cache else model
         pictures.append(unet.sample(model, steps=3, size=SIZE))
         assert relative(unet.sample(compiled(model, "jit_trace"), steps=3, size=SIZE), pictures[-1]) < 1e-4
@@ -209,7 +207,7 @@ def test_freeu_is_traced(unet: TinyUNet, compiled: Any, cached: Any, name: str, 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_freeu_is_refused_where_it_is_not_traced(unet: TinyUNet, compiled: Any, engine: Any, backend: str) -> None:
-    (model,) = importlib.import_module("comfy_extras.nodes_freelunch").FreeU().patch(unet.model, 1.3, 1.4, 0.9, 0.2)
+    model = _core_node("nodes_freelunch", "FreeU", 1.3, 1.4, 0.9, 0.2)(unet.model)
     with pytest.raises(engine("common.errors").SpeedLabError, match=rf"{backend}.*FreeU"):
         unet.sample(compiled(model, backend), steps=1, size=SIZE)
 
