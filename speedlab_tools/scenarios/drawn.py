@@ -6,11 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from speedlab.common.errors import SpeedLabError
+
 from .scenario import Scenario
 
 CHECKPOINT = "speedlab_demo_drawn.safetensors"
 FACTORS = Path(__file__).parents[1] / "synthetic" / "drawn" / "factors.safetensors"
 CFG = 3.0
+_LONGEST_HEADER = 10**7
 # None of these scenes was trained on.
 CAPTIONS = (
     "a white house on the left and a tree on the right on a green hill, sun on the right, day",
@@ -35,10 +38,14 @@ def is_drawn(checkpoint: str | None) -> bool:
 
 
 def side() -> int:
-    """The side in pixels of the pictures that the weights were trained on last."""
-    with FACTORS.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return int(header["__metadata__"]["side"])
+    """The side in pixels of the pictures that the weights were trained on last. Raises SpeedLabError for a file that is
+    cut off or another one, such as the pointer that a clone without large files has."""
+    try:
+        with FACTORS.open("rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))
+        return int(header["__metadata__"]["side"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SpeedLabError(f"{FACTORS} cannot be read ({error}); get it again from the repository") from error
 
 
 def on_drawn(scenario: Scenario) -> Scenario:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from speedlab.common.errors import SpeedLabError
 from speedlab.measure.drawn import world
 from speedlab_tools import demo
 from speedlab_tools.bench import models
@@ -40,6 +41,13 @@ def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(models, "demo_tiny_vae", lambda family: [tmp_path / f"tiny_{family}_decoder.safetensors"])
     monkeypatch.setattr(models, "model_folders", list)
     return path
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_weights_that_are_cut_off_or_another_file_are_named(there: Path, keep: int) -> None:
+    there.write_bytes(there.read_bytes()[:keep] if keep >= 0 else b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(SpeedLabError, match=r"factors\.safetensors cannot be read .*get it again"):
+        drawn.side()
 
 
 def chosen(*ids: str, more: tuple[str, ...] = ()) -> models.ModelChoice:
