@@ -21,11 +21,15 @@ from .data import scenes
 STEPS, SAMPLER, SCHEDULER = 25, "dpmpp_2m", "karras"
 BATCH = 8
 SHEET = 32
+GAP, GREY = 4, 128
 Rows = list[tuple[str, examiner.Score, str]]
 
 
 def examine(factors: Path, folder: Path, seed: int, count: int, side: int, cfg: float) -> float:
-    """Attribute accuracy of `count` captions. Writes `examined.csv` and a contact sheet of the first 32."""
+    """Attribute accuracy of `count` captions. Writes `examined.csv` and a contact sheet of the first 32.
+
+    Both are written after each batch, so that an interrupted call leaves what it saw.
+    """
     comfyui(folder)
     checkpoint = packed.write_drawn(folder / "drawn", factors)[0]
     model, clip, vae = importlib.import_module("comfy.sd").load_checkpoint_guess_config(str(checkpoint))[:3]
@@ -41,8 +45,9 @@ def examine(factors: Path, folder: Path, seed: int, count: int, side: int, cfg: 
             for (scene, text), picture in zip(part, drawn, strict=True)
         ]
         print(f"examined {len(rows)} of {count}: {by_kind(rows)['all']:.1%}", flush=True)
-    sheet(pictures[:SHEET]).save(folder / "examined.png")
-    _write(folder / "examined.csv", rows)
+        if start < SHEET:
+            sheet(pictures).save(folder / "examined.png")
+        _write(folder / "examined.csv", rows)
     shares = by_kind(rows)
     for name, share in shares.items():
         print(f"{name}: {share:.1%}")
@@ -84,11 +89,11 @@ def by_kind(rows: Rows) -> dict[str, float]:
 
 
 def sheet(pictures: list[world.Picture]) -> Image.Image:
-    """Pictures in rows of eight."""
-    blank = np.zeros_like(pictures[0])
-    padded = [*pictures, *[blank] * (-len(pictures) % 8)]
-    rows = [np.concatenate(padded[start : start + 8], axis=1) for start in range(0, len(padded), 8)]
-    return Image.fromarray(np.concatenate(rows, axis=0))
+    """Pictures in rows of eight, with a grey line between them: two dark ones beside each other would look like one."""
+    framed = [np.pad(picture, ((0, GAP), (0, GAP), (0, 0)), constant_values=GREY) for picture in pictures]
+    framed += [np.full_like(framed[0], GREY)] * (-len(framed) % 8)
+    rows = [np.concatenate(framed[start : start + 8], axis=1) for start in range(0, len(framed), 8)]
+    return Image.fromarray(np.concatenate(rows, axis=0)[:-GAP, :-GAP])
 
 
 def _write(path: Path, rows: Rows) -> None:
