@@ -176,7 +176,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="drawn: a few images of one setting of each way")
     options.add_argument("--behaviour", action="store_true", help="drawn: only steps, CFG and DeepCache's interval")
     options.add_argument("--seeds", type=int, help="images of each row (16, quick 4)")
-    options.add_argument("--factors", type=Path, default=FACTORS, help="drawn: the packed weights")
+    options.add_argument("--factors", type=Path, default=FACTORS["sd15"], help="drawn: the packed weights")
     options.add_argument("--work", type=Path, default=cache_root() / "quality-drawn", help="drawn: what is kept")
     options.add_argument("--device", default="amd-epyc", help="the name of this machine in the file's name")
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")

@@ -110,11 +110,11 @@ def demo_scenario() -> Scenario:
     return replace(find(BASE), plan=TINY_VAE)
 
 
-def settings_of(args: argparse.Namespace, on_cpu: bool, draws: bool) -> Settings:
-    """The demo's settings with the command line laid over them; a CPU gets a smaller image, and the model that draws
-    (`draws`) a caption and a size that it knows."""
+def settings_of(args: argparse.Namespace, on_cpu: bool, family: str | None) -> Settings:
+    """The demo's settings with the command line laid over them; a CPU gets a smaller image, and a model that draws, of
+    `family`, a caption and a size that it knows."""
     scenario = find(BASE)
-    plain = drawn.on_drawn(scenario).settings if draws else replace(scenario.settings, prompts=(LIGHTHOUSE,))
+    plain = drawn.on_drawn(scenario, family).settings if family else replace(scenario.settings, prompts=(LIGHTHOUSE,))
     seed = plain.prompts[0].seed if args.seed is None else args.seed
     return replace(
         plain,
@@ -226,8 +226,8 @@ async def _all(target: Target, args: argparse.Namespace, choice: ModelChoice, ou
     async with ComfyClient(target.url) as client:
         env = server_env(await client.system_stats())
         checkpoint = choice.checkpoints.get(BASE) or await server_checkpoint(client, demo_scenario())
-        draws = drawn.is_drawn(checkpoint)
-        settings = settings_of(args, env["device_type"] == "cpu", draws)
+        family = drawn.family_of(checkpoint)
+        settings = settings_of(args, env["device_type"] == "cpu", family)
         print(
             f"Sampling {settings.width}x{settings.height}, {settings.steps} steps, {1 + len(PLANS)} ways in turn, "
             f"on {env['device']}.",
@@ -236,7 +236,7 @@ async def _all(target: Target, args: argparse.Namespace, choice: ModelChoice, ou
         demo = Demo(client, target.pid, env, settings, checkpoint, out)
         found = await demo.in_turn()
         # Images of noise have nothing to compare.
-        return await demo.with_distances(found) if draws or args.checkpoint is not None else found
+        return await demo.with_distances(found) if family or args.checkpoint is not None else found
 
 
 def _row(run: DemoRun) -> dict[str, str]:
@@ -269,7 +269,7 @@ def report(found: Result, out: Path) -> None:
 def attributes_of(found: Result) -> list[str]:
     """What of its caption each image of the model that draws shows; nothing for another model."""
     request = found.stock.record.request
-    if not drawn.is_drawn((request.get("checkpoint") or {}).get("name")):
+    if drawn.family_of((request.get("checkpoint") or {}).get("name")) is None:
         return []
     import numpy as np
     from PIL import Image

@@ -33,9 +33,9 @@ def run(args: argparse.Namespace) -> int:
         print(note)
 
     def inputs(checkpoint: str) -> dict[str, Any]:
-        draws = drawn.is_drawn(checkpoint)
-        texts = given or ([*drawn.CAPTIONS[:4]] if draws else [LIGHTHOUSE.text])
-        side, cfg = (drawn.side(), drawn.CFG) if draws else (SIDE, CFG)
+        family = drawn.family_of(checkpoint)
+        texts = given or ([*drawn.CAPTIONS[:4]] if family else [LIGHTHOUSE.text])
+        side, cfg = (drawn.side(family), drawn.CFG) if family else (SIDE, CFG)
         return {
             "positive": "\n".join(texts), "negative": args.negative, "width": args.width or side,
             "height": args.height or side, "batch": args.batch, "steps": first,

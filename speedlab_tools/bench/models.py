@@ -26,7 +26,7 @@ from ..scenarios.scenario import Scenario
 
 DRAWS = (
     "The checkpoint is the demo model that draws simple scenes: a small one, with a small model's times, and images "
-    "only as large as those it was trained on. Random ControlNets and LoRAs disturb them. "
+    "only as large as those it was trained on. Random ControlNets, LoRAs and refiners disturb them. "
     "Give your own with --checkpoint FILE."
 )
 NOISE = (
@@ -75,23 +75,22 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
     checkpoints = {entry.id: named["checkpoint"] for entry in scenarios if named["checkpoint"] is not None}
     drawing: list[Scenario] = []
     if named["checkpoint"] is None and not args.server:
-        drawing = [entry for entry in scenarios if entry.family == "sd15"] if drawn.is_there() else []
-        drawn_files = demo_drawn() if drawing else []
-        files["vae_approx"] = drawn_files[1:]
+        drawing = [entry for entry in scenarios if drawn.is_there(entry.family)]
+        drawn_files = {family: demo_drawn(family) for family in dict.fromkeys(entry.family for entry in drawing)}
+        files["vae_approx"] = [path for paths in drawn_files.values() for path in paths[1:]]
         for entry in scenarios:
-            path = drawn_files[0] if entry in drawing else demo_checkpoint(entry.family)
+            path = drawn_files[entry.family][0] if entry in drawing else demo_checkpoint(entry.family)
             checkpoints[entry.id] = path.name
             if path not in files.setdefault("checkpoints", []):
                 files["checkpoints"].append(path)
         notes += [DRAWS] if drawing else []
         notes += [NOISE] if len(drawing) < len(scenarios) else []
-    size = "drawn" if drawing else "small"
     if not args.server:
         random_tiny, more = tiny_vae_files([entry for entry in scenarios if entry not in drawing])
         files["vae_approx"] = [*files.get("vae_approx", ()), *random_tiny]
         notes += more
         if named["controlnet"] is None and any(entry.file("controlnet") for entry in scenarios):
-            path = demo_controlnet(size)
+            path = demo_controlnet("drawn" if any(entry.file("controlnet") for entry in drawing) else "small")
             files["controlnet"], named["controlnet"] = [path], path.name
             notes.append(f"No ControlNet given with --controlnet: using random weights ({path.name}).")
         if named["refiner"] is None and any(entry.file("refiner") for entry in scenarios):
@@ -103,7 +102,7 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
             for kind in ("lora", "lora_2"):
                 mine = demo_loras.setdefault(entry.family, {})
                 if entry.file(kind) is not None and named[kind] is None and kind not in mine:
-                    path = demo_lora(entry.family, kind, size if entry in drawing else "small")
+                    path = demo_lora(entry.family, kind, "drawn" if entry in drawing else "small")
                     files.setdefault("loras", []).append(path)
                     mine[kind] = path.name
                     notes.append(f"No LoRA given with --{kind.replace('_', '-')}: using random weights ({path.name}).")

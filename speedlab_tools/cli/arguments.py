@@ -266,7 +266,10 @@ def _synthetic(parser: Parser) -> None:
     )
     lora.add_argument("--no-text-encoder", action="store_true")
     kinds.add_parser("vae", parents=[common], help="encoder and decoder of the full autoencoder")
-    kinds.add_parser("drawn", parents=[common], help="the model that draws and its Tiny VAE, below a models folder")
+    draws = kinds.add_parser(
+        "drawn", parents=[common], help="the model that draws and its Tiny VAE, below a models folder"
+    )
+    draws.add_argument("--family", choices=("sd15", "sdxl"), default="sd15")
     taesd = kinds.add_parser("taesd", parents=[common], help="encoder and decoder of a tiny autoencoder")
     taesd.add_argument("--name", choices=("taesd", "taesdxl"), default="taesd")
 

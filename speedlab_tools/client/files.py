@@ -149,17 +149,25 @@ def demo_checkpoint(family: str) -> Path:
     return path
 
 
-def demo_drawn() -> list[Path]:
-    """The model that draws in the cache, built on first use: its checkpoint, and its Tiny VAE's two files."""
+def demo_drawn(family: str = "sd15") -> list[Path]:
+    """A model that draws in the cache, built on first use: its checkpoint, and its Tiny VAE's two files."""
     models = cache_root() / "demo-models" / "drawn"
-    _synthetic("drawn", str(models))
-    tiny = (models / "vae_approx" / f"taesd_{part}.safetensors" for part in ("encoder", "decoder"))
-    return [models / "checkpoints" / "speedlab_demo_drawn.safetensors", *tiny]
+    _synthetic("drawn", str(models), "--family", family)
+    tiny = (models / "vae_approx" / f"{_tiny_name(family)}_{part}.safetensors" for part in ("encoder", "decoder"))
+    return [models / "checkpoints" / f"speedlab_demo_{_drawn_name(family)}.safetensors", *tiny]
+
+
+def _drawn_name(family: str) -> str:
+    return "drawn" if family == "sd15" else f"drawn_{family}"
+
+
+def _tiny_name(family: str) -> str:
+    return "taesd" if family == "sd15" else "taesdxl"
 
 
 def demo_tiny_vae(family: str) -> list[Path]:
     """A Tiny VAE with random weights for a family, in the cache: encoder and decoder."""
-    name = "taesd" if family == "sd15" else "taesdxl"
+    name = _tiny_name(family)
     folder = cache_root() / "demo-models" / "vae_approx"
     _synthetic("taesd", str(folder), "--name", name)
     return [folder / f"{name}_{part}.safetensors" for part in ("encoder", "decoder")]
@@ -175,7 +183,7 @@ def demo_controlnet(size: str = "small") -> Path:
 
 def demo_lora(family: str, kind: str, size: str = "small") -> Path:
     """A LoRA with random weights for the demo checkpoint of a family and size, in the cache; `kind`: lora or lora_2."""
-    layout = DEMO_FAMILIES[family] if size == "small" else size
+    layout = DEMO_FAMILIES[family] if size == "small" else _drawn_name(family)
     path = cache_root() / "demo-models" / "loras" / f"speedlab_demo_{layout}_{kind}.safetensors"
     seed = "1" if kind == "lora" else "2"
     _synthetic("lora", str(path), "--family", DEMO_FAMILIES[family], "--size", size, "--seed", seed)
@@ -191,8 +199,8 @@ def demo_vae(name: str) -> Path:
 
 def has_tiny_vae(family: str, folders: Iterable[Path]) -> bool:
     """Whether a Tiny VAE decoder that fits the family lies in `vae_approx` of one of the models folders."""
-    stem = "taesd_decoder" if family == "sd15" else "taesdxl_decoder"
-    return any(path.is_file() for folder in folders for path in (folder / "vae_approx").glob(f"{stem}.*"))
+    pattern = f"{_tiny_name(family)}_decoder.*"
+    return any(path.is_file() for folder in folders for path in (folder / "vae_approx").glob(pattern))
 
 
 def prepare_output(folder: Path) -> Path:

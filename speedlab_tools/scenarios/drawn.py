@@ -1,8 +1,9 @@
-"""Scenarios on the demo model that draws: captions in place of their prompts, at the size that it knows."""
+"""Scenarios on the demo models that draw: captions in place of their prompts, at the size that they know."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,13 @@ from speedlab.common.errors import SpeedLabError
 
 from .scenario import Scenario
 
-CHECKPOINT = "speedlab_demo_drawn.safetensors"
-FACTORS = Path(__file__).parents[1] / "synthetic" / "drawn" / "factors.safetensors"
+CHECKPOINTS: Mapping[str, str] = {
+    "sd15": "speedlab_demo_drawn.safetensors", "sdxl": "speedlab_demo_drawn_sdxl.safetensors"
+}  # fmt: skip
+_WEIGHTS = Path(__file__).parents[1] / "synthetic" / "drawn"
+FACTORS: Mapping[str, Path] = {
+    "sd15": _WEIGHTS / "factors.safetensors", "sdxl": _WEIGHTS / "factors_sdxl.safetensors"
+}  # fmt: skip
 CFG = 3.0
 _LONGEST_HEADER = 10**7
 # None of these scenes was trained on.
@@ -27,28 +33,30 @@ CAPTIONS = (
 )
 
 
-def is_there() -> bool:
-    """Whether the pack has the trained weights; without them demo checkpoints have random ones."""
-    return FACTORS.is_file()
+def is_there(family: str = "sd15") -> bool:
+    """Whether the pack has the trained weights of a family; without them its demo checkpoint has random ones."""
+    # What the others begin with is SD 1.5's.
+    return family in FACTORS and all(FACTORS[each].is_file() for each in ("sd15", family))
 
 
-def is_drawn(checkpoint: str | None) -> bool:
-    """Whether a checkpoint's name is that of the model that draws."""
-    return checkpoint == CHECKPOINT and is_there()
+def family_of(checkpoint: str | None) -> str | None:
+    """The family of the model that draws whose checkpoint has this name; None for any other checkpoint."""
+    return next((family for family, name in CHECKPOINTS.items() if name == checkpoint and is_there(family)), None)
 
 
-def side() -> int:
+def side(family: str = "sd15") -> int:
     """The side in pixels of the pictures that the weights were trained on last. Raises SpeedLabError for a file that is
     cut off or another one, such as the pointer that a clone without large files has."""
+    path = FACTORS[family]
     try:
-        with FACTORS.open("rb") as file:
+        with path.open("rb") as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))
         return int(header["__metadata__"]["side"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SpeedLabError(f"{FACTORS} cannot be read ({error}); get it again from the repository") from error
+        raise SpeedLabError(f"{path} cannot be read ({error}); get it again from the repository") from error
 
 
-def on_drawn(scenario: Scenario) -> Scenario:
+def on_drawn(scenario: Scenario, family: str = "sd15") -> Scenario:
     """The scenario with each of its texts replaced by a caption, smaller and with the guidance that the model needs.
 
     Equal texts stay equal: lanes that differ by a setting go on showing that alone.
@@ -59,7 +67,7 @@ def on_drawn(scenario: Scenario) -> Scenario:
         replace(prompt, text=CAPTIONS[texts.index(prompt.text) % len(CAPTIONS)], negative="")
         for prompt in settings.prompts
     )
-    most = side()
+    most = side(family)
     return scenario.with_settings(
         replace(
             settings,

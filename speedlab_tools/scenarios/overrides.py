@@ -78,8 +78,9 @@ def adapt(
 
     `others` are by kind. A VAE takes the place of any checkpoint's own; other kinds go where a scenario needs them.
     """
-    if drawn.is_drawn(checkpoint):
-        scenario = drawn.on_drawn(scenario)
+    family = drawn.family_of(checkpoint)
+    if family is not None:
+        scenario = drawn.on_drawn(scenario, family)
     scenario = scenario.with_settings(_with_overrides(scenario.settings, overrides))
     if checkpoint is not None:
         scenario = with_file(scenario, "checkpoint", checkpoint)

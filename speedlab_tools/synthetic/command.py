@@ -14,6 +14,7 @@ from speedlab.common.errors import SpeedLabError
 
 from ..host.progress import Reporter
 from . import CheckpointSpec, write_checkpoint, write_controlnet, write_lora, write_taesd, write_vae
+from .drawn.factors import FAMILIES
 from .drawn.packed import write_drawn
 from .files import Progress
 
@@ -52,7 +53,7 @@ def _write(options: argparse.Namespace) -> Sequence[Path]:
     if options.what == "vae":
         return [write_vae(options.path, options.seed)]
     if options.what == "drawn":
-        return write_drawn(options.path, progress=_progress("model that draws"))
+        return write_drawn(options.path, progress=_progress("model that draws"), model=FAMILIES[options.family])
     if options.what == "lora":
         spec = CheckpointSpec(options.family, options.size, options.dtype)
         text = not options.no_text_encoder

@@ -21,7 +21,7 @@ class CheckpointSpec:
 
     `full` has the exact layout of the published model. `small` keeps its text encoders, its VAE and the block
     structure that decides the family, and makes the UNet as narrow and shallow as that permits. `drawn` is the UNet of
-    the model that draws, which is of SD 1.5's family.
+    the model that draws, which is there for two families.
     Raises ValueError for a family, size or dtype that does not exist.
     """
 
@@ -34,8 +34,8 @@ class CheckpointSpec:
         for field, allowed in (("family", get_args(Family)), ("size", get_args(Size)), ("dtype", tuple(DTYPES))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(allowed)}")
-        if self.size == "drawn" and self.family != "sd15":
-            raise ValueError("size drawn is there for the family sd15 alone")
+        if self.size == "drawn" and self.family not in _DRAWN:
+            raise ValueError(f"size drawn is there for the families {' and '.join(_DRAWN)} alone")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -104,8 +104,9 @@ _SD15_SMALL = replace(
     depth_in=(1, 1, 1, 0),
     depth_out=(0, 0, 1, 1, 1, 1, 0, 0),
 )
-# The model that draws. ComfyUI knows SD 1.x by 320 channels and a context of 768.
-DRAWN = replace(
+# The models that draw. ComfyUI knows SD 1.x by 320 channels and a context of 768, and Vega by its
+# depths of the input half.
+_DRAWN_SD15 = replace(
     _SD15,
     channel_mult=(1, 1, 1),
     num_res_blocks=1,
@@ -125,6 +126,7 @@ _SDXL = UNetConfig(
 )
 _SSD1B = replace(_SDXL, depth_in=(0, 0, 2, 2, 4, 4), depth_out=(4, 4, 10, 2, 1, 1, 0, 0, 0), depth_middle=-1)
 _VEGA = replace(_SDXL, depth_in=(0, 0, 1, 1, 2, 2), depth_out=(2, 2, 2, 1, 1, 1, 0, 0, 0), depth_middle=-1)
+_DRAWN_VEGA = replace(_VEGA, channel_mult=(1, 1, 1), depth_out=(0, 0, 0, 1, 0, 1, 0, 0, 0))
 _REFINER = UNetConfig(
     model_channels=384,
     channel_mult=(1, 2, 4, 4),
@@ -159,11 +161,12 @@ _FULL: dict[Family, UNetConfig] = {
     "vega": _VEGA,
     "sdxl_refiner": _REFINER,
 }
+_DRAWN: dict[Family, UNetConfig] = {"sd15": _DRAWN_SD15, "vega": _DRAWN_VEGA}
 
 
 def architecture(spec: CheckpointSpec) -> Architecture:
     """UNet and text encoder configurations of `spec`."""
-    unet = DRAWN if spec.size == "drawn" else _FULL[spec.family]
+    unet = (_DRAWN if spec.size == "drawn" else _FULL)[spec.family]
     if spec.size == "small":
         unet = _shrink(spec.family, unet)
     return Architecture(unet, _TEXT[spec.family])

@@ -6,7 +6,7 @@ import importlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from speedlab.measure.drawn import examiner, world
-from speedlab_tools.synthetic.drawn import latents, packed
-from speedlab_tools.synthetic.train import autoencoder, data, examine
-from speedlab_tools.synthetic.train.net import UNet
+from speedlab_tools.synthetic.drawn import factors, latents, packed
+from speedlab_tools.synthetic.drawn.factors import SD15, SDXL
+from speedlab_tools.synthetic.train import autoencoder, captions, data, examine
+from speedlab_tools.synthetic.train.net import UNet, embed_whole
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_the_checkpoint_loads_whole_samples_and_computes_what_was_trained(
     model_files: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    file, factors, decoder = untrained
+    file, weights, decoder = untrained
     paths = packed.write_drawn(file.parent / "models", file)
     written = [path.stat().st_mtime_ns for path in paths]
     assert [path.stat().st_mtime_ns for path in packed.write_drawn(file.parent / "models", file)] == written
@@ -62,10 +63,10 @@ def test_the_checkpoint_loads_whole_samples_and_computes_what_was_trained(
 
     texts = ["a big red circle on the left, blue background", ""]
     positive, negative = (core.CLIPTextEncode().encode(clip, text)[0] for text in texts)
-    assert positive[0][0].shape == (1, data.TOKENS, data.WIDTH)
+    assert positive[0][0].shape == (1, data.TOKENS, 768)
     unet = model.model.diffusion_model.float()
     net = UNet()
-    net.load_state_dict(factors)
+    net.load_state_dict(weights)
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     t, context = torch.tensor([801.0, 40.0]), torch.cat([positive[0][0], negative[0][0]]).float()
     expected = net(x, t, context)
@@ -105,6 +106,52 @@ def test_the_checkpoint_loads_whole_samples_and_computes_what_was_trained(
     )
 
 
+def test_comfyui_knows_the_second_model_for_vega_and_computes_what_was_trained(comfy: ModuleType) -> None:
+    net = UNet(0, SDXL)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    weights = {f"model.diffusion_model.{n}": tensor for n, tensor in factors.merged(net.state_dict(), SDXL).items()}
+    config = importlib.import_module("comfy.model_detection").model_config_from_unet(weights, "model.diffusion_model.")
+    assert type(config).__name__ == "Segmind_Vega"
+    patcher = importlib.import_module("comfy.sd").load_diffusion_model_state_dict(dict(weights))
+    model = patcher.model
+    assert model.model_type == comfy.model_base.ModelType.EPS and model.latent_format.scale_factor == SDXL.latent_scale
+
+    x, t = torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([801.0, 40.0])
+    context, pooled = torch.randn(2, 77, 2048, generator=generator), torch.randn(2, 1280, generator=generator)
+    sizes = {"height": 512, "width": 256, "target_height": 640, "target_width": 384}
+    told = torch.tensor([[512, 256, 0, 0, 640, 384]]).float()
+    for given, expected in ((sizes, told), ({}, torch.tensor([data.SIZES]).float())):
+        whole = model.encode_adm(device="cpu", pooled_output=pooled, **given)
+        torch.testing.assert_close(embed_whole(pooled, expected.expand(2, -1)), whole, rtol=0, atol=1e-4)
+    unet = model.diffusion_model.float()
+    found = net(x, t, context, whole)
+    torch.testing.assert_close(unet(x, t, context=context, y=whole), found, rtol=2e-3, atol=2e-3)
+    assert (found - x).std() > 0.05
+    assert (found - net(x, t, context.flip(0), whole)).std() > 0.01
+
+
+@pytest.mark.full
+def test_the_captions_of_the_second_model_are_what_comfyui_gives(
+    comfy: ModuleType, tmp_path: Path, small_checkpoint: Callable[[str], Path]
+) -> None:
+    file = small_checkpoint("vega")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "demo_vega.safetensors").symlink_to(file)
+    encode = captions.encoder(tmp_path, SDXL)
+    texts = ["", "a small green star on the top, white background"]
+    rows = encode(texts)
+    clip = importlib.import_module("comfy.sd").load_checkpoint_guess_config(
+        str(file), output_vae=False, output_model=False
+    )[1]
+    for text, row in zip(texts, rows, strict=True):
+        tokens, about = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+        expected = torch.cat([tokens.flatten(), about["pooled_output"].flatten()])
+        torch.testing.assert_close(row, expected.float(), rtol=0.05, atol=0.05)
+
+
 def test_every_word_of_the_grammar_is_one_token(comfy: ModuleType, parts: Any) -> None:
     clip = parts[1]
     words: set[str] = set()
@@ -123,7 +170,7 @@ def test_the_stored_captions_are_what_comfyui_gives(comfy: ModuleType, parts: An
     clip = parts[1]
     texts = ["", "a small green star on the top, white background", "a tree on the left on the snow"]
     sections = [section for text in texts for section in clip.tokenize(text)["l"]]
-    together = clip.encode_from_tokens({"l": sections}).reshape(-1, data.TOKENS, data.WIDTH)
+    together = clip.encode_from_tokens({"l": sections}).reshape(-1, data.TOKENS, 768)
     for text, row in zip(texts, together, strict=True):
         alone = clip.encode_from_tokens(clip.tokenize(text))[0]
         torch.testing.assert_close(row, alone, rtol=1e-3, atol=1e-3)
@@ -135,12 +182,12 @@ def drawn_parts(pack: ModuleType, untrained: tuple, model_files: Path, tmp_path:
     """Model, text encoder and VAE through Load Checkpoint (SpeedLab), and an output folder of the test's own."""
     folder_paths = importlib.import_module("folder_paths")
     file = untrained[0]
-    target = model_files / "checkpoints" / packed.CHECKPOINT
+    target = model_files / "checkpoints" / SD15.checkpoint
     target.unlink(missing_ok=True)
     target.symlink_to(packed.write_drawn(file.parent / "models", file)[0])
     before = folder_paths.get_output_directory()
     folder_paths.set_output_directory(str(tmp_path))
-    yield pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]().load(packed.CHECKPOINT, "auto", "contiguous")[:3]
+    yield pack.NODE_CLASS_MAPPINGS["SpeedLabCheckpointLoader"]().load(SD15.checkpoint, "auto", "contiguous")[:3]
     folder_paths.set_output_directory(before)
     target.unlink()
 
@@ -176,7 +223,7 @@ def test_benchmark_tells_the_attributes_of_the_model_that_draws(node: Any, drawn
     assert "attributes" not in (records[-1]["quality"] or {})
     # A core loader leaves no source on the model; the graph names its file.
     prompt = {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": packed.CHECKPOINT}},
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": SD15.checkpoint}},
         "2": {"class_type": "SpeedLabBenchmark", "inputs": {"model": ["1", 0]}},
     }
     plain = model.clone()

@@ -17,22 +17,32 @@ from speedlab_tools.cli.arguments import parse
 from speedlab_tools.scenarios import drawn
 from speedlab_tools.scenarios.catalog import SCENARIOS
 from speedlab_tools.scenarios.overrides import Overrides, adapt
-from speedlab_tools.scenarios.scenario import STOCK
-from speedlab_tools.synthetic.drawn import packed
+from speedlab_tools.scenarios.scenario import STOCK, Scenario
+from speedlab_tools.synthetic.drawn.factors import FAMILIES
 from speedlab_tools.synthetic.train import data
 
 SIDE = 256
+CHECKPOINT = drawn.CHECKPOINTS["sd15"]
+
+
+def weights(path: Path, side: int) -> None:
+    header = json.dumps({"__metadata__": {"side": str(side), "step": "3", "checkpoint": "0"}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A file of weights that says its side, and demo files that are only named."""
-    header = json.dumps({"__metadata__": {"side": str(SIDE), "step": "3", "checkpoint": "0"}}).encode()
+    """A file of weights of SD 1.5 that says its side, none of SDXL's, and demo files that are only named."""
     path = tmp_path / "factors.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header)
-    monkeypatch.setattr(drawn, "FACTORS", path)
-    names = ["checkpoints/speedlab_demo_drawn", "vae_approx/taesd_encoder", "vae_approx/taesd_decoder"]
-    monkeypatch.setattr(models, "demo_drawn", lambda: [tmp_path / f"{name}.safetensors" for name in names])
+    weights(path, SIDE)
+    monkeypatch.setattr(drawn, "FACTORS", {"sd15": path, "sdxl": tmp_path / "factors_sdxl.safetensors"})
+
+    def demo_drawn(family: str) -> list[Path]:
+        tiny = {"sd15": "taesd", "sdxl": "taesdxl"}[family]
+        names = [drawn.CHECKPOINTS[family], f"{tiny}_encoder.safetensors", f"{tiny}_decoder.safetensors"]
+        return [tmp_path / name for name in names]
+
+    monkeypatch.setattr(models, "demo_drawn", demo_drawn)
     monkeypatch.setattr(models, "demo_checkpoint", lambda family: tmp_path / f"random_{family}.safetensors")
     monkeypatch.setattr(models, "demo_controlnet", lambda size: tmp_path / f"{size}_controlnet.safetensors")
     monkeypatch.setattr(
@@ -57,7 +67,7 @@ def chosen(*ids: str, more: tuple[str, ...] = ()) -> models.ModelChoice:
 def test_scenarios_of_sd15_draw_and_the_others_stay(there: Path) -> None:
     choice = chosen("txt2img-default", "sdxl-tiny-vae")
     assert choice.checkpoints == {
-        "txt2img-default": packed.CHECKPOINT, "sdxl-tiny-vae": "random_sdxl.safetensors"
+        "txt2img-default": CHECKPOINT, "sdxl-tiny-vae": "random_sdxl.safetensors"
     }  # fmt: skip
     assert [path.name for path in choice.files["vae_approx"]] == [
         "taesd_encoder.safetensors", "taesd_decoder.safetensors", "tiny_sdxl_decoder.safetensors"
@@ -68,6 +78,25 @@ def test_scenarios_of_sd15_draw_and_the_others_stay(there: Path) -> None:
     given.write_bytes(_one_tensor())
     own = chosen("txt2img-default", more=("--checkpoint", str(given)))
     assert own.checkpoints == {"txt2img-default": "own.safetensors"} and models.DRAWS not in own.notes
+
+
+def test_scenarios_of_sdxl_draw_where_their_weights_are_there(there: Path) -> None:
+    checkpoint = drawn.CHECKPOINTS["sdxl"]
+    plain = SCENARIOS["sdxl-tiny-vae"]
+    assert adapt(plain, Overrides(), checkpoint).settings == plain.settings
+    weights(drawn.FACTORS["sdxl"], SIDE // 2)
+    choice = chosen("txt2img-default", "sdxl-tiny-vae")
+    assert choice.checkpoints == {"txt2img-default": CHECKPOINT, "sdxl-tiny-vae": checkpoint}
+    assert [path.name for path in choice.files["vae_approx"]] == [
+        "taesd_encoder.safetensors", "taesd_decoder.safetensors",
+        "taesdxl_encoder.safetensors", "taesdxl_decoder.safetensors",
+    ]  # fmt: skip
+    assert models.DRAWS in choice.notes and models.NOISE not in choice.notes
+    after = adapt(plain, Overrides(), checkpoint).settings
+    assert (after.width, after.height, after.cfg) == (SIDE // 2, SIDE // 2, drawn.CFG)
+    assert all(world.scene_of(prompt.text) is not None for prompt in after.prompts)
+    there.unlink()  # what the second model begins with
+    assert chosen("sdxl-tiny-vae").checkpoints == {"sdxl-tiny-vae": "random_sdxl.safetensors"}
 
 
 def _one_tensor() -> bytes:
@@ -88,7 +117,7 @@ def test_files_beside_the_checkpoint_are_of_its_layout(there: Path) -> None:
     "scenario", [one for one in SCENARIOS.values() if one.family == "sd15"], ids=lambda one: one.id
 )
 def test_every_text_becomes_a_caption_and_equal_ones_stay_equal(there: Path, scenario) -> None:
-    wanted = adapt(scenario, Overrides(), packed.CHECKPOINT)
+    wanted = adapt(scenario, Overrides(), CHECKPOINT)
     before, after = scenario.settings, wanted.settings
     assert all(world.scene_of(prompt.text) is not None and prompt.negative == "" for prompt in after.prompts)
     assert [prompt.name for prompt in after.prompts] == [prompt.name for prompt in before.prompts]
@@ -100,24 +129,36 @@ def test_every_text_becomes_a_caption_and_equal_ones_stay_equal(there: Path, sce
         if node.class_type in ("SpeedLabTextEncode", "CLIPTextEncode")
     ]
     assert all(not text or world.scene_of(text) for text in texts if isinstance(text, str))
-    assert adapt(scenario, Overrides(width=512, steps=7), packed.CHECKPOINT).settings.width == 512
+    assert adapt(scenario, Overrides(width=512, steps=7), CHECKPOINT).settings.width == 512
     assert adapt(scenario, Overrides(), "own.safetensors").settings == before
+
+
+@pytest.mark.parametrize(
+    "scenario", [one for one in SCENARIOS.values() if one.family == "sdxl"], ids=lambda one: one.id
+)
+def test_every_text_of_sdxl_becomes_a_caption_too(there: Path, scenario: Scenario) -> None:
+    weights(drawn.FACTORS["sdxl"], SIDE)
+    wanted = adapt(scenario, Overrides(), drawn.CHECKPOINTS["sdxl"])
+    assert all(world.scene_of(prompt.text) for prompt in wanted.settings.prompts)
+    texts = [node.inputs.get("text") for node in wanted.graph().nodes if node.class_type.endswith("TextEncode")]
+    assert all(not text or world.scene_of(text) for text in texts if isinstance(text, str))
 
 
 def test_the_demo_draws_what_it_asks_for(there: Path) -> None:
     args = parse("demo", [])[0]
-    settings = demo.settings_of(args, True, True)
+    settings = demo.settings_of(args, True, "sd15")
     assert (settings.width, settings.height, settings.cfg) == (SIDE, SIDE, drawn.CFG)
     assert world.scene_of(settings.prompts[0].text) is not None
-    assert demo.settings_of(args, True, False).width == demo.CPU_SIDE
-    assert demo.settings_of(parse("demo", ["--width", "512", "--seed", "4"])[0], False, True).width == 512
+    assert demo.settings_of(args, True, None).width == demo.CPU_SIDE
+    assert demo.settings_of(parse("demo", ["--width", "512", "--seed", "4"])[0], False, "sd15").width == 512
 
 
 def test_the_captions_are_of_scenes_that_nothing_was_trained_on() -> None:
     scenes = [world.scene_of(text) for text in drawn.CAPTIONS]
     assert len(set(scenes)) == len(drawn.CAPTIONS)
     assert all(scene is not None and data.is_held_out(scene) for scene in scenes)
-    assert packed.CHECKPOINT == drawn.CHECKPOINT and packed.PACKED == drawn.FACTORS
+    assert {family: model.checkpoint for family, model in FAMILIES.items()} == drawn.CHECKPOINTS
+    assert {family: model.packed for family, model in FAMILIES.items()} == drawn.FACTORS
 
 
 def test_the_demo_tells_what_each_image_shows(there: Path, make_record, tmp_path: Path) -> None:
@@ -128,7 +169,7 @@ def test_the_demo_tells_what_each_image_shows(there: Path, make_record, tmp_path
         scene = world.scene_of(shown)
         assert scene is not None
         Image.fromarray(world.draw(scene, world.generator(1), SIDE)).save(path)
-        request = {"checkpoint": {"name": packed.CHECKPOINT}, "prompt": text}
+        request = {"checkpoint": {"name": CHECKPOINT}, "prompt": text}
         runs.append(demo.DemoRun(plan, make_record(request=request), (path,)))
     asked, stock, fast = demo.attributes_of(demo.Result(tuple(runs), 1))
     assert text in asked and stock.strip() == "stock: 6 of 6"

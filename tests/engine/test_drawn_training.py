@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,25 @@ from safetensors.torch import load_file, save_file
 from speedlab.common.errors import SpeedLabError
 from speedlab.measure.drawn import world
 from speedlab_tools.synthetic.drawn import factors, latents, packed
-from speedlab_tools.synthetic.train import autoencoder, data, diffusion
-from speedlab_tools.synthetic.train.__main__ import PLAN, STAGES, main
-from speedlab_tools.synthetic.train.net import UNet
+from speedlab_tools.synthetic.drawn.factors import FAMILIES, SD15, SDXL, Model
+from speedlab_tools.synthetic.train import autoencoder, begin, data, diffusion
+from speedlab_tools.synthetic.train.__main__ import PLAN, PLAN_WITH_BASE, STAGES, Plan, main
+from speedlab_tools.synthetic.train.net import UNet, embed_whole
 from speedlab_tools.synthetic.train.optimiser import orthogonal
 
 
 def encode(texts: Sequence[str]) -> torch.Tensor:
     """A stand-in for the text encoder's numbers: random ones that follow the text."""
-    drawn = [
-        np.random.default_rng(list(text.encode()) or 0).standard_normal((data.TOKENS, data.WIDTH)) for text in texts
-    ]
+    drawn = [np.random.default_rng(list(text.encode()) or 0).standard_normal(SD15.numbers) for text in texts]
     return torch.from_numpy(np.stack(drawn)).float()
+
+
+def encode_wider(texts: Sequence[str]) -> torch.Tensor:
+    """The same numbers among more: tokens of 2048, and 1280 for the whole text."""
+    tokens = torch.zeros(len(texts), 77, 2048)
+    tokens[:, :, 100:868] = 2.0 * encode(texts).unflatten(1, (77, 768))
+    whole = torch.stack([torch.full((1280,), float(len(text) % 5)) for text in texts])
+    return torch.cat([tokens.flatten(1), whole], dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +46,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(folder: Path, stage: str, until: int) -> None:
-    assert main([stage, "--out", str(folder), "--captions", "6", "--until", str(until), "--batch", "2", "--side", "64",
-                 "--fp32"]) == 0  # fmt: skip
+def train(folder: Path, stage: str, until: int, *more: str) -> None:
+    assert main([stage, *more, "--out", str(folder), "--captions", "6", "--until", str(until), "--batch", "2",
+                 "--side", "64", "--fp32"]) == 0  # fmt: skip
 
 
 def state(folder: Path, stage: str) -> dict:
@@ -138,13 +146,15 @@ def test_the_decoder_begins_as_a_mosaic_and_learns(trained: Path) -> None:
 def test_the_unet_begins_as_the_noise_itself() -> None:
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        predicted = UNet()(x, torch.tensor([900.0, 300.0]), encode(["a", "b"]))
+        predicted = UNet()(x, torch.tensor([900.0, 300.0]), encode(["a", "b"]).unflatten(1, (77, 768)))
     torch.testing.assert_close(predicted, x, rtol=0.2, atol=0.1)
 
 
-def test_the_net_has_the_checkpoint_s_names_and_shapes() -> None:
-    merged = factors.merged(UNet().state_dict())
-    expected = {name: weight.shape for name, weight in factors.unet().items()}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_net_has_the_checkpoint_s_names_and_shapes(family: str) -> None:
+    model = FAMILIES[family]
+    merged = factors.merged(UNet(0, model).state_dict(), model)
+    expected = {name: weight.shape for name, weight in factors.unet(model).items()}
     assert {name: tuple(tensor.shape) for name, tensor in merged.items()} == expected
 
 
@@ -166,7 +176,7 @@ def test_packing_keeps_the_weights_within_a_hundredth_and_twelve_megabytes(train
     merged = factors.merged(again)
     for name in ("input_blocks.1.0.in_layers.2.weight", "middle_block.1.transformer_blocks.0.attn2.to_k.weight"):
         built = torch.empty(layout[f"model.diffusion_model.{name}"].shape)
-        layout[f"model.diffusion_model.{name}"].adjust(built)  # type: ignore[misc]
+        layout[f"model.diffusion_model.{name}"].adjust(built)
         torch.testing.assert_close(built, merged[name], rtol=1e-4, atol=1e-6)
 
 
@@ -259,12 +269,13 @@ def test_training_goes_on_from_packed_factors(trained: Path, tmp_path: Path) -> 
     assert ",1e-05," in (tmp_path / "unet.csv").read_text()  # the rate rises anew
 
 
-def test_the_whole_plan_has_every_stage_and_goes_onwards() -> None:
-    assert {stage for stage, _ in PLAN} == set(STAGES)
+@pytest.mark.parametrize(("plan", "stages"), [(PLAN, {*STAGES}), (PLAN_WITH_BASE, {*STAGES} - {"decoder"})])
+def test_the_whole_plan_has_every_stage_and_goes_onwards(plan: Plan, stages: set[str]) -> None:
+    assert {stage for stage, _ in plan} == stages
     for stage in ("decoder", "unet"):
-        steps = [changes["until"] for name, changes in PLAN if name == stage]
+        steps = [changes["until"] for name, changes in plan if name == stage]
         assert steps == sorted(steps)
-    assert [stage for stage, _ in PLAN][-2:] == ["pack", "examine"]
+    assert [stage for stage, _ in plan][-2:] == ["pack", "examine"]
 
 
 def test_packing_without_training_says_what_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,3 +313,81 @@ def test_orthogonal_steps_have_singular_values_near_one() -> None:
         assert values.max() < 1.4
         left, _, right = torch.linalg.svd(given, full_matrices=False)
         torch.testing.assert_close(found, left @ right, rtol=0.0, atol=0.3)
+
+
+@pytest.fixture(scope="module")
+def second(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The second model, with a base of four steps."""
+    file = tmp_path_factory.mktemp("base") / "factors.safetensors"
+    weights = state(trained, "unet")["ema"], state(trained, "decoder")["ema"]
+    packed.save_packed(file, packed.pack(*weights), step=4, side=64)
+    return replace(SDXL, base=replace(SD15, packed=file))
+
+
+def captions_of_both(folder: Path, model: Model) -> tuple[data.Pool, data.Pool]:
+    assert model.base is not None
+    return (
+        data.open_pool(folder / "captions", 0, 6, encode_wider, model=model),
+        data.open_pool(folder / "captions_sd15", 0, 6, encode, model=model.base),
+    )
+
+
+def test_the_second_model_begins_as_its_base(second: Model, tmp_path: Path) -> None:
+    """With as many heads it computes the very same, from encodings in which a matrix finds those of the base."""
+    assert second.base is not None
+    alike = replace(second, heads=second.base.heads)
+    own, theirs = captions_of_both(tmp_path, alike)
+    net, base = UNet(0, alike), UNet()
+    net.load_state_dict(begin.from_base(net, own, theirs))
+    base.load_state_dict(packed.unpack(packed.load_packed(second.base.packed)[0])[0])
+    x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([900.0, 100.0])
+    (context, pooled), (theirs_context, _) = own.given(slice(1, 3)), theirs.given(slice(1, 3))
+    with torch.no_grad():
+        expected = base(x, t, theirs_context)
+        found = net(x, t, context, embed_whole(pooled, data.draw_sizes(2, np.random.default_rng(0))))
+    assert (expected - x).std() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_second_model_trains_and_stores_what_is_its_own(
+    second: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(FAMILIES, "sdxl", second)
+    begun = captions_of_both(tmp_path, second)
+    net = UNet(0, second)
+    before = begin.from_base(net, *begun)
+    for until in (2, 3):
+        train(tmp_path, "unet", until, "--family", "sdxl")
+    kept = state(tmp_path, "unet")
+    assert kept["step"] == 3
+    shared = {name for name in before if second.shares(name)}
+    assert {name for name, tensor in kept["net"].items() if torch.equal(tensor, before[name])} == shared
+    assert "middle_block.0.in_layers.2.first" in shared
+    assert not {name for name in shared if ".attn" in name or "label_emb" in name}
+
+    file = tmp_path / "factors.safetensors"
+    assert main(["pack", "--out", str(tmp_path), "--packed", str(file), "--family", "sdxl"]) == 0
+    assert file.stat().st_size < 8e6
+    assert not {name for name in load_file(file) if second.shares(name) or name.startswith("decoder.")}
+    tensors, about = packed.load_packed(file, second)
+    assert packed.checkpoint_hash(tensors, second) == about["checkpoint"]
+    again = packed.unpack(tensors)[0]
+    net.load_state_dict(again)
+    whole, back = factors.merged(kept["ema"], second), factors.merged(again, second)
+    for name, tensor in whole.items():
+        assert (back[name] - tensor).norm() <= 0.015 * tensor.norm() + 1e-3, name
+
+    # It goes on from what was packed, and only with the base that it was packed with.
+    (tmp_path / "unet.pt").unlink()
+    train(tmp_path, "unet", 4, "--family", "sdxl", "--start", str(file))
+    assert state(tmp_path, "unet")["begun"] == 3
+    assert second.base is not None
+    other = tmp_path / "base.safetensors"
+    base = load_file(second.base.packed)
+    base["out.2.weight"] = base["out.2.weight"] * 2
+    save_file(base, other)
+    changed = replace(second, base=replace(second.base, packed=other))
+    with pytest.raises(SpeedLabError, match="builds another checkpoint"):
+        packed.write_drawn(tmp_path / "models", file, model=changed)
+    assert main(["decoder", "--out", str(tmp_path), "--family", "sdxl"]) == 2
+    assert "has the decoder of the model" in capsys.readouterr().err

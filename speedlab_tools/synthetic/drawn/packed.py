@@ -23,21 +23,20 @@ from ..files import Layout, Progress, Weight, describe, is_current, refuse_forei
 from ..spec import CheckpointSpec, architecture
 from ..taesd import decoder_layout
 from . import factors, latents
-from .factors import Tensors
+from .factors import SD15, Model, Tensors
 
-PACKED = Path(__file__).with_name("factors.safetensors")
-CHECKPOINT = "speedlab_demo_drawn.safetensors"
-# ComfyUI divides latents by this before it decodes them; TAESD's layout has a number that takes it back.
-_LATENT_SCALE = 0.18215
 _DECODER = "decoder."
 _LIMIT = 127
 
 
-def pack(unet: Mapping[str, torch.Tensor], decoder: Mapping[str, torch.Tensor]) -> Tensors:
-    """What goes into the repository: matrices in 8 bits with a scale a row, everything else in fp16."""
+def pack(unet: Mapping[str, torch.Tensor], decoder: Mapping[str, torch.Tensor], model: Model = SD15) -> Tensors:
+    """What goes into the repository: matrices in 8 bits with a scale a row, everything else in fp16.
+
+    Of a model with a base only what is its own; it has the base's decoder.
+    """
     packed: Tensors = {}
     for name, tensor in unet.items():
-        if name.endswith(".second"):
+        if name.endswith(".second") or model.shares(name):
             continue
         if not name.endswith(".first"):
             packed[name] = tensor.to(torch.float16).contiguous()
@@ -47,7 +46,7 @@ def pack(unet: Mapping[str, torch.Tensor], decoder: Mapping[str, torch.Tensor]) 
         # The scales of the first matrix's rows are the second's columns'.
         second, rows = _rounded(unet[f"{layer}.second"].double() * scale)
         packed |= {name: first, f"{layer}.second": second, f"{layer}.rows": rows.float()}
-    for name, tensor in decoder.items():
+    for name, tensor in decoder.items() if model.base is None else ():
         # Outside of blocks a row has one large number, the way of the mean colour, and 8 bits would lose the others.
         if tensor.dim() == 4 and ".conv." in name:
             whole, rows = _rounded(tensor)
@@ -90,13 +89,14 @@ def _column(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return rows.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def checkpoint_layout(packed: Mapping[str, torch.Tensor]) -> Layout:
+def checkpoint_layout(packed: Mapping[str, torch.Tensor], model: Model = SD15) -> Layout:
     """Every parameter of the checkpoint, those of the packed file with their values."""
     layout = Layout()
-    unet = factors.unet()
-    for name, weight in unet.items():
+    for name, weight in factors.unet(model).items():
         layer = name.removesuffix(".weight")
-        if f"{layer}.first" in packed:
+        if model.hands_on(name.rpartition(".")[0]):
+            value = factors.handed_on(weight.shape)
+        elif f"{layer}.first" in packed:
             first, second = packed[f"{layer}.first"], packed[f"{layer}.second"]
             whole = factors.multiply(first.float(), second.float())  # integers below 2^24: exact in any order
             value = whole * _column(packed[f"{layer}.rows"], whole)
@@ -109,9 +109,9 @@ def checkpoint_layout(packed: Mapping[str, torch.Tensor]) -> Layout:
         rows = packed.get(f"{_DECODER}{name}.rows")
         value = value if rows is None else value * _column(rows, value)
         layout[f"{VAE_PREFIX}taesd_decoder.{name}"] = _fixed(value, weight.shape)
-    layout[f"{VAE_PREFIX}vae_scale"] = Weight((), mean=_LATENT_SCALE)
+    layout[f"{VAE_PREFIX}vae_scale"] = Weight((), mean=model.latent_scale)
     layout[f"{VAE_PREFIX}vae_shift"] = Weight(())
-    for text in architecture(CheckpointSpec("sd15")).text:
+    for text in architecture(CheckpointSpec(model.family)).text:
         layout.update(text_layout(text))
     return layout
 
@@ -126,52 +126,69 @@ def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
     tensor.copy_(value)
 
 
-def save_packed(path: Path, packed: Tensors, step: int, side: int) -> None:
+def save_packed(path: Path, packed: Tensors, step: int, side: int, model: Model = SD15) -> None:
     """Write the packed file with the hash of the checkpoint that it builds, and the side of the pictures it knows."""
-    save_file(packed, path, {"step": str(step), "side": str(side), "checkpoint": checkpoint_hash(packed)})
+    known = checkpoint_hash(_complete(packed, model), model)
+    save_file(packed, path, {"step": str(step), "side": str(side), "checkpoint": known})
 
 
-def checkpoint_hash(packed: Mapping[str, torch.Tensor]) -> str:
+def checkpoint_hash(packed: Mapping[str, torch.Tensor], model: Model = SD15) -> str:
     """sha256 over the trained weights of the checkpoint as they are written, in order; the text encoder is drawn."""
     from ..files import draw
 
     digest = hashlib.sha256()
-    for name, weight in checkpoint_layout(packed).items():
+    for name, weight in checkpoint_layout(packed, model).items():
         if weight.adjust is not None:
             digest.update(name.encode())
             digest.update(draw(name, weight, 0, torch.float16, "cpu").numpy().tobytes())
     return digest.hexdigest()
 
 
-def load_packed(path: Path = PACKED) -> tuple[Tensors, dict[str, str]]:
-    """The packed file's tensors and what it says of itself. Raises SpeedLabError where it is damaged or missing."""
+def load_packed(path: Path | None = None, model: Model = SD15) -> tuple[Tensors, dict[str, str]]:
+    """The packed file's tensors, with those of the model's base, and what the file says of itself.
+
+    Raises SpeedLabError where it, or the base's, is damaged or missing.
+    """
+    path = path or model.packed
     try:
         with safe_open(path, framework="pt") as file:
             about = dict(file.metadata() or {})
-        return load_file(path), about
+        own = load_file(path)
     except (SafetensorError, OSError) as error:
         raise SpeedLabError(f"{path} cannot be read ({error}); get it again from the repository") from error
+    return _complete(own, model), about
 
 
-def write_drawn(models: Path, packed_path: Path = PACKED, progress: Progress | None = None) -> tuple[Path, ...]:
+def _complete(own: Tensors, model: Model) -> Tensors:
+    if model.base is None:
+        return own
+    base = load_packed(model=model.base)[0]
+    decoder = {name: tensor for name, tensor in base.items() if name.startswith(_DECODER)}
+    return factors.with_base(own, base, model) | decoder
+
+
+def write_drawn(
+    models: Path, packed_path: Path | None = None, progress: Progress | None = None, model: Model = SD15
+) -> tuple[Path, ...]:
     """The model that draws below a models folder: its checkpoint, and its autoencoder as a Tiny VAE.
 
     What is there already and equal stays. Raises SpeedLabError for a packed file that is missing, damaged or changed,
     and OSError.
     """
-    packed, about = load_packed(packed_path)
+    packed_path = packed_path or model.packed
+    packed, about = load_packed(packed_path, model)
     known = {"checkpoint": about.get("checkpoint", "")}
-    layout = checkpoint_layout(packed)
+    layout = checkpoint_layout(packed, model)
     tiny = f"{VAE_PREFIX}taesd_"
-    wanted = [(models / "checkpoints" / CHECKPOINT, layout, _about("model that draws", **known))]
+    wanted = [(models / "checkpoints" / model.checkpoint, layout, _about("model that draws", **known))]
     for part in ("encoder", "decoder"):
         prefix = f"{tiny}{part}."
         weights = Layout({n.removeprefix(prefix): w for n, w in layout.items() if n.startswith(prefix)})
-        about_it = _about(f"model that draws, taesd {part}", **known)
-        wanted.append((models / "vae_approx" / f"taesd_{part}.safetensors", weights, about_it))
+        about_it = _about(f"model that draws, {model.tiny} {part}", **known)
+        wanted.append((models / "vae_approx" / f"{model.tiny}_{part}.safetensors", weights, about_it))
     if (
         not all(is_current(path, metadata) for path, _, metadata in wanted)
-        and checkpoint_hash(packed) != known["checkpoint"]
+        and checkpoint_hash(packed, model) != known["checkpoint"]
     ):
         raise SpeedLabError(f"{packed_path} builds another checkpoint than it says; get it again from the repository")
     for path, _, _ in wanted:

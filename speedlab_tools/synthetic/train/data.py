@@ -17,12 +17,12 @@ import torch
 from speedlab.measure.drawn import world
 
 from ..drawn import latents
+from ..drawn.factors import SD15, TOKENS, Model
 
-TOKENS, WIDTH = 77, 768
 _SCENES, _DRAWINGS, _HELD_OUT, NOISES = 1, 2, 3, 4
 _HELD_SHARE = 0.1
 Encode = Callable[[Sequence[str]], torch.Tensor]
-"""Texts to (n, 77, 768): what ComfyUI's text encoder makes of the demo checkpoint gives for them."""
+"""Texts to (n, numbers of the model): what ComfyUI's text encoder of the demo checkpoint gives for them."""
 
 
 def is_held_out(scene: world.Scene) -> bool:
@@ -43,23 +43,46 @@ def scenes(seed: int, count: int, held_out: bool = False) -> list[tuple[world.Sc
     return found
 
 
+# Height, width, where it was cut from (twice), and height and width again: what ComfyUI takes where no node tells them.
+SIZES = (768, 768, 0, 0, 768, 768)
+_SIDES = (64, 128, 256, 384, 512, 768, 1024)
+
+
+def draw_sizes(count: int, rng: np.random.Generator) -> torch.Tensor:
+    """Sizes to tell SDXL of, (count, 6): those that ComfyUI takes for none, or any. A drawing follows none of them."""
+    height, width = rng.choice(_SIDES, (2, count))
+    told = np.stack([height, width, 0 * height, 0 * height, height, width], axis=1)
+    return torch.from_numpy(np.where(rng.random((count, 1)) < 0.5, SIZES, told)).float()
+
+
 @dataclass(frozen=True)
 class Pool:
     """Captions with their encodings; number 0 is the empty one."""
 
     scenes: tuple[world.Scene, ...]
     encoded: np.ndarray
+    model: Model = SD15
 
-    def batch(self, seed: int, step: int, count: int, side: int, dropped: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def given(self, numbers: np.ndarray | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodings of captions: of their tokens (n, 77, width), and of the whole texts (n, 1280 or 0)."""
+        rows = torch.from_numpy(np.array(self.encoded[numbers])).float()
+        tokens = TOKENS * self.model.unet.context_dim
+        return rows[:, :tokens].unflatten(1, (TOKENS, -1)), rows[:, tokens:]
+
+    def batch(
+        self, seed: int, step: int, count: int, side: int, dropped: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents and captions of a step: the same for the same numbers, whatever was trained before."""
         rng = world.generator(seed, _DRAWINGS, step)
         chosen = rng.integers(len(self.scenes), size=count)
         pictures = np.stack([world.draw(self.scenes[number], rng, side) for number in chosen])
         texts = np.where(rng.random(count) < dropped, 0, chosen + 1)
-        return torch.from_numpy(latents.encode(pictures)), torch.from_numpy(self.encoded[texts]).float()
+        return torch.from_numpy(latents.encode(pictures)), *self.given(texts)
 
 
-def open_pool(folder: Path, seed: int, count: int, encode: Encode | None = None, batch: int = 16) -> Pool:
+def open_pool(
+    folder: Path, seed: int, count: int, encode: Encode | None = None, batch: int = 16, model: Model = SD15
+) -> Pool:
     """The pool of `count` captions in `folder`; what is missing is encoded by `encode`, a batch at a time.
 
     An interrupted run goes on where it stopped, and a larger `count` adds to what is there.
@@ -68,10 +91,10 @@ def open_pool(folder: Path, seed: int, count: int, encode: Encode | None = None,
     texts = ["", *(text for _, text in pairs)]
     folder.mkdir(parents=True, exist_ok=True)
     about, path = folder / "captions.json", folder / "captions.f16"
-    done = 0
+    done, size = 0, 2 * model.numbers
     if about.is_file() and path.is_file():
         kept = json.loads(about.read_text())
-        done = min(len(kept), path.stat().st_size // (2 * TOKENS * WIDTH))
+        done = min(len(kept), path.stat().st_size // size)
         known = min(done, len(texts))
         if kept[:known] != texts[:known]:
             raise ValueError(f"{folder} holds captions of another seed or grammar; choose another folder")
@@ -79,12 +102,12 @@ def open_pool(folder: Path, seed: int, count: int, encode: Encode | None = None,
         if encode is None:
             raise ValueError(f"{folder} holds {done} of {len(texts)} encoded captions; run the stage captions first")
         with path.open("r+b" if path.is_file() else "wb") as file:
-            file.seek(done * 2 * TOKENS * WIDTH)
+            file.seek(done * size)
             about.write_text(json.dumps(texts))
             for start in range(done, len(texts), batch):
                 file.write(encode(texts[start : start + batch]).to(torch.float16).numpy().tobytes())
                 file.flush()
                 if (start - done) % (20 * batch) == 0:
                     print(f"captions: {start} of {len(texts)}", flush=True)
-    encoded = np.memmap(path, np.float16, "r").reshape(-1, TOKENS, WIDTH)[: len(texts)]
-    return Pool(tuple(scene for scene, _ in pairs), encoded)
+    encoded = np.memmap(path, np.float16, "r", shape=(len(texts), model.numbers))
+    return Pool(tuple(scene for scene, _ in pairs), encoded, model)

@@ -15,6 +15,7 @@ from PIL import Image
 from speedlab.measure.drawn import examiner, world
 
 from ..drawn import packed
+from ..drawn.factors import SD15, Model
 from .captions import comfyui
 from .data import scenes
 
@@ -25,13 +26,15 @@ GAP, GREY = 4, 128
 Rows = list[tuple[str, examiner.Score, str]]
 
 
-def examine(factors: Path, folder: Path, seed: int, count: int, side: int, cfg: float) -> float:
+def examine(
+    factors: Path | None, folder: Path, seed: int, count: int, side: int, cfg: float, model_that_draws: Model = SD15
+) -> float:
     """Attribute accuracy of `count` captions. Writes `examined.csv` and a contact sheet of the first 32.
 
     Both are written after each batch, so that an interrupted call leaves what it saw.
     """
     comfyui(folder)
-    checkpoint = packed.write_drawn(folder / "drawn", factors)[0]
+    checkpoint = packed.write_drawn(folder / "drawn", factors, model=model_that_draws)[0]
     model, clip, vae = importlib.import_module("comfy.sd").load_checkpoint_guess_config(str(checkpoint))[:3]
     pairs = scenes(seed, count, held_out=True)
     rows: Rows = []
@@ -59,9 +62,10 @@ def sample(
 ) -> list[world.Picture]:
     """A picture of each text in one batch, through ComfyUI's own encoding, sampling and decoding."""
     with torch.inference_mode():
-        conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0] for text in texts]
+        conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in texts]
         empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-        positive = [[torch.cat(conds), {"pooled_output": None}]]
+        pooled = torch.cat([about["pooled_output"] for _, about in conds])
+        positive = [[torch.cat([tokens for tokens, _ in conds]), {"pooled_output": pooled}]]
         latent = {"samples": torch.zeros(len(texts), 4, side // 8, side // 8)}
         core = importlib.import_module("nodes")
         sampled = core.common_ksampler(model, seed, steps, cfg, SAMPLER, SCHEDULER, positive, empty, latent)[0]

@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
     """Steps of matrices have the size that Adam's would have, so that one learning rate serves both."""
 
     def __init__(self, named: Iterable[tuple[str, torch.nn.Parameter]], rate: float, decay: float = 0.01) -> None:
-        pairs = list(named)
+        pairs = [(name, parameter) for name, parameter in named if parameter.requires_grad]
         matrices = [p for name, p in pairs if name.endswith((".first", ".second"))]
         others = [p for name, p in pairs if not name.endswith((".first", ".second"))]
         groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
