@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,15 @@ class Canvas:
     offered: set[str] = field(default_factory=set)
     loaded: bool = False
 
-    def refuse(self, route: Any) -> None:
-        """No request leaves this machine: what the frontend asks of other hosts is refused, and is its business."""
-        if route.request.method == "HEAD" and route.request.url.startswith("https://huggingface.co/"):
-            self.offered.add(route.request.url)
+    def offer(self) -> None:
+        """Answer from here on for the host of models, where the frontend asks how large a file is."""
+
+        def answer(route: Any) -> None:
+            if route.request.method == "HEAD":
+                self.offered.add(route.request.url)
             route.fulfill(status=200, headers={"content-length": "1000000", "access-control-allow-origin": "*"})
-        else:
-            route.abort()
+
+        self.page.route(re.compile("^https://huggingface[.]co/"), answer)
 
     def open(self) -> None:
         self.loaded = False
@@ -206,7 +208,10 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        # No request leaves this machine: what the frontend asks of other hosts is refused, and is its business. Not by
+        # a route of Playwright, with which Chromium keeps no file of the frontend from one page to the next.
+        hosts = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server", hosts]
         browser = playwright.chromium.launch(executable_path=path, args=arguments)
         yield browser
         browser.close()
@@ -220,29 +225,78 @@ def _frontends() -> Any:
     return module
 
 
+SERVERS = pytest.StashKey[dict[str, ComfyServer]]()
+
+
+@pytest.fixture(scope="session")
+def servers(request: pytest.FixtureRequest) -> Iterator[dict[str, ComfyServer]]:
+    """The servers that the modules here share, by their frontend; each starts with the first test that asks for it."""
+    request.config.stash[SERVERS] = running = {}
+    yield running
+    _stop(running)
+
+
+def _stop(running: dict[str, ComfyServer]) -> None:
+    while running:
+        running.popitem()[1].stop()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the servers with the last test of this folder: the tests that follow need their memory."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        _stop(item.config.stash.get(SERVERS, {}))
+
+
 @pytest.fixture(scope="module", params=["pinned", pytest.param("newest", marks=pytest.mark.full)])
 def server(
     request: pytest.FixtureRequest,
+    servers: dict[str, ComfyServer],
     tmp_path_factory: pytest.TempPathFactory,
     demo_checkpoint: Path,
     cache_dir: Path,
-) -> Iterator[ComfyServer]:
-    """A server with the frontend that ComfyUI pins, then one with the newest."""
-    base = tmp_path_factory.mktemp(f"browser-{request.param}")
-    folder = base / "models" / "checkpoints"
-    folder.mkdir(parents=True)
-    (folder / DEMO_CHECKPOINT).symlink_to(demo_checkpoint)
-    extra = []
-    if request.param == "newest":
-        extra = ["--front-end-root", str(_frontends().newest_static(cache_dir.parent))]
-    with ComfyServer(from_environment(), pack=pack_root(), base=base, extra_args=extra) as running:
-        yield running
+) -> ComfyServer:
+    """A server with the frontend that ComfyUI pins, and one with the newest."""
+    if request.param not in servers:
+        base = tmp_path_factory.mktemp(f"browser-{request.param}")
+        folder = base / "models" / "checkpoints"
+        folder.mkdir(parents=True)
+        (folder / DEMO_CHECKPOINT).symlink_to(demo_checkpoint)
+        extra = []
+        if request.param == "newest":
+            extra = ["--front-end-root", str(_frontends().newest_static(cache_dir.parent))]
+        started = ComfyServer(from_environment(), pack=pack_root(), base=base, extra_args=extra)
+        started.start()
+        servers[request.param] = started
+    return servers[request.param]
+
+
+def screens(*everyday: str, full: Sequence[str] = ()) -> Any:
+    """Frontends and renderers of a test, such as "pinned-vue". Each pair of them has some test, and none has all."""
+    cases = [(case, ()) for case in everyday] + [(case, pytest.mark.full) for case in full]
+    return pytest.mark.parametrize(
+        ("server", "vue"),
+        [
+            pytest.param(case.split("-")[0], case.endswith("vue"), id=case, marks=marks)
+            for case, marks in cases
+        ],
+        indirect=["server"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def context(chromium: Any) -> Iterator[Any]:
+    """One for all pages of a module, so that the frontend's files are read once."""
+    opened = chromium.new_context()
+    opened.set_default_navigation_timeout(180_000)  # a machine that works on other things too is slow
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
-def open_canvas(server: ComfyServer, chromium: Any) -> Iterator[Callable[..., Canvas]]:
+def open_canvas(server: ComfyServer, context: Any) -> Iterator[Callable[..., Canvas]]:
     """Open ComfyUI with the given settings. Fails at the end of the test for what the browser complained about."""
-    contexts, canvases = [], []
+    canvases: list[Canvas] = []
 
     def start(width: int = 1600, height: int = 1000, **settings: Any) -> Canvas:
         for name, value in {**SETTINGS, **settings}.items():
@@ -251,21 +305,21 @@ def open_canvas(server: ComfyServer, chromium: Any) -> Iterator[Callable[..., Ca
             urllib.request.urlopen(
                 urllib.request.Request(f"{server.url}/settings/{name}", body, header), timeout=30
             ).close()
-        context = chromium.new_context(viewport={"width": width, "height": height})
-        context.set_default_navigation_timeout(180_000)  # a machine that works on other things too is slow
-        contexts.append(context)
-        canvas = Canvas(context.new_page(), server.url, server.base / "output")
+        page = context.new_page()
+        page.set_viewport_size({"width": width, "height": height})
+        # Nothing of an earlier test but the files of the frontend.
+        known = {"origin": server.url, "storageTypes": "cookies,local_storage,indexeddb,cache_storage,service_workers"}
+        context.new_cdp_session(page).send("Storage.clearDataForOrigin", known)
+        canvas = Canvas(page, server.url, server.base / "output")
         canvases.append(canvas)
-        # As a pattern, which Playwright itself matches: a function would be asked here for each of a thousand files.
-        context.route(re.compile(f"^(?!{re.escape(server.url)})http"), canvas.refuse)
-        canvas.page.on("console", lambda message: _note(canvas, message.type, message.text, message.location))
-        canvas.page.on("pageerror", lambda error: _note(canvas, "error", f"{error}\n{error.stack or ''}", {}))
+        page.on("console", lambda message: _note(canvas, message.type, message.text, message.location))
+        page.on("pageerror", lambda error: _note(canvas, "error", f"{error}\n{error.stack or ''}", {}))
         canvas.open()
         return canvas
 
     yield start
-    for context in contexts:
-        context.close()
+    for canvas in canvases:
+        canvas.page.close()
     faults = [fault for canvas in canvases for fault in canvas.faults]
     assert not faults, "the browser's console has errors:\n" + "\n".join(faults)
 
@@ -314,7 +368,7 @@ def workflows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 def small(workflows: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     """The plain workflow with the demo checkpoint and small settings."""
 
-    def make(steps: int = 4, size: int = 64, seed: int = 1) -> dict[str, Any]:
+    def make(steps: int = 4, size: int = 64, seed: int = 1, text: str = "") -> dict[str, Any]:
         workflow = json.loads(json.dumps(workflows["txt2img-default"][0]))
         for node in workflow["nodes"]:
             values = node.get("widgets_values")
@@ -324,6 +378,8 @@ def small(workflows: dict[str, Any]) -> Callable[..., dict[str, Any]]:
                 values[:2] = [size, size]
             if node["type"] == "SpeedLabProfileSampler":
                 values[0], values[2] = seed, steps
+            if node["type"] == "SpeedLabTextEncode" and text:
+                values[0] = f"{text} {node['id']}"
         return workflow
 
     return make

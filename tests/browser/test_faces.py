@@ -8,13 +8,11 @@ import pytest
 
 from speedlab_tools.scenarios.blueprints import BLUEPRINTS, blueprint_ui
 
-from .conftest import serious
+from .conftest import screens, serious
 
 pytestmark = pytest.mark.browser
 DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
-BOTH = pytest.mark.parametrize(
-    ("vue", "palette"), [(False, "dark"), (True, "light")], ids=["classic-dark", "vue-light"]
-)
+PALETTES = {False: "dark", True: "light"}
 
 # Nodes that reach out of the group that they begin in. Of the Vue renderer's the elements count.
 OUTSIDE = """() => {
@@ -76,9 +74,9 @@ def contrast(canvas, kind: str) -> list[str]:
     )
 
 
-@BOTH
-def test_reports_and_benchmarks_are_tables_and_plots_that_keep_to_their_group(open_canvas, workflows, vue, palette):
-    canvas = open_canvas(**{"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": palette})
+@screens("pinned-vue", full=("pinned-classic", "newest-classic"))
+def test_reports_and_benchmarks_are_tables_and_plots_that_keep_to_their_group(open_canvas, workflows, vue):
+    canvas = open_canvas(**{"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": PALETTES[vue]})
     small = json.loads(json.dumps(workflows["sweep-steps"][0]))
     for node in small["nodes"]:
         names = [slot["name"] for slot in node["inputs"] if "widget" in slot]
@@ -137,14 +135,11 @@ def test_reports_and_benchmarks_are_tables_and_plots_that_keep_to_their_group(op
         canvas.page.wait_for_function(f"() => {rows} === 4", timeout=20_000)
 
 
-@BOTH
-def test_a_report_shows_phases_and_folds_steps(open_canvas, small, vue, palette):
-    canvas = open_canvas(**{"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": palette})
-    workflow = small(seed=81 + vue)
-    for node in workflow["nodes"]:
-        if node["type"] == "SpeedLabTextEncode":
-            node["widgets_values"][0] += f" {palette}"  # encoded anew: with cached texts there is no time of it all
-    canvas.drop(workflow, "small")
+@screens("pinned-classic", full=("newest-vue",))
+def test_a_report_shows_phases_and_folds_steps(open_canvas, small, vue):
+    canvas = open_canvas(**{"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": PALETTES[vue]})
+    # Texts are encoded anew: with those of a cache there is no time of it all.
+    canvas.drop(small(seed=81 + vue, text="phases and steps"), "small")
     canvas.page.wait_for_timeout(500)
     assert canvas.evaluate(OUTSIDE) == [], "before a run"
     canvas.queue()
@@ -178,7 +173,7 @@ def test_a_report_shows_phases_and_folds_steps(open_canvas, small, vue, palette)
     assert run in canvas.evaluate(f"() => ({FACE})('{report}').querySelector('a[href*=runs]').href")
 
 
-@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+@screens("pinned-vue", full=("newest-classic",))
 def test_a_subgraph_shows_the_chart_of_its_sampler(open_canvas, vue):
     canvas = open_canvas(**{"Comfy.VueNodes.Enabled": vue})
     (blueprint,) = [one for one in BLUEPRINTS if one.name == "Measured text to image"]

@@ -10,7 +10,7 @@ import pytest
 from speedlab_tools.client.graph import Graph
 from speedlab_tools.scenarios.canvas import to_ui
 
-from .conftest import DEMO_CHECKPOINT, serious
+from .conftest import DEMO_CHECKPOINT, screens, serious
 
 pytestmark = pytest.mark.browser
 
@@ -72,7 +72,7 @@ def click(canvas: Any, name: str | None) -> str:
     return canvas.page.locator(".sl-panel [role=status]").text_content()
 
 
-@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+@screens("pinned-vue", full=("newest-classic",))
 def test_a_plan_of_the_front_goes_to_accelerate(open_canvas: Any, vue: bool) -> None:
     canvas = open_canvas(**{"Comfy.VueNodes.Enabled": vue})
     canvas.drop(workflow(2), "tune")
@@ -118,8 +118,7 @@ def test_a_plan_of_the_front_goes_to_accelerate(open_canvas: Any, vue: bool) -> 
     assert canvas.evaluate(f"() => {FRONT}.querySelector('img').src") == PIXEL
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("vue", [False, True], ids=["classic", "vue"])
+@screens(full=("pinned-classic", "newest-vue"))
 def test_a_tune_draws_while_it_runs_and_a_cancel_keeps_its_best(open_canvas: Any, vue: bool) -> None:
     canvas = open_canvas(**{"Comfy.VueNodes.Enabled": vue})
     canvas.drop(workflow(1), "tune")

@@ -130,7 +130,7 @@ def test_a_cell_on_a_cpu_tells_what_it_adds_to_the_process(bench, output, node, 
     # What loading left behind would be taken again before the process grows.
     ctypes.CDLL(None).malloc_trim(0)
     (table, *_), rows, _ = bench(
-        vae=vae, axis_x="batch", values_x="1, 8", width=128, height=128, steps=1, warmup=1, cfg=1.0
+        vae=vae, axis_x="batch", values_x="1, 4", width=128, height=128, steps=1, warmup=1, cfg=1.0
     )
     small, large = (record_of(output, row)["memory"]["overall"] for row in rows)
     assert [row["peak_rss_gb"] for row in rows] == ["", ""] and len(held) == 10**9

@@ -23,7 +23,7 @@ ON_CPU = ("jit_trace", "onnxruntime", "openvino")
 @pytest.fixture(scope="module")
 def unet(comfy: Any) -> Any:
     with torch.inference_mode():
-        return tiny_unet.build("mini")
+        return tiny_unet.build("slim")
 
 
 @pytest.fixture(scope="module")

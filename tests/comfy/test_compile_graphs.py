@@ -28,6 +28,13 @@ def unet(comfy: Any) -> Any:
         return tiny_unet.build("sd15")
 
 
+@pytest.fixture(scope="module")
+def slim(comfy: Any) -> Any:
+    """For what is compiled as a whole: a third of the blocks, and of the time."""
+    with torch.inference_mode():
+        return tiny_unet.build("slim")
+
+
 @pytest.fixture
 def compiled(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The engine with fresh counters; graphs run as dynamo captured them, for making C++ of each takes seconds."""
@@ -147,9 +154,10 @@ _TOURS = [
 
 @pytest.mark.parametrize("scope, dynamic, budget", _TOURS)
 def test_a_tour_of_sizes_stays_in_its_budget(
-    unet: Any, compiled: Any, graphs: Any, scope: str, dynamic: str, budget: int
+    unet: Any, slim: Any, compiled: Any, graphs: Any, scope: str, dynamic: str, budget: int
 ) -> None:
     """Four resolutions, CFG 2 to 1 to 2, batch 1 to 4: at most `budget` graphs a kind, and 0 when all comes again."""
+    unet = unet if scope == "blocks" else slim
     model = compiled.attach_compile(unet.model, compiled.CompileConfig(dynamic=dynamic, scope=scope))
     kinds = KINDS if scope == "blocks" else 1
 
@@ -208,17 +216,17 @@ def test_the_limit_of_graphs_is_never_silent(
 
 
 @pytest.mark.full
-def test_values_that_change_each_step_are_no_guards(unet: Any, compiled: Any, graphs: Any) -> None:
+def test_values_that_change_each_step_are_no_guards(unet: Any, slim: Any, compiled: Any, graphs: Any) -> None:
     """A counter of another node in the options would compile anew at each call in core's whole-model compile."""
 
     def counting(executor: Any, x: Any, timesteps: Any, context: Any, y: Any, control: Any, options: dict, **kw: Any):
         options["count"] = options.get("count", 0) + 1 + int(timesteps[0])
         return executor(x, timesteps, context, y, control, options, **kw)
 
-    for scope, expected in (("blocks", FIRST), ("model", 1)):
-        model = compiled.attach_compile(unet.model, compiled.CompileConfig(scope=scope))
+    for unet_of, scope, expected in ((unet, "blocks", FIRST), (slim, "model", 1)):
+        model = compiled.attach_compile(unet_of.model, compiled.CompileConfig(scope=scope))
         model.add_wrapper_with_key("diffusion_model", "test", counting)
-        unet.sample(model, steps=6, size=SIZE)
+        unet_of.sample(model, steps=6, size=SIZE)
         assert graphs() == expected, scope
 
 
@@ -280,20 +288,20 @@ def test_with_each_technique_in_either_order(
 
 
 @pytest.mark.full
-def test_attention_with_compile_needs_no_graph_a_run(unet: Any, compiled: Any, engine: Any, graphs: Any) -> None:
+def test_attention_with_compile_needs_no_graph_a_run(slim: Any, compiled: Any, engine: Any, graphs: Any) -> None:
     attention = engine("techniques.attention.attach")
     for scope, backends in (("blocks", ("auto", "sdpa", "split")), ("model", ("sdpa",))):
         for backend in backends:
-            model = attention.attach_attention(unet.model, attention.AttentionConfig(backend))
+            model = attention.attach_attention(slim.model, attention.AttentionConfig(backend))
             model = compiled.attach_compile(model, compiled.CompileConfig(scope=scope))
-            unet.sample(model, steps=2, size=SIZE)
+            slim.sample(model, steps=2, size=SIZE)
             graphs()
-            unet.sample(model, steps=3, size=SIZE)
+            slim.sample(model, steps=3, size=SIZE)
             assert graphs() == 0, (scope, backend)
-    model = attention.attach_attention(unet.model, attention.AttentionConfig("split"))
+    model = attention.attach_attention(slim.model, attention.AttentionConfig("split"))
     model = compiled.attach_compile(model, compiled.CompileConfig(scope="model"))
     with pytest.raises(engine("common.errors").SpeedLabError, match=r"Attention Backend's split.*scope to blocks"):
-        unet.sample(model, steps=1, size=SIZE)
+        slim.sample(model, steps=1, size=SIZE)
 
 
 def test_deepcache_on_a_whole_graph_is_refused_by_both_names(unet: Any, compiled: Any, engine: Any) -> None:
@@ -421,19 +429,19 @@ def test_settings_that_make_no_sense_are_refused(unet: Any, compiled: Any, engin
 
 
 @pytest.mark.full
-def test_frozen_code_of_other_weights_is_let_go(unet: Any, compiled: Any, engine: Any) -> None:
+def test_frozen_code_of_other_weights_is_let_go(slim: Any, compiled: Any, engine: Any) -> None:
     """Each holds its weights once more, and a function has room for sixteen."""
     functions = engine("techniques.compile.backends.dynamo")._functions
     config = compiled.CompileConfig(freeze_weights=True)
     counts, held = set(), []
     for number in range(1, 5):
-        model = compiled.attach_compile(lora(unet.model, 0.05 * number), config)
-        unet.sample(model, steps=1, size=(8, 8))
+        model = compiled.attach_compile(lora(slim.model, 0.05 * number), config)
+        slim.sample(model, steps=1, size=(8, 8))
         counts.add(len(functions))
-        held.append(weakref.ref(unet.unet.input_blocks[1][1].transformer_blocks[0].attn1.to_q.weight))
+        held.append(weakref.ref(slim.unet.input_blocks[3][1].transformer_blocks[0].attn1.to_q.weight))
     assert len(counts) == 1
     del model
-    unet.sample(steps=1, size=(8, 8))
+    slim.sample(steps=1, size=(8, 8))
     gc.collect()
     assert [ref() for ref in held[:-1]] == [None] * 3
 
@@ -454,7 +462,7 @@ def test_frozen_weights_and_hooks_that_change_them_are_refused(unet: Any, compil
 
 @pytest.mark.full
 def test_fewer_graphs_than_cores_compile_over_a_tour(
-    unet: Any, compiled: Any, graphs: Any, monkeypatch: pytest.MonkeyPatch
+    slim: Any, compiled: Any, graphs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LoRAs added, changed, switched and removed, and other sizes: what comes after the first image."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
@@ -471,8 +479,8 @@ def test_fewer_graphs_than_cores_compile_over_a_tour(
             (0.0, "", (16, 16)), (0.5, "attn", (16, 16)), (1.0, "attn", (16, 24)), (1.0, "in_layers", (16, 16)),
             (1.0, "ff", (24, 24)), (0.0, "", (16, 16)), (0.5, "attn", (16, 16)),
         ):  # fmt: skip
-            model = lora(unet.model, strength, part) if strength else unet.model.clone()
-            unet.sample(make(model), steps=1, size=size)
+            model = lora(slim.model, strength, part) if strength else slim.model.clone()
+            slim.sample(make(model), steps=1, size=size)
             first = first or counters["stats"]["unique_graphs"]
         return int(counters["stats"]["unique_graphs"]) - first
 

@@ -21,19 +21,25 @@ def fresh(engine: Any, base_dir: Path) -> Any:
     torch._dynamo.reset()
 
 
-def test_real_code_equals_eager_and_is_found_again_on_disk(fresh: Any, engine: Any, base_dir: Path) -> None:
+@pytest.mark.parametrize(
+    "layout, scope", [("level", "auto"), pytest.param("flat", "blocks", marks=pytest.mark.full)]
+)  # fmt: skip
+def test_real_code_equals_eager_and_is_found_again_on_disk(
+    fresh: Any, engine: Any, base_dir: Path, layout: str, scope: str
+) -> None:
+    """Of transformers at one size; with `--all` of all blocks at two sizes, and so of any size."""
     from torch._dynamo.utils import counters
 
-    unet = build("flat")
+    unet = build(layout)
     eager = unet.sample(steps=2)
-    model = fresh.attach_compile(unet.model, fresh.CompileConfig(scope="blocks"))
+    model = fresh.attach_compile(unet.model, fresh.CompileConfig(scope=scope))
     assert relative(unet.sample(model, steps=2), eager) < 1e-4
     kept = list((base_dir / "user" / "speedlab" / "compiled").glob(f"inductor-torch{torch.__version__[:3]}*cpu"))
     assert len(kept) == 1 and any(kept[0].rglob("*.so"))
     torch._dynamo.reset()
     engine("techniques.compile.backends.dynamo")._functions.clear()
     counters.clear()
-    again = fresh.attach_compile(unet.model, fresh.CompileConfig(scope="blocks"))
+    again = fresh.attach_compile(unet.model, fresh.CompileConfig(scope=scope))
     assert relative(unet.sample(again, steps=2), eager) < 1e-4
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     assert hits > 0

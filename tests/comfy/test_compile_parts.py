@@ -20,14 +20,14 @@ ON_CPU = ("jit_trace", "openvino", pytest.param("onnxruntime", marks=pytest.mark
 @pytest.fixture(scope="module")
 def unet(comfy: Any) -> TinyUNet:
     with torch.inference_mode():
-        return tiny_unet.build("mini")
+        return tiny_unet.build("slim")
 
 
 @pytest.fixture(scope="module")
 def deep(comfy: Any) -> TinyUNet:
-    """SD 1.5's block structure: features of a deeper branch are smaller than the latent."""
+    """Three levels: features of a deeper branch are smaller than the latent."""
     with torch.inference_mode():
-        return tiny_unet.build("sd15")
+        return tiny_unet.build("deep")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,13 @@ def test_deepcache_runs_as_two_programs(
     assert not any({"forward", "_forward"} & vars(part).keys() for part in unet.unet.modules())
 
 
-@pytest.mark.parametrize("backend", ON_CPU)
-@pytest.mark.parametrize("branch", [4, pytest.param(11, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "backend, branch",
+    [
+        ("jit_trace", 2), ("openvino", 2),
+        *(pytest.param(name, 5, marks=pytest.mark.full) for name in ("jit_trace", "openvino", "onnxruntime")),
+    ],
+)  # fmt: skip
 def test_features_of_deeper_blocks_at_any_size(
     deep: TinyUNet, compiled: Any, cached: Any, backend: str, branch: int
 ) -> None:
@@ -163,8 +168,13 @@ def controlled(unet: TinyUNet) -> Callable[..., list]:
         return _control(unet, (0.0, 0.5))
 
 
-@pytest.mark.parametrize("with_cache", [False, True])
-@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize(
+    "backend, with_cache",
+    [
+        ("jit_trace", False), ("jit_trace", True), ("openvino", False), ("openvino", True),
+        pytest.param("onnxruntime", True, marks=pytest.mark.full),
+    ],
+)  # fmt: skip
 def test_controlnets_residuals_are_inputs(
     unet: TinyUNet,
     compiled: Any,

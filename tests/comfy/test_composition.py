@@ -51,9 +51,12 @@ class Technique:
     watch: Callable[[], Any] = nullcontext
 
 
+LAYOUT = "slim"
+
+
 @pytest.fixture(scope="module")
 def tiny(comfy: ModuleType) -> TinyUNet:
-    return build("mini")
+    return build(LAYOUT)
 
 
 def _same(model: Any) -> Any:
@@ -91,7 +94,7 @@ def _with_lora(tiny: TinyUNet) -> Patch:
 
 def _merged(tiny: TinyUNet) -> Patch:
     """The LoRA multiplied into the weights of a model of its own."""
-    merged = build("mini")
+    merged = build(LAYOUT)
     state = _lora_state(tiny)
     for name, weight in merged.unet.named_parameters():
         key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
@@ -192,15 +195,16 @@ def techniques(tiny: TinyUNet, pack: ModuleType) -> dict[str, Technique]:
 
     @contextmanager
     def channels_last_at_work() -> Iterator[Callable[[], bool]]:
-        layouts: list[bool] = []
+        # Written to and not read: a compiled model would be compiled again for each entry of a list that grows.
+        layouts = {True: False, False: False}
         conv = tiny.unet.out[2]
 
         def note(module: Any, inputs: tuple) -> None:
-            layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            layouts[inputs[0].is_contiguous(memory_format=torch.channels_last)] = True
 
         handle = conv.register_forward_pre_hook(note)
         try:
-            yield lambda: bool(layouts) and all(layouts)
+            yield lambda: layouts[True] and not layouts[False]
         finally:
             handle.remove()
 
@@ -268,11 +272,12 @@ class Known:
         return self.made[ordered]
 
     def alone(self, name: str) -> torch.Tensor:
-        """One technique by its node. What changes no image gives stock's, with these techniques to rounding."""
-        if (name,) not in self.made:
-            technique = self.techniques[name]
-            self.made[name,] = _sample(self.tiny, technique.node(self.tiny.model), technique)
-        return self.made[name,]
+        """One technique by its node. What changes no image gives stock's, so that is made with no node."""
+        technique = self.techniques[name]
+        key = (name,) if technique.changes else ()
+        if key not in self.made:
+            self.made[key] = _sample(self.tiny, (technique.node if key else _same)(self.tiny.model), technique)
+        return self.made[key]
 
 
 @pytest.fixture(scope="module")

@@ -232,6 +232,7 @@ def test_benchmark_tells_the_attributes_of_the_model_that_draws(node: Any, drawn
     assert "attributes right" not in run(TEXT, plain)[0]
 
 
+@pytest.mark.full
 def test_tune_tells_the_attributes_of_the_model_that_draws(node: Any, drawn_parts: tuple) -> None:
     model, clip, vae = drawn_parts
     _, table, _, _, page = node("SpeedLabTune").find(

@@ -87,6 +87,7 @@ def test_the_prompt_s_picture_is_drawn(stock: float) -> None:
     assert stock >= 0.7
 
 
+@pytest.mark.full
 def test_prompt_and_negative_prompt_swapped(drawing: Drawing, stock: float) -> None:
     assert drawing.accuracy(positive=drawing.negative, negative=drawing.positive) < stock - VISIBLY
 

@@ -18,6 +18,8 @@ SETTINGS = {
     "sampler_name": "euler", "scheduler": "normal", "seed": "7", "quality": "any", "budget_minutes": 5.0,
     "budget_gb": 0.0,
 }  # fmt: skip
+# Ends before the first plan is measured.
+NO_TIME = {"budget_minutes": 1e-4}
 LINES = "attention(split)\nfast=attention(split)+deepcache(3)+dynamic_cfg(0.5)"
 
 
@@ -38,8 +40,20 @@ def tuned_plans(output: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in (output / "speedlab" / "tuned").glob("*.json")]
 
 
-def test_it_finds_keeps_and_reports_a_plan(tune: Any, node: Any, loaded: Any, output: Path) -> None:
-    plan, table, chart, sheet, figures, page = in_worker(lambda: tune())
+def test_it_finds_keeps_and_reports_a_plan_and_writes_its_workflow(
+    tune: Any, node: Any, core: Any, loaded: Any, output: Path
+) -> None:
+    import filelock
+
+    folder = output / "speedlab" / "tuned"
+    folder.mkdir(parents=True)
+    with filelock.FileLock(folder / "tune.lock"), pytest.raises(Exception, match="Another Tune is running"):
+        tune()
+    prompt = {
+        "8": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "x.safetensors"}},
+        "9": {"class_type": "SpeedLabTune", "inputs": {"model": ["8", 0], "clip": ["8", 1], "vae": ["8", 2]}},
+    }
+    plan, table, chart, sheet, figures, page = in_worker(lambda: tune(prompt=prompt, unique_id="9"))
     (kept,) = tuned_plans(output)
     assert kept["plan"] == plan and kept["figures"]["confirmed"] is True and kept["figures"]["synthetic"] is True
     assert kept["tuned_for"]["sampler"] == "euler" and kept["tuned_for"]["width"] == 64
@@ -59,7 +73,21 @@ def test_it_finds_keeps_and_reports_a_plan(tune: Any, node: Any, loaded: Any, ou
     assert chart.shape[-1] == 3 and sheet.shape[2] > 4 * 256
     assert not list((output / "speedlab" / "tuned" / "unfinished").glob("*.json"))
 
+    # The workflow that it writes runs with the plan.
+    graph = json.loads(page.with_name(f"{page.stem}_workflow.json").read_text())
+    kinds = {node["class_type"]: (key, node["inputs"]) for key, node in graph.items()}
+    loader, accelerate = kinds["CheckpointLoaderSimple"], kinds["SpeedLabAccelerate"]
+    assert loader[1] == {"ckpt_name": "x.safetensors"} and accelerate[1]["custom"] == plan
+    assert accelerate[1]["model"] == [loader[0], 0] and accelerate[1]["vae"] == [loader[0], 2]
+    assert kinds["KSampler"][1]["model"] == [accelerate[0], 0]
+    assert kinds["KSampler"][1]["steps"] == kept["settings"].get("steps", 6)
+    assert all(node["class_type"] in core.NODE_CLASS_MAPPINGS or node["class_type"].startswith("SpeedLab")
+               for node in graph.values())  # fmt: skip
+    links = [value[0] for node in graph.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert links and set(links) <= set(graph)
 
+
+@pytest.mark.full
 def test_a_schedule_of_core_s_own_node_is_an_axis_and_is_in_the_workflow(
     tune: Any, core: Any, loaded: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,27 +107,6 @@ def test_a_schedule_of_core_s_own_node_is_an_axis_and_is_in_the_workflow(
     assert made["sigmas"] == node and made["sampler"][1]["sigmas"] == ["sigmas", 0]
     for kind, inputs in made.values():
         assert set(core.NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()["required"]) <= inputs.keys(), kind
-
-
-@pytest.mark.full
-def test_the_workflow_that_it_writes_runs_with_the_plan(tune: Any, core: Any, output: Path) -> None:
-    prompt = {
-        "8": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "x.safetensors"}},
-        "9": {"class_type": "SpeedLabTune", "inputs": {"model": ["8", 0], "clip": ["8", 1], "vae": ["8", 2]}},
-    }
-    plan, *_, page = tune(prompt=prompt, unique_id="9")
-    graph = json.loads(page.with_name(f"{page.stem}_workflow.json").read_text())
-    kinds = {node["class_type"]: (key, node["inputs"]) for key, node in graph.items()}
-    loader, accelerate = kinds["CheckpointLoaderSimple"], kinds["SpeedLabAccelerate"]
-    assert loader[1] == {"ckpt_name": "x.safetensors"} and accelerate[1]["custom"] == plan
-    assert accelerate[1]["model"] == [loader[0], 0] and accelerate[1]["vae"] == [loader[0], 2]
-    (kept,) = tuned_plans(output)
-    assert kinds["KSampler"][1]["model"] == [accelerate[0], 0]
-    assert kinds["KSampler"][1]["steps"] == kept["settings"].get("steps", 6)
-    assert all(node["class_type"] in core.NODE_CLASS_MAPPINGS or node["class_type"].startswith("SpeedLab")
-               for node in graph.values())  # fmt: skip
-    links = [value[0] for node in graph.values() for value in node["inputs"].values() if isinstance(value, list)]
-    assert links and set(links) <= set(graph)
 
 
 @pytest.mark.parametrize("line", [
@@ -151,6 +158,7 @@ def breaking(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return install
 
 
+@pytest.mark.full
 def test_out_of_memory_in_a_candidate_takes_that_one_out(tune: Any, breaking: Any) -> None:
     def oom() -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -185,10 +193,10 @@ def test_a_cancel_keeps_what_was_found_and_the_next_call_goes_on(
     assert kept["figures"]["confirmed"] is False
     assert "not confirmed on held-out seeds" in node("SpeedLabAccelerate").apply(loaded[0], "tuned")["ui"]["text"][0]
     assert list((output / "speedlab" / "tunes").glob("*.html"))
+    assert "earlier call" not in tune(quality="similar", **NO_TIME)[1], "another question is another tune"
     _, table, *_ = tune()
     assert f"{len(looks)} images were measured by an earlier call that was cut off" in table
     assert tuned_plans(output)[0]["figures"]["confirmed"] is True and not unfinished.exists()
-    assert "earlier call" not in tune(quality="similar")[1], "another question is another tune"
 
 
 @pytest.mark.parametrize(
@@ -213,23 +221,11 @@ def test_bad_input_is_told(tune: Any, changes: dict[str, Any], words: str) -> No
 
 
 def test_no_time_for_even_one_plan_is_told_and_nothing_is_kept(tune: Any, output: Path) -> None:
-    plan, table, *_ = tune(budget_minutes=1e-4)
+    plan, table, *_ = tune(**NO_TIME)
     assert plan == "" and "There was no time for even one plan: give more minutes" in table
     assert tuned_plans(output) == []
 
 
-@pytest.mark.full
-def test_two_at_once_are_refused(tune: Any, output: Path) -> None:
-    import filelock
-
-    folder = output / "speedlab" / "tuned"
-    folder.mkdir(parents=True)
-    with filelock.FileLock(folder / "tune.lock"), pytest.raises(Exception, match="Another Tune is running"):
-        tune()
-    assert tune()[0]
-
-
-@pytest.mark.full
 def test_another_checkpoint_does_not_go_on_with_the_images_of_this_one(
     tune: Any, engine: Any, monkeypatch: pytest.MonkeyPatch, output: Path
 ) -> None:
@@ -237,15 +233,15 @@ def test_another_checkpoint_does_not_go_on_with_the_images_of_this_one(
     keys = []
     real = module.Tune._open
     monkeypatch.setattr(module.Tune, "_open", lambda self: (real(self), keys.append(self.known_key))[0])
-    tune(candidates="attention(split)")
+    tune(**NO_TIME)
     monkeypatch.setattr(module, "sampled_hash", lambda _path: "of another file")
-    tune(candidates="attention(split)")
+    tune(**NO_TIME)
     assert keys[0] != keys[1]
 
 
 @pytest.mark.full
 def test_the_whole_space_on_a_small_model(tune: Any) -> None:
-    _, table, *_, figures, _ = tune(candidates="", quality="similar", budget_minutes=3.0, steps=20)
+    _, table, *_, figures, _ = tune(candidates="", quality="similar", budget_minutes=1.0, steps=12)
     count = int(table.split(" plans were predicted")[0].rsplit(" ", 1)[1])
     assert count >= 200
     assert any(one["recommended"] for one in figures["plans"])

@@ -42,12 +42,32 @@ _MINI = {
     "transformer_depth": [1, 1],
     "transformer_depth_output": [1, 1, 1, 1],
 }
+# Attention on the lower level alone: half the work of a compiler, and still a block of each kind on both sides.
+_SLIM = {**_MINI, "transformer_depth": [0, 1], "transformer_depth_output": [0, 0, 1, 1]}
+# Three levels, attention on two of them, one residual block a level.
+_DEEP = {
+    **_MINI,
+    "channel_mult": [1, 2, 2],
+    "num_res_blocks": [1, 1, 1],
+    "transformer_depth": [0, 1, 1],
+    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+}
 # Both levels of one width: one kind of transformer, so one piece of generated code.
 _FLAT = {**_MINI, "channel_mult": [1, 1]}
+_LEVEL = {
+    **_MINI,
+    "channel_mult": [1],
+    "num_res_blocks": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("SD15", _SD),
     "mini": ("SD15", _MINI),
+    "slim": ("SD15", _SLIM),
+    "deep": ("SD15", _DEEP),
     "flat": ("SD15", _FLAT),
+    "level": ("SD15", _LEVEL),
     "inpaint": ("SD15", {**_SD, "in_channels": 9}),
     "sd2": ("SD20", {**_SD, "model_channels": 64, "use_linear_in_transformer": True}),
     "sdxl": ("SDXL", _XL),

@@ -211,6 +211,7 @@ def test_bench_fails_with_words_where_the_server_lacks_the_checkpoint(server, tm
     assert "'no_such.safetensors' is no choice of 'ckpt_name'" in done.stdout
 
 
+@pytest.mark.full
 def test_demo_prints_a_row_of_each_preset_with_ratio_and_distance(server, taesd_files, tmp_path):
     sizes = ("--width", "64", "--height", "64", "--steps", "3")
     before = server.get("/speedlab/runs?limit=1")["files"]

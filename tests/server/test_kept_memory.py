@@ -17,7 +17,7 @@ pytestmark = [
 ]
 seeds = itertools.count(1)
 # In each step some layers make blocks of 84 MB, 20,480 pages of 4 KB each.
-SIZE, STEPS = 512, 3
+SIZE, STEPS = 512, 2
 BLOCK_PAGES = (80 << 20) // 4096
 
 
