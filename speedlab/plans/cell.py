@@ -7,6 +7,7 @@ The checkpoint of a graph in another precision: loaded again, with the patches o
 
 from __future__ import annotations
 
+import difflib
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -103,8 +104,6 @@ def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Re
 
 def check_sampler(settings: CellSettings) -> None:
     """Raise SweepTextError for a sampler or scheduler that this ComfyUI does not have."""
-    import difflib
-
     import comfy.samplers
 
     known = comfy.samplers.KSampler

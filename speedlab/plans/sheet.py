@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..measure.peaks import GROWTH
@@ -112,8 +113,6 @@ def _short(text: str, most: int = 38) -> str:
 
 def _font() -> Any:
     """DejaVu Sans, which matplotlib brings, else Pillow's own small font."""
-    from pathlib import Path
-
     from PIL import ImageFont
 
     try:
