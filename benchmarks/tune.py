@@ -130,7 +130,7 @@ def tune_of(bench: SimpleNamespace, args: argparse.Namespace, seed: int, minutes
     module = bench.engine("plans.tune")
     prompt = bench.engine("plans.cell").Prompt("a lighthouse on a rocky coast", "", 1000 * seed + 7)
     lines = () if args.plans is None else tuple(some_plans(bench, base, args.plans))
-    request = module.TuneRequest(base, (prompt,), args.quality, minutes, candidates=lines)
+    request = bench.engine("plans.tune_request").TuneRequest(base, (prompt,), args.quality, minutes, candidates=lines)
     return module.Tune(bench.parts, request, bench.nodes, bench.context)
 
 

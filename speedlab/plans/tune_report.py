@@ -16,15 +16,14 @@ from ..common.errors import ResultsError, UnavailableError
 from ..measure.charts import blank, new_figure, to_image
 from ..measure.context import NodeContext, link_of
 from ..measure.store import RunStore, cannot_write, new_run_id, write_atomically
-from .axes import CellSettings, whole_number, written_values
-from .cell import Prompt
+from .axes import CellSettings
 from .output import ATTRIBUTES, share
 from .page import html_page
-from .plan_text import SweepTextError
 from .sheet import SIDE
 from .techniques import NodeTable
 from .techniques import Parts as Models
-from .tune import HELD_OUT, Tune, TuneRequest, TuneResult, name_of
+from .tune import Tune, TuneResult, name_of
+from .tune_request import HELD_OUT, TuneRequest
 from .tune_search import CALIBRATED, FLOORS, Tried
 
 log = logging.getLogger(__name__)
@@ -58,30 +57,6 @@ def tune(models: Models, request: TuneRequest, nodes: NodeTable, context: NodeCo
                 write_report(one.result, one.store, context, name)
         raise
     return write_report(result, one.store, context, name)
-
-
-def request_of(
-    base: CellSettings, prompts: tuple[Prompt, ...], quality: str, minutes: float, budget_gb: float,
-    candidates: str, steps: str, samplers: str,
-) -> TuneRequest:  # fmt: skip
-    """The request of texts as the node and the command line take them. Raises SweepTextError."""
-    lines = tuple(line.strip() for line in candidates.splitlines() if line.strip())
-    counts: list[int] = []
-    for text in written_values("steps", steps):
-        first, colon, last = text.partition(":")
-        low = whole_number(first, "steps")
-        high = whole_number(last, "steps") if colon else low
-        if not 1 <= low <= high or high - low > 1000:
-            raise SweepTextError(f"'{text}' is no range of steps: write 20:30, or 20, 25, 30.")
-        # A range is five counts: the images of every one would take the minutes of the search.
-        counts += sorted({low + (high - low) * part // 4 for part in range(5)})
-    named = []
-    for text in written_values("sampler", samplers):
-        sampler, _, scheduler = text.partition("/")
-        named.append((sampler, scheduler or base.scheduler))
-    return TuneRequest(
-        base, prompts, quality, minutes, budget_gb, lines, tuple(dict.fromkeys(counts)), tuple(dict.fromkeys(named))
-    )
 
 
 def write_report(result: TuneResult, store: RunStore, context: NodeContext, name: str) -> TuneReport:
