@@ -191,9 +191,9 @@ def exhaustive_image(
     began, values = time.monotonic(), {}
     try:
         look, _ = images.look(one, prompt)
-        told = asdict(look)
-        values = {"seconds": told["seconds"], "latent_error": told["latent"], "ssim": told["ssim"],
-                  "psnr": told["psnr"]}  # fmt: skip
+        found = asdict(look)
+        values = {"seconds": found["seconds"], "latent_error": found["latent"], "ssim": found["ssim"],
+                  "psnr": found["psnr"]}  # fmt: skip
     except bench.engine("plans.tune_search").Refused as error:
         values = {"why": str(error)}
     rows.add(quality=args.quality, seed=seed, plan=name, prompt=prompt, wall_s=time.monotonic() - began, **values)

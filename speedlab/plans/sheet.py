@@ -35,10 +35,10 @@ def thumbnail(images: Any) -> Any:
     return sheet
 
 
-def data_url(picture: Any) -> str:
+def data_url(image: Any) -> str:
     """A thumbnail as a small JPEG that a page shows without asking for it."""
     data = io.BytesIO()
-    picture.resize((picture.width // 2, picture.height // 2)).save(data, "JPEG", quality=75)
+    image.resize((image.width // 2, image.height // 2)).save(data, "JPEG", quality=75)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 

@@ -55,7 +55,7 @@ EVENT = "speedlab.tune"
 
 @dataclass
 class TuneResult:
-    """What a tune found, and all that its report shows. `pictures`: thumbnails by plan line and settings."""
+    """What a tune found, and all that its report shows. `thumbnails`: thumbnails by plan line and settings."""
 
     request: TuneRequest
     tuned_for: tuned.TunedFor
@@ -65,7 +65,7 @@ class TuneResult:
     stock_s: float | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     size: int = 0
-    pictures: dict[str, Any] = field(default_factory=dict)
+    thumbnails: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     synthetic: bool = False
     sigmas: tuple[str, dict[str, Any]] | None = None  # the best plan's node of sigmas, as `_workflow` has its model
@@ -151,14 +151,14 @@ class Tune:
         source = self.models.model.get_attachment(SOURCE)
         path = checkpoint_path(self.models.model, self.context)
         self.result.synthetic = path is not None and _is_made_up(path)
-        told = {
+        identity = {
             "request": asdict(self.request) | {"minutes": 0, "prompts": [asdict(p) for p in self.prompts]},
             "env": environment_hash(self.result.env),
             "checkpoint": sampled_hash(source.path) if source is not None else None,
             "weights": str(self.models.model.patches_uuid) if self.models.model.patches else "",
             "attached": [one.describe() for one in accelerators(self.models.model)],
         }
-        key = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folder = tuned.folder_of(self.store) / "unfinished"
         folder.mkdir(parents=True, exist_ok=True)
         # Without a file that tells the weights apart nothing could be resumed safely.
@@ -242,7 +242,7 @@ class Tune:
         new = prompt not in self.images.references
         run = self.images.reference(prompt)
         if new:
-            self.result.pictures.setdefault(self._own, thumbnail(run.pictures))
+            self.result.thumbnails.setdefault(self._own, thumbnail(run.images))
             if self._search is not None and not self._opened:
                 self._search.see(self.user, run.total_ms / 1000.0)
         return run
@@ -255,7 +255,7 @@ class Tune:
         self._reference(prompt)
         self._say(f"{candidate.line}, image {prompt + 1}")
         look, run = self.images.look(candidate, prompt)
-        self.result.pictures.setdefault(name_of(candidate), thumbnail(run.pictures))
+        self.result.thumbnails.setdefault(name_of(candidate), thumbnail(run.images))
         self.known["seen"][candidate.skip] = forecasts_of(run)
         self.known["looks"][key] = asdict(look)
         self._write()
@@ -273,7 +273,7 @@ class Tune:
             return
         found = self.result.found
         best = search.best_so_far() if found is None else found.best
-        picture = self.result.pictures.get(self._new)
+        latest = self.result.thumbnails.get(self._new)
         points = [
             {
                 "name": name_of(one.candidate), "plan": one.candidate.line, "set": self._differs(one.candidate),
@@ -289,7 +289,7 @@ class Tune:
                 "node": self.context.node_id, "workflow": self.context.workflow_id(), "state": state, "points": points,
                 "stock_s": self._stock_s(),
                 "floor": floor.latent if math.isfinite(floor.latent) else None,
-                "pictures": {} if picture is None else {self._new: data_url(picture)},
+                "pictures": {} if latest is None else {self._new: data_url(latest)},
             },
         )  # fmt: skip
 

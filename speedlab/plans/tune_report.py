@@ -248,19 +248,19 @@ def _sheet(result: TuneResult) -> Any:
         (
             "without a plan",
             f"{result.stock_s:.2f} s" if result.stock_s else "reference with more steps",
-            next(iter(result.pictures.values()), None),
+            next(iter(result.thumbnails.values()), None),
         )
     ]
-    shown = [(one, result.pictures.get(name_of(one.candidate))) for one in ranked(result) if one.looks]
-    cells = own + [(name_of(one.candidate), _caption(one), picture) for one, picture in shown if picture is not None]
+    shown = [(one, result.thumbnails.get(name_of(one.candidate))) for one in ranked(result) if one.looks]
+    cells = own + [(name_of(one.candidate), _caption(one), image) for one, image in shown if image is not None]
     rows = -(-len(cells) // _COLUMNS)
     box_width, box_height = SIDE + 8, SIDE + 44
     sheet = Image.new("RGB", (_COLUMNS * box_width + 8, rows * box_height + 8), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    for index, (title, caption, picture) in enumerate(cells):
+    for index, (title, caption, image) in enumerate(cells):
         x, y = index % _COLUMNS * box_width + 8, index // _COLUMNS * box_height + 8
-        if picture is not None:
-            sheet.paste(picture, (x, y))
+        if image is not None:
+            sheet.paste(image, (x, y))
         draw.multiline_text((x, y + SIDE + 2), "\n".join((title[:44], title[44:88], caption)), fill=(32, 32, 32))
     return torch.from_numpy(numpy.asarray(sheet).astype(numpy.float32) / 255.0).unsqueeze(0)
 

@@ -36,7 +36,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 @dataclass(frozen=True)
-class Picture:
+class RelativeShape:
     """What a tensor [B, C, H, W] of a program looks like beside the first input: its channels, and its height and width
     by that one's, so many times as large or halved so often."""
 
@@ -64,8 +64,8 @@ class CompileOptions:
     example: tuple[Any, ...] = ()
     changing: tuple[tuple[int, ...], ...] = ()
     names: tuple[str, ...] = ("x", "timesteps", "context", "y")
-    following: Mapping[str, Picture] = field(default_factory=dict)
-    results: tuple[Picture, ...] = (Picture(4),)
+    following: Mapping[str, RelativeShape] = field(default_factory=dict)
+    results: tuple[RelativeShape, ...] = (RelativeShape(4),)
     folder: Path | None = None
 
 
