@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..measure.page import image_url
 from ..measure.peaks import GROWTH
 from ..measure.record import csv_row
 from ..measure.store import RunStore, write_image
@@ -39,7 +39,7 @@ def data_url(image: Any) -> str:
     """A thumbnail as a small JPEG that a page shows without asking for it."""
     data = io.BytesIO()
     image.resize((image.width // 2, image.height // 2)).save(data, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+    return image_url("jpeg", data.getvalue())
 
 
 def contact_sheet(

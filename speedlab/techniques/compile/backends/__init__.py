@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ....common.core import compute_device
+
 NAMES = (
     "inductor",
     "cudagraphs",
@@ -74,6 +76,12 @@ def load(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(NAMES)}")
     return importlib.import_module(f".{name}", __name__)
+
+
+def on_nvidia(name: str) -> tuple[bool, str]:
+    """Whether ComfyUI computes on an NVIDIA GPU, else why `name` cannot run here."""
+    device = compute_device().type
+    return device == "cuda", "" if device == "cuda" else f"{name} needs an NVIDIA GPU, and ComfyUI runs on {device}"
 
 
 def usable(backend: ModuleType, options: CompileOptions) -> tuple[bool, str]:
