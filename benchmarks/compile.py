@@ -148,9 +148,9 @@ def first_pictures(series: Rows, size: int, rounds: int, base: Path) -> None:
             with tempfile.TemporaryDirectory(prefix="speedlab-compile-") as cache:
                 command = [sys.executable, __file__, "--base", str(base), "--sizes", str(size), "--one-first", name]
                 environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-                told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-            series.keep(job, number, float(told.split()[-1]))
-            print(f"first {size}: {name}, round {number}: {told.split()[-1]} s of compiling")
+                output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+            series.keep(job, number, float(output.split()[-1]))
+            print(f"first {size}: {name}, round {number}: {output.split()[-1]} s of compiling")
 
 
 def tour(bench: CompileBench, sizes: tuple[int, int]) -> Iterator[tuple]:
@@ -216,7 +216,7 @@ def _warm(series: Rows, part: str, job: str, size: int) -> float | None:
     return statistics.median(warm) if warm else None
 
 
-def told_before(path: Path) -> list[tuple]:
+def rows_before(path: Path) -> list[tuple]:
     """The tour's figures of an earlier call."""
     if not path.exists():
         return []
@@ -290,7 +290,7 @@ def main() -> None:
                 series().all_in_turn(vae_jobs(bench, size, args.rounds))
         if wanted("tour"):
             extra = list(tour(CompileBench(pack, args.base), (args.sizes[0], args.sizes[-1])))
-    write(result("compile"), [*figures(series()), *(extra or told_before(result("compile")))], facts)
+    write(result("compile"), [*figures(series()), *(extra or rows_before(result("compile")))], facts)
 
 
 if __name__ == "__main__":

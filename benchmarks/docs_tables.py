@@ -278,7 +278,7 @@ def fleet(results: Results) -> list[str]:
     """Rate and overhead of one and two workers."""
     rows = []
     for row in results.rows("fleet"):
-        many = "one server without Ray" if row["arm"] != "fleet" else f"fleet, {row['workers']} worker"
+        many = "one server without Ray" if row["variant"] != "fleet" else f"fleet, {row['workers']} worker"
         many += "s" if row["workers"] != "1" else ""
         median, most = row["overhead_median_ms"], row["overhead_max_ms"]
         rows.append(

@@ -62,7 +62,7 @@ def main() -> None:
                 else:
                     row = one_fleet(args, checkpoint, prompts, Path(folder) / f"fleet-{turn}-{workers}", workers)
                 rows.append({"round": turn, **row})
-                print(told(rows[-1]), flush=True)
+                print(text_of(rows[-1]), flush=True)
     print(f"written to {write(rows, args)}")
 
 
@@ -106,7 +106,7 @@ def one_server(args: argparse.Namespace, checkpoint: Path, prompts: Path, base: 
         asyncio.run(run(server.url))
     first = made[0][0]
     return {
-        "arm": "one server", "workers": 1, "wall_s": time.perf_counter() - began,
+        "variant": "one server", "workers": 1, "wall_s": time.perf_counter() - began,
         "prompts_per_min": 60.0 * (len(made) - 1) / (made[-1][0] - first),
         "comfyui_median_s": statistics.median(seconds for _, seconds in made[1:]),
         "overhead_median_ms": None, "overhead_max_ms": None,
@@ -135,19 +135,20 @@ def one_fleet(args: argparse.Namespace, checkpoint: Path, prompts: Path, out: Pa
     later = [row for row in rows if ends[row["index"]] > warm]
     overheads = [1000.0 * (row["seconds"] - row["comfyui_seconds"]) for row in rows if row["index"] not in firsts]
     return {
-        "arm": "fleet", "workers": workers, "wall_s": wall_s,
+        "variant": "fleet", "workers": workers, "wall_s": wall_s,
         "prompts_per_min": 60.0 * len(later) / (max(ends.values()) - warm) if later else None,
         "comfyui_median_s": statistics.median(r["comfyui_seconds"] for r in rows if r["index"] not in firsts),
         "overhead_median_ms": statistics.median(overheads), "overhead_max_ms": max(overheads),
     }  # fmt: skip
 
 
-def told(row: Result) -> str:
+def text_of(row: Result) -> str:
     """A result as a line."""
     overhead = row["overhead_median_ms"]
     rate = row["prompts_per_min"]
+    speed = f"{rate:.1f} prompts a minute" if rate else "too few prompts"
     return (
-        f"{row['arm']}, {row['workers']} workers: " + (f"{rate:.1f} prompts a minute" if rate else "too few prompts")
+        f"{row['variant']}, {row['workers']} workers: {speed}"
         + f", ComfyUI {row['comfyui_median_s']:.2f} s a prompt"
         + (f", overhead {overhead:.0f} ms a prompt" if overhead is not None else "")
         + f", {row['wall_s']:.0f} s in all"

@@ -130,7 +130,7 @@ def tune_of(bench: SimpleNamespace, args: argparse.Namespace, seed: int, minutes
     module = bench.engine("plans.tune")
     prompt = bench.engine("plans.cell").Prompt("a lighthouse on a rocky coast", "", 1000 * seed + 7)
     lines = () if args.plans is None else tuple(some_plans(bench, base, args.plans))
-    request = module.TuneRequest(base, (prompt,), args.quality, minutes, candidates=lines)
+    request = bench.engine("plans.tune_request").TuneRequest(base, (prompt,), args.quality, minutes, candidates=lines)
     return module.Tune(bench.parts, request, bench.nodes, bench.context)
 
 
@@ -191,9 +191,9 @@ def exhaustive_image(
     began, values = time.monotonic(), {}
     try:
         look, _ = images.look(one, prompt)
-        told = asdict(look)
-        values = {"seconds": told["seconds"], "latent_error": told["latent"], "ssim": told["ssim"],
-                  "psnr": told["psnr"]}  # fmt: skip
+        found = asdict(look)
+        values = {"seconds": found["seconds"], "latent_error": found["latent"], "ssim": found["ssim"],
+                  "psnr": found["psnr"]}  # fmt: skip
     except bench.engine("plans.tune_search").Refused as error:
         values = {"why": str(error)}
     rows.add(quality=args.quality, seed=seed, plan=name, prompt=prompt, wall_s=time.monotonic() - began, **values)

@@ -10,7 +10,8 @@ from ..speedlab.plans.axes import AXES, NO_AXIS, CellSettings
 from ..speedlab.plans.output import read_prompts, write_output
 from ..speedlab.plans.sweep import Sweep, SweepRequest
 from ..speedlab.plans.techniques import Parts
-from ..speedlab.plans.tune_report import request_of, tune
+from ..speedlab.plans.tune_report import tune
+from ..speedlab.plans.tune_request import request_of
 from ..speedlab.plans.tune_search import FLOORS
 from . import names
 

@@ -50,7 +50,7 @@ class DemoRun:
 
     plan: Plan
     record: RunRecord
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
 
     @property
     def total_s(self) -> float:
@@ -96,13 +96,13 @@ def result_of(*plans: Sequence[DemoRun]) -> Result:
         (Result(runs, len(plans[0])) for runs in zip(*plans, strict=True)), key=lambda r: r.ratio(r.runs[-1])
     )
     middle = rounds[(len(rounds) - 1) // 2]
-    chosen = (_with_pictures(run, own[0]) for run, own in zip(middle.runs, plans, strict=True))
+    chosen = (_with_images(run, own[0]) for run, own in zip(middle.runs, plans, strict=True))
     return replace(middle, runs=tuple(chosen))
 
 
-def _with_pictures(chosen: DemoRun, first: DemoRun) -> DemoRun:
-    artifacts = {"images": [path.name for path in first.pictures]}
-    return DemoRun(chosen.plan, chosen.record.changed(artifacts=artifacts), first.pictures)
+def _with_images(chosen: DemoRun, first: DemoRun) -> DemoRun:
+    artifacts = {"images": [path.name for path in first.images]}
+    return DemoRun(chosen.plan, chosen.record.changed(artifacts=artifacts), first.images)
 
 
 def demo_scenario() -> Scenario:
@@ -169,7 +169,7 @@ class Demo:
     checkpoint: str
     out: Path
 
-    async def measure(self, plan: Plan, with_picture: bool) -> DemoRun:
+    async def measure(self, plan: Plan, with_images: bool) -> DemoRun:
         """Warm up, run once, fetch the image: it is the same in every round."""
         on_cpu = self.env["device_type"] == "cpu"
         warm_up = graph_of(warm_up_settings(self.settings, on_cpu), self.checkpoint, plan).to_api()
@@ -180,7 +180,7 @@ class Demo:
             result = await _queue(self.client, graph, plan.name)
         seen.vram = tuning.vram
         name = f"demo_{plan.name}"
-        pictures = await fetch_images(self.client, result, self.out, name) if with_picture else []
+        images = await fetch_images(self.client, result, self.out, name) if with_images else []
         record = outside_record(
             result, request=_request(self.settings, plan, self.checkpoint), env=self.env, memory=seen
         )
@@ -189,7 +189,7 @@ class Demo:
             await self.client.delete_runs([str(sampled(each)["run_id"]) for each in (warmed, result)])
         except BenchError as error:
             print(f"The sampler's own records stay: {error}", flush=True)
-        return DemoRun(plan, record, tuple(pictures))
+        return DemoRun(plan, record, tuple(images))
 
     async def in_turn(self) -> Result:
         """Measure stock and the presets in turn, as many rounds as there is time for."""
@@ -199,24 +199,24 @@ class Demo:
             all_runs, MOST_ROUNDS,
             goes_on=lambda done: (time.monotonic() - started) * (done + 1) / done < ROUNDS_SECONDS,
         ):  # fmt: skip
-            turn.keep(await self.measure(turn.series.plan, with_picture=turn.number == 0))
+            turn.keep(await self.measure(turn.series.plan, with_images=turn.number == 0))
             # The next one must not be measured beside this one's models.
             await self.client.free()
         return result_of(*(runs.repeats for runs in all_runs))
 
     async def with_distances(self, found: Result) -> Result:
         """The result with how far each preset's image is from stock's."""
-        reference = await self.client.upload(found.stock.pictures[0])
+        reference = await self.client.upload(found.stock.images[0])
         runs = [found.stock]
         for run in found.runs[1:]:
-            picture = await self.client.upload(run.pictures[0])
-            result = await self.client.run(compare_graph(picture, reference).to_api())
+            image = await self.client.upload(run.images[0])
+            result = await self.client.run(compare_graph(image, reference).to_api())
             text = " ".join(text for shown in result.outputs.values() for text in shown.get("text", []))
-            told = re.search(r"PSNR (\S+) dB, SSIM (\S+),", text)
-            if told is None:
+            distances = re.search(r"PSNR (\S+) dB, SSIM (\S+),", text)
+            if distances is None:
                 raise BenchError(f"Compare Images does not tell a distance: {text}")
-            psnr, ssim = float(told[1]), float(told[2])
-            # JSON has no infinity: equal images are told by `identical`.
+            psnr, ssim = float(distances[1]), float(distances[2])
+            # JSON has no infinity: equal images are marked by `identical`.
             quality = {"psnr": psnr, "ssim": ssim, "identical": psnr == float("inf"), "baseline": STOCK.name}
             runs.append(replace(run, record=run.record.changed(quality=quality)))
         return replace(found, runs=tuple(runs))
@@ -260,8 +260,8 @@ def report(found: Result, out: Path) -> None:
     for text in attributes_of(found):
         print(text)
     for run, record in zip(found.runs, records, strict=True):
-        for picture in run.pictures:
-            print(f"image ({run.plan.name}): {picture}")
+        for image in run.images:
+            print(f"image ({run.plan.name}): {image}")
         print(f"record ({run.plan.name}): {record}")
     print(f"table: {store.csv_path}")
 
@@ -281,7 +281,7 @@ def attributes_of(found: Result) -> list[str]:
         return []
     lines = [f"Asked for: {request['prompt']}. Attributes that are right in the image:"]
     for run in found.runs:
-        with Image.open(run.pictures[0]) as image:
+        with Image.open(run.images[0]) as image:
             score = examiner.examine(np.asarray(image.convert("RGB")), scene)
         wrong = f" ({'; '.join(score.wrong)})" if score.wrong else ""
         lines.append(f"  {run.plan.name}: {score.right} of {score.asked}{wrong}")
@@ -328,9 +328,9 @@ def graph_of(settings: Settings, checkpoint: str, plan: Plan) -> Graph:
     return graph
 
 
-def compare_graph(picture: str, reference: str) -> Graph:
+def compare_graph(image: str, reference: str) -> Graph:
     """How far one uploaded image is from another, in words."""
     graph = Graph()
-    images = [graph.add("LoadImage", group="Load", image=name)["IMAGE"] for name in (picture, reference)]
+    images = [graph.add("LoadImage", group="Load", image=name)["IMAGE"] for name in (image, reference)]
     graph.add("SpeedLabCompareImages", group="Measure", image_a=images[0], image_b=images[1])
     return graph

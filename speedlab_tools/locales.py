@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .host.base import from_environment, pack_root
+from .host.inprocess import start
 
 ENGLISH = pack_root() / "locales" / "en" / "nodeDefs.json"
 # The widget that ComfyUI's frontend puts behind a seed; it is translated like an input of the node.
@@ -22,8 +23,6 @@ _SEED_CONTROL = "control_after_generate"
 
 def run(_options: argparse.Namespace) -> int:
     """Write the file anew, with the nodes in a ComfyUI in this process."""
-    from .host.inprocess import start
-
     with tempfile.TemporaryDirectory() as base:
         pack = start(from_environment().comfyui, Path(base))
         text = file_text(english(pack.NODE_CLASS_MAPPINGS, pack.NODE_DISPLAY_NAME_MAPPINGS))

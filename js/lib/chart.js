@@ -19,9 +19,9 @@ export const legend = (bars, summary = null) =>
   div("sl-legend", KINDS.filter((kind) => bars.some((bar) => bar.kind === kind)).map((kind) => dot(`sl-${kind}`, wordOf(kind, summary))));
 
 function wordOf(kind, summary) {
-  const told = summary?.step_kinds?.[kind];
-  const name = hasMedian(told) ? "kind_median" : "kind_one";
-  return isNumber(told?.median_ms) ? t(name, { kind: t(`kind_${kind}`), value: duration(told.median_ms) }) : t(`kind_${kind}`);
+  const stat = summary?.step_kinds?.[kind];
+  const name = hasMedian(stat) ? "kind_median" : "kind_one";
+  return isNumber(stat?.median_ms) ? t(name, { kind: t(`kind_${kind}`), value: duration(stat.median_ms) }) : t(`kind_${kind}`);
 }
 
 /** Memory peaks of a record's steps from zero up, the device's where they are known; null without any. */

@@ -57,13 +57,13 @@ function verdict(runs) {
 
 // What differs besides what is compared: then the ratio is not of the techniques alone.
 function mixture(a, b) {
-  const told = [
+  const diff = [
     ["mixed_machine", "env_hash"],
     ["mixed_size", "request.width", "request.height", "request.batch"],
     ["mixed_steps", "summary.steps"],
     ["mixed_checkpoint", "request.checkpoint.name"],
   ].filter(([, ...paths]) => paths.some((path) => at(path)(a) !== at(path)(b)));
-  return told.length ? div("sl-hint sl-mixed", t("mixed", { what: told.map(([name]) => t(name)).join(", ") })) : null;
+  return diff.length ? div("sl-hint sl-mixed", t("mixed", { what: diff.map(([name]) => t(name)).join(", ") })) : null;
 }
 
 const at = (path) => (run) => path.split(".").reduce((part, name) => part?.[name], run);

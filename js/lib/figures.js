@@ -57,7 +57,7 @@ export const recordBars = ({ steps }) =>
 export const liveBars = (steps) => kindsOf(steps.map(([ms, flags]) => ({ ms, cached: flags & 1, uncond: flags & 2, forecast: flags & 4 })));
 
 // Of one step `median_ms` is its time.
-export const hasMedian = (told) => (told?.samples ?? told?.steps) > 1;
+export const hasMedian = (stat) => (stat?.samples ?? stat?.steps) > 1;
 
 /** Steps but the first, where compilation and warm-up show; a single step stands for itself. */
 export const steady = (bars) => (bars.length > 1 ? bars.slice(1) : bars).map((bar) => bar.ms);

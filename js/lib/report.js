@@ -59,10 +59,10 @@ function plotOf({ axis, labels, at, lines }, { marks, series }) {
   const x = (index) => LEFT + 24 + (RIGHT - LEFT - 48) * at[index];
   const names = labels.map((label) => (label.length > 20 ? `${label.slice(0, 19)}…` : label));
   const every = Math.ceil((names.length * (2 + Math.max(...names.map((name) => name.length))) * 7) / (RIGHT - LEFT));
-  const told = ([index, value]) => `${labels[index]}: ${plain(value)}`;
+  const text = ([index, value]) => `${labels[index]}: ${plain(value)}`;
   const drawing = svg(
     "svg",
-    { class: "sl-graph", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": series.flatMap((one) => one.points.map(told)).join(", ") },
+    { class: "sl-graph", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": series.flatMap((one) => one.points.map(text)).join(", ") },
     marks.map((mark) => [line(LEFT, RIGHT, y(mark), y(mark)), svg("text", { class: "sl-y", x: LEFT - 6, y: y(mark) + 4, text: plain(mark) })]),
     names.map((text, index) => (index % every ? null : svg("text", { x: x(index), y: BOTTOM + 17, text }))),
     svg("text", { x: (LEFT + RIGHT) / 2, y: HEIGHT - 6, text: axis }),
@@ -73,7 +73,7 @@ function plotOf({ axis, labels, at, lines }, { marks, series }) {
         lines ? svg("polyline", { points: one.points.map(([index, value]) => `${x(index)},${y(value)}`).join(" ") }) : null,
         one.points.map((point) => [
           line(x(point[0]), x(point[0]), y(point[2]), y(point[3])),
-          svg("circle", { cx: x(point[0]), cy: y(point[1]), r: 4 }, svg("title", { text: `${one.label} ${told(point)}` })),
+          svg("circle", { cx: x(point[0]), cy: y(point[1]), r: 4 }, svg("title", { text: `${one.label} ${text(point)}` })),
         ]),
       ),
     ),

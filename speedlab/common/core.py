@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -74,8 +75,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_unused_memory() -> None:
     """Give cached device memory back, after the tensors of a failed attempt are gone."""
-    import gc
-
     import comfy.model_management as mm
 
     gc.collect()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from functools import lru_cache
 from typing import Any, Literal
+
+from .torch_private import has_avx512_bf16, onednn_computes
 
 CheckpointPrecision = Literal["auto", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2"]
 CHECKPOINT_PRECISIONS: tuple[CheckpointPrecision, ...] = ("auto", "fp32", "bf16", "fp16", "fp8_e4m3fn", "fp8_e5m2")
@@ -70,8 +73,6 @@ def _text_encoder_dtypes(clip: Any) -> dict[str, str | None]:
 @lru_cache(maxsize=1)
 def cpu_computes_bf16() -> bool:
     """Whether this CPU has bf16 instructions (AVX512-BF16, AMX, Arm BF16), asked of oneDNN."""
-    from .torch_private import has_avx512_bf16, onednn_computes
-
     if not onednn_computes("bf16"):
         return False
     # oneDNN emulates bf16 on CPUs with AVX512 alone, which is slower than fp32.
@@ -81,12 +82,8 @@ def cpu_computes_bf16() -> bool:
 @lru_cache(maxsize=1)
 def cpu_computes_fp16() -> bool:
     """Whether this CPU has fp16 instructions (AVX512-FP16, AMX-FP16, Arm FP16), asked of oneDNN."""
-    from .torch_private import onednn_computes
-
     return onednn_computes("fp16")
 
 
 def _is_x86() -> bool:
-    import platform
-
     return platform.machine().lower() in ("x86_64", "amd64")

@@ -52,7 +52,7 @@ def _parts(record: RunRecord, images: Sequence[tuple[str, bytes]]) -> Iterator[s
     yield f"<p>{escape(' | '.join(str(fact) for fact in facts if fact))}</p>"
     yield "".join(f"<p>{escape(line)}</p>" for line in summary_text(record).splitlines())
     for kind, data in images:
-        yield f'<img alt="image of this run" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+        yield f'<img alt="image of this run" src="{image_url(kind, data)}">'
     if record.steps:
         yield f"<h2>Steps</h2>{_bars(record)}"
         yield _memory_lines(record)
@@ -113,12 +113,22 @@ def _svg(label: str, inside: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
+    return html_table(rows[1:], rows[0])
+
+
+def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:
+    """An HTML table; every text is escaped."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
-    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in body)}</table>"
+    head = "" if header is None else line(header, "th")
+    return f"<table>{head}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def image_url(kind: str, data: bytes) -> str:
+    """An image of kind "png" or "jpeg" as a URL that holds it, so that a page shows it without a request."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ The checkpoint of a graph in another precision: loaded again, with the patches o
 
 from __future__ import annotations
 
+import difflib
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -55,7 +56,7 @@ class Prepared:
 class OneRun:
     """One image's (or batch's) times in milliseconds. `record` is the sampler's, with memory over all phases.
 
-    `latent` and the first of the `pictures` are in the host's memory.
+    `latent` and the first of the `images` are in the host's memory.
     """
 
     record: RunRecord
@@ -64,7 +65,7 @@ class OneRun:
     decode_ms: float
     save_ms: float
     latent: Any
-    pictures: Any
+    images: Any
     decode_info: dict[str, Any]
     files: tuple[str, ...]
     rss_growth_gb: float | None = None
@@ -103,8 +104,6 @@ def prepare(parts: Parts, settings: CellSettings, nodes: NodeTable, reloader: Re
 
 def check_sampler(settings: CellSettings) -> None:
     """Raise SweepTextError for a sampler or scheduler that this ComfyUI does not have."""
-    import difflib
-
     import comfy.samplers
 
     known = comfy.samplers.KSampler
@@ -141,7 +140,7 @@ def run_once(
         decode_ms=decoded.ms,
         save_ms=0.0 if save is None else saved.ms,
         latent=sampled.latent["samples"].detach().float().cpu(),
-        pictures=result.images[:1].float().cpu(),
+        images=result.images[:1].float().cpu(),
         decode_info=dict(result.info),
         files=tuple(files),
         rss_growth_gb=growth_gb(

@@ -257,12 +257,12 @@ class Quality:
     difference: Any
 
 
-def quality_of(pictures: Any, baseline: Any) -> Quality | None:
+def quality_of(images: Any, baseline: Any) -> Quality | None:
     """Compare images [B, H, W, 3] with the baseline's; None where their sizes differ, so that nothing compares."""
-    if pictures.shape != baseline.shape:
+    if images.shape != baseline.shape:
         return None
-    compared = compare_images(pictures, baseline)
-    return Quality(compared.psnr, compared.ssim, _lpips(pictures, baseline), compared.diff)
+    compared = compare_images(images, baseline)
+    return Quality(compared.psnr, compared.ssim, _lpips(images, baseline), compared.diff)
 
 
 def _lpips(a: Any, b: Any) -> float | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..measure.page import html_table, image_url
 from ..sampling.complete import to_bytes
 
 _STYLE = """:root{color-scheme:light dark}body{font:14px sans-serif;margin:2em;max-width:110em}
@@ -26,17 +26,9 @@ def html_page(
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>
 <h1>{html.escape(title)}</h1><ul>{"".join(f"<li>{html.escape(note)}</li>" for note in notes)}</ul>
-{shown}<table><tr>{_cells(header, "th")}</tr>{_rows(rows)}</table>
-<h2>Environment</h2><table>{_rows(facts)}</table></html>
+{shown}{html_table(rows, header)}
+<h2>Environment</h2>{html_table(facts)}</html>
 """
-
-
-def _rows(rows: Sequence[Sequence[str]]) -> str:
-    return "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in rows)
-
-
-def _cells(row: Sequence[str], tag: str) -> str:
-    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
 
 
 def _inline(image: Any) -> str:
@@ -44,4 +36,4 @@ def _inline(image: Any) -> str:
 
     data = io.BytesIO()
     Image.fromarray(to_bytes(image)[0]).save(data, "PNG")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    return image_url("png", data.getvalue())

@@ -213,8 +213,8 @@ def _memory(runs: CellRuns) -> float | None:
 
 def _memory_name(result: SweepResult) -> str:
     seen = [runs.record.memory.get("overall", {}) for runs in result.cells if runs.record is not None]
-    on_card = any(overall.get("peak_allocated_gb") is not None for overall in seen)
-    return "peak VRAM, GB" if on_card else "growth of RAM, GB"
+    on_gpu = any(overall.get("peak_allocated_gb") is not None for overall in seen)
+    return "peak VRAM, GB" if on_gpu else "growth of RAM, GB"
 
 
 def _rate(runs: CellRuns) -> float | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..measure.page import image_url
 from ..measure.peaks import GROWTH
 from ..measure.record import csv_row
 from ..measure.store import RunStore, write_image
@@ -34,11 +35,11 @@ def thumbnail(images: Any) -> Any:
     return sheet
 
 
-def data_url(picture: Any) -> str:
+def data_url(image: Any) -> str:
     """A thumbnail as a small JPEG that a page shows without asking for it."""
     data = io.BytesIO()
-    picture.resize((picture.width // 2, picture.height // 2)).save(data, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+    image.resize((image.width // 2, image.height // 2)).save(data, "JPEG", quality=75)
+    return image_url("jpeg", data.getvalue())
 
 
 def contact_sheet(
@@ -112,8 +113,6 @@ def _short(text: str, most: int = 38) -> str:
 
 def _font() -> Any:
     """DejaVu Sans, which matplotlib brings, else Pillow's own small font."""
-    from pathlib import Path
-
     from PIL import ImageFont
 
     try:

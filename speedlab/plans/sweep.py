@@ -85,7 +85,7 @@ class Sweep:
         self.result.cells = list(self._of.values())
         self.reloader = Reloader(parts)
         self._prepared: dict[tuple[int, int], Prepared] = {}
-        self._baseline_pictures: dict[tuple[int, int], Any] = {}
+        self._baseline_images: dict[tuple[int, int], Any] = {}
         self._weights: Any = parts.model.model
         self._draws = draws(parts.model, context)
         self._start_rss = 0
@@ -139,7 +139,7 @@ class Sweep:
             if turn.counts and not runs.repeats:
                 self._look(runs, made)
             # Only the first repeat's images are looked at.
-            turn.keep(tuple(replace(run, pictures=None, latent=None) for run in made))
+            turn.keep(tuple(replace(run, images=None, latent=None) for run in made))
         self._running = None
 
     def _save(self, name: str, first: int, images: Any) -> list[str]:
@@ -186,18 +186,18 @@ class Sweep:
         import torch
 
         place = (runs.cell.x, runs.cell.y)
-        same_size = len({tuple(run.pictures.shape) for run in made}) == 1
-        pictures = torch.cat([run.pictures for run in made]) if same_size else made[0].pictures
-        self.result.thumbnails[place] = thumbnail(pictures)
+        same_size = len({tuple(run.images.shape) for run in made}) == 1
+        images = torch.cat([run.images for run in made]) if same_size else made[0].images
+        self.result.thumbnails[place] = thumbnail(images)
         if same_size and self._draws and runs.cell.settings.prompt_tokens is None:
-            runs.attributes = accuracy(pictures, [prompt.text for prompt in self.request.prompts])
+            runs.attributes = accuracy(images, [prompt.text for prompt in self.request.prompts])
         baseline = runs.baseline
         if baseline is None:
             return
         if (baseline.x, baseline.y) == place:
-            self._baseline_pictures[place] = pictures
-        elif (reference := self._baseline_pictures.get((baseline.x, baseline.y))) is not None:
-            runs.quality = quality_of(pictures, reference)
+            self._baseline_images[place] = images
+        elif (reference := self._baseline_images.get((baseline.x, baseline.y))) is not None:
+            runs.quality = quality_of(images, reference)
             if runs.quality is not None:
                 name = f"{runs.run_id}_difference.png"
                 runs.difference = keep_image(self.store, "images", name, runs.quality.difference[:1])

@@ -77,13 +77,13 @@ class Images:
         """An image of a plan beside the user's own. Raises Refused where the plan cannot run."""
         reference = self.reference(prompt)
         run = self.once(candidate.over(self.base), prompt)
-        quality = quality_of(run.pictures, reference.pictures)
+        quality = quality_of(run.images, reference.images)
         if quality is None:
             raise Refused("its image has another size than the user's own")
         error = compare_latents(run.latent, reference.latent).relative_error
         if not math.isfinite(error):
             raise Refused("its latent has NaN or Inf")
-        right = accuracy(run.pictures, [self.prompts[prompt].text]) if self._draws else None
+        right = accuracy(run.images, [self.prompts[prompt].text]) if self._draws else None
         seconds = run.total_ms / 1000.0
         return Look(seconds, error, quality.ssim, min(quality.psnr, 200.0), quality.lpips, right), run
 

@@ -16,15 +16,14 @@ from ..common.errors import ResultsError, UnavailableError
 from ..measure.charts import blank, new_figure, to_image
 from ..measure.context import NodeContext, link_of
 from ..measure.store import RunStore, cannot_write, new_run_id, write_atomically
-from .axes import CellSettings, whole_number, written_values
-from .cell import Prompt
+from .axes import CellSettings
 from .output import ATTRIBUTES, share
 from .page import html_page
-from .plan_text import SweepTextError
 from .sheet import SIDE
 from .techniques import NodeTable
 from .techniques import Parts as Models
-from .tune import HELD_OUT, Tune, TuneRequest, TuneResult, name_of
+from .tune import Tune, TuneResult, name_of
+from .tune_request import HELD_OUT, TuneRequest
 from .tune_search import CALIBRATED, FLOORS, Tried
 
 log = logging.getLogger(__name__)
@@ -58,30 +57,6 @@ def tune(models: Models, request: TuneRequest, nodes: NodeTable, context: NodeCo
                 write_report(one.result, one.store, context, name)
         raise
     return write_report(result, one.store, context, name)
-
-
-def request_of(
-    base: CellSettings, prompts: tuple[Prompt, ...], quality: str, minutes: float, budget_gb: float,
-    candidates: str, steps: str, samplers: str,
-) -> TuneRequest:  # fmt: skip
-    """The request of texts as the node and the command line take them. Raises SweepTextError."""
-    lines = tuple(line.strip() for line in candidates.splitlines() if line.strip())
-    counts: list[int] = []
-    for text in written_values("steps", steps):
-        first, colon, last = text.partition(":")
-        low = whole_number(first, "steps")
-        high = whole_number(last, "steps") if colon else low
-        if not 1 <= low <= high or high - low > 1000:
-            raise SweepTextError(f"'{text}' is no range of steps: write 20:30, or 20, 25, 30.")
-        # A range is five counts: the images of every one would take the minutes of the search.
-        counts += sorted({low + (high - low) * part // 4 for part in range(5)})
-    named = []
-    for text in written_values("sampler", samplers):
-        sampler, _, scheduler = text.partition("/")
-        named.append((sampler, scheduler or base.scheduler))
-    return TuneRequest(
-        base, prompts, quality, minutes, budget_gb, lines, tuple(dict.fromkeys(counts)), tuple(dict.fromkeys(named))
-    )
 
 
 def write_report(result: TuneResult, store: RunStore, context: NodeContext, name: str) -> TuneReport:
@@ -273,19 +248,19 @@ def _sheet(result: TuneResult) -> Any:
         (
             "without a plan",
             f"{result.stock_s:.2f} s" if result.stock_s else "reference with more steps",
-            next(iter(result.pictures.values()), None),
+            next(iter(result.thumbnails.values()), None),
         )
     ]
-    shown = [(one, result.pictures.get(name_of(one.candidate))) for one in ranked(result) if one.looks]
-    cells = own + [(name_of(one.candidate), _caption(one), picture) for one, picture in shown if picture is not None]
+    shown = [(one, result.thumbnails.get(name_of(one.candidate))) for one in ranked(result) if one.looks]
+    cells = own + [(name_of(one.candidate), _caption(one), image) for one, image in shown if image is not None]
     rows = -(-len(cells) // _COLUMNS)
     box_width, box_height = SIDE + 8, SIDE + 44
     sheet = Image.new("RGB", (_COLUMNS * box_width + 8, rows * box_height + 8), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    for index, (title, caption, picture) in enumerate(cells):
+    for index, (title, caption, image) in enumerate(cells):
         x, y = index % _COLUMNS * box_width + 8, index // _COLUMNS * box_height + 8
-        if picture is not None:
-            sheet.paste(picture, (x, y))
+        if image is not None:
+            sheet.paste(image, (x, y))
         draw.multiline_text((x, y + SIDE + 2), "\n".join((title[:44], title[44:88], caption)), fill=(32, 32, 32))
     return torch.from_numpy(numpy.asarray(sheet).astype(numpy.float32) / 255.0).unsqueeze(0)
 

@@ -87,11 +87,11 @@ def read_all(store: RunStore) -> list[TunedPlan]:
     plans = []
     for path in sorted(folder_of(store).glob("*.json")):
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            if told.get("schema") != SCHEMA:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.get("schema") != SCHEMA:
                 log.warning("SpeedLab: %s was written by another version of SpeedLab: run Tune again.", path)
                 continue
-            plans.append(TunedPlan(**{**told, "tuned_for": TunedFor(**told["tuned_for"])}))
+            plans.append(TunedPlan(**{**data, "tuned_for": TunedFor(**data["tuned_for"])}))
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             log.warning("SpeedLab: %s is no tuned plan (%s): delete it, or run Tune again.", path, error)
     return sorted(plans, key=lambda plan: plan.made, reverse=True)

@@ -73,7 +73,7 @@ def compile_vae(vae: Any, backend_name: str, mode: str) -> Any:
             f"Compile VAE works on VAEs for images, and this is a {type(network).__name__}. Take the node out."
         )
     options = CompileOptions(mode=mode, device=vae.device, folder=cache_folder(backend_name, vae.device),
-                             results=(backends.Picture(vae.output_channels, vae.upscale_ratio),))  # fmt: skip
+                             results=(backends.RelativeShape(vae.output_channels, vae.upscale_ratio),))  # fmt: skip
     compiled = copy.copy(vae)
     compiled.first_stage_model = copy.copy(network)
     compiled.first_stage_model.__dict__["speedlab_original"] = network

@@ -5,7 +5,6 @@ Every text goes through Jinja's autoescape: plan names, prompts and errors come 
 
 from __future__ import annotations
 
-import base64
 import io
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from speedlab.common.errors import ResultsError, UnavailableError
 from speedlab.common.tables import HEADER, NOTHING, RAM_COLUMN, cells, seconds
+from speedlab.measure.page import image_url
 from speedlab.measure.record import from_json
 
 from ..client.errors import BenchError
@@ -117,4 +117,4 @@ def _inline(path: Path) -> str:
             with Image.open(path) as image:
                 image.convert("RGB").save(smaller, "JPEG", quality=85)
             data, kind = smaller.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return image_url(kind, data)

@@ -18,7 +18,7 @@ from speedlab.common.errors import first_line
 from ..client.client import ComfyClient, RunResult
 from ..client.errors import BenchError, ServerGone
 from ..client.events import SAMPLERS, TEXT_ENCODERS, ProgressLine, nodes_of
-from ..client.graph import ApiGraph, split_lanes
+from ..client.graph import ApiGraph, split_rows
 from ..scenarios.overrides import MARK, PROMPTS, shrink
 from ..scenarios.scenario import Scenario
 from ..scenarios.workflows import ui_graph
@@ -28,19 +28,19 @@ from .results import REPORT, SWEEP, Journal, Outcome, fetch_images, fetch_record
 def parts_of(scenario: Scenario, small: bool = False) -> list[tuple[str, ApiGraph]]:
     """The graphs that are queued one by one, each with the name of what it makes."""
     graph = scenario.graph()
-    lanes = split_lanes(graph)
+    rows = split_rows(graph)
     prompts = scenario.settings.prompts
-    # One lane a prompt where their numbers agree; any other graph has lanes of its own meaning.
-    named = [f"{scenario.id}_{prompt.name}" for prompt in prompts] if len(prompts) == len(lanes) > 1 else []
-    names = named or [f"{scenario.id}_{n}" if len(lanes) > 1 else scenario.id for n in range(1, len(lanes) + 1)]
-    parts = list(zip(names, lanes, strict=True))
+    # One row a prompt where their numbers agree; any other graph has rows of its own meaning.
+    named = [f"{scenario.id}_{prompt.name}" for prompt in prompts] if len(prompts) == len(rows) > 1 else []
+    names = named or [f"{scenario.id}_{n}" if len(rows) > 1 else scenario.id for n in range(1, len(rows) + 1)]
+    parts = list(zip(names, rows, strict=True))
     if not small:
         return parts
-    if len(prompts) == len(lanes):
+    if len(prompts) == len(rows):
         # Of the same thing with other prompts two are enough, and of each variant its first prompt.
         firsts = [part for part, prompt in zip(parts, prompts, strict=True) if prompt.text == prompts[0].text]
         parts = firsts if graph.plans else parts[:PROMPTS]
-    return [(name, shrink(lane)) for name, lane in parts]
+    return [(name, shrink(row)) for name, row in parts]
 
 
 async def run_scenario(

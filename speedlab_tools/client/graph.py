@@ -41,14 +41,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Node:
-    """One node. `lane` is its row on the canvas: one lane an image."""
+    """One node. `row` is where it stands on the canvas: one row an image."""
 
     id: int
     signature: NodeSignature
     inputs: Mapping[str, Any]
     title: str
     group: str
-    lane: int
+    row: int
 
     @property
     def class_type(self) -> str:
@@ -101,7 +101,7 @@ class Graph:
     # Names of plans by the sampler that runs them, where a graph holds several; others run the scenario's plan.
     plans: dict[int, str] = field(default_factory=dict)
 
-    def add(self, class_type: str, /, *, group: str, lane: int = 0, title: str | None = None, **inputs: Any) -> Node:
+    def add(self, class_type: str, /, *, group: str, row: int = 0, title: str | None = None, **inputs: Any) -> Node:
         """Add a node and return it. Inputs are links or values; a widget left out gets its default."""
         known = signature(class_type)
         if group not in GROUPS:
@@ -114,7 +114,7 @@ class Graph:
             left_out = entry.name not in inputs and entry.optional and (not entry.widget or entry.default is None)
             if not left_out:
                 values[entry.name] = _checked(known, entry, inputs)
-        node = Node(len(self.nodes) + 1, known, values, title or class_type, group, lane)
+        node = Node(len(self.nodes) + 1, known, values, title or class_type, group, row)
         self.nodes.append(node)
         return node
 
@@ -147,9 +147,9 @@ class Graph:
             for node in self.nodes
         }
 
-    def lanes(self) -> list[int]:
-        """The lanes in use, top to bottom."""
-        return sorted({node.lane for node in self.nodes})
+    def rows(self) -> list[int]:
+        """The rows in use, top to bottom."""
+        return sorted({node.row for node in self.nodes})
 
 
 def is_link(value: Any) -> bool:
@@ -170,15 +170,15 @@ def upstream(api: ApiGraph, targets: Iterable[str]) -> ApiGraph:
     return {node_id: node for node_id, node in api.items() if node_id in wanted}
 
 
-def split_lanes(graph: Graph) -> list[ApiGraph]:
-    """One API graph a lane, each with everything that lane's output nodes need.
+def split_rows(graph: Graph) -> list[ApiGraph]:
+    """One API graph a row, each with everything that row's output nodes need.
 
     Images that are queued one by one have load, encode and decode times of their own, and only the first one loads.
     """
     api = graph.to_api()
     parts = []
-    for lane in graph.lanes():
-        ends = [str(node.id) for node in graph.nodes if node.lane == lane and node.signature.output_node]
+    for row in graph.rows():
+        ends = [str(node.id) for node in graph.nodes if node.row == row and node.signature.output_node]
         if ends:
             parts.append(upstream(api, ends))
     return parts

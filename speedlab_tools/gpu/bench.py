@@ -133,9 +133,9 @@ class Bench:
             run = run_once(prepared, PROMPT, NodeContext())
         finally:
             NetworkStream.prefetch = before
-        if not all(bool(torch.isfinite(made).all()) for made in (run.latent, run.pictures)):
+        if not all(bool(torch.isfinite(made).all()) for made in (run.latent, run.images)):
             raise SpeedLabError("NaN or Inf in latents or images: the times mean nothing")
-        return replace(run, pictures=None)
+        return replace(run, images=None)
 
     def facts(self, block: Block, variant: Variant) -> dict[str, Any]:
         """What a row says of the variant, whatever becomes of it."""

@@ -36,7 +36,7 @@ _COPIES = 10
 # Steps that tell what every step computes.
 _FEW_STEPS = 4
 _KERNELS_KEPT = 40
-_FAMILIES_TOLD = 6
+_FAMILIES_SHOWN = 6
 
 
 def peak(bench: Bench, block: Block) -> None:
@@ -90,7 +90,7 @@ def kernels(bench: Bench, block: Block) -> None:
             wall, steps = _wall_and_steps(one)
             record = _profiled(one, "trace" if variant is last else "kernels", one.settings.steps)
             profile = record.kernel_profile or {}
-            shares = [f"{f['family']} {f['share']:.1f}%" for f in profile.get("families", ())[:_FAMILIES_TOLD]]
+            shares = [f"{f['family']} {f['share']:.1f}%" for f in profile.get("families", ())[:_FAMILIES_SHOWN]]
             trace = _keep_trace(record, bench.journal.path)
             bench.write(
                 block, variant, n=1, sampling_s=round(wall, 4), steps_over_wall=round(steps / wall, 4),

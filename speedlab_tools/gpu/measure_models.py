@@ -98,7 +98,7 @@ def take_turns(bench: Bench, block: Block, variants: Sequence[VariantRuns]) -> N
 def fields_of(bench: Bench, block: Block, one: VariantRuns, stock: VariantRuns | None = None) -> dict[str, Any]:
     """The fields of a row: the figures of the record that Benchmark would write of these runs."""
     record, samples = _record(bench, block, one), [_sample(run) for (run,) in one.repeats]
-    fields = {**_told(record), **_rates(bench, block, one.variant, record), "samples": samples}
+    fields = {**_fields_of(record), **_rates(bench, block, one.variant, record), "samples": samples}
     if stock is not None:
         theirs = _record(bench, block, stock)
         fields |= {
@@ -113,7 +113,7 @@ def _record(bench: Bench, block: Block, one: VariantRuns) -> RunRecord:
     return measured_record(one, SweepFacts(one.run_id, None, (PROMPT,), bench.parts(block, one.variant)))
 
 
-def _told(record: RunRecord) -> dict[str, Any]:
+def _fields_of(record: RunRecord) -> dict[str, Any]:
     """What a record says, in the columns of the suite."""
     summary, phases, request, totals = record.summary, record.phases_ms, record.request, record.summary["totals_ms"]
     # The process's peak is given by each phase: `overall` is what a cell adds to it.

@@ -92,13 +92,13 @@ def _attention(*names: str) -> tuple[Variant, ...]:
 
 
 def _alone(id: str, shows: str, *variants: Variant, needs_s: float = 50.0, model: str = "sdxl") -> Block:
-    return Block(id, "pictures", shows, (_STOCK, *variants), model=model, needs_s=needs_s)
+    return Block(id, "images", shows, (_STOCK, *variants), model=model, needs_s=needs_s)
 
 
 def _cap(gb: float) -> Block:
     variants = (_STOCK, Variant("plan", WITHIN.format(budget=gb), whole=False))
     shows = f"a GPU of {gb:g} GB: stock, and the plan that fits"
-    return Block(f"cap-{gb:g}gb", "pictures", shows, variants, apart=True, cap_gb=gb, needs_s=40.0)
+    return Block(f"cap-{gb:g}gb", "images", shows, variants, apart=True, cap_gb=gb, needs_s=40.0)
 
 
 def _cold(name: str, options: str, needs_s: float) -> Block:
@@ -118,13 +118,13 @@ BLOCKS: tuple[Block, ...] = (
         needs_s=5.0,
     ),
     Block("work-sdxl", "work", "operations of a step", (Variant("step"),), needs_s=25.0),
-    Block("sdxl-fp16", "pictures", "SDXL 1024x1024, 30 steps, fp16", _PLANS, needs_s=180.0),
+    Block("sdxl-fp16", "images", "SDXL 1024x1024, 30 steps, fp16", _PLANS, needs_s=180.0),
     Block("kernels", "kernels", "where a step's time goes", (_STOCK, _PLANS[2], _EXACT), needs_s=30.0),
-    Block("sdxl-bf16", "pictures", "SDXL 1024x1024, 30 steps, bf16", _PLANS, dtype="bf16", needs_s=180.0),
+    Block("sdxl-bf16", "images", "SDXL 1024x1024, 30 steps, bf16", _PLANS, dtype="bf16", needs_s=180.0),
     Block("profiler", "overhead", "Profile Sampler against KSampler", (Variant("timing"),), needs_s=45.0),
     *(_cap(gb) for gb in (8.0, 6.0, 4.0)),
     Block(
-        "offload", "pictures", "weights on the host, streamed or in turns",
+        "offload", "images", "weights on the host, streamed or in turns",
         (
             Variant("sequential-tiny", "memory_plan(sequential)+tiny"),
             Variant("sequential-tiny-no-prefetch", "memory_plan(sequential)+tiny", prefetch=False),
@@ -164,7 +164,7 @@ BLOCKS: tuple[Block, ...] = (
         Variant("fastest-deepcache", FASTEST_DEEPCACHE, whole=False),
         needs_s=70.0, model="sd15",
     ),
-    Block("sd15-bf16", "pictures", "SD 1.5 512x512, 30 steps, bf16", (_STOCK, _EXACT), "sd15", "bf16", 50.0),
+    Block("sd15-bf16", "images", "SD 1.5 512x512, 30 steps, bf16", (_STOCK, _EXACT), "sd15", "bf16", 50.0),
     _cold("blocks", "inductor,scope=blocks", 70.0),
     _cold("model", "inductor,scope=model", 90.0),
     _cold("reduce-overhead", "inductor,mode=reduce-overhead", 80.0),
@@ -174,7 +174,7 @@ BLOCKS: tuple[Block, ...] = (
     Block("tour-size", "tour_size", "sizes of a compiled model", (_COMPILED,), needs_s=80.0),
     Block("batch-sdxl", "batches", "images a minute by batch", (_STOCK, _EXACT), needs_s=80.0),
     Block("batch-sd15", "batches", "images a minute by batch", (_STOCK, _EXACT), "sd15", needs_s=80.0),
-    Block("refiner", "pictures", "base and refiner together", (Variant("ensemble", handoff=0.8, whole=False),),
+    Block("refiner", "images", "base and refiner together", (Variant("ensemble", handoff=0.8, whole=False),),
           apart=True, needs_s=40.0),
     _alone(
         "alone-attention-slow", "attention without a fused kernel, and from packages",
@@ -222,7 +222,7 @@ def tried(plans: Iterable[str], model: str, dtype: str) -> Block:
         workload_of(model, variant, False)
     graphs = any(_records_graphs(variant.stack) for variant in variants)
     shows = "plans of the command line"
-    return Block(f"try-{model}-{dtype}", "pictures", shows, (_STOCK, *variants), model, dtype, own_allocator=graphs)
+    return Block(f"try-{model}-{dtype}", "images", shows, (_STOCK, *variants), model, dtype, own_allocator=graphs)
 
 
 def blocks_of(options: Namespace) -> tuple[Block, ...]:

@@ -21,7 +21,7 @@ Runner = Callable[[Bench, Block], None]
 RUNNERS: dict[str, Runner] = {
     "peak": measure_device.peak,
     "work": measure_device.work,
-    "pictures": measure_models.run,
+    "images": measure_models.run,
     "kernels": measure_device.kernels,
     "overhead": measure_device.overhead,
     "compile": measure_models.cold,

@@ -1,7 +1,7 @@
 """The drag-in workflow format of ComfyUI's canvas (version 0.4): from a graph to it, and back to a `/prompt` graph.
 
-Where the nodes of a workflow lie: one column a group from left to right, one row a lane. A link that would pass behind
-nodes runs by reroutes: down the gap right of its column, then through the channel that lies above each lane.
+Where the nodes of a workflow lie: one column a group from left to right, one row an image. A link that would pass
+behind nodes runs by reroutes: down the gap right of its column, then through the channel that lies above each row.
 """
 
 from __future__ import annotations
@@ -312,31 +312,31 @@ End = tuple[int, str]
 
 
 def _routed(graph: Graph) -> dict[Output, dict[int, list[End]]]:
-    """The links that need a way of their own, by output and by the lane they lead to.
+    """The links that need a way of their own, by output and by the row they lead to.
 
     Not those of neighbours: they cross nothing but the gap between two columns.
     """
     columns, by_id = _columns(graph), {node.id: node for node in graph.nodes}
     widest: dict[tuple[int, int], int] = {}
     for node in graph.nodes:
-        cell = columns[node.id], node.lane
+        cell = columns[node.id], node.row
         widest[cell] = max(node_size(node)[0], widest.get(cell, 0))
     routed: dict[Output, dict[int, list[End]]] = {}
     for node in graph.nodes:
         for name, link in node.links().items():
             origin, column = by_id[link.node], columns[link.node]
             # Beside a narrow node a wider one of its column may lie in the way.
-            begins_at_gap = node_size(origin)[0] == widest[column, origin.lane]
-            is_next = columns[node.id] == column + 1 and origin.lane == node.lane and begins_at_gap
+            begins_at_gap = node_size(origin)[0] == widest[column, origin.row]
+            is_next = columns[node.id] == column + 1 and origin.row == node.row and begins_at_gap
             # Graphs whose links run backwards are drawn too, but not tidied.
             if not is_next and columns[node.id] > column:
-                routed.setdefault((link.node, link.slot), {}).setdefault(node.lane, []).append((node.id, name))
+                routed.setdefault((link.node, link.slot), {}).setdefault(node.row, []).append((node.id, name))
     return routed
 
 
-def _channel(routed: Mapping[Output, Mapping[int, object]], lane: int) -> int:
-    """The height of the channel above a lane."""
-    tracks = sum(1 for lanes in routed.values() if lane in lanes)
+def _channel(routed: Mapping[Output, Mapping[int, object]], row: int) -> int:
+    """The height of the channel above a row."""
+    tracks = sum(1 for rows in routed.values() if row in rows)
     return TRACK * (tracks + 1) if tracks else 0
 
 
@@ -345,15 +345,15 @@ def _tracks(
 ) -> dict[Output, int]:
     """Where each output's links run in the gap right of its column: 1, 2, 3 ... from the left.
 
-    Those that stay in a lane share a track with those of other lanes.
+    Those that stay in a row share a track with those of other rows.
     """
-    lanes = {node.id: node.lane for node in graph.nodes}
-    stays = {output: set(to) == {lanes[output[0]]} for output, to in routed.items()}
+    rows = {node.id: node.row for node in graph.nodes}
+    stays = {output: set(to) == {rows[output[0]]} for output, to in routed.items()}
     tracks: dict[Output, int] = {}
     used: dict[tuple[int, int | None], int] = {}
-    for output in sorted(routed, key=lambda one: stays[one]):  # those of several lanes first
+    for output in sorted(routed, key=lambda one: stays[one]):  # those of several rows first
         column = columns[output[0]]
-        place_of = (column, lanes[output[0]] if stays[output] else None)
+        place_of = (column, rows[output[0]] if stays[output] else None)
         used[place_of] = used.get(place_of, 0) + 1
         tracks[output] = used[place_of] + (used.get((column, None), 0) if stays[output] else 0)
     return tracks
@@ -366,28 +366,28 @@ def place(graph: Graph, x: int = 0, y: int = 0) -> dict[int, Box]:
     sizes = {node.id: node_size(node) for node in graph.nodes}
     cells: dict[tuple[int, int], list[int]] = {}
     for node in graph.nodes:
-        cells.setdefault((columns[node.id], node.lane), []).append(node.id)
+        cells.setdefault((columns[node.id], node.row), []).append(node.id)
 
-    lane_top: dict[int, int] = {}
+    row_top: dict[int, int] = {}
     top = y
-    for number, lane in enumerate(graph.lanes()):
-        top += _channel(routed, lane) if number else 0  # that of the first lies under the titles of the groups
-        lane_top[lane] = top
-        heights = [sum(sizes[i][1] + TITLE_HEIGHT + GAP_Y for i in ids) for (_, at), ids in cells.items() if at == lane]
+    for number, row in enumerate(graph.rows()):
+        top += _channel(routed, row) if number else 0  # that of the first lies under the titles of the groups
+        row_top[row] = top
+        heights = [sum(sizes[i][1] + TITLE_HEIGHT + GAP_Y for i in ids) for (_, at), ids in cells.items() if at == row]
         top += max(heights)
 
     boxes: dict[int, Box] = {}
     left = x
     for column in sorted(set(columns.values())):
         widest = 0
-        for (at, lane), ids in cells.items():
+        for (at, row), ids in cells.items():
             if at != column:
                 continue
-            row = lane_top[lane]
+            y = row_top[row]
             for node_id in ids:
                 width, height = sizes[node_id]
-                boxes[node_id] = Box(left, row, width, height)
-                row += height + TITLE_HEIGHT + GAP_Y
+                boxes[node_id] = Box(left, y, width, height)
+                y += height + TITLE_HEIGHT + GAP_Y
                 widest = max(widest, width)
         left += widest + GAP_X + TRACK * max((tracks[one] for one in routed if columns[one[0]] == column), default=0)
     return boxes
@@ -396,18 +396,18 @@ def place(graph: Graph, x: int = 0, y: int = 0) -> dict[int, Box]:
 def _reroutes(graph: Graph, boxes: Mapping[int, Box]) -> tuple[list[dict[str, Any]], dict[End, int]]:
     """Reroutes with the ends of the links through each, and the last one before each end.
 
-    An output's links share their way: right of its column to the channel of each lane, along that to each column.
+    An output's links share their way: right of its column to the channel of each row, along that to each column.
     """
     columns, routed = _columns(graph), _routed(graph)
     tracks = _tracks(graph, columns, routed)
     left: dict[int, int] = {}
     right: dict[int, int] = {}
-    lane_top: dict[int, int] = {}
+    row_top: dict[int, int] = {}
     for node in graph.nodes:
         box, column = boxes[node.id], columns[node.id]
         left[column] = box.x
         right[column] = max(box.right, right.get(column, box.right))
-        lane_top[node.lane] = min(box.y, lane_top.get(node.lane, box.y))
+        row_top[node.row] = min(box.y, row_top.get(node.row, box.y))
     reroutes: list[dict[str, Any]] = []
     last: dict[End, int] = {}
 
@@ -417,28 +417,28 @@ def _reroutes(graph: Graph, boxes: Mapping[int, Box]) -> tuple[list[dict[str, An
         return len(reroutes)
 
     in_channel: dict[int, int] = {}
-    for (node_id, slot), lanes in routed.items():
+    for (node_id, slot), rows in routed.items():
         column = columns[node_id]
         x, slot_y = right[column] + TRACK * tracks[node_id, slot], boxes[node_id].y + SLOT_HEIGHT * slot + SLOT_MIDDLE
         levels = {}
-        for lane in lanes:
-            in_channel[lane] = in_channel.get(lane, 0) + 1
-            levels[lane] = lane_top[lane] - TITLE_HEIGHT - TRACK * in_channel[lane]
-        out = add(x, slot_y, None, [end for ends in lanes.values() for end in ends])
+        for row in rows:
+            in_channel[row] = in_channel.get(row, 0) + 1
+            levels[row] = row_top[row] - TITLE_HEIGHT - TRACK * in_channel[row]
+        out = add(x, slot_y, None, [end for ends in rows.values() for end in ends])
         for above in (True, False):  # of where the link leaves its node
             ways = sorted(
-                (lane for lane in lanes if (levels[lane] < slot_y) is above),
-                key=lambda lane: abs(levels[lane] - slot_y),
+                (row for row in rows if (levels[row] < slot_y) is above),
+                key=lambda row: abs(levels[row] - slot_y),
             )
             parent = out
-            for number, lane in enumerate(ways):
-                beyond = [end for other in ways[number:] for end in lanes[other]]
-                parent = along = add(x, levels[lane], parent, beyond)
-                targets = sorted({columns[end[0]] for end in lanes[lane]})
+            for number, row in enumerate(ways):
+                beyond = [end for other in ways[number:] for end in rows[other]]
+                parent = along = add(x, levels[row], parent, beyond)
+                targets = sorted({columns[end[0]] for end in rows[row]})
                 for target in targets:
-                    ends = [end for end in lanes[lane] if columns[end[0]] >= target]
+                    ends = [end for end in rows[row] if columns[end[0]] >= target]
                     if target > column + 1:
-                        along = add(left[target] - GAP_X // 2, levels[lane], along, ends)
+                        along = add(left[target] - GAP_X // 2, levels[row], along, ends)
                     last |= {end: along for end in ends if columns[end[0]] == target}
     return reroutes, last
 
@@ -446,7 +446,7 @@ def _reroutes(graph: Graph, boxes: Mapping[int, Box]) -> tuple[list[dict[str, An
 def frame(graph: Graph, boxes: Mapping[int, Box]) -> dict[str, Box]:
     """The rectangle of each group that has nodes, with room for the group's title, in the order of GROUPS."""
     frames = {}
-    room = GROUP_TITLE + _channel(_routed(graph), graph.lanes()[0]) if graph.nodes else GROUP_TITLE
+    room = GROUP_TITLE + _channel(_routed(graph), graph.rows()[0]) if graph.nodes else GROUP_TITLE
     for group in GROUPS:
         inside = [boxes[node.id].with_title() for node in graph.nodes if node.group == group]
         if inside:

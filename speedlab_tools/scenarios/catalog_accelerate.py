@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .graphs import ALONE, Variant, in_variants, lanes_of, with_control
+from .graphs import ALONE, Variant, in_variants, prompts_for, with_control
 from .scenario import (
     ASTRONAUT,
     CHECKPOINT_SD15,
@@ -47,7 +47,7 @@ def _scenario(
     return Scenario(
         id=name, source=source, title=title, shows=shows, family="sdxl" if sdxl else "sd15",
         files=(CHECKPOINT_SDXL if sdxl else CHECKPOINT_SD15,),
-        settings=replace(settings, prompts=lanes_of(variants, settings.prompts)),
+        settings=replace(settings, prompts=prompts_for(variants, settings.prompts)),
         published=published, plan=variants[0].plan, build=in_variants(variants, settings),
     )  # fmt: skip
 
@@ -88,10 +88,10 @@ def _few_steps(family: str, title: str, checkpoint: NeededFile, lora: NeededFile
     return Scenario(
         id=f"{family}-few-steps", source="S4", title=title,
         shows="One prompt: 30 plain steps, the same with Forecast or DeepCache and with Dynamic CFG, and 8 and 4 steps "
-        "with an LCM LoRA at CFG 1. The last lane puts the techniques on few steps: its report says what they leave "
+        "with an LCM LoRA at CFG 1. The last row puts the techniques on few steps: its report says what they leave "
         "out there, which is nothing or next to it.",
         family=family, files=(checkpoint, lora),
-        settings=replace(settings, prompts=lanes_of(variants, settings.prompts)),
+        settings=replace(settings, prompts=prompts_for(variants, settings.prompts)),
         published=(Published("none", "the guide gives no figure"),), plan=variants[0].plan,
         build=in_variants(variants, settings),
     )  # fmt: skip

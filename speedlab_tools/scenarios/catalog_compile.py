@@ -119,7 +119,7 @@ COMPILE_SCENARIOS = (
     Scenario(
         id="sd15-lora-stack", source="S4", title="Two LoRAs on a compiled model",
         shows="One prompt under two LoRAs at four pairs of strengths, one of them without both. The model is "
-        "compiled once: the record of each later lane says that all compiled code was found again.",
+        "compiled once: the record of each later row says that all compiled code was found again.",
         family="sd15", files=(CHECKPOINT_SD15, _LORA_1, _LORA_2),
         settings=replace(_PLAIN, steps=20, sampler="euler", scheduler="normal", cfg=7.0),
         published=(Published("switched without a recompile; no figure", "any"),), plan=Plan("LoRA stack, compiled"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .graphs import sliced_batches, staged_batch, text_to_image, tiled_image
-from .memory_graphs import Build, PlanOptions, RefinerLane, ensemble, prompts_of, refined, text_to_image_within
+from .memory_graphs import Build, PlanOptions, RefinerVariant, ensemble, prompts_of, refined, text_to_image_within
 from .scenario import (
     CHECKPOINT_SDXL,
     FOUR_PROMPTS,
@@ -52,12 +52,12 @@ _COMPILED_30_STEPS = replace(_30_STEPS, warmup=1)
 
 _STEPS = (50, 40, 30, 20)
 _HAND_OVERS = tuple(
-    RefinerLane(f"{steps} steps, {handoff:g}", steps, handoff=handoff) for handoff in (0.9, 0.8) for steps in _STEPS
+    RefinerVariant(f"{steps} steps, {handoff:g}", steps, handoff=handoff) for handoff in (0.9, 0.8) for steps in _STEPS
 )
 # At denoise 0.3 these are the last 3 of 10 steps and the last 6 of 20.
 _DENOISE = 0.3
 _REFINED = tuple(
-    RefinerLane(f"{steps} steps, then {refine} of {whole}", steps, refine=refine)
+    RefinerVariant(f"{steps} steps, then {refine} of {whole}", steps, refine=refine)
     for refine, whole in ((3, 10), (6, 20))
     for steps in _STEPS
 )
@@ -96,9 +96,9 @@ def _fastest(name: str, plan: Plan, shows: str, *published: Published) -> Scenar
 
 
 def _two_models(
-    name: str, title: str, shows: str, plan: str, lanes: tuple[RefinerLane, ...], build: Build, *published: Published
+    name: str, title: str, shows: str, plan: str, rows: tuple[RefinerVariant, ...], build: Build, *published: Published
 ) -> Scenario:
-    settings: Settings = replace(S1_SETTINGS, prompts=prompts_of(lanes, FOUR_PROMPTS[0]))
+    settings: Settings = replace(S1_SETTINGS, prompts=prompts_of(rows, FOUR_PROMPTS[0]))
     return Scenario(
         id=name, source="S1", title=title, shows=shows, family="sdxl", files=(CHECKPOINT_SDXL, REFINER_SDXL),
         settings=settings, published=published, plan=Plan(plan), build=build,

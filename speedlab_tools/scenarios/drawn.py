@@ -59,7 +59,7 @@ def side(family: str = "sd15") -> int:
 def on_drawn(scenario: Scenario, family: str = "sd15") -> Scenario:
     """The scenario with each of its texts replaced by a caption, smaller and with the guidance that the model needs.
 
-    Equal texts stay equal: lanes that differ by a setting go on showing that alone.
+    Equal texts stay equal: rows that differ by a setting go on showing that alone.
     """
     settings = scenario.settings
     texts = list(dict.fromkeys(prompt.text for prompt in settings.prompts))

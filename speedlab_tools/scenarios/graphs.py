@@ -1,12 +1,12 @@
 """Graphs that many scenarios share, as functions of a scenario.
 
-Graphs of the compile scenarios: one image under several plans, a lane each.
+Graphs of the compile scenarios: one image under several plans, a row each.
 
-Graphs around decoding: prompts as one staged list, and lanes that differ in how they decode.
+Graphs around decoding: prompts as one staged list, and rows that differ in how they decode.
 
 Graphs whose one measuring node is Benchmark, and the plain graph in a precision of its own.
 
-Graphs that run one thing in several ways: a lane for each variant and prompt.
+Graphs that run one thing in several ways: a row for each variant and prompt.
 """
 
 from __future__ import annotations
@@ -43,45 +43,45 @@ def load_checkpoint(graph: Graph, scenario: Scenario) -> Loaded:
     return Loaded(model, loader["clip"], vae)
 
 
-def encode(graph: Graph, clip: Link, prompt: Prompt, lane: int, label: str) -> tuple[Link, Link]:
+def encode(graph: Graph, clip: Link, prompt: Prompt, row: int, label: str) -> tuple[Link, Link]:
     """Positive and negative conditioning; without a negative prompt core's Conditioning Zero Out."""
     positive = graph.add(
-        "SpeedLabTextEncode", group="Prompt", lane=lane, title=f"Prompt{label}", clip=clip, text=prompt.text
+        "SpeedLabTextEncode", group="Prompt", row=row, title=f"Prompt{label}", clip=clip, text=prompt.text
     )
     if prompt.negative is None:
         negative = graph.add(
-            "ConditioningZeroOut", group="Prompt", lane=lane, title=f"No negative{label}", conditioning=positive[0]
+            "ConditioningZeroOut", group="Prompt", row=row, title=f"No negative{label}", conditioning=positive[0]
         )
     else:
         negative = graph.add(
-            "SpeedLabTextEncode", group="Prompt", lane=lane, title=f"Negative{label}", clip=clip, text=prompt.negative
+            "SpeedLabTextEncode", group="Prompt", row=row, title=f"Negative{label}", clip=clip, text=prompt.negative
         )
     return positive[0], negative[0]
 
 
-def decode(graph: Graph, plan: Plan, samples: Link, loaded: Loaded, lane: int, label: str) -> Node:
+def decode(graph: Graph, plan: Plan, samples: Link, loaded: Loaded, row: int, label: str) -> Node:
     """The plan's decoder: the checkpoint's own VAE or a Tiny VAE that fits the model."""
     if plan.decoder == "tiny":
         return graph.add(
-            "SpeedLabTinyVAEDecode", group="Decode", lane=lane, title=f"Tiny VAE Decode{label}",
+            "SpeedLabTinyVAEDecode", group="Decode", row=row, title=f"Tiny VAE Decode{label}",
             samples=samples, model=loaded.model,
         )  # fmt: skip
     return graph.add(
-        "SpeedLabVAEDecode", group="Decode", lane=lane, title=f"VAE Decode{label}", samples=samples, vae=loaded.vae
+        "SpeedLabVAEDecode", group="Decode", row=row, title=f"VAE Decode{label}", samples=samples, vae=loaded.vae
     )
 
 
-def measure(graph: Graph, scenario: Scenario, profile: Link, images: Link, lane: int, label: str) -> None:
+def measure(graph: Graph, scenario: Scenario, profile: Link, images: Link, row: int, label: str) -> None:
     """Profile Report, which saves the image too, and the step chart where the scenario shows one."""
     report = graph.add(
-        "SpeedLabProfileReport", group="Measure", lane=lane, title=f"Report{label}", profile=profile, images=images
+        "SpeedLabProfileReport", group="Measure", row=row, title=f"Report{label}", profile=profile, images=images
     )
     if scenario.settings.chart:
-        graph.add("PreviewImage", group="Measure", lane=lane, title=f"Step chart{label}", images=report["chart"])
+        graph.add("PreviewImage", group="Measure", row=row, title=f"Step chart{label}", images=report["chart"])
 
 
 def empty_latent(graph: Graph, settings: Settings) -> Link:
-    """One empty latent for every lane, so that the size is set in one place."""
+    """One empty latent for every row, so that the size is set in one place."""
     node = graph.add(
         "EmptyLatentImage", group="Load", title="Size",
         width=settings.width, height=settings.height, batch_size=settings.batch,
@@ -90,12 +90,12 @@ def empty_latent(graph: Graph, settings: Settings) -> Link:
 
 
 def sample(
-    graph: Graph, settings: Settings, prompt: Prompt, model: Link, conds: tuple[Link, Link], latent: Link, lane: int,
+    graph: Graph, settings: Settings, prompt: Prompt, model: Link, conds: tuple[Link, Link], latent: Link, row: int,
     label: str,
 ) -> Node:  # fmt: skip
     """Profile Sampler with the scenario's settings and the prompt's seed."""
     return graph.add(
-        "SpeedLabProfileSampler", group="Sample", lane=lane, title=f"Profile Sampler{label}",
+        "SpeedLabProfileSampler", group="Sample", row=row, title=f"Profile Sampler{label}",
         model=model, seed=prompt.seed, steps=settings.steps, cfg=settings.cfg,
         sampler_name=settings.sampler, scheduler=settings.scheduler,
         positive=conds[0], negative=conds[1], latent_image=latent, denoise=1.0,
@@ -104,23 +104,23 @@ def sample(
 
 
 def text_to_image(scenario: Scenario) -> Graph:
-    """One checkpoint, one lane a prompt: encode, sample under the profiler, decode, report, save."""
+    """One checkpoint, one row a prompt: encode, sample under the profiler, decode, report, save."""
     graph = Graph()
     loaded = load_checkpoint(graph, scenario)
     latent = empty_latent(graph, scenario.settings)
     several = len(scenario.settings.prompts) > 1
-    for lane, prompt in enumerate(scenario.settings.prompts):
+    for row, prompt in enumerate(scenario.settings.prompts):
         label = f": {prompt.name}" if several else ""
-        conds = encode(graph, loaded.clip, prompt, lane, label)
-        sampler = sample(graph, scenario.settings, prompt, loaded.model, conds, latent, lane, label)
-        image = decode(graph, scenario.plan, sampler["latent"], loaded, lane, label)
-        measure(graph, scenario, sampler["profile"], image[0], lane, label)
+        conds = encode(graph, loaded.clip, prompt, row, label)
+        sampler = sample(graph, scenario.settings, prompt, loaded.model, conds, latent, row, label)
+        image = decode(graph, scenario.plan, sampler["latent"], loaded, row, label)
+        measure(graph, scenario, sampler["profile"], image[0], row, label)
     return graph
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One lane: what the checkpoint is loaded as, and the techniques on the model."""
+    """One row: what the checkpoint is loaded as, and the techniques on the model."""
 
     label: str
     load: dict[str, Any] = field(default_factory=dict)
@@ -128,7 +128,7 @@ class Rung:
 
 
 def side_by_side(rungs: tuple[Rung, ...]) -> Callable[[Scenario], Graph]:
-    """The scenario's first prompt once for each rung; lanes that load alike share a loader and its text encoding."""
+    """The scenario's first prompt once for each rung; rows that load alike share a loader and its text encoding."""
 
     def build(scenario: Scenario) -> Graph:
         graph = Graph()
@@ -137,25 +137,25 @@ def side_by_side(rungs: tuple[Rung, ...]) -> Callable[[Scenario], Graph]:
             raise ValueError(f"scenario '{scenario.id}' names no checkpoint")
         latent = empty_latent(graph, scenario.settings)
         shared: dict[tuple[tuple[str, Any], ...], tuple[Loaded, tuple[Link, Link]]] = {}
-        for lane, rung in enumerate(rungs):
+        for row, rung in enumerate(rungs):
             key = tuple(sorted(rung.load.items()))
             if key not in shared:
                 loader = graph.add(
-                    "SpeedLabCheckpointLoader", group="Load", lane=lane, title=f"Load Checkpoint: {rung.label}",
+                    "SpeedLabCheckpointLoader", group="Load", row=row, title=f"Load Checkpoint: {rung.label}",
                     ckpt_name=checkpoint.default, **rung.load,
                 )  # fmt: skip
                 loaded = Loaded(loader["model"], loader["clip"], loader["vae"])
-                shared[key] = loaded, encode(graph, loaded.clip, prompt, lane, f": {rung.label}")
+                shared[key] = loaded, encode(graph, loaded.clip, prompt, row, f": {rung.label}")
             loaded, conds = shared[key]
-            model = Plan(rung.label, rung.techniques).apply(graph, loaded.model, lane)
-            _finish(graph, scenario, Loaded(model, loaded.clip, loaded.vae), conds, latent, lane, rung.label)
+            model = Plan(rung.label, rung.techniques).apply(graph, loaded.model, row)
+            _finish(graph, scenario, Loaded(model, loaded.clip, loaded.vae), conds, latent, row, rung.label)
         return graph
 
     return build
 
 
 def switched_loras(strengths: tuple[tuple[float, float], ...], compile_model: Technique) -> Callable[[Scenario], Graph]:
-    """Two LoRAs on one compiled model, a lane for each pair of strengths; 0 leaves a LoRA out."""
+    """Two LoRAs on one compiled model, a row for each pair of strengths; 0 leaves a LoRA out."""
 
     def build(scenario: Scenario) -> Graph:
         graph = Graph()
@@ -167,30 +167,30 @@ def switched_loras(strengths: tuple[tuple[float, float], ...], compile_model: Te
             "SpeedLabCheckpointLoader", group="Load", title="Load Checkpoint", ckpt_name=checkpoint.default
         )
         latent = empty_latent(graph, scenario.settings)
-        for lane, (strength_1, strength_2) in enumerate(strengths):
+        for row, (strength_1, strength_2) in enumerate(strengths):
             label = f"{strength_1:g} and {strength_2:g}"
             stack = graph.add(
-                "SpeedLabLoraStack", group="Load", lane=lane, title=f"LoRAs at {label}",
+                "SpeedLabLoraStack", group="Load", row=row, title=f"LoRAs at {label}",
                 model=loader["model"], clip=loader["clip"], lora_1=first.default, lora_2=second.default,
                 strength_1=strength_1, strength_2=strength_2,
             )  # fmt: skip
-            model = Plan(label, (compile_model,)).apply(graph, stack["model"], lane)
+            model = Plan(label, (compile_model,)).apply(graph, stack["model"], row)
             loaded = Loaded(model, stack["clip"], loader["vae"])
-            conds = encode(graph, loaded.clip, prompt, lane, f": {label}")
-            _finish(graph, scenario, loaded, conds, latent, lane, label)
+            conds = encode(graph, loaded.clip, prompt, row, f": {label}")
+            _finish(graph, scenario, loaded, conds, latent, row, label)
         return graph
 
     return build
 
 
 def _finish(
-    graph: Graph, scenario: Scenario, loaded: Loaded, conds: tuple[Link, Link], latent: Link, lane: int, label: str
+    graph: Graph, scenario: Scenario, loaded: Loaded, conds: tuple[Link, Link], latent: Link, row: int, label: str
 ) -> None:
     prompt, settings = scenario.settings.prompts[0], scenario.settings
-    sampler = sample(graph, settings, prompt, loaded.model, conds, latent, lane, f": {label}")
+    sampler = sample(graph, settings, prompt, loaded.model, conds, latent, row, f": {label}")
     graph.plans[sampler.id] = label
-    image = decode(graph, scenario.plan, sampler["latent"], loaded, lane, f": {label}")
-    measure(graph, scenario, sampler["profile"], image[0], lane, f": {label}")
+    image = decode(graph, scenario.plan, sampler["latent"], loaded, row, f": {label}")
+    measure(graph, scenario, sampler["profile"], image[0], row, f": {label}")
 
 
 BATCHES = (1, 2, 8, 32)
@@ -213,7 +213,7 @@ def staged_batch(scenario: Scenario) -> Graph:
     )  # fmt: skip
     sampler = sample(
         graph, settings, settings.prompts[0], loaded.model, (encoded[0], queue["negative"]),
-        empty_latent(graph, settings), lane=0, label="",
+        empty_latent(graph, settings), row=0, label="",
     )  # fmt: skip
     graph.set(sampler, seed=queue["seed"])
     sampled = graph.add(
@@ -225,41 +225,41 @@ def staged_batch(scenario: Scenario) -> Graph:
 
 
 def sliced_batches(scenario: Scenario) -> Graph:
-    """One prompt in a lane for each batch size up to the scenario's, decoded one image at a time."""
+    """One prompt in a row for each batch size up to the scenario's, decoded one image at a time."""
     settings = scenario.settings
     graph = Graph()
     loaded = load_checkpoint(graph, scenario)
     prompt = settings.prompts[0]
-    for lane, batch in enumerate([*(size for size in BATCHES if size < settings.batch), settings.batch]):
+    for row, batch in enumerate([*(size for size in BATCHES if size < settings.batch), settings.batch]):
         label = f": batch {batch}"
         latent = graph.add(
-            "EmptyLatentImage", group="Load", lane=lane, title=f"Size{label}",
+            "EmptyLatentImage", group="Load", row=row, title=f"Size{label}",
             width=settings.width, height=settings.height, batch_size=batch,
         )[0]  # fmt: skip
-        conds = encode(graph, loaded.clip, prompt, lane, label)
-        sampler = sample(graph, replace(settings, batch=batch), prompt, loaded.model, conds, latent, lane, label)
-        images = _decode(graph, sampler["latent"], loaded.vae, lane, label, slicing=True)
-        measure(graph, scenario, sampler["profile"], images[0], lane, label)
+        conds = encode(graph, loaded.clip, prompt, row, label)
+        sampler = sample(graph, replace(settings, batch=batch), prompt, loaded.model, conds, latent, row, label)
+        images = _decode(graph, sampler["latent"], loaded.vae, row, label, slicing=True)
+        measure(graph, scenario, sampler["profile"], images[0], row, label)
     return graph
 
 
 def tiled_image(scenario: Scenario) -> Graph:
-    """One lane a prompt, decoded in tiles."""
+    """One row a prompt, decoded in tiles."""
     graph = Graph()
     loaded = load_checkpoint(graph, scenario)
     latent = empty_latent(graph, scenario.settings)
-    for lane, prompt in enumerate(scenario.settings.prompts):
+    for row, prompt in enumerate(scenario.settings.prompts):
         label = f": {prompt.name}" if len(scenario.settings.prompts) > 1 else ""
-        conds = encode(graph, loaded.clip, prompt, lane, label)
-        sampler = sample(graph, scenario.settings, prompt, loaded.model, conds, latent, lane, label)
-        images = _decode(graph, sampler["latent"], loaded.vae, lane, label, tile_size=1024, overlap=128)
-        measure(graph, scenario, sampler["profile"], images[0], lane, label)
+        conds = encode(graph, loaded.clip, prompt, row, label)
+        sampler = sample(graph, scenario.settings, prompt, loaded.model, conds, latent, row, label)
+        images = _decode(graph, sampler["latent"], loaded.vae, row, label, tile_size=1024, overlap=128)
+        measure(graph, scenario, sampler["profile"], images[0], row, label)
     return graph
 
 
-def _decode(graph: Graph, samples: Any, vae: Any, lane: int, label: str, **options: Any) -> Any:
+def _decode(graph: Graph, samples: Any, vae: Any, row: int, label: str, **options: Any) -> Any:
     return graph.add(
-        "SpeedLabVAEDecode", group="Decode", lane=lane, title=f"VAE Decode{label}", samples=samples, vae=vae, **options
+        "SpeedLabVAEDecode", group="Decode", row=row, title=f"VAE Decode{label}", samples=samples, vae=vae, **options
     )
 
 
@@ -293,7 +293,7 @@ def sweep(
 
 
 def text_to_image_in(precision: str) -> Callable[[Scenario], Graph]:
-    """A builder: one lane a prompt, with the checkpoint loaded in `precision`."""
+    """A builder: one row a prompt, with the checkpoint loaded in `precision`."""
 
     def build(scenario: Scenario) -> Graph:
         graph = text_to_image(scenario)
@@ -328,8 +328,8 @@ class Variant:
         )  # fmt: skip
 
 
-def lanes_of(variants: Iterable[Variant], prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
-    """One prompt a lane, named by variant and prompt: for the settings of a scenario of variants."""
+def prompts_for(variants: Iterable[Variant], prompts: Iterable[Prompt]) -> tuple[Prompt, ...]:
+    """One prompt a row, named by variant and prompt: for the settings of a scenario of variants."""
     known = tuple(prompts)
     return tuple(
         replace(prompt, name=f"{variant.plan.name}, {prompt.name}" if len(known) > 1 else variant.plan.name)
@@ -339,7 +339,7 @@ def lanes_of(variants: Iterable[Variant], prompts: Iterable[Prompt]) -> tuple[Pr
 
 
 def in_variants(variants: tuple[Variant, ...], settings: Settings) -> Callable[[Scenario], Graph]:
-    """A builder over `lanes_of(variants, prompts)`; `settings` are the scenario's own, before any command line."""
+    """A builder over `prompts_for(variants, prompts)`; `settings` are the scenario's own, before any command line."""
 
     def build(scenario: Scenario) -> Graph:
         graph = Graph()
@@ -347,31 +347,31 @@ def in_variants(variants: tuple[Variant, ...], settings: Settings) -> Callable[[
         latent = empty_latent(graph, scenario.settings)
         prompts = scenario.settings.prompts
         each = len(prompts) // len(variants)
-        for lane, prompt in enumerate(prompts):
-            variant = variants[lane // each]
+        for row, prompt in enumerate(prompts):
+            variant = variants[row // each]
             loaded, label = loaders[variant.precision], f": {prompt.name}"
-            if lane % each == 0:  # the lanes of a variant share its model
-                under = _with_lora(graph, scenario, loaded, lane) if variant.lora else loaded
-                model = variant.plan.apply(graph, under.model, lane)
+            if row % each == 0:  # the rows of a variant share its model
+                under = _with_lora(graph, scenario, loaded, row) if variant.lora else loaded
+                model = variant.plan.apply(graph, under.model, row)
             own = variant.settings(scenario.settings, settings)
-            conds = encode(graph, under.clip, prompt, lane, label)
-            sampler = sample(graph, own, prompt, model, conds, latent, lane, label)
+            conds = encode(graph, under.clip, prompt, row, label)
+            sampler = sample(graph, own, prompt, model, conds, latent, row, label)
             graph.plans[sampler.id] = variant.plan.name
-            image = decode(graph, variant.plan, sampler["latent"], replace(loaded, model=model), lane, label)
-            measure(graph, scenario, sampler["profile"], image[0], lane, label)
+            image = decode(graph, variant.plan, sampler["latent"], replace(loaded, model=model), row, label)
+            measure(graph, scenario, sampler["profile"], image[0], row, label)
         return graph
 
     return build
 
 
-def _with_lora(graph: Graph, scenario: Scenario, loaded: Loaded, lane: int) -> Loaded:
-    """The scenario's LoRA, once for all lanes that have it."""
+def _with_lora(graph: Graph, scenario: Scenario, loaded: Loaded, row: int) -> Loaded:
+    """The scenario's LoRA, once for all rows that have it."""
     file = scenario.file("lora")
     if file is None:
         raise ValueError(f"scenario '{scenario.id}' names no LoRA")
     stacks = graph.find("SpeedLabLoraStack")
     stack = stacks[0] if stacks else graph.add(
-        "SpeedLabLoraStack", group="Load", lane=lane, title="Load LoRA Stack", model=loaded.model, clip=loaded.clip,
+        "SpeedLabLoraStack", group="Load", row=row, title="Load LoRA Stack", model=loaded.model, clip=loaded.clip,
         lora_1=file.default, strength_1=1.0,
     )  # fmt: skip
     return Loaded(stack["model"], stack["clip"], loaded.vae)
@@ -415,8 +415,8 @@ def with_control(scenario: Scenario) -> Graph:
     sampler = sample(graph, settings, prompt, model, (controlled[0], controlled[1]), latent, 0, "")
     decoded = decode(graph, scenario.plan, sampler["latent"], replace(loaded, model=model), 0, "")
     measure(graph, scenario, sampler["profile"], decoded[0], 0, "")
-    row = _beside(graph, _beside(graph, edges[0], truth[0])[0], decoded[0])
-    graph.add("PreviewImage", group="Measure", title="Control, truth, result", images=row[0])
+    joined = _beside(graph, _beside(graph, edges[0], truth[0])[0], decoded[0])
+    graph.add("PreviewImage", group="Measure", title="Control, truth, result", images=joined[0])
     return graph
 
 

@@ -2,7 +2,7 @@
 
 `--small`: any scenario cut down to seconds, for tests of the machinery. Its times say nothing about a device.
 
-Sizes shrink to 64 pixels, steps to 2, repeats to 1, prompts to 2 and an axis to its first values; of lanes that
+Sizes shrink to 64 pixels, steps to 2, repeats to 1, prompts to 2 and an axis to its first values; of rows that
 differ by more than the prompt all are kept. Records name the scenario with `@small` behind it, so that such a row is
 never taken for a measurement.
 """

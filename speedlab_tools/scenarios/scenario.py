@@ -144,11 +144,11 @@ class Plan:
         tiny = ("tiny_vae",) if self.decoder == "tiny" else ()
         return tuple(technique.words() for technique in self.techniques) + tiny
 
-    def apply(self, graph: Graph, model: Link, lane: int = 0) -> Link:
+    def apply(self, graph: Graph, model: Link, row: int = 0) -> Link:
         """Add the techniques behind `model`; returns the MODEL that the sampler takes."""
         for technique in self.techniques:
             node = graph.add(
-                technique.node_id, group="Load", lane=lane, title=technique.name, model=model, **technique.options
+                technique.node_id, group="Load", row=row, title=technique.name, model=model, **technique.options
             )
             model = node[0]
         return model

@@ -16,6 +16,7 @@ from pathlib import Path
 from speedlab import __version__
 from speedlab.common.errors import SpeedLabError
 from speedlab.common.tables import growing_row
+from speedlab.measure.environment import device_name, result_stem
 from speedlab.measure.store import cannot_write, write_atomically
 
 from ..cli.arguments import UsageError
@@ -161,8 +162,6 @@ def write_soak(folder: Path, tally: SoakTally, seed: int) -> Path:
 
 def _write(folder: Path, what: str, columns: Sequence[str], rows: Sequence[Sequence[object]], seed: int) -> Path:
     import torch
-
-    from speedlab.measure.environment import device_name, result_stem
 
     date, version = time.strftime("%Y-%m-%d"), torch.__version__.split("+")[0]
     device = device_name(torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"))

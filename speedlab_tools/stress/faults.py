@@ -206,9 +206,9 @@ def run_out_of_memory(url: str, output: Path, checkpoint: str, faults: int, rng:
             # A third of them loads again, so that loading and encoding have their share.
             if number % 3 == 0:
                 await client.free()
-            await _arm(client, rng.randint(1, operations))
+            await _count_and_fail_at(client, rng.randint(1, operations))
             how = await _run(client, checkpoint, number + 1)
-            await _arm(client, -1)
+            await _count_and_fail_at(client, -1)
             return how
 
         return run_out
@@ -220,12 +220,12 @@ def run_out_of_memory(url: str, output: Path, checkpoint: str, faults: int, rng:
 async def _count(client: ComfyClient, checkpoint: str) -> int:
     """Tensor operations of a prompt that loads again."""
     await client.free()
-    await _arm(client, 0)
+    await _count_and_fail_at(client, 0)
     await client.run(stressed(checkpoint, seed=0), timeout_s=TIMEOUT_S)
-    return await _arm(client, -1)
+    return await _count_and_fail_at(client, -1)
 
 
-async def _arm(client: ComfyClient, at: int) -> int:
+async def _count_and_fail_at(client: ComfyClient, at: int) -> int:
     """Let operation `at` of what follows fail (0: none, only count; -1: stop); returns the count until now."""
     result = await client.run({"1": node("SpeedLabStressMemory", at=at)}, timeout_s=TIMEOUT_S)
     return int(result.outputs["1"]["text"][0])
@@ -292,7 +292,9 @@ async def _all(
         after = await _write(client, checkpoint, run_ids)
     if after:
         tally.broken.append(f"with room again a prompt ends with {after}")
-    tally.broken += [f"{count} prompts: {what}" for what, count in ended.items() if not _is_told(what, disk.path)]
+    tally.broken += [
+        f"{count} prompts: {what}" for what, count in ended.items() if not _names_the_path(what, disk.path)
+    ]
     tally.halves = sum(ended.values()) - ended[""]
     tally.seconds = time.perf_counter() - started
     halves, checked = tally.halves, check_written(tally, disk.path, run_ids)
@@ -320,5 +322,5 @@ def _is_whole(image: Path) -> bool:
     return image.read_bytes().endswith(_END_OF_PNG)
 
 
-def _is_told(what: str, path: Path) -> bool:
+def _names_the_path(what: str, path: Path) -> bool:
     return not what or ("cannot write to" in what and str(path) in what)

@@ -20,6 +20,7 @@ from speedlab.measure.peaks import MemoryPeak
 from speedlab.measure.record import csv_row, from_json
 from speedlab.measure.store import RunStore
 from speedlab.measure.timeline import PhaseEntry
+from speedlab.models.loading import find_model_file, load_checkpoint, load_vae
 from speedlab.plans.axes import AXES, NONE, CellSettings, baseline_of, make_cells, parse_axis
 from speedlab.plans.plan_text import parse_plan
 from speedlab.sampling.prompt_queue import read_queue
@@ -53,8 +54,6 @@ def spring(what: str) -> None:
 
 def model_targets(models: Path) -> list[Target]:
     """All of them; `models` is a models folder that ComfyUI looks into."""
-    from speedlab.models.loading import load_checkpoint, load_vae
-
     weights = of_bytes([valid.safetensors()])
 
     def checkpoint(data: bytes) -> object:
@@ -92,8 +91,6 @@ def _tensor_reader(name: str) -> object:
 
 
 def _name_reader(models: Path) -> Callable[[str], object]:
-    from speedlab.models.loading import find_model_file
-
     (models / "checkpoints" / "a.safetensors").write_bytes(valid.safetensors())
     inside = (models / "checkpoints").resolve()
 

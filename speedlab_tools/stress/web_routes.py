@@ -12,7 +12,9 @@ from random import Random
 from typing import Any
 from urllib.parse import quote
 
+from speedlab.common.core import output_directory
 from speedlab.common.errors import SpeedLabError
+from speedlab.measure.store import RunStore
 
 from . import samples as valid
 from .fuzz import HOSTILE_TEXTS, Broken, Target, of_json_text, random_text
@@ -92,8 +94,6 @@ class _Site:
         import aiohttp
         from aiohttp import web
 
-        from speedlab.common.core import output_directory
-        from speedlab.measure.store import RunStore
         from speedlab.web.routes import add_to
 
         store = RunStore(output_directory())

@@ -250,7 +250,7 @@ def test_under_dynamic_vram_models_come_from_a_file_as_users_have_them(comfy: Mo
 def test_under_dynamic_vram_no_smaller_gpu_is_claimed(engine: Any, bench: Any, monkeypatch: Any) -> None:
     plan, pictures = gpu("plan"), gpu("measure_models")
     monkeypatch.setattr(pictures, "dynamic_vram", lambda: True)
-    pictures.run(bench, plan.Block("cap", "pictures", "", (plan.Variant("plan", "stock"),), apart=True, cap_gb=4.0))
+    pictures.run(bench, plan.Block("cap", "images", "", (plan.Variant("plan", "stock"),), apart=True, cap_gb=4.0))
     row = bench.journal.rows["cap/plan"]
     assert row["status"] == "unavailable" and "dynamic VRAM" in row["error"]
 
@@ -326,7 +326,7 @@ def test_a_device_lost_outside_of_any_variant_does_not_come_again_for_ever(
 
 def test_a_row_inside_its_own_row_counts_as_one_start(engine: Any, bench: Any) -> None:
     plan = gpu("plan")
-    block = plan.Block("one", "pictures", "", (plan.Variant("first"),))
+    block = plan.Block("one", "images", "", (plan.Variant("first"),))
     with bench.into_row(block, block.variants[0]):
         with bench.into_row(block, block.variants[0]):
             assert bench.journal.started == {"one/first": 1}
@@ -405,7 +405,7 @@ def test_what_ends_between_rounds_keeps_what_is_enough(
 
     monkeypatch.setattr(bench, "check_time", check_time)
     block = plan.Block(
-        "some", "pictures", "", (plan.Variant("stock"), plan.Variant("cached", "deepcache(2)")), dtype="fp32"
+        "some", "images", "", (plan.Variant("stock"), plan.Variant("cached", "deepcache(2)")), dtype="fp32"
     )
     with pytest.raises(getattr(tools, end)):
         pictures.run(bench, block)
@@ -455,7 +455,7 @@ def measured(engine: Any, bench: Any, monkeypatch: Any) -> Any:
     def measure(**stacks: str) -> tuple[dict[str, Any], dict[str, Any]]:
         variants = tuple(plan.Variant(name, stack) for name, stack in stacks.items())
         with torch.inference_mode():
-            pictures.run(bench, plan.Block("some", "pictures", "", variants, dtype="fp32"))
+            pictures.run(bench, plan.Block("some", "images", "", variants, dtype="fp32"))
         return {name.partition("/")[2]: row for name, row in bench.journal.rows.items()}, seen
 
     return measure
@@ -516,7 +516,7 @@ def test_a_share_is_never_above_the_peak(
     engine: Any, bench: Any, monkeypatch: Any, caplog: Any, peak: float, share: float | None
 ) -> None:
     plan, pictures = gpu("plan"), gpu("measure_models")
-    block = plan.Block("some", "pictures", "", (plan.Variant("stock"),), dtype="fp32")
+    block = plan.Block("some", "images", "", (plan.Variant("stock"),), dtype="fp32")
     known = {"flop_per_step": 1e12, "tflops": peak}
     monkeypatch.setattr(bench.journal, "value", lambda row, name: known[name])
     record = SimpleNamespace(summary={"step_time_ms": 500.0})

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speedlab_tools.client import graph as signatures
-from speedlab_tools.client.graph import Graph, GraphError, is_link, split_lanes, types_match, upstream
+from speedlab_tools.client.graph import Graph, GraphError, is_link, split_rows, types_match, upstream
 from speedlab_tools.scenarios.canvas import Box, frame, place, to_ui, ui_to_api
 from speedlab_tools.scenarios.catalog import find
 
@@ -123,7 +123,7 @@ def test_upstream_keeps_only_what_is_needed():
 
 def test_lanes_split_into_graphs_of_their_own():
     graph = find("sdxl-tiny-vae").graph()
-    parts = split_lanes(graph)
+    parts = split_rows(graph)
     assert len(parts) == 4
     for part in parts:
         classes = [node["class_type"] for node in part.values()]

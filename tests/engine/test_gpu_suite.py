@@ -62,7 +62,7 @@ def test_the_plan_holds_what_is_to_be_measured() -> None:
     assert {variant.prefetch for variant in by_id["offload"].variants} == {True, False}
     # Stock stands in every block of images that runs in turns, or there would be no ratio of the same minutes.
     for block in plan.BLOCKS:
-        if block.runner == "pictures" and not block.apart:
+        if block.runner == "images" and not block.apart:
             assert plan.STOCK in [variant.stack for variant in block.variants], block.id
 
 

@@ -9,7 +9,7 @@ import pytest
 from speedlab_tools.bench import models
 from speedlab_tools.cli.arguments import parse
 from speedlab_tools.client.errors import BenchError
-from speedlab_tools.client.graph import split_lanes
+from speedlab_tools.client.graph import split_rows
 from speedlab_tools.scenarios.catalog import SCENARIOS
 from speedlab_tools.scenarios.overrides import Overrides, adapt
 
@@ -85,7 +85,7 @@ def test_overrides_scale_the_steps_of_each_lane():
     assert [sampler["steps"] for sampler in samplers] == [5, 4, 3, 2] * 2
     assert {sampler["seed"] for sampler in samplers} == {1}
     assert sorted(loader["ckpt_name"] for loader in nodes(graph, "SpeedLabCheckpointLoader")) == ["a", "b"]
-    assert len(split_lanes(small.graph())) == len(small.settings.prompts) == 8
+    assert len(split_rows(small.graph())) == len(small.settings.prompts) == 8
 
 
 def test_a_refiner_goes_to_the_scenarios_that_need_one():

@@ -316,7 +316,7 @@ def test_slicing_has_a_lane_for_each_batch_up_to_the_one_asked_for(batch, lanes)
     graph = scenario.with_settings(replace(scenario.settings, batch=batch)).graph()
     assert [node.inputs["batch_size"] for node in graph.find("EmptyLatentImage")] == lanes
     assert all(node.inputs["slicing"] is True for node in graph.find("SpeedLabVAEDecode"))
-    assert graph.lanes() == list(range(len(lanes)))
+    assert graph.rows() == list(range(len(lanes)))
 
 
 def test_tiling_is_4096_pixels_in_tiles_and_the_fix_is_a_vae_file():

@@ -36,7 +36,7 @@ from ...patching.wrappers import (
 )
 from ..deepcache import attach as deepcache
 from ..deepcache.forward import outer_modules
-from . import backends
+from . import backends, engine, program
 from .backends import MODES, NAMES, CompileOptions
 from .run import Run, cache_folder
 
@@ -135,9 +135,7 @@ def held_copies(model: Any) -> float:
     backend, freeze = backends.load(options["backend"]), "freeze_weights" in options
     if options["backend"] in backends.GRAPH_BY_GRAPH:
         return int(freeze)
-    from .program import copies_of_weights
-
-    copies = copies_of_weights(backend, freeze)
+    copies = program.copies_of_weights(backend, freeze)
     cached = deepcache.branch_of(model)
     if not copies or cached is None:
         return copies
@@ -151,8 +149,6 @@ def _bytes_of(modules: Iterable[torch.nn.Module]) -> int:
 
 def _give_back(patcher: Any) -> None:
     """What was compiled with weights, or holds them, goes with the model."""
-    from . import engine, program
-
     network = patcher.model.diffusion_model
     engine.give_back(network)
     program.give_back(network)
@@ -228,13 +224,9 @@ class _State(SharedState):
 
     def start(self, patcher: Any) -> None:
         if self.config.backend in backends.GRAPH_BY_GRAPH:
-            from .engine import GraphEngine
-
-            self.engine = GraphEngine(self.run, patcher, self.config.by_blocks, self.config.scope == "blocks")
+            self.engine = engine.GraphEngine(self.run, patcher, self.config.by_blocks, self.config.scope == "blocks")
         else:
-            from .program import ProgramEngine
-
-            self.engine = ProgramEngine(self.run, patcher)
+            self.engine = program.ProgramEngine(self.run, patcher)
 
 
 def _options(config: CompileConfig, patcher: Any) -> CompileOptions:

@@ -29,7 +29,7 @@ from ...models.weights import is_plain
 from ...patching.dynamic_vram import is_paged
 from ..deepcache import forward as deepcache
 from .attention import OVERRIDE, any_patch, attention_options, attention_word, freeu_patches, note_use, patch_word
-from .backends import CompileOptions, Picture
+from .backends import CompileOptions, RelativeShape
 from .run import CompileError, Run, raise_what_passes
 
 log = logging.getLogger(__name__)
@@ -294,21 +294,21 @@ class ProgramEngine:
 
     def _zeros(self, residual: str, x: torch.Tensor) -> torch.Tensor:
         """A residual that adds nothing, for a program that takes more of them than there are."""
-        return x.new_zeros(_picture(self.network, residual).shape(tuple(x.shape)))
+        return x.new_zeros(_shape_of(self.network, residual).shape(tuple(x.shape)))
 
     def _misfit(self, asked: Evaluation) -> str:
         """ComfyUI leaves out a residual of another size, with a warning; a program of open sizes could not."""
         for name, tensor in _residuals(asked.control).items():
-            if tuple(tensor.shape) != _picture(self.network, name).shape(tuple(asked.x.shape)):
+            if tuple(tensor.shape) != _shape_of(self.network, name).shape(tuple(asked.x.shape)):
                 return f"{self.run.backend.NAME} cannot take a ControlNet's residuals of {list(tensor.shape[2:])} here"
         return ""
 
     def _given(self, part: Part, inputs: Mapping[str, torch.Tensor]) -> CompileOptions:
-        results = [Picture(self.network.out_channels)]
-        following = {name: _picture(self.network, name) for name in inputs if _is_residual(name)}
+        results = [RelativeShape(self.network.out_channels)]
+        following = {name: _shape_of(self.network, name) for name in inputs if _is_residual(name)}
         if part.branch is not None:
             channels, halved = deepcache.features_of(self.network, part.branch)
-            features = Picture(channels, halved=halved)
+            features = RelativeShape(channels, halved=halved)
             if part.kind == "full":
                 results.append(features)
             else:
@@ -404,14 +404,14 @@ def _is_residual(name: str) -> bool:
     return name.partition("_")[0] in _KINDS
 
 
-def _picture(network: Any, residual: str) -> Picture:
+def _shape_of(network: Any, residual: str) -> RelativeShape:
     """What a residual looks like: as the result of the input block that it is added to."""
     kind, _, place = residual.partition("_")
     blocks = len(network.input_blocks)
     count = {"input": int(place) + 1, "middle": blocks, "output": blocks - int(place)}[kind]
     layers = [layer for block in network.input_blocks[:count] for layer in block]
     channels = next(layer.out_channels for layer in reversed(layers) if getattr(layer, "out_channels", None))
-    return Picture(channels, halved=deepcache.halvings(network, count))
+    return RelativeShape(channels, halved=deepcache.halvings(network, count))
 
 
 def _autocast(device: torch.device) -> Hashable:

@@ -86,8 +86,8 @@ class ErrorControl:
     # What was evaluated in the last full step.
     _known: set[Hashable] = field(default_factory=set)
     _known_at: int | None = None
-    _told_of_numbers: bool = False
-    _told_of_changes: bool = False
+    _reported_numbers: bool = False
+    _reported_changes: bool = False
 
     def __post_init__(self) -> None:
         self._budget = Budget(self.config.tolerance)
@@ -104,8 +104,8 @@ class ErrorControl:
         if last is None or error is None:
             self._budget.refuses()
             return
-        if math.isnan(error) and not self._told_of_numbers:
-            self._told_of_numbers = True
+        if math.isnan(error) and not self._reported_numbers:
+            self._reported_numbers = True
             warn(options, "DeepCache: a prediction of the model held NaN or infinity; nothing is cached behind it.")
         if self._budget.allows(error, step, last, sigmas):
             plan[step] = last
@@ -122,8 +122,8 @@ class ErrorControl:
             if members is not None
         }
         known = not self._known or asked <= self._known
-        if not known and self._known_at != step and not self._told_of_changes:
-            self._told_of_changes = True
+        if not known and self._known_at != step and not self._reported_changes:
+            self._reported_changes = True
             report_note(
                 options,
                 "DeepCache: the prompts or ControlNets that act change during this run; steps where another one "

@@ -40,7 +40,7 @@ class Run(SharedState):
     _plan: frozenset[int] = frozenset()
     _decided: dict[int, bool] = field(default_factory=dict)
     _budget: Budget = field(init=False)
-    _told_of_numbers: bool = False
+    _reported_numbers: bool = False
 
     def __post_init__(self) -> None:
         self._budget = Budget(self.config.tolerance)
@@ -95,8 +95,8 @@ class Run(SharedState):
             return False
         if not self.histories.are_finite():
             self.histories.clear()
-            if not self._told_of_numbers:
-                self._told_of_numbers = True
+            if not self._reported_numbers:
+                self._reported_numbers = True
                 warn(options, "Forecast: a prediction of the model held NaN or infinity; nothing is forecast from it.")
             return False
         if self.config.mode == "fixed":

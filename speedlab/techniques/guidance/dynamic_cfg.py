@@ -115,11 +115,11 @@ class Run(SharedState):
     guided: bool = False
     # What stands for uncond in steps that do not evaluate it.
     difference: Difference = field(default_factory=Difference)
-    told_of_keeping: bool = False
-    told_of_idle: set[str] = field(default_factory=set)
+    reported_keeping: bool = False
+    reported_idle: set[str] = field(default_factory=set)
     # Whether another node sets the CFG inside of this one.
     overridden: bool = False
-    told_of_part: bool = False
+    reported_part: bool = False
 
     def step_aside(self, reason: str, model_options: Mapping[str, Any]) -> None:
         """Keep uncond for the rest of the run, and say why, once."""
@@ -131,8 +131,8 @@ class Run(SharedState):
 
     def keeps(self, reason: str, model_options: Mapping[str, Any]) -> None:
         """Say once that uncond, or what stands for it, is there where it was to be left out."""
-        if not self.told_of_keeping:
-            self.told_of_keeping = True
+        if not self.reported_keeping:
+            self.reported_keeping = True
             options = model_options.get("transformer_options", {})
             warn(options, f"Dynamic CFG: uncond stays on in this run, because {reason}.")
 
@@ -144,16 +144,16 @@ class Run(SharedState):
         if self.config.uncond_interval > 1:
             shares["uncond_from"] = self.config.uncond_from
         counting = [name for name, share in shares.items() if 0.0 < share < 1.0]
-        if self.finder.is_lost and not self.told_of_part and counting:
+        if self.finder.is_lost and not self.reported_part and counting:
             what = " and ".join(counting)
             warn(model_options.get("transformer_options", {}), self.finder.lost_text("Dynamic CFG", what))
-        self.told_of_part = True
+        self.reported_part = True
 
     def tell_of_idle(self, names: Iterable[str], model_options: Mapping[str, Any]) -> None:
         """Say once for each what has no effect in steps without uncond."""
         for name in names:
-            if name not in self.told_of_idle:
-                self.told_of_idle.add(name)
+            if name not in self.reported_idle:
+                self.reported_idle.add(name)
                 options = model_options.get("transformer_options", {})
                 report_note(options, f"Dynamic CFG: {name} acts in the steps with uncond alone.")
 
@@ -197,7 +197,7 @@ def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
     report_saved(options, "dynamic_cfg", run.without, run.evaluations, "evaluations of the negative prompt")
     if not run.left_out:
         report_ran(options, "dynamic_cfg", None)
-        if not run.stepped_aside and not run.told_of_keeping:
+        if not run.stepped_aside and not run.reported_keeping:
             report_note(options, f"Dynamic CFG: it left out nothing in this run, because {_why_not(run)}.")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_armed: list["_Counting"] = []
+_counting: list["_Counting"] = []
 
 
 class _Counting(TorchDispatchMode):
@@ -26,7 +26,7 @@ class StressMemory:
     """Ends an earlier count, tells it, and with `at` 0 or more starts another. All prompts run in one thread."""
 
     RETURN_TYPES = ()
-    FUNCTION = "arm"
+    FUNCTION = "count"
     OUTPUT_NODE = True
     CATEGORY = "testing"
 
@@ -38,13 +38,13 @@ class StressMemory:
     def IS_CHANGED(cls, at: int) -> float:
         return float("nan")
 
-    def arm(self, at: int) -> dict[str, Any]:
+    def count(self, at: int) -> dict[str, Any]:
         counted = 0
-        while _armed:
-            counting = _armed.pop()
-            counting.__exit__(None, None, None)
-            counted = counting.count
+        while _counting:
+            ended = _counting.pop()
+            ended.__exit__(None, None, None)
+            counted = ended.count
         if at >= 0:
-            _armed.append(_Counting(at))
-            _armed[-1].__enter__()
+            _counting.append(_Counting(at))
+            _counting[-1].__enter__()
         return {"ui": {"text": [str(counted)]}}

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ....common.core import compute_device
+
 NAMES = (
     "inductor",
     "cudagraphs",
@@ -36,7 +38,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 
 @dataclass(frozen=True)
-class Picture:
+class RelativeShape:
     """What a tensor [B, C, H, W] of a program looks like beside the first input: its channels, and its height and width
     by that one's, so many times as large or halved so often."""
 
@@ -64,8 +66,8 @@ class CompileOptions:
     example: tuple[Any, ...] = ()
     changing: tuple[tuple[int, ...], ...] = ()
     names: tuple[str, ...] = ("x", "timesteps", "context", "y")
-    following: Mapping[str, Picture] = field(default_factory=dict)
-    results: tuple[Picture, ...] = (Picture(4),)
+    following: Mapping[str, RelativeShape] = field(default_factory=dict)
+    results: tuple[RelativeShape, ...] = (RelativeShape(4),)
     folder: Path | None = None
 
 
@@ -74,6 +76,12 @@ def load(name: str) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(NAMES)}")
     return importlib.import_module(f".{name}", __name__)
+
+
+def on_nvidia(name: str) -> tuple[bool, str]:
+    """Whether ComfyUI computes on an NVIDIA GPU, else why `name` cannot run here."""
+    device = compute_device().type
+    return device == "cuda", "" if device == "cuda" else f"{name} needs an NVIDIA GPU, and ComfyUI runs on {device}"
 
 
 def usable(backend: ModuleType, options: CompileOptions) -> tuple[bool, str]:

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ....common.core import compute_device
-from . import CompileOptions
+from . import CompileOptions, on_nvidia
 from .onediff import compiled, missing
 
 NAME = "onediff_oneflow"
@@ -26,8 +25,7 @@ def available() -> tuple[bool, str]:
             f"{' and '.join(absent)} not installed: install them as OneDiff's installation page says (OneFlow's builds "
             "for GPUs are not on PyPI)"
         )
-    device = compute_device().type
-    return device == "cuda", "" if device == "cuda" else f"OneFlow needs an NVIDIA GPU, and ComfyUI runs on {device}"
+    return on_nvidia("OneFlow")
 
 
 def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:

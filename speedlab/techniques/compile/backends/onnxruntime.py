@@ -78,7 +78,7 @@ class _Session:
 
     def __init__(self, session: Any, weights: list[Any], options: CompileOptions, from_disk: bool) -> None:
         self._session, self._weights, self.from_disk = session, weights, from_disk
-        self._names, self._pictures = options.names, options.results
+        self._names, self._shapes = options.names, options.results
         self._inputs = [entry.name for entry in session.get_inputs()]
         self._outputs = [entry.name for entry in session.get_outputs()]
 
@@ -90,8 +90,8 @@ class _Session:
                 binding.bind_input(name, *_place(tensor), _TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         x = held[0]
         found = []
-        for name, picture in zip(self._outputs, self._pictures, strict=True):
-            out = torch.empty(picture.shape(tuple(x.shape)), dtype=x.dtype, device=x.device)
+        for name, shape in zip(self._outputs, self._shapes, strict=True):
+            out = torch.empty(shape.shape(tuple(x.shape)), dtype=x.dtype, device=x.device)
             binding.bind_output(name, *_place(out), _TYPES[out.dtype], tuple(out.shape), out.data_ptr())
             found.append(out)
         if x.device.type == "cuda":

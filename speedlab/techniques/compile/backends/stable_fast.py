@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ....common.core import compute_device
-from . import CompileOptions
+from . import CompileOptions, on_nvidia
 
 NAME = "stable_fast"
 SUPPORTED_MODES = ("default", "reduce-overhead")
@@ -22,11 +21,7 @@ def available() -> tuple[bool, str]:
     """Whether the package is installed and there is a GPU for it."""
     if importlib.util.find_spec("sfast") is None:
         return False, "stable-fast is not installed: install the wheel of its release page that fits your PyTorch"
-    device = compute_device().type
-    return (
-        device == "cuda",
-        "" if device == "cuda" else f"stable-fast needs an NVIDIA GPU, and ComfyUI runs on {device}",
-    )
+    return on_nvidia("stable-fast")
 
 
 def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from ....common.core import compute_device
-from . import CompileOptions
+from . import CompileOptions, on_nvidia
 
 NAME = "tensorrt"
 SUPPORTED_MODES = ("default",)
@@ -27,8 +26,7 @@ def available() -> tuple[bool, str]:
     """Whether torch-tensorrt is installed and there is a GPU for it."""
     if importlib.util.find_spec("torch_tensorrt") is None:
         return False, "torch-tensorrt is not installed: run pip install torch-tensorrt in ComfyUI's Python"
-    device = compute_device().type
-    return device == "cuda", "" if device == "cuda" else f"TensorRT needs an NVIDIA GPU, and ComfyUI runs on {device}"
+    return on_nvidia("TensorRT")
 
 
 def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
