@@ -330,7 +330,8 @@ def _note(canvas: Canvas, kind: str, text: str, location: Any) -> None:
     here = not place.startswith("http") or place.startswith(canvas.url)
     ours = here and "speedlab" in f"{text} {place}".lower()
     # The newest frontend asks this server for a job list that it does not have, and lives without it.
-    missing = "Failed to load resource" in text or "JobsApiError" in text
+    # It also asks other hosts how large models are, which it does not reach here.
+    missing = any(words in text for words in ("Failed to load resource", "JobsApiError", "Error fetching file size"))
     if kind != "error" or (missing and not ours):
         return
     # PrimeVue removes the mask over the page late on a slow machine, and may fail: no code of this pack is in that.

@@ -15,7 +15,7 @@ from . import tiny_unet
 @pytest.fixture(scope="module")
 def unet(comfy: Any) -> Any:
     with torch.inference_mode():
-        return tiny_unet.build("slim")
+        return tiny_unet.build("mini")
 
 
 @pytest.fixture

@@ -261,7 +261,7 @@ def test_a_replaced_attention_stays_and_other_blocks_are_compiled(unet: Any, com
 @pytest.mark.parametrize("node_first", [True, pytest.param(False, marks=pytest.mark.full)])
 @pytest.mark.parametrize("technique", ["deepcache", "dynamic_cfg", "attention", "precision"])
 def test_with_each_technique_in_either_order(
-    unet: Any, compiled: Any, engine: Any, technique: str, node_first: bool
+    slim: Any, compiled: Any, engine: Any, technique: str, node_first: bool
 ) -> None:
     def attach(model: Any) -> Any:
         if technique == "deepcache":
@@ -277,14 +277,14 @@ def test_with_each_technique_in_either_order(
         return precision.attach_precision(model, precision.PrecisionConfig(memory_format="channels_last"))
 
     config = compiled.CompileConfig(scope="blocks")
-    eager = unet.sample(attach(unet.model), steps=4, size=SIZE)
+    eager = slim.sample(attach(slim.model), steps=4, size=SIZE)
     if node_first:
-        model = attach(compiled.attach_compile(unet.model, config))
+        model = attach(compiled.attach_compile(slim.model, config))
     else:
-        model = compiled.attach_compile(attach(unet.model), config)
-    assert relative(unet.sample(model, steps=4, size=SIZE), eager) < 1e-4
-    assert relative(unet.sample(attach(unet.model), steps=4, size=SIZE), eager) == 0
-    assert relative(unet.sample(model, steps=4, size=SIZE), eager) < 1e-4
+        model = compiled.attach_compile(attach(slim.model), config)
+    assert relative(slim.sample(model, steps=4, size=SIZE), eager) < 1e-4
+    assert relative(slim.sample(attach(slim.model), steps=4, size=SIZE), eager) == 0
+    assert relative(slim.sample(model, steps=4, size=SIZE), eager) < 1e-4
 
 
 @pytest.mark.full

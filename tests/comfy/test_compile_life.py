@@ -23,7 +23,7 @@ DEMO = "speedlab_demo_sd15.safetensors"
 
 @pytest.fixture
 def tiny(comfy: Any) -> Any:
-    return tiny_unet.build("mini")
+    return tiny_unet.build("slim")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Compile Model with OneDiff and nexfort on ComfyUI's real UNet, in a Python that has them.
 
-usage: nexfort_child.py PACK COMFYUI BASE CHECKPOINT LORA ANSWER, where ANSWER gets what it saw as JSON
+usage: nexfort_child.py PACK COMFYUI BASE ANSWER, where ANSWER gets what it saw as JSON
 """
 
 from __future__ import annotations
@@ -47,6 +47,15 @@ def load_package(name: str, folder: Path) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
+def load_file(name: str, path: Path) -> ModuleType:
+    """Load a file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def relative(a: Any, b: Any) -> float:
     """Largest difference, relative to the largest value of `b`."""
     return float((a - b).abs().max() / b.abs().max())
@@ -69,13 +78,13 @@ def forwards_of(network: Any) -> Iterator[list[int]]:
 
 
 class Child:
-    """A model from a checkpoint, and what is asked of it."""
+    """A model with a UNet of few blocks, for each is compiled four times, and what is asked of it."""
 
-    def __init__(self, comfy: ModuleType, checkpoint: str, lora: str) -> None:
-        self.comfy, self.lora = comfy, lora
+    def __init__(self, comfy: ModuleType) -> None:
+        self.comfy = comfy
         self.compile = importlib.import_module("speedlab.techniques.compile.attach")
-        self.model = comfy.sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_clip=False)[0]
-        self.network = self.model.model.diffusion_model
+        self.tiny = load_file("tiny_unet", Path(__file__).parents[1] / "comfy" / "tiny_unet.py").build("slim")
+        self.model, self.network = self.tiny.model, self.tiny.unet
         self.messages = Messages()
         logging.getLogger("speedlab").addHandler(self.messages)
         logging.getLogger("speedlab").setLevel(logging.INFO)
@@ -84,14 +93,7 @@ class Child:
         return self.compile.CompileConfig("onediff_nexfort", **settings)
 
     def sample(self, model: Any, size: tuple[int, int], **options: Any) -> Any:
-        import torch
-
-        latent = torch.zeros(1, 4, *size)
-        noise = self.comfy.sample.prepare_noise(latent, 0)
-        conds = [[[torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(seed)), {}]] for seed in (1, 2)]
-        return self.comfy.sample.sample(
-            model, noise, STEPS, 5.0, "euler", "normal", *conds, latent, disable_pbar=True, seed=0, **options
-        )
+        return self.tiny.sample(model, steps=STEPS, size=size, **options)
 
     def left_behind(self) -> list[str]:
         """Attributes that a run has left in the network's parts."""
@@ -121,7 +123,7 @@ class Child:
         }
 
     def under_a_lora(self, compiled: Any) -> dict[str, Any]:
-        weights = self.comfy.utils.load_torch_file(self.lora, safe_load=True)
+        weights = lora_of(self.network)
         plain = self.comfy.sd.load_lora_for_models(self.model, None, weights, 1.0, 0.0)[0]
         with_lora = self.comfy.sd.load_lora_for_models(compiled, None, weights, 1.0, 0.0)[0]
         without = self.sample(self.model, SIZES[0])
@@ -172,6 +174,19 @@ class Child:
             "unknown": message(lambda: onediff.checked_mode("jit:faster")),
             "broken": message(lambda: onediff_nexfort.compile(Broken(), options)),
         }
+
+
+def lora_of(network: Any) -> dict[str, Any]:
+    """A LoRA for all attention, of rank 2."""
+    import torch
+
+    generator, state = torch.Generator().manual_seed(3), {}
+    for name, weight in network.state_dict().items():
+        if name.endswith(("attn1.to_q.weight", "attn2.to_v.weight")):
+            key, size = "lora_unet_" + name.removesuffix(".weight").replace(".", "_"), weight.shape[1]
+            state[f"{key}.lora_up.weight"] = 0.3 * torch.randn(weight.shape[0], 2, generator=generator)
+            state[f"{key}.lora_down.weight"] = size**-0.5 * torch.randn(2, size, generator=generator)
+    return state
 
 
 def programs_in(said: list[str]) -> int:
@@ -225,7 +240,7 @@ def modes() -> dict[str, Any]:
     }
 
 
-def main(pack: str, comfyui: str, base: str, checkpoint: str, lora: str, answer: str) -> None:
+def main(pack: str, comfyui: str, base: str, answer: str) -> None:
     sys.path[:] = [comfyui, *(entry for entry in sys.path[1:] if entry)]
     from comfy.cli_args import args
 
@@ -237,7 +252,7 @@ def main(pack: str, comfyui: str, base: str, checkpoint: str, lora: str, answer:
     import torch
 
     with torch.inference_mode():  # as ComfyUI runs its nodes
-        child = Child(comfy, checkpoint, lora)
+        child = Child(comfy)
         imported_at_start = sorted({"onediff", "nexfort"} & sys.modules.keys())
         compiled = child.compile.attach_compile(child.model, child.config())
         imported_by_attach = sorted({"onediff", "nexfort"} & sys.modules.keys())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -45,14 +44,11 @@ def python(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seen(python: Path, demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def seen(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the child process saw."""
-    synthetic = importlib.import_module("speedlab_tools.synthetic")
     folder = tmp_path_factory.mktemp("nexfort")
-    lora = folder / "lora.safetensors"
-    synthetic.write_lora(lora, synthetic.CheckpointSpec(family="sd15", size="small"), text_encoder=False)
     answer = folder / "answer.json"
-    arguments = [pack_root(), from_environment().comfyui, folder, demo_checkpoint, lora, answer]
+    arguments = [pack_root(), from_environment().comfyui, folder, answer]
     ended = subprocess.run(
         [str(python), str(CHILD), *map(str, arguments)],
         env=clean_python_environment(os.environ), capture_output=True, text=True, timeout=900,

@@ -1,6 +1,6 @@
 """The numbers of a run agree with each other, and with the clock of the server that ran it.
 
-Every technique alone and every pair of them, small, on one server.
+Every technique alone and every pair of them, alone or beside a third, small, on one server.
 """
 
 from __future__ import annotations
@@ -136,10 +136,24 @@ EVERYDAY = {
     ("img2img", "dynamic cfg"), ("warmup", "repeats"), ("full decode", "offload"), ("heun", "deepcache"),
 }  # fmt: skip
 assert set(PAIRS) >= EVERYDAY
+
+
+def in_threes() -> list[tuple[str, ...]]:
+    """Groups of three that hold all pairs which are left: each takes the most of them that a group can."""
+
+    def pairs(group: tuple[str, ...]) -> set[tuple[str, ...]]:
+        return left & {*itertools.combinations(group, 2)}
+
+    left, groups = set(PAIRS) - EVERYDAY, []
+    while left:
+        groups.append(max(itertools.combinations(CHANGES, 3), key=lambda group: len(pairs(group))))
+        left -= pairs(groups[-1])
+    return groups
+
+
 CASES = [
-    pytest.param(names, id=" and ".join(names) or "plain", marks=() if len(names) < 2 or names in EVERYDAY else full)
-    for full in (pytest.mark.full,)
-    for names in ((), *((name,) for name in CHANGES), *PAIRS)
+    pytest.param(names, id=" and ".join(names) or "plain", marks=pytest.mark.full if len(names) == 3 else ())
+    for names in ((), *((name,) for name in CHANGES), *sorted(EVERYDAY), *in_threes())
 ]
 
 

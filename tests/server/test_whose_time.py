@@ -334,7 +334,7 @@ def made_by_rounds(server, prompt):
     return [server.record(path.stem) for path in new], stamps["execution_success"] - stamps["execution_start"]
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_each_round_of_an_expansion_has_its_own(whose, job, depth):
     made, wall_ms = made_by_rounds(whose, rounds(job(), depth=depth))
     assert len(made) == 4
