@@ -1,4 +1,4 @@
-"""A run as one HTML page to hand on: tables, charts and images in the file itself, no script and no request.
+"""A run as one HTML page to send to others: tables, charts and images in the file itself, no script, no request.
 
 Everything in a record may come from strangers, so every text is escaped, and a record of another shape is refused.
 """

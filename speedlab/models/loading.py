@@ -65,7 +65,7 @@ class VaeSource:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What Load Checkpoint hands on. `clip` and `vae` are None where the file has none."""
+    """What Load Checkpoint returns. `clip` and `vae` are None where the file has none."""
 
     model: Any
     clip: Any | None

@@ -1,4 +1,4 @@
-"""What the Benchmark node hands on and keeps as files: table, plot, contact sheet, and all of them as an HTML page.
+"""What the Benchmark node returns and writes to files: table, plot, contact sheet, and all of them as an HTML page.
 
 A sweep in words: the articles' table in Markdown, with spread and quality, and the notes under it.
 """

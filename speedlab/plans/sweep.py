@@ -164,7 +164,7 @@ class Sweep:
             del self._prepared[place]
         if place not in self._prepared:
             self._prepared[place] = prepare(self.parts, cell.settings, self.nodes, self.reloader)
-            self._let_go_of_weights()
+            self._release_weights()
             # Loading a checkpoint again is work that the user asked for, not the harness'.
             self._measured_ms += (time.perf_counter() - started) * 1000.0
         prepared = self._prepared[place]
@@ -175,7 +175,7 @@ class Sweep:
             self._weights = weights
         return prepared
 
-    def _let_go_of_weights(self) -> None:
+    def _release_weights(self) -> None:
         """What the reloader no longer keeps must not stay in memory through the cells that used it."""
         gone = [place for place, known in self._prepared.items() if not self.reloader.keeps(known.parts)]
         for place in gone:

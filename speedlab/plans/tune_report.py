@@ -1,4 +1,4 @@
-"""What a tune hands on: table, chart of time against distance, contact sheet, HTML page, a workflow with the plan."""
+"""What Tune returns and writes: table, chart of time against distance, contact sheet, HTML page, a workflow."""
 
 from __future__ import annotations
 

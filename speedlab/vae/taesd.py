@@ -342,7 +342,7 @@ def decode_rows(decoder: Any, latents: Any, rows: int, before_band: Callable[[],
 def _through(layers: list[Any], band: Any, is_last: bool, limit: int, before_band: Callable[[], None]) -> Iterator[Any]:
     """Yield what `layers` give for a band, of which each takes at most `limit` rows of the first one's size at once.
 
-    With the last band every layer lets go of what it held back, which adds up to far more rows than a band has.
+    With the last band every layer releases the rows that it held back, which adds up to far more rows than a band has.
     """
     for place, layer in enumerate(layers):
         if band.shape[2] == 0 and not is_last:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 MAX_PAGE = 200
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
 _MAX_TEXT, _MAX_PLAN = 200, 2000
-# Of a page to hand on: a batch of large images would make it too large for a mail.
+# Of a page that is sent to others: with a batch of large images it would be too large for an e-mail.
 _MAX_IMAGES, _MAX_IMAGE_BYTES = 8, 32 * 1024 * 1024
 _KINDS = {".png": "png", ".jpg": "jpeg", ".webp": "webp"}
 _LEFT_OVER_S = 3600.0

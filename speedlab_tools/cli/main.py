@@ -13,6 +13,8 @@ from types import FrameType
 
 from speedlab.common.errors import SpeedLabError
 
+from .. import nsys
+from ..check import CHECKS, PYTEST, durations, run_checks, size_report
 from ..client.files import check_model_file, looks_like_path
 from ..gpu import command as gpu
 from ..host.base import CALLED_FROM, COMFYUI_VARIABLE, Host, cache_root, child_environment, pack_root
@@ -23,10 +25,8 @@ from ..host.progress import Reporter
 from ..host.release import NEWEST, REPOSITORY, is_version
 from ..host.resolve import lacking, ready, resolve
 from ..scenarios.catalog import ALL, UnknownScenarioError, find
-from . import nsys
+from ..serve import serve
 from .arguments import COMMANDS, MODELS, UsageError, parse
-from .checks import CHECKS, PYTEST, durations, run_checks, size_report
-from .serve import serve
 
 _ONEDIFF = "tests/onediff"
 _VALUED = {

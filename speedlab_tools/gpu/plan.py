@@ -1,4 +1,4 @@
-"""What the suite measures, in order of worth: blocks of variants, as data."""
+"""What the suite measures, the most useful first: blocks of variants, as data."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from .onednn import linear, why_not
 
 log = logging.getLogger(__name__)
 
-# With fewer weights their order costs nothing to speak of.
+# With fewer weights their order hardly costs time.
 _FEWEST_WEIGHTS = 1 << 20
 # Inputs and outputs of convolutions in the inner levels of SD 1.x, and the rows and pixels a side at which products are
 # tried, the fewest pixels first.
