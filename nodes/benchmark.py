@@ -41,7 +41,7 @@ class Benchmark:
     CATEGORY = "SpeedLab/measure"
     SEARCH_ALIASES = ["speed test", "timer", "fps", "throughput", "xy plot", "sweep", "compare settings"]
     DESCRIPTION = (
-        "Makes the same image with every value of one or two axes and tells what each costs: time with its spread, "
+        "Makes the same image with every value of one or two axes and reports what each costs: time with its spread, "
         "peak memory, and how far the image is from the baseline's. Cells run in turn, so that drift of the machine "
         "hits them all; what fails is a row. Every cell becomes a row of output/speedlab/results.csv."
     )

@@ -89,7 +89,7 @@ class ProfileSampler:
                     list(DETAILS),
                     {
                         "default": "timing",
-                        "tooltip": "timing measures every step at next to no cost. kernels also tells which GPU "
+                        "tooltip": "timing measures every step at next to no cost. kernels also lists which GPU "
                         "kernels or CPU operators two or three steps are made of, and how much they compute; trace "
                         "saves those steps as a file for Perfetto as well. Both run these steps again afterwards.",
                     },
