@@ -141,7 +141,7 @@ class ProfileSampler:
             context,
         )
         summary = report.summary_text(result.record)
-        # Drawing takes longer than all measuring together, so it happens only for somebody who looks.
+        # Drawing takes longer than all measuring together, so it happens only where the chart is used.
         wanted = context.is_output_used(self.RETURN_NAMES.index("chart"))
         chart = charts.chart_or_blank(result.record) if wanted else charts.blank()
         return {

@@ -70,7 +70,7 @@ def run(bench: Bench, blocks: Sequence[Block], said: Callable[[str], None]) -> b
 
 
 def _write_refused(bench: Bench, blocks: Iterable[Block]) -> None:
-    """Somebody's own settings rule PyTorch's allocator out even in the process that is meant for it."""
+    """The user's own settings rule PyTorch's allocator out even in the process that is meant for it."""
     for block in blocks:
         for variant in bench.pending(block):
             bench.write(block, variant, status="unavailable", error=graphs_refused(bench.device))

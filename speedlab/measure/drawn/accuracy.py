@@ -48,7 +48,7 @@ def checkpoint_path(model: Any, context: NodeContext) -> Path | None:
 def accuracy(images: Any, texts: Sequence[str]) -> float | None:
     """The share of attributes that are right in an IMAGE batch [B, H, W, 3] in 0..1, over all its prompts.
 
-    None where a prompt is no caption of the drawn world: then nobody can tell what would be right.
+    None where a prompt is no caption of the drawn world: then what would be right is not known.
     """
     import numpy as np
 

@@ -119,7 +119,7 @@ def _suits(layer: Any, x: Any) -> bool:
     if not weight.is_contiguous() or x.shape[1] != weight.shape[1]:
         return False
     pixels = x.shape[0] * math.prod(_size_of_result(layer, x))
-    most = most_pixels_here() or _MOST_PIXELS  # whoever asks for products in spite of the measurement gets them
+    most = most_pixels_here() or _MOST_PIXELS  # also where products were slower and are asked for
     return pixels > 0 and pixels * _CHANNELS <= most * weight.shape[0]
 
 

@@ -15,7 +15,7 @@ _PROGRAMS = ".speedlab.techniques.compile.program"
 
 
 class StressMeasures:
-    """Counts what only leaks make grow, after everything that nobody needs was given back."""
+    """Counts what only leaks make grow, after everything that is no longer needed was freed."""
 
     RETURN_TYPES = ()
     FUNCTION = "measure"
