@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ..common.core import output_directory, show_on_node
+from ..common.core import output_directory, progress_bar, show_on_node
 from ..common.errors import ResultsError
 from ..measure import timeline
 from ..measure.context import NodeContext
@@ -340,11 +340,9 @@ class SweepProgress:
     """Counts sampling steps over all cells. Each step is a place where a cancel takes hold."""
 
     def __init__(self, total_steps: int) -> None:
-        import comfy.utils
-
         self.total = max(total_steps, 1)
         self.done = 0
-        self._bar = comfy.utils.ProgressBar(self.total)
+        self._bar = progress_bar(self.total)
         self._started = time.monotonic()
         self._node = timeline.executing().node_id
 
