@@ -58,7 +58,7 @@ def fuzz_all(folder: Path, inputs: int, seed: int, only: str) -> list[Tally]:
     """Every reader with its share of the inputs, printed as it ends. Raises SpeedLabError."""
     enter(from_environment().comfyui, folder / "base", on_cpu=True)
     if not trap_works():
-        raise SpeedLabError("The trap for pickles does not work here, so nothing would be proved.")
+        raise SpeedLabError("The trap for pickles does not work here, so the inputs would test nothing.")
     with route_targets(folder / "base" / "secret.txt") as routes:
         targets = [
             t for t in (*pure_targets(folder), *model_targets(folder / "base" / "models"), *routes) if only in t.name

@@ -349,7 +349,7 @@ def _obstacle_of_model(run: Run, patcher: Any) -> str:
     if any(getattr(part, attribute, None) for part in network.modules() for attribute in _CASTS):
         return f"{name} needs the whole model on the device, and ComfyUI has loaded it only in part"
     if is_paged(network):
-        return f"{name} needs weights that lie still, and ComfyUI's dynamic VRAM pages them in and out"
+        return f"{name} needs weights that stay in place, and ComfyUI's dynamic VRAM pages them in and out"
     kind = next((type(weight) for weight in network.parameters() if not is_plain(weight)), None)
     if kind is not None:
         return f"{name} takes plain tensors for weights, and this model's are quantised ({kind.__name__})"
