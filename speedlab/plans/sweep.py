@@ -337,7 +337,7 @@ def _where(other: str) -> str:
 
 
 class SweepProgress:
-    """Counts sampling steps over all cells. Each step is a place where a cancel takes hold."""
+    """Counts sampling steps over all cells. At each step a cancel can act."""
 
     def __init__(self, total_steps: int) -> None:
         self.total = max(total_steps, 1)

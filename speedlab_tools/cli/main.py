@@ -35,7 +35,7 @@ _VALUED = {
 }
 # Two processes, each with whole files: what shares a server or a model stays together. More would not fit 24 GB.
 _EVERYDAY = ("-m", "not full")
-# A worker that dies ends the run with its test named: xdist may wait for ever for the one that takes its place.
+# A worker that dies ends the run with its test named: xdist may wait without end for its replacement.
 _WHOLE = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart=0", "--durations=60")
 
 
