@@ -162,7 +162,7 @@ class Bench:
             getattr(self, name)
 
     def forget(self, *names: str) -> None:
-        """Let go of what the next jobs do not need."""
+        """Release what the next jobs do not need."""
         for name in names:
             self.__dict__.pop(name, None)
         gc.collect()

@@ -98,7 +98,7 @@ def timed(what: str, runs: int, calls: int, work: Callable[[], Any]) -> dict[str
 def write(rows: list[dict[str, Any]], results: Path) -> None:
     from speedlab.measure.environment import result_stem
 
-    device = _processor()
+    device = _cpu_name()
     date = time.strftime("%Y-%m-%d")
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{result_stem(device, None)}{date}_library.csv"
@@ -111,7 +111,7 @@ def write(rows: list[dict[str, Any]], results: Path) -> None:
     print(path)
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     from speedlab.measure.environment import device_name
 
     try:

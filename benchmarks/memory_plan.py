@@ -148,7 +148,7 @@ def measure(args: argparse.Namespace, family: str, offload: str, side: int, batc
 
 
 def warm_up(nodes: Any, name: str) -> None:
-    """A whole small picture, so that every library and kernel is in memory; its models are let go of afterwards."""
+    """A whole small image, so that every library and kernel is in memory; its models are released afterwards."""
     import importlib
 
     import comfy.model_management

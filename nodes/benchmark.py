@@ -41,7 +41,7 @@ class Benchmark:
     CATEGORY = "SpeedLab/measure"
     SEARCH_ALIASES = ["speed test", "timer", "fps", "throughput", "xy plot", "sweep", "compare settings"]
     DESCRIPTION = (
-        "Makes the same image with every value of one or two axes and tells what each costs: time with its spread, "
+        "Makes the same image with every value of one or two axes and reports what each costs: time with its spread, "
         "peak memory, and how far the image is from the baseline's. Cells run in turn, so that drift of the machine "
         "hits them all; what fails is a row. Every cell becomes a row of output/speedlab/results.csv."
     )
@@ -81,7 +81,7 @@ class Benchmark:
                 "sampler_name": (names.samplers(), {"tooltip": "The sampler, where no axis sets it."}),
                 "scheduler": (names.schedulers(), {"tooltip": "The scheduler, where no axis sets it."}),
                 "seed": _text("0", "One seed for all prompts, or one each: 1, 2, 3. Every cell uses the same.", False),
-                "warmup": _int(1, 0, 100, "Rounds before the measured ones; the very first run is told apart."),
+                "warmup": _int(1, 0, 100, "Rounds before the measured ones; the very first run is listed apart."),
                 "repeats": _int(5, 1, 1000, "Measured rounds: the table shows their median and spread."),
                 "plan": _text(
                     "", "Techniques for every cell, such as attention(sdpa)+tiny; blank: the graph as it is.", False

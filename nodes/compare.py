@@ -20,7 +20,7 @@ class CompareImages:
     DISPLAY_NAME = "Compare Images (SpeedLab)"
     CATEGORY = "SpeedLab/compare"
     SEARCH_ALIASES = ["psnr", "ssim", "image difference", "image quality"]
-    DESCRIPTION = "Tells how far image A is from image B, in decibels (PSNR) and structure (SSIM), and shows where."
+    DESCRIPTION = "Measures how far image A is from image B, in decibels (PSNR) and structure (SSIM), and shows where."
     RETURN_TYPES = ("FLOAT", "FLOAT", "IMAGE", "STRING")
     RETURN_NAMES = ("psnr", "ssim", "diff", "report")
     OUTPUT_TOOLTIPS = (
@@ -57,7 +57,7 @@ class CompareLatents:
     DISPLAY_NAME = "Compare Latents (SpeedLab)"
     CATEGORY = "SpeedLab/compare"
     SEARCH_ALIASES = ["latent difference", "relative error"]
-    DESCRIPTION = "Tells how far latent A is from latent B before any decoding: 0 means bit for bit the same values."
+    DESCRIPTION = "Measures how far latent A is from latent B before any decoding: 0 means bit for bit the same values."
     RETURN_TYPES = ("FLOAT", "FLOAT", "STRING")
     RETURN_NAMES = ("relative_error", "max_abs", "report")
     OUTPUT_TOOLTIPS = (

@@ -136,7 +136,7 @@ def _settings() -> dict[str, Any]:
             list(DETAILS),
             {
                 "default": "timing",
-                "tooltip": "timing measures every step at next to no cost. kernels also tells which GPU "
+                "tooltip": "timing measures every step at next to no cost. kernels also lists which GPU "
                 "kernels or CPU operators two or three of the base's steps are made of; trace saves them as a file for "
                 "Perfetto as well.",
             },

@@ -14,14 +14,14 @@ _LORA_SLOTS = 4
 
 
 class CheckpointLoader:
-    """Load a checkpoint and tell what it is and how fast it came."""
+    """Load a checkpoint and report what it is and how fast it loaded."""
 
     NODE_ID = "SpeedLabCheckpointLoader"
     DISPLAY_NAME = "Load Checkpoint (SpeedLab)"
     CATEGORY = "SpeedLab/load"
     SEARCH_ALIASES = ["load model", "ckpt", "quantize", "quantization", "fp8", "fp16", "bf16", "half precision"]
     DESCRIPTION = (
-        "Loads a Stable Diffusion 1.x, 2.x or SDXL checkpoint, in the precision you choose, and tells its family, "
+        "Loads a Stable Diffusion 1.x, 2.x or SDXL checkpoint, in the precision you choose, and reports its family, "
         "size and loading speed. The load time appears in the profile."
     )
     RETURN_TYPES = ("MODEL", "CLIP", "VAE", "STRING")

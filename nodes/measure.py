@@ -50,7 +50,7 @@ class ProfileReport:
         unique_id: object = None, dynprompt: object = None,
     ) -> dict:  # fmt: skip
         context = NodeContext.of(prompt, extra_pnginfo, unique_id, dynprompt)
-        # Four images take a second to draw, so that happens only for somebody who looks.
+        # Four images take a second to draw, so that happens only where the chart is used.
         completed = complete(profile, images, context, context.is_output_used(self.RETURN_NAMES.index("chart")))
         record = completed.record
         text = report.report_text(record)

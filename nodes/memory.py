@@ -18,7 +18,7 @@ class MemoryPlan:
     SEARCH_ALIASES = ["vram", "low vram", "offload", "out of memory", "oom"]
     DESCRIPTION = (
         "Fits a model into the memory that you have. It predicts the peak of text encoding, sampling and decoding, "
-        "picks the fastest way of offloading that fits, and tells the prediction. Images stay the same, bit for bit. "
+        "picks the fastest way of offloading that fits, and reports the prediction. Images stay the same, bit for bit. "
         "It acts on the models that you connect and on nothing else."
     )
     RETURN_TYPES = ("MODEL", "CLIP", "VAE", "STRING")

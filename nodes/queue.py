@@ -17,7 +17,7 @@ class PromptQueue:
     CATEGORY = "SpeedLab/memory"
     SEARCH_ALIASES = ["prompt list", "prompt batch", "many prompts", "staged batch"]
     DESCRIPTION = (
-        "Encodes many prompts at once and hands them on as a list: everything behind it runs once a prompt. All "
+        "Encodes many prompts at once and returns them as a list: every node after it runs once a prompt. All "
         "prompts are encoded before the first image is sampled, so the text encoders can be freed in between."
     )
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "INT", "INT")

@@ -89,7 +89,7 @@ class ProfileSampler:
                     list(DETAILS),
                     {
                         "default": "timing",
-                        "tooltip": "timing measures every step at next to no cost. kernels also tells which GPU "
+                        "tooltip": "timing measures every step at next to no cost. kernels also lists which GPU "
                         "kernels or CPU operators two or three steps are made of, and how much they compute; trace "
                         "saves those steps as a file for Perfetto as well. Both run these steps again afterwards.",
                     },
@@ -141,7 +141,7 @@ class ProfileSampler:
             context,
         )
         summary = report.summary_text(result.record)
-        # Drawing takes longer than all measuring together, so it happens only for somebody who looks.
+        # Drawing takes longer than all measuring together, so it happens only where the chart is used.
         wanted = context.is_output_used(self.RETURN_NAMES.index("chart"))
         chart = charts.chart_or_blank(result.record) if wanted else charts.blank()
         return {

@@ -1,7 +1,7 @@
 """`demo`: ComfyUI's own nodes and Accelerate's presets in turn, same sampler, prompt and seed, timed from outside.
 
 Profile Sampler stands in KSampler's place on both sides: it calls KSampler's own function and tells its step times,
-which nobody can see from outside, where messages arrive in bursts.
+which cannot be seen from outside, where messages arrive in bursts.
 """
 
 from __future__ import annotations

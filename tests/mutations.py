@@ -131,7 +131,7 @@ class Runner:
 
     def __init__(self, tree: Path, comfyui: str | None) -> None:
         sys.path.insert(0, str(ROOT))
-        from speedlab_tools.cli.checks import PYTEST
+        from speedlab_tools.check import PYTEST
         from speedlab_tools.host.base import child_environment
         from speedlab_tools.host.progress import Reporter
         from speedlab_tools.host.resolve import resolve

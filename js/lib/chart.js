@@ -1,6 +1,6 @@
 // The step chart: bars in SVG, which stretches with its box, and words in HTML, which does not.
 import { div, dot, el, svg } from "./dom.js";
-import { barText, binned, duration, gigabytes, hasMedian, isNumber, KINDS, steady } from "./figures.js";
+import { barText, binned, duration, gigabytes, hasMedian, isNumber, KINDS, later } from "./figures.js";
 import { t } from "./i18n.js";
 
 const WIDTH = 1000;
@@ -10,7 +10,7 @@ const CLIP = 2.2;
 
 function ceiling(bars) {
   const all = Math.max(...bars.map((bar) => bar.ms), 0);
-  const usual = steady(bars).sort((a, b) => a - b);
+  const usual = later(bars).sort((a, b) => a - b);
   const high = usual[Math.floor((usual.length - 1) * 0.95)] ?? 0;
   return { top: (high > 0 ? Math.min(all, high * CLIP) : all) * 1.08 || 1, clipped: high > 0 && all > high * CLIP };
 }

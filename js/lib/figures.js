@@ -60,12 +60,12 @@ export const liveBars = (steps) => kindsOf(steps.map(([ms, flags]) => ({ ms, cac
 export const hasMedian = (stat) => (stat?.samples ?? stat?.steps) > 1;
 
 /** Steps but the first, where compilation and warm-up show; a single step stands for itself. */
-export const steady = (bars) => (bars.length > 1 ? bars.slice(1) : bars).map((bar) => bar.ms);
+export const later = (bars) => (bars.length > 1 ? bars.slice(1) : bars).map((bar) => bar.ms);
 
 /** Milliseconds until all runs of a live state are done; null before the first step. */
 export function timeToGo({ steps, total, run, runs }) {
   if (!steps.length) return null;
-  const usual = steady(liveBars(steps));
+  const usual = later(liveBars(steps));
   const mean = usual.reduce((sum, ms) => sum + ms, 0) / usual.length;
   return mean * (Math.max(0, total - steps.length) + Math.max(0, runs - 1 - run) * total);
 }

@@ -26,6 +26,16 @@ def aligned(lines: Sequence[Sequence[str]], *, numbers: bool = False, words: int
     return ["  ".join(cell(text, column) for column, text in enumerate(line)).rstrip() for line in lines]
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table in Markdown, and the notes as a list under it."""
+
+    def line(texts: Sequence[str]) -> str:
+        return "| " + " | ".join(" ".join(text.split()).replace("|", "\\|") for text in texts) + " |"
+
+    lines = [line(header), line(["---"] * len(header)), *map(line, rows), ""]
+    return "\n".join([*lines, *(f"* {note}" for note in notes)]).rstrip()
+
+
 def growing_row(first: str, *rest: object) -> str:
     """A row of a table that is printed while it grows, so that widths are fixed."""
     cells = (f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in rest)

@@ -1,6 +1,6 @@
 """Which of several ways to compute the same thing is fastest here: least time of each, measured in turns.
 
-Work that is done once and that no repeat pays again, told to whoever measures the work around it.
+Work that is done once and that no repeat pays again, reported to what measures the work around it.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ Tell = Callable[[str, float, bool], None]
 
 @dataclass
 class _Listener:
-    """Who tells the user of work that can take minutes: nobody, until a server registers."""
+    """Who tells the user of work that can take minutes: none, until a server registers."""
 
     tell: Tell = lambda *_: None
 
@@ -94,7 +94,7 @@ _listener = _Listener()
 
 
 def tell_of_work_through(tell: Tell) -> None:
-    """Have `tell` called when work of `apart` begins while somebody measures, and when all of it is over."""
+    """Have `tell` called when work of `apart` begins during a measurement, and when all of it is over."""
     _listener.tell = tell
 
 
@@ -135,7 +135,7 @@ def watch_dynamo() -> None:
 
 
 def tells_of_dynamo() -> bool:
-    """Whether this PyTorch tells when torch.compile compiles, or nobody has compiled with it yet."""
+    """Whether this PyTorch tells when torch.compile compiles, or nothing was compiled with it yet."""
     return not is_dynamo_loaded() or compile_callbacks() is not None
 
 

@@ -151,7 +151,7 @@ def inductor_settings(*, freeze: bool, vectors_work: Callable[[], bool] | None) 
 
 
 def inductor_folder() -> Path | None:
-    """`cache_dir_utils.default_cache_dir` (2.12): where inductor keeps its files if nobody says where."""
+    """`cache_dir_utils.default_cache_dir` (2.12): where inductor keeps its files by default."""
     try:
         from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     except ImportError:

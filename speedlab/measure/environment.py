@@ -191,7 +191,7 @@ def speed_flags() -> dict[str, Any]:
 
 
 def _answer(read: Callable[[], Any]) -> Any | None:
-    """None where PyTorch refuses its older interface, as it does once somebody has used the newer one."""
+    """None where PyTorch refuses its older interface, as it does once a program has used the newer one."""
     try:
         return read()
     except RuntimeError:

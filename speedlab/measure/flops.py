@@ -205,7 +205,7 @@ def _observed(model: Any, observer: Observer) -> Any:
         try:
             result = executor(model_wrap, sigmas, extra_args, callback, noise, *args, **kwargs)
         except _EnoughError:
-            # Any latent of the right shape lets ComfyUI finish and clean up in its usual way; nobody reads it.
+            # Any latent of the right shape lets ComfyUI finish and clean up in its usual way; it is not read.
             result = noise
         except BaseException:
             _close_quietly(observer)

@@ -21,7 +21,7 @@ class _Watch:
     enabled = True
 
     def __init__(self, started: Collection[str]) -> None:
-        # Nobody saw when these began.
+        # When these began is not known.
         self.before = frozenset(started)
         self.began: dict[str, int] = {}
         self.took: dict[str, int] = {}

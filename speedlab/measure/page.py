@@ -1,6 +1,6 @@
-"""A run as one HTML page to hand on: tables, charts and images in the file itself, no script and no request.
+"""A run as one HTML page to send to others: tables, charts and images in the file itself, no script, no request.
 
-Everything in a record may come from strangers, so every text is escaped, and a record of another shape is refused.
+A record may come from another machine, so every text is escaped, and a record of another shape is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .record import RunRecord
 from .report import kernel_table, phase_rows, step_table, summary_text
 from .summary import rows_of, step_kinds
 
-# What a browser lets such a page do, also where somebody changed the file.
+# What a browser lets such a page do, also where the file was changed.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _COLOURS = {"full": "#3b7dd8", "cached": "#4caf7d", "forecast": "#b07cc6", "cfg_off": "#e0a030"}
 _WIDTH, _HEIGHT = 900.0, 150.0

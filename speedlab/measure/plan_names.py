@@ -26,7 +26,7 @@ def made_of(prompt: Mapping[str, Any], node_id: str) -> str:
 
 
 def plan_of(techniques: Sequence[str]) -> str:
-    """The name of a plan that nobody named."""
+    """The name of a plan that was given none."""
     return "+".join(techniques) or "stock"
 
 

@@ -179,10 +179,10 @@ def step_memory(peaks: Sequence[MemoryPeak]) -> dict[str, list[float | None]]:
 def total_ms(phases_ms: Mapping[str, float | str | None], sample_ms: float | None) -> float | None:
     """Text encoding to saved image with every move of weights, without load; None while a part of that is unknown.
 
-    A phase that ComfyUI answered from its cache (`cached`) is a part that is unknown: nobody knows here what a repeat
+    A phase that ComfyUI answered from its cache (`cached`) is a part that is unknown: it is not known what a repeat
     would have paid for it. Where a core node encoded the text, `core_text_encode` stands for it; where one decoded,
     `after_sampling` does, the span from sampling to the report.
-    Work of other nodes on the same image that nobody measured (`others`) leaves no total either. Freeing memory
+    Work of other nodes on the same image that was not measured (`others`) leaves no total either. Freeing memory
     (`free`) counts where it took place: a Free Memory node that ComfyUI did not run again moved no weights.
     """
     if phases_ms.get(OTHERS) is not None or phases_ms.get("to_device") == UNKNOWN:

@@ -1,4 +1,4 @@
-"""Whether JSON has the types that a class declares. A record is a file that anybody may have changed."""
+"""Whether JSON has the types that a class declares. A record is a file that may have been changed by hand."""
 
 from __future__ import annotations
 

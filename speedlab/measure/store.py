@@ -65,7 +65,7 @@ class RunStore:
         self.waiting = self.root / "waiting"
 
     def json_path(self, run_id: str) -> Path:
-        """The file of a run. Raises ResultsError for an id that is not one of ours, so no path can be smuggled in."""
+        """The file of a run. Raises ResultsError for an id that is not one of ours, so it cannot hold a path."""
         if not RUN_ID.fullmatch(run_id):
             raise ResultsError(f"'{run_id}' is not a run id (YYYYMMDD-HHMMSS and eight hex digits).")
         return self.runs / f"{run_id}.json"
@@ -319,7 +319,7 @@ def _append(path: Path, line: bytes, header: bytes) -> None:
             file.seek(end - 1)
             if file.read(1) != b"\n":
                 log.warning("SpeedLab: %s ends in half a row, left by a crash; new rows start on a new line.", path)
-                # A quote that the half row left open would swallow the rows behind it.
+                # A quote that the half row left open would join it with the rows after it.
                 line = (b'"' if _last_line(file, end).count(b'"') % 2 else b"") + b"\r\n" + line
         try:
             if file.write(line) != len(line):

@@ -143,7 +143,7 @@ class NetworkStream:
             return
         self._leave()
         if self._queue is not None and self._slots is not None:
-            # A copy that nobody waited for may still run; the memory below goes back to the allocator.
+            # A copy that was not waited for may still run; the memory below goes back to the allocator.
             self._queue.computation_waits_for(self._queue.mark(copied=True))
         self._slots = None
 

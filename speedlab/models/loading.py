@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 SOURCE = "speedlab.source"
 VAE_SOURCE = "speedlab.vae_source"
-# On a VAE's patcher: the precision that somebody chose for it. Decoding with `auto` then keeps to it.
+# On a VAE's patcher: the precision that was chosen for it. Decoding with `auto` then keeps to it.
 FIXED_PRECISION = "speedlab.vae_precision"
 # Latents of equal shape that no VAE of the other family can decode, by the class names of core's latent formats.
 FAMILIES = {"SD15": "SD 1.x or 2.x", "SDXL": "SDXL", "SDXL_Playground_2_5": "SDXL"}
@@ -65,7 +65,7 @@ class VaeSource:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What Load Checkpoint hands on. `clip` and `vae` are None where the file has none."""
+    """What Load Checkpoint returns. `clip` and `vae` are None where the file has none."""
 
     model: Any
     clip: Any | None

@@ -184,7 +184,7 @@ def _apply(model: Any, clip: Any | None, choice: LoraChoice) -> tuple[Any, Any |
 def _count_matches(model: Any, clip: Any | None, weights: dict[str, Any]) -> tuple[int, int, str | None]:
     """Modules of the (converted) file that fit a weight of the UNet or the text encoder, by core's own key maps.
 
-    Beside the count how many of them nobody can be sure of, and the name of a cross-attention weight that has another
+    Beside the count how many of them are uncertain, and the name of a cross-attention weight that has another
     size: its width is the family's.
     """
     import comfy.lora

@@ -1,4 +1,4 @@
-"""Whether anybody compiles a model, and what compiled code excludes.
+"""Whether a model is compiled, and what compiled code excludes.
 
 How often torch.compile broke a graph or compiled again during a run, from dynamo's own counters.
 """

@@ -1,6 +1,6 @@
 """ComfyUI's dynamic VRAM: weights that it pages in layer by layer, and clones of such models that it loads whole.
 
-A compiler needs weights that lie still. Core's own compile node takes a clone on a second set of weights for that,
+A compiler needs weights that stay in place. Core's own compile node takes a clone on a second set of weights for that,
 made anew by the loader's `cached_patcher_init`; so does this module, and all such clones of a model share one set.
 """
 
@@ -34,7 +34,7 @@ def loaded_whole(patcher: Any, who: str) -> Any:
         if is_out_of_memory(error):
             raise
         raise UnavailableError(
-            f"{who} needs weights that lie still, and under ComfyUI's dynamic VRAM that takes loading the model a "
+            f"{who} needs weights that stay in place, and under ComfyUI's dynamic VRAM that takes loading the model a "
             f"second time, which its loader does not support ({first_line(error)}). Load it with Load Checkpoint or "
             "Load VAE, or start ComfyUI with --disable-dynamic-vram."
         ) from error

@@ -16,7 +16,7 @@ import torch
 
 @dataclass
 class Replaced:
-    """How many layers have another way, how many somebody else computes already, and how often the way was taken."""
+    """How many layers have another way, how many another node computes already, and how often the way was taken."""
 
     layers: int = 0
     taken: int = 0
@@ -32,7 +32,7 @@ def forwards_replaced(
     """While entered, `compute(layer, x)` is what each of `layers` does with an input `x` where `suits(layer, x)`.
 
     Layers whose weights ComfyUI casts or patches in use, and code that a compiler traces, compute as they always do; a
-    layer with a forward that somebody else has put there keeps it.
+    layer with a forward that another node has set keeps it.
     """
     replaced = Replaced()
 
@@ -57,7 +57,7 @@ def forwards_replaced(
     finally:
         for layer, before, now in ours:
             if layer.__dict__.get("forward") is not now:
-                continue  # somebody else's meanwhile, and theirs to take away
+                continue  # set by another node since, which will remove it
             if before is None:
                 del layer.__dict__["forward"]
             else:
@@ -94,7 +94,7 @@ def casts(layer: Any) -> bool:
 
 
 def is_fp32_on_cpu(x: Any, weight: Any, bias: Any = None) -> bool:
-    """Whether these are plain fp32 tensors on the CPU of which nobody wants a gradient."""
+    """Whether these are plain fp32 tensors on the CPU that need no gradient."""
     return (
         not torch.is_autocast_enabled("cpu")
         and type(x) is torch.Tensor

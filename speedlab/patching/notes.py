@@ -14,7 +14,7 @@ from typing import Any
 
 from .wrappers import state_of
 
-# In `transformer_options` during sampling: a callable that takes one sentence. Absent where nobody is profiling.
+# In `transformer_options` during sampling: a callable that takes one sentence. Absent without a profiler.
 REPORT_NOTE = "speedlab_report_note"
 # Likewise: a callable that takes a technique's name and the options that it ran with, None where it did nothing.
 REPORT_RAN = "speedlab_report_ran"
@@ -53,7 +53,7 @@ def report_saved(transformer_options: Mapping[str, Any], name: str, saved: int, 
         report(name, saved, of, unit)
 
 
-# In `transformer_options`: a callable without arguments. Absent where nobody is profiling.
+# In `transformer_options`: a callable without arguments. Absent without a profiler.
 REPORT_CACHED = "speedlab_report_cached"
 
 

@@ -108,13 +108,13 @@ def own_failure(note: Callable[[Exception], str | None]) -> Iterator[None]:
         status = note(error)
         if status is None:
             return
-        _let_go(error)
+        _release(error)
         if status == "oom":
             mm.unload_all_models()
         release_unused_memory()
 
 
-def _let_go(error: BaseException | None) -> None:
+def _release(error: BaseException | None) -> None:
     """The frames of an error hold the tensors that did not fit: free memory only after they are cleared."""
     chain: list[BaseException] = []
     while error is not None and error not in chain:

@@ -1,4 +1,4 @@
-"""What the Benchmark node hands on and keeps as files: table, plot, contact sheet, and all of them as an HTML page.
+"""What the Benchmark node returns and writes to files: table, plot, contact sheet, and all of them as an HTML page.
 
 A sweep in words: the articles' table in Markdown, with spread and quality, and the notes under it.
 """
@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..common.errors import SpeedLabError
-from ..common.tables import HEADER, NOTHING, cells, seconds
+from ..common.tables import HEADER, NOTHING, cells, markdown_table, seconds
 from ..measure.peaks import GROWTH
 from ..measure.record import RunRecord, csv_row
 from ..measure.store import RunStore, cannot_write, write_atomically
@@ -41,7 +41,7 @@ class SweepOutput:
 def write_output(result: SweepResult, store: RunStore, workflow: str | None) -> SweepOutput:
     """Draw, save and gather. Raises ResultsError naming the path. `workflow` is the id of the canvas's."""
     header, rows, notes = _table(result)
-    table = _markdown(header, rows, notes)
+    table = markdown_table(header, rows, notes)
     plot = sweep_plot(result)
     sheet = contact_sheet(result.cells, result.thumbnails, result.axis_x, result.axis_y)
     files = [
@@ -126,11 +126,6 @@ def _table(result: SweepResult) -> tuple[list[str], list[list[str]], list[str]]:
     return header, [[_plain(cell) for cell in row] for row in rows], _notes(result, done)
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
-    return "\n".join([*lines, "", *(f"* {note}" for note in notes)]).rstrip()
-
-
 def in_grid_order(all_cells: Sequence[CellRuns]) -> list[CellRuns]:
     """Cells row by row; batches that a search added stand in the order of their size."""
     return sorted(all_cells, key=lambda runs: (runs.cell.y, _size(runs), runs.cell.x))
@@ -198,10 +193,6 @@ def _notes(result: SweepResult, done: Sequence[CellRuns]) -> list[str]:
         env = record.env
         lines.append(f"Measured on {env.get('device')}, torch {env.get('torch')}, ComfyUI {env.get('comfyui')}.")
     return lines
-
-
-def _line(parts: Sequence[str]) -> str:
-    return "| " + " | ".join(part.replace("|", "\\|") for part in parts) + " |"
 
 
 def _plain(text: str) -> str:

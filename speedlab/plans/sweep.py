@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ..common.core import output_directory, show_on_node
+from ..common.core import output_directory, progress_bar, show_on_node
 from ..common.errors import ResultsError
 from ..measure import timeline
 from ..measure.context import NodeContext
@@ -164,7 +164,7 @@ class Sweep:
             del self._prepared[place]
         if place not in self._prepared:
             self._prepared[place] = prepare(self.parts, cell.settings, self.nodes, self.reloader)
-            self._let_go_of_weights()
+            self._release_weights()
             # Loading a checkpoint again is work that the user asked for, not the harness'.
             self._measured_ms += (time.perf_counter() - started) * 1000.0
         prepared = self._prepared[place]
@@ -175,7 +175,7 @@ class Sweep:
             self._weights = weights
         return prepared
 
-    def _let_go_of_weights(self) -> None:
+    def _release_weights(self) -> None:
         """What the reloader no longer keeps must not stay in memory through the cells that used it."""
         gone = [place for place, known in self._prepared.items() if not self.reloader.keeps(known.parts)]
         for place in gone:
@@ -337,14 +337,12 @@ def _where(other: str) -> str:
 
 
 class SweepProgress:
-    """Counts sampling steps over all cells. Each step is a place where a cancel takes hold."""
+    """Counts sampling steps over all cells. At each step a cancel can act."""
 
     def __init__(self, total_steps: int) -> None:
-        import comfy.utils
-
         self.total = max(total_steps, 1)
         self.done = 0
-        self._bar = comfy.utils.ProgressBar(self.total)
+        self._bar = progress_bar(self.total)
         self._started = time.monotonic()
         self._node = timeline.executing().node_id
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..common.core import output_directory, show_on_node, tell_browser
+from ..common.core import output_directory, progress_bar, show_on_node, tell_browser
 from ..common.errors import ResultsError, SpeedLabError
 from ..measure import timeline
 from ..measure.context import NodeContext
@@ -106,12 +106,10 @@ class Tune:
 
     def run(self) -> TuneResult:
         """Tune. Raises SpeedLabError where not even one plan could be measured, and what a cancel raises."""
-        import comfy.utils
-
         self.store.check_writable()
         with _alone(tuned.folder_of(self.store)):
             self.started = time.monotonic()
-            self._bar = comfy.utils.ProgressBar(max(round(self.request.minutes * 60), 1))
+            self._bar = progress_bar(max(round(self.request.minutes * 60), 1))
             self._open()
             self.images.file = f"tune-{self.known_key}"
             search: Search | None = None

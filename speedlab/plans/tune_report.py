@@ -1,4 +1,4 @@
-"""What a tune hands on: table, chart of time against distance, contact sheet, HTML page, a workflow with the plan."""
+"""What Tune returns and writes: table, chart of time against distance, contact sheet, HTML page, a workflow."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import ResultsError, UnavailableError
+from ..common.tables import markdown_table
 from ..measure.charts import blank, new_figure, to_image
 from ..measure.context import NodeContext, link_of
 from ..measure.store import RunStore, cannot_write, new_run_id, write_atomically
@@ -91,9 +91,7 @@ def ranked(result: TuneResult) -> list[Tried]:
 
 def table_of(result: TuneResult) -> str:
     """The table in Markdown, and the notes under it."""
-    header, rows = _header_and_rows(result)
-    lines = [_line(header), _line(["---"] * len(header)), *map(_line, rows), ""]
-    return "\n".join([*lines, *(f"* {note}" for note in notes_of(result))]).rstrip()
+    return markdown_table(*_header_and_rows(result), notes_of(result))
 
 
 def _header_and_rows(result: TuneResult) -> tuple[tuple[str, ...], list[list[str]]]:
@@ -162,10 +160,6 @@ def _row(result: TuneResult, one: Tried) -> list[str]:
         str(len(one.looks)),
         text,
     ]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _facts(result: TuneResult) -> dict[str, Any]:

@@ -163,7 +163,7 @@ class Search:
         """What the last images took by what the parts said: the machine drifts, and the parts were measured before."""
         return statistics.median(self._paces[-_PACES:]) if self._paces else 1.0
 
-    def steady(self, one: Tried) -> float:
+    def corrected_s(self, one: Tried) -> float:
         """Its seconds on a machine as fast as it was when the parts were measured, by the images around each of its
         own: images of other times are compared by this."""
         around = _PACES // 2
@@ -217,7 +217,7 @@ class Search:
     def _passing(self) -> list[Tried]:
         good = [one for one in self.tried if one.looks and one.why is None and holds(one.mean, self.floor)]
         # They were made at other times, between which the machine drifts.
-        return sorted(good, key=self.steady)
+        return sorted(good, key=self.corrected_s)
 
     def best_so_far(self) -> Tried | None:
         """The fastest one that holds the floor on all that was made of it."""
@@ -263,7 +263,7 @@ class Search:
         """Stacks, the fastest first, until enough hold the floor: a slower one would not be recommended."""
         ratios: list[float] = []
         for one in sorted(self.pool.values(), key=lambda one: one.predicted):
-            faster = [known for known in self._passing() if self.steady(known) <= one.predicted]
+            faster = [known for known in self._passing() if self.corrected_s(known) <= one.predicted]
             if len(faster) >= _FINALISTS:
                 return
             estimate = None if one.looks or one.why is not None else self.estimate(one.candidate)

@@ -89,7 +89,7 @@ def _with_decode(record: RunRecord, has_images: bool, reached_ns: int, context: 
 def _with_rest(
     record: RunRecord, run_id: str, context: NodeContext, entries: Sequence[timeline.PhaseEntry], reached_ns: int
 ) -> RunRecord:
-    """The record with what else made the images: the span that a core decoder took, or that nobody measured it."""
+    """The record with what else made the images: the span that a core decoder took, or that it was not measured."""
     if context.node_id not in context.graph:
         return record
     now, sampled = timeline.executing(), _sampling_of(run_id, entries)

@@ -58,13 +58,13 @@ class ProfiledLatent:
     record: RunRecord
 
 
-# Gets the node's context, run id, warm-up runs and repeats; None where nobody watches.
+# Gets the node's context, run id, warm-up runs and repeats; None where no browser shows it.
 OpenFeed = Callable[[NodeContext, str, int, int], Feed | None]
 
 
 @dataclass
 class _Feeds:
-    """Who shows runs while they go on: nobody, until a server registers its live feed."""
+    """Who shows runs while they go on: none, until a server registers its live feed."""
 
     open: OpenFeed = lambda *_: None
 

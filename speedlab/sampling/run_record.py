@@ -148,7 +148,7 @@ def _warnings(
     if any(not trace.clock.is_synchronised for trace in session.traces):
         notes.append(
             f"PyTorch cannot wait for the device {model.load_device.type} here (its backend has no synchronize): the "
-            "times tell when work was queued, not when it was done, so steps and phases cannot be told apart for sure."
+            "times tell when work was queued, not when it was done, so steps and phases cannot be separated reliably."
         )
     notes += [warning for match in model.get_attachment(LORAS) or () for warning in match.warnings()]
     text, seen = phases["text_encode"], phases.get("core_text_encode")

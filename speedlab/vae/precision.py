@@ -107,7 +107,7 @@ def abilities_for(vae: Any) -> Abilities:
 
 
 def _may_try_fp16(vae: Any) -> bool:
-    """Whether half precision is worth a try: an image VAE of SD or SDXL on a CUDA or ROCm device, and nobody chose a
+    """Whether half precision is worth a try: an image VAE of SD or SDXL on a CUDA or ROCm device, and no user chose a
     precision for it. Of other VAEs core says in what they work, and has chosen by that.
 
     A compiled VAE stays as it is: trying would compile it once more.

@@ -39,7 +39,7 @@ _FORMATS = {"taesd": "SD15", "taesdxl": "SDXL", "taesd3": "SD3", "taef1": "Flux"
 # Which endings are model files is core's to say: its list holds no others.
 _DECODER_FILE = re.compile(r"(?P<stem>.+)_decoder\.\w+", re.DOTALL)
 _UPSCALE = 8
-# What a band holds where nobody names a size, in pixels to each side of a square: what a CPU's cache takes, and
+# What a band holds where no size is given, in pixels to each side of a square: what a CPU's cache takes, and
 # what fills a GPU.
 _BAND_ON_CPU, _BAND_ELSEWHERE = 256, 1024
 # A small image has this many bands on a CPU.
@@ -134,7 +134,7 @@ def resolve_decoder(decoder: str, latent_format: Any | None) -> str:
 
 
 def _foreign(stem: str, latent_format: Any | None) -> str | None:
-    """What to say where the decoder that somebody chose is for another family than the latents are of."""
+    """What to say where the decoder that was chosen is for another family than the latents are of."""
     made_by = FAMILIES.get(type(latent_format).__name__)
     decodes = FAMILIES.get(_format_of(stem) or "")
     if made_by is None or decodes is None or made_by == decodes:
@@ -259,7 +259,7 @@ def _decode_slices(vae: Any, samples: Any, config: TinyDecodeConfig) -> Any:
     count, _, height, width = samples.shape
     at_once = config.slice_size or count
     side = _band_side(config.tile_size, samples, vae.device)
-    # Two rows a band are computed twice: where nobody names a size, bands are high enough for that not to matter.
+    # Two rows a band are computed twice: where no size is given, bands are high enough for that not to matter.
     least = 1 if config.tile_size else _ROWS_AT_LEAST
     rows = min(max(side * side // (width * _UPSCALE) // _UPSCALE, least), height)
     _load_for(vae, (min(at_once, count), samples.shape[1], rows, width))
@@ -342,7 +342,7 @@ def decode_rows(decoder: Any, latents: Any, rows: int, before_band: Callable[[],
 def _through(layers: list[Any], band: Any, is_last: bool, limit: int, before_band: Callable[[], None]) -> Iterator[Any]:
     """Yield what `layers` give for a band, of which each takes at most `limit` rows of the first one's size at once.
 
-    With the last band every layer lets go of what it held back, which adds up to far more rows than a band has.
+    With the last band every layer releases the rows that it held back, which adds up to far more rows than a band has.
     """
     for place, layer in enumerate(layers):
         if band.shape[2] == 0 and not is_last:

@@ -1,7 +1,7 @@
 """The records on disk as a library: listed in pages, filtered, looked up, deleted, kept to a number.
 
-Everything is read from the record files, which anybody may have put there: a file that is half written or no record of
-ours is skipped and counted, and no path in a record leads out of this pack's folder.
+Everything is read from the record files, which any program may have put there: a file that is half written
+or not a record of this pack is skipped and counted, and no path in a record leads out of the pack's folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 MAX_PAGE = 200
 _MAX_RECORD_BYTES = 64 * 1024 * 1024
 _MAX_TEXT, _MAX_PLAN = 200, 2000
-# Of a page to hand on: a batch of large images would make it too large for a mail.
+# Of a page that is sent to others: with a batch of large images it would be too large for an e-mail.
 _MAX_IMAGES, _MAX_IMAGE_BYTES = 8, 32 * 1024 * 1024
 _KINDS = {".png": "png", ".jpg": "jpeg", ".webp": "webp"}
 _LEFT_OVER_S = 3600.0
@@ -224,7 +224,7 @@ class RunLibrary:
         record = loosely_from_json(self.text(run_id))
         path = self._path(run_id)
         try:
-            # The record goes first: files without a record are found by nobody, a record without files disappoints.
+            # The record goes first: files without a record are never listed, a record without files is.
             path.unlink()
         except FileNotFoundError as error:
             raise UnknownRunError(f"There is no run {run_id} in {self._store.runs}.") from error

@@ -28,7 +28,7 @@ from .results import Journal, Outcome, series_key
 from .runner import run_scenario
 
 MOST_RESTARTS = 3
-BACK_WITHIN_S = 120.0  # how long a server of somebody else may take to come back
+BACK_WITHIN_S = 120.0  # how long a server that was not started here may take to come back
 _ASKED_EVERY_S = 1.0
 
 
@@ -81,7 +81,7 @@ class Series:
                 self._keep(outcome, scenario)
 
     async def _run_through_restarts(self, client: ComfyClient, scenario: Scenario, target: Target) -> Outcome:
-        """Run a scenario; where somebody else's server went away and came back, go on with what it left undone.
+        """Run a scenario; where a server that was not started here restarts, go on with what it left undone.
 
         A server that was started here has most likely died of the scenario, which is not run on the next one.
         """

@@ -94,7 +94,7 @@ def extra_data(scenario: Scenario, small: bool) -> dict[str, object]:
 
 
 STEPS = 2
-# An input that no node has: ComfyUI hands it to nobody, but looks in its cache for nodes with the same inputs.
+# An input that no node has: ComfyUI passes it to no node, but looks in its cache for nodes with the same inputs.
 _MARK = "speedlab_turn"
 _ONCE: Mapping[str, Any] = {"warmup": 0, "repeats": 1, "detail": "timing"}
 

@@ -140,7 +140,7 @@ def _test(parser: Parser) -> None:
 
 def _check(parser: Parser) -> None:
     parser.add_argument("checks", nargs="*", metavar="CHECK", help="some of ruff, format, mypy, layers (default: all)")
-    parser.add_argument("--fix", action="store_true", help="let ruff mend what it can, and format")
+    parser.add_argument("--fix", action="store_true", help="let ruff fix what it can, and format")
 
 
 def _serve(parser: Parser) -> None:
@@ -300,7 +300,7 @@ COMMANDS: Mapping[str, Command] = {
         "run the tests of every day; --all: all, those of OneDiff too (3 GB more); other arguments go to pytest", _test,
         passes=True,
     ),
-    "check": Command("ruff, ruff format, mypy and the layers; name some of them, --fix mends", _check),
+    "check": Command("ruff, ruff format, mypy and the layers; name some of them, --fix repairs", _check),
     "serve": Command(
         "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C", _serve, passes=True,
         description="Start a ComfyUI with this pack on 127.0.0.1 and stay until Ctrl-C. "

@@ -13,6 +13,8 @@ from types import FrameType
 
 from speedlab.common.errors import SpeedLabError
 
+from .. import nsys
+from ..check import CHECKS, PYTEST, durations, run_checks, size_report
 from ..client.files import check_model_file, looks_like_path
 from ..gpu import command as gpu
 from ..host.base import CALLED_FROM, COMFYUI_VARIABLE, Host, cache_root, child_environment, pack_root
@@ -23,10 +25,8 @@ from ..host.progress import Reporter
 from ..host.release import NEWEST, REPOSITORY, is_version
 from ..host.resolve import lacking, ready, resolve
 from ..scenarios.catalog import ALL, UnknownScenarioError, find
-from . import nsys
+from ..serve import serve
 from .arguments import COMMANDS, MODELS, UsageError, parse
-from .checks import CHECKS, PYTEST, durations, run_checks, size_report
-from .serve import serve
 
 _ONEDIFF = "tests/onediff"
 _VALUED = {
@@ -35,7 +35,7 @@ _VALUED = {
 }
 # Two processes, each with whole files: what shares a server or a model stays together. More would not fit 24 GB.
 _EVERYDAY = ("-m", "not full")
-# A worker that dies ends the run with its test named: xdist may wait for ever for the one that takes its place.
+# A worker that dies ends the run with its test named: xdist may wait without end for its replacement.
 _WHOLE = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart=0", "--durations=60")
 
 

@@ -89,7 +89,7 @@ def import_ray(embedded: bool) -> Any:
     if embedded:
         # Whatever its name says: it makes a cluster of one machine listen on loopback alone.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        # A token of this call's own: nobody else on this machine can hand work to its cluster.
+        # A token of this call's own: no other user of this machine can hand work to its cluster.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
         # ComfyUI looks after its memory; Ray would kill a worker where the machine is nearly full.
         os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")

@@ -134,7 +134,7 @@ class Worker:
         raise RuntimeError(answer or "its ComfyUI was stopped")
 
     async def stop(self) -> None:
-        """End ComfyUI for good: a start that is tried again after this does nothing."""
+        """End ComfyUI for the last time: a start that is tried again after this does nothing."""
         self.stopped = True
         await self._end()
 

@@ -85,7 +85,7 @@ _ROW = TypeAdapter(Row)
 
 
 def row_of(line: str) -> Row | None:
-    """Read a line back; None for what is no row. Anybody may have changed the file."""
+    """Read a line back; None for what is no row. The file may have been changed by hand."""
     try:
         return _ROW.validate_json(line)
     except ValidationError:
@@ -288,7 +288,7 @@ class Writer:
         for run_id in (run_id for row in self.rows.values() for run_id in row.run_ids if run_id not in written):
             try:
                 record = self.store.read(run_id)
-            except ResultsError:  # somebody took it away or changed it since
+            except ResultsError:  # it was removed or changed since
                 continue
             self.store.add_row(record)
 

@@ -87,7 +87,7 @@ def run(
 
 
 def _crashed(code: int) -> bool:
-    """Whether a signal ended the process that nobody here sent. The suite gives up what ended it twice."""
+    """Whether a signal from outside ended the process. The suite gives up what ended it twice."""
     return code > 128 and code not in (INTERRUPTED, 128 + signal.SIGTERM)
 
 

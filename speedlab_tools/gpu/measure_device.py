@@ -120,7 +120,7 @@ def overhead(bench: Bench, block: Block) -> None:
                 "negative": base.negative,
                 "latent_image": core_nodes().EmptyLatentImage().generate(asked.width, asked.height, asked.batch)[0],
             }  # fmt: skip
-            # A prompt in which nobody takes the chart: drawing is no measuring.
+            # A prompt in which no node uses the chart: drawing is no measuring.
             hidden = {"prompt": {"1": {"class_type": "SpeedLabProfileSampler", "inputs": {}}}, "unique_id": "1"}
             plain = _NodeRuns(core_nodes().KSampler().sample)
             ours = _NodeRuns(partial(bench.nodes["SpeedLabProfileSampler"]().sample, **hidden))

@@ -69,7 +69,7 @@ def _measure(bench: Bench, block: Block, variants: Sequence[VariantRuns], beside
     try:
         take_turns(bench, block, variants)
     except BaseException:
-        # Time is over, the device lost, or somebody stopped it: what has enough images counts.
+        # Time is over, the device lost, or the user stopped it: what has enough images counts.
         enough = _ENOUGH
         raise
     finally:

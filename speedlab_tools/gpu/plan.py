@@ -1,4 +1,4 @@
-"""What the suite measures, in order of worth: blocks of variants, as data."""
+"""What the suite measures, the most useful first: blocks of variants, as data."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def workload_of(model: str, variant: Variant, is_small: bool) -> CellSettings:
 
 
 def tried(plans: Iterable[str], model: str, dtype: str) -> Block:
-    """A block of plans as somebody wrote them, `name=stack`, in turns with stock. Raises SweepTextError."""
+    """A block of plans as the user wrote them, `name=stack`, in turns with stock. Raises SweepTextError."""
     read = [parse_plan(text) for text in plans]
     variants = tuple(Variant(one.name, "+".join(t.words() for t in one.techniques), whole=False) for one in read)
     for variant in variants:

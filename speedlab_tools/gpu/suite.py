@@ -70,7 +70,7 @@ def run(bench: Bench, blocks: Sequence[Block], said: Callable[[str], None]) -> b
 
 
 def _write_refused(bench: Bench, blocks: Iterable[Block]) -> None:
-    """Somebody's own settings rule PyTorch's allocator out even in the process that is meant for it."""
+    """The user's own settings rule PyTorch's allocator out even in the process that is meant for it."""
     for block in blocks:
         for variant in bench.pending(block):
             bench.write(block, variant, status="unavailable", error=graphs_refused(bench.device))
@@ -89,7 +89,7 @@ def _give_up(bench: Bench, block: Block, error: Exception) -> None:
     log.error("%s: %s", block.id, first_line(error), exc_info=True)
     status = failure_status(error)
     lost = status != "oom" and is_lost(error)
-    # With a lost device the first variant's row is written all the same: the next process must not begin here for ever.
+    # With a lost device the first variant's row is written all the same: the next process must not begin here again.
     for variant in bench.pending(block)[: 1 if lost else None]:
         bench.write(block, variant, status=status, error=failure_message(error))
     if lost:

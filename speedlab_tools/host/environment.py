@@ -219,7 +219,7 @@ def setup_lock(
 if sys.platform == "win32":
     import msvcrt
 
-    _BEYOND = 1 << 20  # Windows lets nobody read a locked byte: lock one behind the text
+    _BEYOND = 1 << 20  # Windows lets no process read a locked byte: lock one behind the text
 
     def _try_lock(descriptor: int) -> bool:
         os.lseek(descriptor, _BEYOND, os.SEEK_SET)

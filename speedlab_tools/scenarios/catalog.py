@@ -63,7 +63,7 @@ _TABLE = (
 )  # fmt: skip
 
 # What ComfyUI's template browser shows, each with an image: `workflows/<name>.json`, by scenario. The browser knows no
-# title but the file's name, so that says what somebody wants. All others are in `workflows/scenarios`.
+# title but the file's name, so that says what a user wants. All others are in `workflows/scenarios`.
 TEMPLATES: Mapping[str, str] = MappingProxyType({
     "txt2img-default": "See where time goes - one image",
     "profile-nvtx": "See where time goes - Nsight time line",

@@ -24,7 +24,7 @@ from ..host.base import from_environment
 from ..host.inprocess import enter
 from .faults import run_faults
 from .fuzz import HEADER, Tally, Target, fuzz, shares
-from .readers import model_targets, pure_targets, trap_springs
+from .readers import model_targets, pure_targets, trap_works
 from .soak import LEAST_PROMPTS, SoakTally, run_soak
 from .web_routes import route_targets
 from .writers import FAULT_HEADER, FaultTally
@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> int:
 def fuzz_all(folder: Path, inputs: int, seed: int, only: str) -> list[Tally]:
     """Every reader with its share of the inputs, printed as it ends. Raises SpeedLabError."""
     enter(from_environment().comfyui, folder / "base", on_cpu=True)
-    if not trap_springs():
-        raise SpeedLabError("The trap for pickles does not work here, so nothing would be proved.")
+    if not trap_works():
+        raise SpeedLabError("The trap for pickles does not work here, so the inputs would test nothing.")
     with route_targets(folder / "base" / "secret.txt") as routes:
         targets = [
             t for t in (*pure_targets(folder), *model_targets(folder / "base" / "models"), *routes) if only in t.name

@@ -250,22 +250,22 @@ _END_OF_PNG = b"IEND\xaeB`\x82"
 def fill_real_disk(url: str, disk: SmallDisk, checkpoint: str, faults: int, rng: Random) -> FaultTally:
     """Run so many prompts with less room than a run may need. `disk` holds the server's output folder."""
 
-    def spoil() -> None:
+    def cause() -> None:
         disk.fill(rng.randint(_LEAST_FREE, _MOST_FREE))
 
-    return asyncio.run(_all(FaultTally("real disk full"), url, disk, checkpoint, faults, (spoil, disk.empty)))
+    return asyncio.run(_all(FaultTally("real disk full"), url, disk, checkpoint, faults, (cause, disk.empty)))
 
 
 def make_read_only(url: str, disk: SmallDisk, checkpoint: str, faults: int, rng: Random) -> FaultTally:
     """Run so many prompts while nothing can be written. `disk` holds the server's output folder."""
 
-    def spoil() -> None:
+    def cause() -> None:
         disk.set_writable(False)
 
-    def mend() -> None:
+    def repair() -> None:
         disk.set_writable(True)
 
-    return asyncio.run(_all(FaultTally("read-only folder"), url, disk, checkpoint, faults, (spoil, mend)))
+    return asyncio.run(_all(FaultTally("read-only folder"), url, disk, checkpoint, faults, (cause, repair)))
 
 
 async def _all(
@@ -276,18 +276,18 @@ async def _all(
     faults: int,
     around: tuple[Callable[[], None], Callable[[], None]],
 ) -> FaultTally:
-    spoil, mend = around
+    cause, repair = around
     run_ids: list[str] = []
     started = time.perf_counter()
     ended = Counter[str]()
     async with ComfyClient(url) as client:
         await _write(client, checkpoint, run_ids)
         for _ in range(faults):
-            spoil()
+            cause()
             try:
                 ended[await _write(client, checkpoint, run_ids)] += 1
             finally:
-                mend()
+                repair()
             tally.faults += 1
         after = await _write(client, checkpoint, run_ids)
     if after:

@@ -305,7 +305,7 @@ def shares(targets: Sequence[Target], inputs: int) -> list[int]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Readers warn of what they are fed; a hundred thousand warnings help nobody."""
+    """Readers warn of what they are fed; a hundred thousand warnings are of no use."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

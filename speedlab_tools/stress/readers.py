@@ -41,13 +41,13 @@ _NAMES = ("a.safetensors", "sub/a.safetensors", "../a.safetensors", "..\\a.ckpt"
 
 
 class Trap:
-    """A pickle of this runs `spring` when it is loaded by a loader that runs code."""
+    """A pickle of this runs `leave_trace` when it is loaded by a loader that runs code."""
 
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return spring, ("executed",)
+        return leave_trace, ("executed",)
 
 
-def spring(what: str) -> None:
+def leave_trace(what: str) -> None:
     """Leave a trace of having been run."""
     _executed.append(what)
 
@@ -116,10 +116,10 @@ def _pickles() -> list[bytes]:
     return made
 
 
-def trap_springs() -> bool:
+def trap_works() -> bool:
     """Whether the trap works at all: a loader that runs code is caught by it."""
     _executed.clear()
-    pickle.loads(pickle.dumps(Trap()))  # noqa: S301 - the proof that the trap springs
+    pickle.loads(pickle.dumps(Trap()))  # noqa: S301 - the proof that the trap works
     return bool(_executed)
 
 

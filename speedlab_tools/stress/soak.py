@@ -78,7 +78,7 @@ class Growth:
 
 
 async def read(client: ComfyClient) -> Measures:
-    """What the process holds once the server has let go of models, results and history."""
+    """What the process holds once the server has released models, results and history."""
     await client.forget()
     await client.free()
     # A prompt that is queued before the server sees the request runs first: one that does nothing.

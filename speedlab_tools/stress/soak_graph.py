@@ -278,7 +278,7 @@ _WORDS = ("a tree", "a house by the sea", "", "fog", "an (old:1.3) man, [smiling
 
 
 class SoakGraph(GraphBuilder):
-    """Everything that a prompt may hold, by chance."""
+    """Everything that a prompt may hold, at random."""
 
     def build(self, number: int) -> None:
         loaded = self.add("SpeedLabCheckpointLoader", **self.loader)

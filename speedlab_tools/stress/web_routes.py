@@ -1,4 +1,4 @@
-"""The routes under /speedlab/ as a browser, or somebody else, asks them. Needs ComfyUI in this process."""
+"""The routes under /speedlab/ as a browser or another program calls them. Needs ComfyUI in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that writes runs until somebody stops it: `python writer_child.py PACK OUTPUT COUNT [LIMIT]`.
+"""A process that writes runs until it is stopped: `python writer_child.py PACK OUTPUT COUNT [LIMIT]`.
 
 After each run that is whole on disk it prints the run's id. `LIMIT` is the largest file in bytes that it may write, as
 a full disk would have it; a run that is refused ends the process with the message and code 3.

@@ -23,8 +23,8 @@ def models(model_files):
         path.unlink()
 
 
-def test_the_trap_springs_where_a_loader_runs_code():
-    assert traps.trap_springs()
+def test_the_trap_works_where_a_loader_runs_code():
+    assert traps.trap_works()
 
 
 def test_no_model_file_breaks_a_loader_or_runs_code(models, comfy):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from speedlab_tools.cli import nsys
+from speedlab_tools import nsys
 from speedlab_tools.cli.main import main
 from speedlab_tools.host import pack_root
 from speedlab_tools.host.base import Host

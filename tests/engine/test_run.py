@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from speedlab.measure.record import CSV_COLUMNS
+from speedlab_tools.check import durations
 from speedlab_tools.cli import main as cli
 from speedlab_tools.cli.arguments import COMMANDS, parse
-from speedlab_tools.cli.checks import durations
 from speedlab_tools.cli.main import PYTEST, UsageError, pytest_arguments, run_child, take_apart
 from speedlab_tools.host import pack_root
 from speedlab_tools.host.progress import Reporter
@@ -173,7 +173,7 @@ def test_a_signal_ends_the_child_too(tmp_path: Path, sign: signal.Signals, code:
     outer = (
         f"import os, sys, pathlib, signal; sys.path.insert(0, {str(pack_root())!r}); "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from speedlab_tools.cli.checks import run_child; "
+        "from speedlab_tools.check import run_child; "
         f"sys.exit(run_child([sys.executable, '-c', {inner!r}], cwd=pathlib.Path('.'), env=os.environ))"
     )
     process = subprocess.Popen(

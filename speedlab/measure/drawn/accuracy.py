@@ -45,21 +45,21 @@ def checkpoint_path(model: Any, context: NodeContext) -> Path | None:
         return None
 
 
-def accuracy(pictures: Any, texts: Sequence[str]) -> float | None:
+def accuracy(images: Any, texts: Sequence[str]) -> float | None:
     """The share of attributes that are right in an IMAGE batch [B, H, W, 3] in 0..1, over all its prompts.
 
-    None where a prompt is no caption of the drawn world: then nobody can tell what would be right.
+    None where a prompt is no caption of the drawn world: then what would be right is not known.
     """
     import numpy as np
 
     scenes = [world.scene_of(text) for text in texts]
-    if not scenes or len(scenes) != len(pictures):
+    if not scenes or len(scenes) != len(images):
         return None
     right = asked = 0
-    for picture, scene in zip(pictures, scenes, strict=True):
+    for image, scene in zip(images, scenes, strict=True):
         if scene is None:
             return None
-        pixels = np.nan_to_num(picture[..., :3].float().cpu().numpy()).clip(0.0, 1.0)
+        pixels = np.nan_to_num(image[..., :3].float().cpu().numpy()).clip(0.0, 1.0)
         score = examiner.examine((pixels * 255.0).round().astype(np.uint8), scene)
         right, asked = right + score.right, asked + score.asked
     return right / asked

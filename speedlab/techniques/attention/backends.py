@@ -223,7 +223,7 @@ def choices() -> tuple[str, ...]:
     """The names of all backends: these, and what other packs have registered with ComfyUI by now."""
     for name, function in getattr(core, "REGISTERED_ATTENTION_FUNCTIONS", {}).items():
         if name not in _CORES:
-            # Nobody says what it computes in.
+            # What it computes in is not known.
             BACKENDS.setdefault(name, Backend(function, lambda device: None, exact=False))
     return tuple(BACKENDS)
 

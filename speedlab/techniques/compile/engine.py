@@ -70,7 +70,7 @@ class GraphEngine:
 
 
 def give_back(network: Any) -> None:
-    """Let go of code that was compiled with the weights of a network."""
+    """Release code that was compiled with the weights of a network."""
     _give_back(id(network))
 
 
@@ -81,7 +81,7 @@ def _give_back(number: int) -> None:
 
 
 def _frozen_weights(network: Any, patcher: Any) -> Hashable:
-    """A word for the weights that code is compiled with. Code with others, or of networks before the last, is let go:
+    """A word for the weights that code is compiled with. Code with others, or of networks before the last, is released:
     each holds its weights once more, and a function has room for few."""
     weights = (id(network), weights_word(patcher))
     before = _frozen.get(id(network))

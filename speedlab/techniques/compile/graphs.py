@@ -88,7 +88,7 @@ def blocks_of(
 
 
 def _compiled(run: Run, call: Callable[..., Any], kind: tuple[Hashable, ...], like: Hashable) -> Callable[..., Any]:
-    # A word for frozen weights stays the last of a kind: by it code is let go.
+    # A word for frozen weights stays the last of a kind: by it code is released.
     function: Callable[..., Any] = run.backend.compile(call, run.options, (like, *kind))
     return function
 

@@ -125,7 +125,7 @@ class Programs:
     weights: Hashable = None
     holds_weights: bool = False
     by_key: OrderedDict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=OrderedDict)
-    let_go: set[Hashable] = field(default_factory=set)
+    released: set[Hashable] = field(default_factory=set)
     unloaded: bool = False
 
 
@@ -142,11 +142,11 @@ def copies_of_weights(backend: ModuleType, freeze: bool) -> int:
 
 
 def give_back(network: Any) -> None:
-    """Let go of the programs of a network that hold weights; those that follow the live ones hold next to nothing."""
+    """Release the programs of a network that hold weights; those that follow the live ones hold next to nothing."""
     for programs in _programs.get(network, {}).values():
         if programs.holds_weights and programs.by_key:
             programs.by_key.clear()
-            programs.let_go.clear()
+            programs.released.clear()
             programs.unloaded = True
 
 
@@ -215,7 +215,7 @@ class ProgramEngine:
                 logging.INFO,
             )
             self.programs.by_key.clear()
-            self.programs.let_go.clear()
+            self.programs.released.clear()
         self.programs.weights = weights
 
     def _compute(self, part: Part, asked: Evaluation, features: torch.Tensor | None = None) -> Any:
@@ -262,7 +262,7 @@ class ProgramEngine:
             known.move_to_end(way)
             return known[way], [name for name, *_ in way[1]]
         words = f"{part.words()} for {_words(x)}"
-        if key in self.programs.let_go:
+        if key in self.programs.released:
             self.run.note(
                 f"{backend.NAME} compiled {words} once more: each of its programs is for one size and may hold the "
                 f"weights, so only {self._most_kept} are kept. Inductor takes all sizes."
@@ -288,7 +288,7 @@ class ProgramEngine:
         # Programs of cached steps hold little, and those of full steps not each other's place.
         of_kind = [other for other in known if other[0].kind == part.kind]
         for other in of_kind[: max(len(of_kind) - self._most_kept, 0)]:
-            self.programs.let_go.add(other)
+            self.programs.released.add(other)
             del known[other]
         return program, inputs
 
@@ -349,7 +349,7 @@ def _obstacle_of_model(run: Run, patcher: Any) -> str:
     if any(getattr(part, attribute, None) for part in network.modules() for attribute in _CASTS):
         return f"{name} needs the whole model on the device, and ComfyUI has loaded it only in part"
     if is_paged(network):
-        return f"{name} needs weights that lie still, and ComfyUI's dynamic VRAM pages them in and out"
+        return f"{name} needs weights that stay in place, and ComfyUI's dynamic VRAM pages them in and out"
     kind = next((type(weight) for weight in network.parameters() if not is_plain(weight)), None)
     if kind is not None:
         return f"{name} takes plain tensors for weights, and this model's are quantised ({kind.__name__})"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...common.core import progress_bar
 from ...common.errors import SpeedLabError, first_line
 from ...patching.notes import report_note, report_ran
 from ...patching.wrappers import SharedState
@@ -59,12 +60,11 @@ class Run(SharedState):
     def compiling(self, what: str) -> None:
         """Something was compiled just now: show how far it is, and let a cancel act."""
         import comfy.model_management as mm
-        import comfy.utils
 
         self.compiled += 1
         log.info("SpeedLab: %s compiled %s (%d of about %d)", self.backend.NAME, what, self.compiled, self.parts)
         if self._bar is None:
-            self._bar = comfy.utils.ProgressBar(max(self.parts, 1))
+            self._bar = progress_bar(max(self.parts, 1))
         self._bar.update_absolute(min(self.compiled, self.parts), max(self.parts, 1))
         mm.throw_exception_if_processing_interrupted()
 

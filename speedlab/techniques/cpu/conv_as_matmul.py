@@ -30,7 +30,7 @@ from .onednn import linear, why_not
 
 log = logging.getLogger(__name__)
 
-# With fewer weights their order costs nothing to speak of.
+# With fewer weights their order hardly costs time.
 _FEWEST_WEIGHTS = 1 << 20
 # Inputs and outputs of convolutions in the inner levels of SD 1.x, and the rows and pixels a side at which products are
 # tried, the fewest pixels first.
@@ -119,7 +119,7 @@ def _suits(layer: Any, x: Any) -> bool:
     if not weight.is_contiguous() or x.shape[1] != weight.shape[1]:
         return False
     pixels = x.shape[0] * math.prod(_size_of_result(layer, x))
-    most = most_pixels_here() or _MOST_PIXELS  # whoever asks for products in spite of the measurement gets them
+    most = most_pixels_here() or _MOST_PIXELS  # also where products were slower and are asked for
     return pixels > 0 and pixels * _CHANNELS <= most * weight.shape[0]
 
 

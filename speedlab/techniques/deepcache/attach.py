@@ -148,7 +148,7 @@ def _owner(function: Any) -> Any:
 
 
 def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
-    """At the sampler's end the record hears what was cached, and of a run without a cached step."""
+    """At the sampler's end the record gets what was cached, or a warning that no step was."""
     unit = "rows by their deep blocks"
     if run.control is not None:
         unit += f" ({run.control.rows} more rows of the outer blocks measured that)"

@@ -127,7 +127,7 @@ class Run(SharedState):
             evaluation.source = self._plan[evaluation.step] = evaluation.step
 
     def clear(self) -> None:
-        """Let go of all features."""
+        """Release all features."""
         self._entries.clear()
         self.current = None
 

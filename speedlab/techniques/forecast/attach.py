@@ -79,7 +79,7 @@ def _refuse_rivals(model_options: Mapping[str, Any]) -> None:
 def _sampler_sample(
     executor: Any, model_wrap: Any, sigmas: Any, extra_args: dict, callback: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Around the sampler: its callback counts steps, and at its end the record hears of a run without a forecast."""
+    """Around the sampler: its callback counts steps; at its end a warning is recorded if nothing was forecast."""
     options = extra_args.get("model_options", {}).get("transformer_options", {})
     run: Run | None = state_of(options, KEY)
     heard = callback if run is None else run.finder.listening(callback)

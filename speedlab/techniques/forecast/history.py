@@ -57,7 +57,7 @@ class Histories:
         self.backtests = Backtests()
 
     def forget_before(self, step: int) -> None:
-        """Let go of what serves no evaluation at `step` or later: all but the last two full steps before it."""
+        """Release what no evaluation needs at `step` or later: all but the last two full steps before it."""
         before = [full for full in self.full if full < step][:-2]
         for old in before:
             self.full.remove(old)

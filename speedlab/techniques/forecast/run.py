@@ -108,7 +108,7 @@ class Run(SharedState):
         return self._budget.refuses() if error is None else self._budget.allows(error, step, last, sigmas)
 
     def end(self, options: Mapping[str, Any]) -> bool:
-        """Whether anything was forecast, and how much; if not, the record hears why."""
+        """Report how much was forecast, and the reason where nothing was."""
         report_saved(options, "forecast", self.forecasts, self.calls, "evaluations")
         if not self.answered and not self.stepped_aside:
             report_note(

@@ -166,7 +166,7 @@ def attach_dynamic_cfg(model: Any, config: DynamicCFGConfig) -> Any:
     if config.is_off:
         return model
     require_unet(model, "Dynamic CFG")
-    # Outside Forecast, which then hears of no uncond that the model did not evaluate.
+    # Outside Forecast, which then sees no uncond that the model did not evaluate.
     clone = attach(model, KEY, _wrappers(config), outermost=(Site.CALC_COND_BATCH,))
     declare(clone, Accelerator("dynamic_cfg", config.options()))
     return clone
@@ -193,7 +193,7 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
 
 
 def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
-    """At the sampler's end the record hears what was left out, and of a run that left out nothing."""
+    """At the sampler's end the record gets what was left out, or a warning that nothing was."""
     report_saved(options, "dynamic_cfg", run.without, run.evaluations, "evaluations of the negative prompt")
     if not run.left_out:
         report_ran(options, "dynamic_cfg", None)
@@ -229,7 +229,7 @@ def _refuse_easy_cache(model_options: Mapping[str, Any]) -> None:
     if wrappers.get(Site.DIFFUSION_MODEL.value, {}).get("easycache"):
         raise UnavailableError(
             "Dynamic CFG and EasyCache cannot work on one model: when Dynamic CFG leaves out the negative prompt, "
-            "EasyCache loses its bearings and skips all that follows. Take one of the two nodes out of the graph; "
+            "EasyCache skips all later steps. Take one of the two nodes out of the graph; "
             "DeepCache and LazyCache do go with Dynamic CFG."
         )
 

@@ -103,7 +103,7 @@ def _unless_it_reads_uncond(function: Callable[[dict], Any], idle: list[str]) ->
             result = function(arguments)
         except _UncondReadError:
             result = None
-        if not arguments.was_read:  # a function may also swallow the refusal
+        if not arguments.was_read:  # a function may also catch the refusal
             return result
         idle.append(f"the post-CFG function {name}")
         return args["denoised"]

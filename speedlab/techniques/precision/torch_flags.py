@@ -57,7 +57,7 @@ def _precisions(*owners: Any) -> Restore:
 
 
 def _readable(read: Callable[[], Any]) -> Any | None:
-    """None where PyTorch refuses to answer, as it does once somebody has used its newer interface."""
+    """None where PyTorch refuses to answer, as it does once a program has used its newer interface."""
     try:
         return read()
     except RuntimeError:

@@ -15,7 +15,7 @@ _PROGRAMS = ".speedlab.techniques.compile.program"
 
 
 class StressMeasures:
-    """Counts what only leaks make grow, after everything that nobody needs was given back."""
+    """Counts what only leaks make grow, after everything that is no longer needed was freed."""
 
     RETURN_TYPES = ()
     FUNCTION = "measure"
@@ -31,7 +31,7 @@ class StressMeasures:
         return float("nan")
 
     def measure(self) -> dict[str, Any]:
-        programs = _let_go_of_programs()
+        programs = _release_programs()
         gc.collect()
         gc.collect()
         _return_free_heap()
@@ -67,9 +67,9 @@ def _device_bytes() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
-def _let_go_of_programs() -> int:
+def _release_programs() -> int:
     """The networks whose compiled programs are kept on purpose; how many there are follows from the last prompts, so
-    they are let go before the rest is counted."""
+    they are released before the rest is counted."""
     kept = [vars(module)["_programs"] for name, module in sys.modules.items() if name.endswith(_PROGRAMS)]
     count = sum(map(len, kept))
     for programs in kept:

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from ....common.core import compute_device
+from .dynamo import graphs_refused
 
 NAMES = (
     "inductor",
@@ -90,7 +91,5 @@ def usable(backend: ModuleType, options: CompileOptions) -> tuple[bool, str]:
     uses_cuda_graphs = getattr(backend, "uses_cuda_graphs", None)
     if not able or uses_cuda_graphs is None or not uses_cuda_graphs(options):
         return able, reason
-    from .dynamo import graphs_refused
-
     reason = graphs_refused(options.device)
     return not reason, f"{reason}, or choose inductor in the mode default" if reason else ""

@@ -64,7 +64,7 @@ def shared_function(
 
 
 def forget(word: Hashable) -> None:
-    """Let go of the functions whose kind ends in that word, and of all that was compiled for them."""
+    """Release the functions whose kind ends in that word, and all that was compiled for them."""
     for key in [key for key in _functions if isinstance(key, tuple) and any(_ends_in(part, word) for part in key)]:
         forget_code_of(_functions.pop(key))
 

@@ -60,11 +60,11 @@ def _compile_graph(options: CompileOptions, graph: Any, inputs: list[Any]) -> Ca
     if options.freeze:
         made = [module for module in inductor_code_modules() if id(module) not in before]
         # Inductor keeps the modules of its code until the process ends, and frozen weights are attributes of theirs.
-        weakref.finalize(innermost(program), _let_go_of_tensors, made).atexit = False
+        weakref.finalize(innermost(program), _release_tensors, made).atexit = False
     return program
 
 
-def _let_go_of_tensors(modules: list[ModuleType]) -> None:
+def _release_tensors(modules: list[ModuleType]) -> None:
     for module in modules:
         for name in [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]:
             delattr(module, name)

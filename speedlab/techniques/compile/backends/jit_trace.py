@@ -57,7 +57,7 @@ def _frozen(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
     """A trace with today's weights as constants, which PyTorch computes with in advance.
 
     `torch.jit.freeze` would do the same for a module, and keep its constants until the process ends: the code of a
-    module is never let go.
+    module is never released.
     """
     slots = ordered_slots(target)
     weights = [read(slot).detach() for slot in slots]
@@ -85,7 +85,7 @@ Slot = tuple["weakref.ref[torch.nn.Module]", str]
 
 
 def _slots(target: torch.nn.Module) -> list[tuple[str, Slot]]:
-    """Where each weight is found at each call. Weak, for a program must not keep a model that ComfyUI lets go."""
+    """Where each weight is found at each call. Weak, for a program must not keep a model that ComfyUI releases."""
     found = []
     for prefix, module in target.named_modules():
         for name in (*module._parameters, *module._buffers):

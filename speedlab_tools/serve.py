@@ -6,10 +6,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ..host.base import Host, cache_root, pack_root
-from ..host.progress import Reporter
-from ..host.server import ComfyServer
-from .arguments import parse
+from .cli.arguments import parse
+from .host.base import Host, cache_root, pack_root
+from .host.progress import Reporter
+from .host.server import ComfyServer
 
 
 def serve(host: Host, arguments: Sequence[str], reporter: Reporter) -> int:

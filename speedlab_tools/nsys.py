@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..host.base import Host, HostError, pack_root
-from ..host.child import run_child
-from ..host.progress import Reporter
-from .arguments import UsageError, parse
+from .cli.arguments import UsageError, parse
+from .host.base import Host, HostError, pack_root
+from .host.child import run_child
+from .host.progress import Reporter
 
 REPORTS = ("nvtx_pushpop_sum", "cuda_gpu_kern_sum")
 CAPTURE = "sl/run@speedlab"

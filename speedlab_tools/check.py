@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from ..host.child import run_child
+from .host.child import run_child
 
 # Not `-m pytest`: that puts the current folder on sys.path, where this pack's `nodes/` would shadow ComfyUI's nodes.py.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
@@ -18,7 +18,7 @@ _LAYERS = (
 )
 
 CHECKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    # name: arguments that look, arguments that mend
+    # name: arguments to check, arguments to fix
     "ruff": (("-m", "ruff", "check", "."), ("-m", "ruff", "check", "--fix", ".")),
     "format": (("-m", "ruff", "format", "--check", "."), ("-m", "ruff", "format", ".")),
     "mypy": (("-m", "mypy"), ("-m", "mypy")),
