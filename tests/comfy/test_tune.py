@@ -99,7 +99,10 @@ def test_a_schedule_of_core_s_own_node_is_an_axis_and_is_in_the_workflow(
     *_, figures, page = tune(steps=10, candidates="settings(sigmas=ays,steps=3)", samplers_axis="euler/ays")
     assert "ays" in {one["scheduler"] for one in figures["plans"] if one["measured_s"]}, "the fastest one by far"
     graph = json.loads(page.with_name(f"{page.stem}_workflow.json").read_text())
-    assert "AlignYourStepsScheduler" in {one["class_type"] for one in graph.values()}
+    # Which plan is the fastest is the machine's matter; the workflow is that of the plan that was found.
+    (best,) = (one for one in figures["plans"] if one["recommended"])
+    written = "AlignYourStepsScheduler" in {one["class_type"] for one in graph.values()}
+    assert written == (best["scheduler"] == "ays")
     settings = engine("plans.axes").CellSettings(steps=6).with_sigmas("ays")
     node = engine("plans.techniques").sigmas_node(settings, loaded[0], core.NODE_CLASS_MAPPINGS)
     assert node == ("AlignYourStepsScheduler", {"model_type": "SD1", "steps": 6, "denoise": 1.0})

@@ -143,7 +143,8 @@ def test_blocks_above_64_mb_are_kept_in_a_thread_of_the_first_arena(arenas: str)
     keeps_large, plain, kept = ended.stdout.split()
     assert keeps_large == str(arenas == "1")
     if arenas == "1":
-        assert int(kept) < FEW
+        # Now and then a small allocation lies in the freed block, and the next large one is a new one.
+        assert int(kept) <= int(plain) // 4
     assert int(plain) > 100  # also where a page has 2 MB
 
 
