@@ -125,7 +125,7 @@ class Programs:
     weights: Hashable = None
     holds_weights: bool = False
     by_key: OrderedDict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=OrderedDict)
-    released: set[Hashable] = field(default_factory=set)
+    let_go: set[Hashable] = field(default_factory=set)
     unloaded: bool = False
 
 
@@ -146,7 +146,7 @@ def give_back(network: Any) -> None:
     for programs in _programs.get(network, {}).values():
         if programs.holds_weights and programs.by_key:
             programs.by_key.clear()
-            programs.released.clear()
+            programs.let_go.clear()
             programs.unloaded = True
 
 
@@ -215,7 +215,7 @@ class ProgramEngine:
                 logging.INFO,
             )
             self.programs.by_key.clear()
-            self.programs.released.clear()
+            self.programs.let_go.clear()
         self.programs.weights = weights
 
     def _compute(self, part: Part, asked: Evaluation, features: torch.Tensor | None = None) -> Any:
@@ -262,7 +262,7 @@ class ProgramEngine:
             known.move_to_end(way)
             return known[way], [name for name, *_ in way[1]]
         words = f"{part.words()} for {_words(x)}"
-        if key in self.programs.released:
+        if key in self.programs.let_go:
             self.run.note(
                 f"{backend.NAME} compiled {words} once more: each of its programs is for one size and may hold the "
                 f"weights, so only {self._most_kept} are kept. Inductor takes all sizes."
@@ -288,7 +288,7 @@ class ProgramEngine:
         # Programs of cached steps hold little, and those of full steps not each other's place.
         of_kind = [other for other in known if other[0].kind == part.kind]
         for other in of_kind[: max(len(of_kind) - self._most_kept, 0)]:
-            self.programs.released.add(other)
+            self.programs.let_go.add(other)
             del known[other]
         return program, inputs
 
