@@ -461,6 +461,7 @@ def measured(engine: Any, bench: Any, monkeypatch: Any) -> Any:
     return measure
 
 
+@pytest.mark.full
 def test_a_row_tells_the_figures_of_benchmarks_record(engine: Any, measured: Any) -> None:
     """Steps over the rate is the sampling time, phases add up to the image's time, and sampling ran under a trace."""
     rows, seen = measured(stock="stock", cached="deepcache(2)")

@@ -78,6 +78,7 @@ def test_every_scenario_runs_small(server, models, scenario, tmp_path):
     assert len({row["run_id"] for row in outcome.rows}) == len(outcome.rows)
 
 
+@pytest.mark.full
 def test_a_finished_part_is_not_run_again(server, tmp_path):
     wanted = adapt(SCENARIOS["xy-grid"], Overrides(), DEMO)
 
