@@ -183,6 +183,11 @@ class ProgramEngine:
         if reason:
             run.fail(type(self.network).__name__, UnavailableError(reason), f"Take that out, or {_OTHER}.")
             return
+        kind = next((weight.dtype for weight in self.network.parameters() if weight.dtype != torch.float32), None)
+        if run.options.quantize != "off" and kind is not None:
+            reason = f"layers in 8 bits need a model in fp32, and this one is in {str(kind).removeprefix('torch.')}"
+            run.fail(type(self.network).__name__, UnavailableError(reason), "Load it in fp32, or set quantize to off.")
+            return
         if self.holds_weights:
             self._follow(patcher)
 
@@ -307,7 +312,7 @@ class ProgramEngine:
     def _in_8_bits(
         self, target: PureNetwork, part: Part, inputs: dict[str, torch.Tensor], options: Mapping[str, Any]
     ) -> Callable[..., Any]:
-        """A program with layers in 8 bits. Which ones, and their ranges, is measured once, by a program of full steps."""
+        """A program with layers in 8 bits: those that a program of full steps has measured once."""
         import comfy.model_management as mm
 
         backend, given = self.run.backend, self._given(part, inputs)

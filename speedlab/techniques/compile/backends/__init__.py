@@ -57,8 +57,8 @@ class Picture:
 class CompileOptions:
     """What a backend gets: the node's settings, the device and type to compute in, and for tensor programs the
     inputs to trace with, their names and dimensions that may change, those among them that follow the first one's
-    size, what the results look like, and a folder to keep files in. `ranges` are of the inputs of layers that run in 8 bits, by
-    their weights' names; `computes_in` is a type to compute in that is not the network's."""
+    size, what the results look like, and a folder to keep files in. `ranges` are of the inputs of layers that run in
+    8 bits, by their weights' names; `computes_in` is a type to compute in that is not the network's."""
 
     mode: str = "default"
     dynamic: bool | None = None

@@ -98,14 +98,10 @@ _LAYERS = ("Convolution", "MatMul")
 
 
 def _fake_quantize(source: Any, low: Any, high: Any, levels: int) -> Any:
-    from openvino import Type, opset13
+    from openvino import opset13
 
-    # OpenVINO's passes to int8 look for fp32. Its types are set by the hint anyway.
-    kind = source.get_element_type()
-    given = source if kind == Type.f32 else opset13.convert(source, "f32").output(0)
     ends = [opset13.constant(numpy.asarray(end, numpy.float32)) for end in (low, high)]
-    made = opset13.fake_quantize(given, *ends, *ends, levels).output(0)
-    return made if kind == Type.f32 else opset13.convert(made, kind).output(0)
+    return opset13.fake_quantize(source, *ends, *ends, levels).output(0)
 
 
 class _Request:
