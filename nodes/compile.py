@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..speedlab.techniques.compile.attach import DYNAMIC, ON_FAILURE, SCOPES, CompileConfig, attach_compile
-from ..speedlab.techniques.compile.backends import FOR_VAE, MODES, NAMES
+from ..speedlab.techniques.compile.backends import FOR_VAE, MODES, NAMES, QUANTIZE
 from ..speedlab.vae.compile import compile_vae
 
 _CATEGORY = "SpeedLab/accelerate"
@@ -87,6 +87,15 @@ class CompileModel:
                         "weights once more, and each change of a LoRA compiles again. For inductor and jit_trace.",
                     },
                 ),
+                "quantize": (
+                    list(QUANTIZE),
+                    {
+                        "default": "off",
+                        "advanced": True,
+                        "tooltip": "int8: convolutions and linear layers in 8 bits, those that the image allows. The "
+                        "first image measures which, for as long as some images take. For openvino.",
+                    },
+                ),
             },
         }
 
@@ -99,8 +108,10 @@ class CompileModel:
         dynamic: str,
         on_failure: Any,
         freeze_weights: bool = False,
+        quantize: str = "off",
     ) -> tuple[Any]:
-        return (attach_compile(model, CompileConfig(backend, scope, mode, dynamic, on_failure, freeze_weights)),)
+        config = CompileConfig(backend, scope, mode, dynamic, on_failure, freeze_weights, quantize)
+        return (attach_compile(model, config),)
 
 
 class CompileVAE:

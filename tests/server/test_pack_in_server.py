@@ -71,7 +71,7 @@ FOUND = {
 ADVANCED = {
     "DeepCache": {"start_percent", "end_percent", "schedule", "center", "power"},
     "DynamicCFG": {"start_at", "sigma_low", "sigma_high", "uncond_interval", "uncond_from"},
-    "CompileModel": {"dynamic", "on_failure", "freeze_weights"},
+    "CompileModel": {"dynamic", "on_failure", "freeze_weights", "quantize"},
     "VAEDecode": {"overlap"},
     "ProfileSampler": set(),
 }

@@ -20,6 +20,7 @@ from ...common.core import is_dynamic
 from ...common.errors import UnavailableError
 from ...models.unet import require_unet
 from ...patching.dynamic_vram import loaded_whole
+from ...patching.notes import report_ran
 from ...patching.wrappers import (
     Accelerator,
     SharedState,
@@ -37,7 +38,7 @@ from ...patching.wrappers import (
 from ..deepcache import attach as deepcache
 from ..deepcache.forward import outer_modules
 from . import backends, engine, program
-from .backends import MODES, NAMES, CompileOptions
+from .backends import MODES, NAMES, QUANTIZE, CompileOptions
 from .run import Run, cache_folder
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,17 @@ class CompileConfig:
     dynamic: str = "auto"
     on_failure: Literal["error", "eager"] = "error"
     freeze_weights: bool = False
+    quantize: str = "off"
 
     def __post_init__(self) -> None:
-        words = {"backend": NAMES, "scope": SCOPES, "mode": MODES, "dynamic": DYNAMIC, "on_failure": ON_FAILURE}
+        words = {
+            "backend": NAMES,
+            "scope": SCOPES,
+            "mode": MODES,
+            "dynamic": DYNAMIC,
+            "on_failure": ON_FAILURE,
+            "quantize": QUANTIZE,
+        }
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
@@ -168,6 +177,8 @@ def known_loss(config: CompileConfig, device: torch.device) -> str:
 def _described(config: CompileConfig) -> dict[str, Any]:
     scope = "blocks" if config.by_blocks else "model"
     described = {"backend": config.backend, "scope": scope, "mode": config.mode, "dynamic": config.dynamic}
+    if config.quantize != "off":
+        described["quantize"] = config.quantize
     return {**described, "freeze_weights": "true"} if config.freeze_weights else described
 
 
@@ -189,6 +200,12 @@ def _check_settings(config: CompileConfig, backend: ModuleType) -> None:
     if config.freeze_weights and not getattr(backend, "CAN_FREEZE", False):
         raise UnavailableError(
             f"Compile Model: {config.backend} has no freeze_weights. Switch it off, or choose inductor or jit_trace."
+        )
+    if config.quantize != "off" and not getattr(backend, "CAN_QUANTISE", False):
+        able = [name for name in NAMES if getattr(backends.load(name), "CAN_QUANTISE", False)]
+        raise UnavailableError(
+            f"Compile Model: {config.backend} has no quantize {config.quantize}. Set quantize to off, or choose the "
+            f"backend {' or '.join(able)}."
         )
 
 
@@ -236,6 +253,7 @@ def _options(config: CompileConfig, patcher: Any) -> CompileOptions:
         freeze=config.freeze_weights,
         device=patcher.load_device,
         folder=cache_folder(config.backend, patcher.load_device),
+        quantize=config.quantize,
     )
 
 
@@ -262,7 +280,7 @@ def _sampler_sample(
     if state is None:
         return executor(model_wrap, sigmas, extra_args, *args, **kwargs)
     state.run.options = replace(state.run.options, dtype=model_wrap.inner_model.get_dtype())
-    with _telling(state.run, transformer_options):
+    with _telling(state, transformer_options):
         if state.run.eager:
             return executor(model_wrap, sigmas, extra_args, *args, **kwargs)
         state.start(model_wrap.model_patcher)
@@ -271,11 +289,13 @@ def _sampler_sample(
 
 
 @contextmanager
-def _telling(run: Run, transformer_options: Mapping[str, Any]) -> Iterator[None]:
+def _telling(state: _State, transformer_options: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        run.tell(transformer_options)
+        if state.run.unquantised:
+            report_ran(transformer_options, "compile", _described(replace(state.config, quantize="off")))
+        state.run.tell(transformer_options)
 
 
 def _apply_model(

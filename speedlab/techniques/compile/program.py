@@ -28,6 +28,7 @@ from ...models.unet import Evaluation, forward_through
 from ...models.weights import is_plain
 from ...patching.dynamic_vram import is_paged
 from ..deepcache import forward as deepcache
+from . import int8
 from .attention import OVERRIDE, any_patch, attention_options, attention_word, freeu_patches, note_use, patch_word
 from .backends import CompileOptions, RelativeShape
 from .run import CompileError, Run, raise_what_passes
@@ -126,6 +127,8 @@ class Programs:
     holds_weights: bool = False
     by_key: OrderedDict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=OrderedDict)
     let_go: set[Hashable] = field(default_factory=set)
+    # What runs in 8 bits, without and with a ControlNet's residuals, which widen the ranges.
+    quantised: dict[bool, int8.Quantised] = field(default_factory=dict)
     unloaded: bool = False
 
 
@@ -167,7 +170,8 @@ class ProgramEngine:
 
     def __init__(self, run: Run, patcher: Any) -> None:
         self.run, self.network = run, patcher.model.diffusion_model
-        settings = (run.backend.NAME, run.options.mode, run.options.dynamic, run.options.freeze)
+        self.sampling_of_model = patcher.get_model_object("model_sampling")
+        settings = (run.backend.NAME, run.options.mode, run.options.dynamic, run.options.freeze, run.options.quantize)
         self.programs = _programs.setdefault(self.network, {}).setdefault(settings, Programs())
         while len(_programs) > NETWORKS:
             _programs.pop(next(network for network in list(_programs) if network is not self.network))
@@ -178,6 +182,11 @@ class ProgramEngine:
         reason = _obstacle_of_model(run, patcher)
         if reason:
             run.fail(type(self.network).__name__, UnavailableError(reason), f"Take that out, or {_OTHER}.")
+            return
+        kind = next((weight.dtype for weight in self.network.parameters() if weight.dtype != torch.float32), None)
+        if run.options.quantize != "off" and kind is not None:
+            reason = f"layers in 8 bits need a model in fp32, and this one is in {str(kind).removeprefix('torch.')}"
+            run.fail(type(self.network).__name__, UnavailableError(reason), "Load it in fp32, or set quantize to off.")
             return
         if self.holds_weights:
             self._follow(patcher)
@@ -216,6 +225,8 @@ class ProgramEngine:
             )
             self.programs.by_key.clear()
             self.programs.let_go.clear()
+        if self.programs.weights != weights:
+            self.programs.quantised.clear()
         self.programs.weights = weights
 
     def _compute(self, part: Part, asked: Evaluation, features: torch.Tensor | None = None) -> Any:
@@ -233,7 +244,7 @@ class ProgramEngine:
         seen = attention_options(asked.options) or {}
         note_use(seen)
         try:
-            program, names = self._program(part, inputs, seen, freeu_patches(asked.options))
+            program, names = self._program(part, inputs, seen, asked.options)
         except Exception as error:  # exporters raise whatever their layers raise
             if isinstance(error, CompileError):
                 raise
@@ -250,16 +261,17 @@ class ProgramEngine:
             return eager()
 
     def _program(
-        self, part: Part, inputs: Mapping[str, torch.Tensor], seen: Mapping[str, Any], patches: Sequence[Any]
+        self, part: Part, inputs: dict[str, torch.Tensor], seen: Mapping[str, Any], options: Mapping[str, Any]
     ) -> tuple[Callable[..., Any], Iterable[str]]:
         """A program that can do it, and what it takes."""
-        backend, x = self.run.backend, inputs["x"]
+        backend, x, patches = self.run.backend, inputs["x"], freeu_patches(options)
         shapes = _shapes(inputs, backend)
         key = (part, shapes, attention_word(seen), _autocast(x.device), patch_word(patches))
         known = self.programs.by_key
         way = key if key in known else next((other for other in reversed(known) if _serves(other, key)), None)
         if way is not None:
             known.move_to_end(way)
+            self._tell_of_8_bits(known[way])
             return known[way], [name for name, *_ in way[1]]
         words = f"{part.words()} for {_words(x)}"
         if key in self.programs.let_go:
@@ -271,7 +283,11 @@ class ProgramEngine:
         fixed = {**seen, "patches": {"output_block_patch": list(patches)}} if patches else seen
         began = time.perf_counter()
         with apart(), torch.no_grad():
-            program = backend.compile(PureNetwork(self.network, fixed, tuple(inputs), part), self._given(part, inputs))
+            target = PureNetwork(self.network, fixed, tuple(inputs), part)
+            if self.run.options.quantize == "off":
+                program = backend.compile(target, self._given(part, inputs))
+            else:
+                program = self._in_8_bits(target, part, inputs, options)
         seconds = time.perf_counter() - began
         known[key] = program
         if self.programs.unloaded:
@@ -285,12 +301,45 @@ class ProgramEngine:
         kept = ", from the graph kept on disk" if getattr(program, "from_disk", False) else ""
         self.run.note(f"{backend.NAME} compiled {words} in {seconds:.1f} s{kept}.", logging.INFO)
         self.run.compiling(words)
+        self._tell_of_8_bits(program)
         # Programs of cached steps hold little, and those of full steps not each other's place.
         of_kind = [other for other in known if other[0].kind == part.kind]
         for other in of_kind[: max(len(of_kind) - self._most_kept, 0)]:
             self.programs.let_go.add(other)
             del known[other]
         return program, inputs
+
+    def _in_8_bits(
+        self, target: PureNetwork, part: Part, inputs: dict[str, torch.Tensor], options: Mapping[str, Any]
+    ) -> Callable[..., Any]:
+        """A program with layers in 8 bits: those that a program of full steps has measured once."""
+        import comfy.model_management as mm
+
+        backend, given = self.run.backend, self._given(part, inputs)
+        with_control = any(map(_is_residual, inputs))
+        found = self.programs.quantised.get(with_control)
+        if found is not None:
+            program = backend.compile(target, replace(given, ranges=found.ranges))
+        else:
+            few, sampling = int8.of_few_rows(inputs), self.sampling_of_model
+            sigmas = options["sample_sigmas"]
+            at = int8.points(sigmas, float(options["sigmas"].max()), float(sampling.sigma_min) * 0.5)
+            found, program = int8.calibrate(
+                target,
+                lambda evaluate: int8.walk(few, sampling, at, self.network.out_channels, evaluate),
+                lambda ranges, kind: backend.compile(target, replace(given, ranges=ranges, computes_in=kind)),
+                mm.throw_exception_if_processing_interrupted,
+            )
+            self.programs.quantised[with_control] = found
+        program.quantised = found
+        return program
+
+    def _tell_of_8_bits(self, program: Any) -> None:
+        found = getattr(program, "quantised", None)
+        if found is not None:
+            self.run.note(f"{self.run.backend.NAME}: {found.words()}.", logging.INFO)
+            if not found.ranges:
+                self.run.unquantised = True
 
     def _zeros(self, residual: str, x: torch.Tensor) -> torch.Tensor:
         """A residual that adds nothing, for a program that takes more of them than there are."""

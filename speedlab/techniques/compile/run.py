@@ -30,12 +30,14 @@ class CompileError(SpeedLabError):
 
 @dataclass
 class Run(SharedState):
-    """State of one run. `eager` is why compiled code is not used, "" where it is."""
+    """State of one run. `eager` is why compiled code is not used, "" where it is; `unquantised` whether each layer
+    that was to run in 8 bits runs in floating point."""
 
     backend: ModuleType
     options: CompileOptions
     falls_back: bool
     eager: str = ""
+    unquantised: bool = False
     notes: dict[str, int] = field(default_factory=dict)
     graphs: int = 0
     parts: int = 0

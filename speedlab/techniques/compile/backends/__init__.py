@@ -4,9 +4,9 @@ Every file has `NAME`, `SUPPORTED_MODES`, `REMEDY` (what to do where it fails), 
 `compile(target, options)`. Those of TENSOR_PROGRAMS take a module of tensors in, tensor out and compile it as a whole;
 they say whether a program follows weights that change (`FOLLOWS_WEIGHTS`), whether it is of one size (`FIXED_SHAPES`),
 whether it may have more inputs than the network and several results, then given as a tuple (`SEVERAL_TENSORS`), and may
-freeze weights (`CAN_FREEZE`). Those of GRAPH_BY_GRAPH compile Python functions graph by graph and so know
-patches, ControlNet and weights that change; they have `uses_cuda_graphs(options)`, and `compile` gets the kind of the
-module too. FOR_VAE are those that Compile VAE offers.
+freeze weights (`CAN_FREEZE`) and compute in 8 bits (`CAN_QUANTISE`). Those of GRAPH_BY_GRAPH compile Python functions
+graph by graph and so know patches, ControlNet and weights that change; they have `uses_cuda_graphs(options)`, and
+`compile` gets the kind of the module too. FOR_VAE are those that Compile VAE offers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from ....common.core import compute_device
+from ..rounding import Range
 from .dynamo import graphs_refused
 
 NAMES = (
@@ -35,6 +36,7 @@ NAMES = (
 GRAPH_BY_GRAPH = ("inductor", "cudagraphs")
 TENSOR_PROGRAMS = tuple(name for name in NAMES if name not in GRAPH_BY_GRAPH)
 FOR_VAE = ("inductor", "onnxruntime", "jit_trace")
+QUANTIZE = ("off", "int8")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -57,7 +59,8 @@ class RelativeShape:
 class CompileOptions:
     """What a backend gets: the node's settings, the device and type to compute in, and for tensor programs the
     inputs to trace with, their names and dimensions that may change, those among them that follow the first one's
-    size, what the results look like, and a folder to keep files in."""
+    size, what the results look like, and a folder to keep files in. `ranges` are of the inputs of layers that run in
+    8 bits, by their weights' names; `computes_in` is a type to compute in that is not the network's."""
 
     mode: str = "default"
     dynamic: bool | None = None
@@ -70,6 +73,9 @@ class CompileOptions:
     following: Mapping[str, RelativeShape] = field(default_factory=dict)
     results: tuple[RelativeShape, ...] = (RelativeShape(4),)
     folder: Path | None = None
+    quantize: str = "off"
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    computes_in: Any = None
 
 
 def load(name: str) -> ModuleType:

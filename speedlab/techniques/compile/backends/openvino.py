@@ -10,15 +10,17 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from ....common.core import compute_device
 from ....common.errors import UnavailableError, first_line
 from ....common.torch_private import function_of_graph
+from ..rounding import Range, largest_weights, steps_of
 from . import CompileOptions
 from .jit_trace import ordered_slots, trace
 from .kept import forget, graph_of, weights_of
@@ -30,6 +32,7 @@ SUPPORTED_MODES = ("default",)
 FOLLOWS_WEIGHTS = False
 FIXED_SHAPES = False
 SEVERAL_TENSORS = True
+CAN_QUANTISE = True
 REMEDY = "Choose onnxruntime or jit_trace, or take the node out."
 # By itself OpenVINO computes in bf16 wherever a CPU can, whatever the model's type.
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -55,20 +58,50 @@ def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., A
             f"OpenVINO does not compute in {str(dtype).removeprefix('torch.')} here: load the model in fp32 or bf16"
         )
     model, from_disk = _converted(target, options)
+    named = {_name(index): name for index, name in enumerate(weights_of(target))}
     weights = {_name(index): tensor.contiguous() for index, tensor in enumerate(weights_of(target).values())}
     for parameter in model.get_parameters():
         known = weights.get(_names(parameter))
         if known is not None:
             constant = openvino.op.Constant(_tensor(known), shared_memory=True)
+            constant.set_friendly_name(named[_names(parameter)])
             parameter.output(0).replace(constant.output(0))
             model.remove_parameter(parameter)
+    _quantise(model, options.ranges, target)
     model.validate_nodes_and_infer_types()
     settings = {
-        "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[options.computes_in or dtype],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     return _Request(openvino.compile_model(model, "CPU", settings), list(weights.values()), options, from_disk)
+
+
+def _quantise(model: Any, ranges: Mapping[str, Range], target: torch.nn.Module) -> None:
+    """Have layers computed in 8 bits: OpenVINO does so where input and weights pass through FakeQuantize."""
+    weights = weights_of(target) if ranges else {}
+    shared: dict[Any, Any] = {}
+    for node in model.get_ordered_ops() if ranges else ():
+        name = node.input_value(1).get_node().get_friendly_name() if node.get_type_name() in _LAYERS else ""
+        if name in ranges:
+            source, weight = node.input_value(0), node.input_value(1)
+            step, zero = steps_of(ranges[name])
+            place = (source.get_node().get_friendly_name(), source.get_index(), step, zero)
+            if place not in shared:  # queries, keys and values have one input
+                shared[place] = _fake_quantize(source, -zero * step, (255 - zero) * step, 256)
+            most = largest_weights(weights[name].float()).reshape(-1, *[1] * (weights[name].ndim - 1)).numpy()
+            node.input(0).replace_source_output(shared[place])
+            node.input(1).replace_source_output(_fake_quantize(weight, -most, most, 255))
+
+
+_LAYERS = ("Convolution", "MatMul")
+
+
+def _fake_quantize(source: Any, low: Any, high: Any, levels: int) -> Any:
+    from openvino import opset13
+
+    ends = [opset13.constant(numpy.asarray(end, numpy.float32)) for end in (low, high)]
+    return opset13.fake_quantize(source, *ends, *ends, levels).output(0)
 
 
 class _Request:
