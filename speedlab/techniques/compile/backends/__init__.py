@@ -4,9 +4,9 @@ Every file has `NAME`, `SUPPORTED_MODES`, `REMEDY` (what to do where it fails), 
 `compile(target, options)`. Those of TENSOR_PROGRAMS take a module of tensors in, tensor out and compile it as a whole;
 they say whether a program follows weights that change (`FOLLOWS_WEIGHTS`), whether it is of one size (`FIXED_SHAPES`),
 whether it may have more inputs than the network and several results, then given as a tuple (`SEVERAL_TENSORS`), and may
-freeze weights (`CAN_FREEZE`) and compute in 8 bits (`CAN_QUANTISE`). Those of GRAPH_BY_GRAPH compile Python functions graph by graph and so know
-patches, ControlNet and weights that change; they have `uses_cuda_graphs(options)`, and `compile` gets the kind of the
-module too. FOR_VAE are those that Compile VAE offers.
+freeze weights (`CAN_FREEZE`) and compute in 8 bits (`CAN_QUANTISE`). Those of GRAPH_BY_GRAPH compile Python functions
+graph by graph and so know patches, ControlNet and weights that change; they have `uses_cuda_graphs(options)`, and
+`compile` gets the kind of the module too. FOR_VAE are those that Compile VAE offers.
 """
 
 from __future__ import annotations
