@@ -205,7 +205,7 @@ def test_deepcache_and_dynamic_cfg(unet: TinyUNet, compiled: Any, program: Any, 
 
 @pytest.mark.full
 def test_controlnet_widens_the_ranges(unet: TinyUNet, compiled: Any, program: Any) -> None:
-    model, control = compiled(unet.model), {"positive": _control(unet, (0.0, 1.0))}
+    model, control = compiled(unet.model), {"positive": _control(unet, (0.0, 1.0))(unet.cond(1))}
     for conds in ({}, control, {}):
         expected = unet.sample(steps=STEPS, size=SIZE, **conds)
         found = unet.sample(model, steps=STEPS, size=SIZE, **conds)
