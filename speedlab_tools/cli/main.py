@@ -228,7 +228,7 @@ def _whole_tier(
     for old in (report, times):
         old.unlink(missing_ok=True)
     which = "All of about 4,000 tests" if everything else "About 3,600 tests, those of every day,"
-    takes = "about 40 minutes" if everything else "about 15 minutes; --all runs the slow ones too"
+    takes = "40 to 60 minutes" if everything else "15 to 25 minutes; --all runs the slow ones too"
     reporter.line(
         f"{which} against the real ComfyUI, by two processes: on two cores {takes}. Results go to {report}, the "
         f"longest times to {times}."

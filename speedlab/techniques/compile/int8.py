@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,16 @@ def _error(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> floa
 
 
 @contextmanager
-def _ranges_into(seen: dict[str, Range], layers: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+def _hooked(handles: Sequence[Any]) -> Iterator[None]:
+    """Take hooks away at the end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _ranges_into(seen: dict[str, Range], layers: Mapping[str, torch.nn.Module]) -> AbstractContextManager[None]:
     """Widen the ranges in `seen` by what the layers get."""
 
     def look(name: str) -> Callable[[Any, Any], None]:
@@ -174,16 +183,10 @@ def _ranges_into(seen: dict[str, Range], layers: Mapping[str, torch.nn.Module]) 
 
         return hook
 
-    handles = [module.register_forward_pre_hook(look(name)) for name, module in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _hooked([module.register_forward_pre_hook(look(name)) for name, module in layers.items()])
 
 
-@contextmanager
-def _rounded(layers: Mapping[str, torch.nn.Module], ranges: Mapping[str, Range]) -> Iterator[None]:
+def _rounded(layers: Mapping[str, torch.nn.Module], ranges: Mapping[str, Range]) -> AbstractContextManager[None]:
     """The layers compute with inputs and weights of 8 bits."""
 
     def hook_of(name: str) -> Callable[[Any, Any, Any], torch.Tensor]:
@@ -196,12 +199,7 @@ def _rounded(layers: Mapping[str, torch.nn.Module], ranges: Mapping[str, Range])
 
         return hook
 
-    handles = [module.register_forward_hook(hook_of(name)) for name, module in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _hooked([module.register_forward_hook(hook_of(name)) for name, module in layers.items()])
 
 
 def _small(inputs: Sequence[Inputs]) -> Inputs:
