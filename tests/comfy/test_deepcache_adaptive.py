@@ -22,7 +22,7 @@ STEPS = 14
 
 @pytest.fixture(scope="module")
 def tiny(comfy: ModuleType) -> TinyUNet:
-    return build("mini")
+    return build("slim")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def tiny(comfy: ModuleType) -> TinyUNet:
-    return build("mini")
+    return build("slim")
 
 
 @pytest.fixture(scope="module")

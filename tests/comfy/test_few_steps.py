@@ -32,7 +32,7 @@ def all_three(node: Any) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def tiny(comfy: Any) -> Any:
     """A network whose deep blocks do much, as those of a trained one."""
-    return build("mini")
+    return build("slim")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def tiny(comfy: ModuleType) -> TinyUNet:
-    return build("mini")
+    return build("slim")
 
 
 @pytest.fixture(scope="module")

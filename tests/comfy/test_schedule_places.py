@@ -24,7 +24,7 @@ SIGMAS = (0.03, 0.2, 0.7, 1.5, 3.0, 5.0, 9.0, 14.6)
 
 @pytest.fixture(scope="module")
 def tiny(comfy: ModuleType) -> TinyUNet:
-    return build("mini")
+    return build("slim")
 
 
 @pytest.fixture(scope="module")

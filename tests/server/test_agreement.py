@@ -169,6 +169,13 @@ def spent_s(phases: dict[str, Any], names: tuple[str, ...] = COUNTED) -> float:
     return sum(phases[name] for name in names if isinstance(phases.get(name), (int, float))) / 1000.0
 
 
+def accounted_s(record: dict[str, Any]) -> float:
+    """Seconds of a prompt that its record tells: the phases, loading, compiling, and each repeat of sampling."""
+    phases = record["phases_ms"]
+    repeated_s = (sum(record["summary"]["runs_ms"]) - phases["sample"]) / 1000.0
+    return spent_s(phases) + spent_s(phases, ("load", "compile")) + repeated_s
+
+
 @pytest.fixture(scope="module")
 def build(graph_of: Callable[..., Prompt]) -> Callable[..., tuple[Prompt, Run]]:
     """A graph with these changes, and what it does; with texts of its own, so that no phase comes from a cache."""
@@ -199,14 +206,21 @@ def overhead_s(server: Any, build: Any) -> float:
 
 @pytest.mark.parametrize("names", CASES)
 def test_numbers_agree(server: Any, build: Any, overhead_s: float, names: tuple[str, ...]) -> None:
-    prompt, run = build(names)
     if "offload" in names:  # the plan is made once, and is no part of the image's time
-        server.run(prompt)
+        server.run(build(names)[0])
+    for left in (2, 1, 0):
         prompt, run = build(names)
-    entry, wall_s = queued(server, prompt)
-    assert entry["status"]["status_str"] == "success", entry["status"]
-    shown = entry["outputs"]["7"]["speedlab"][0]
-    record = server.record(shown["run_id"])
+        entry, wall_s = queued(server, prompt)
+        assert entry["status"]["status_str"] == "success", entry["status"]
+        shown = entry["outputs"]["7"]["speedlab"][0]
+        record = server.record(shown["run_id"])
+        ran_s = accounted_s(record)
+        # What is in no number is the server's own work. Another process may have held the CPU between two nodes, not
+        # three times in turn. How long a warm-up took is in no number.
+        if run.warmup or ran_s >= 0.97 * wall_s - 2.0 * overhead_s:
+            break
+        assert left, f"{wall_s - ran_s:.3f} of {wall_s:.3f} s are in no number"
+    assert ran_s <= wall_s + 0.005
     with (server.output / "speedlab" / "results.csv").open(newline="") as file:
         row = next(row for row in csv.DictReader(file) if row["run_id"] == record["run_id"])
     phases, summary, steps = record["phases_ms"], record["summary"], record["steps"]
@@ -220,15 +234,11 @@ def test_numbers_agree(server: Any, build: Any, overhead_s: float, names: tuple[
         assert run.steps * step_s == pytest.approx(sampling_s, rel=0.01)
     first_run_s = sum(step["cpu_ms"] for step in steps) / 1000.0
     assert first_run_s == pytest.approx(summary["runs_ms"][0] / 1000.0, rel=0.01)
-    # The phases add up to the time, and the time is what the server's own clock says less what it does besides.
+    # The phases add up to the time.
     time_s = spent_s(phases)
     assert float(row["time_s"]) == pytest.approx(time_s, rel=0.01)
     assert phases["total"] / 1000.0 == pytest.approx(time_s, rel=0.01)
     assert shown["phases_ms"] == phases
-    ran_s = time_s + spent_s(phases, ("load", "compile")) + sum(summary["runs_ms"]) / 1000.0 - sampling_s
-    assert ran_s <= wall_s + 0.005
-    if not run.warmup:  # how long that took is in no number
-        assert ran_s >= 0.97 * wall_s - 2.0 * overhead_s
     assert summary["repeats"] == int(row["repeats"]) == len(summary["runs_ms"]) == run.repeats
     # Work is counted, not estimated.
     assert [step["evals"] for step in steps] == list(run.evals)

@@ -39,7 +39,7 @@ def models(server, vega_checkpoint, taesd_files) -> ModelChoice:
 
 # Of every day: each node of this pack once. That ComfyUI takes all graphs is shown in test_scenario_graphs.py.
 EVERYDAY = {
-    "txt2img-default", "sd15-controlnet", "sd15-few-steps", "sd15-lora-stack", "sd15-sliced-attention", "sd15-autocast",
+    "txt2img-default", "sd15-controlnet", "sd15-few-steps", "sd15-sliced-attention", "sd15-autocast",
     "xy-grid", "sdxl-under-8gb", "sdxl-vae-fp16-fix", "sdxl-staged-batch", "sdxl-refiner-ensemble", "sdxl-tensorrt",
 }  # fmt: skip
 
