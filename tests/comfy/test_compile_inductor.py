@@ -34,7 +34,7 @@ def test_real_code_equals_eager_and_is_found_again_on_disk(
     eager = unet.sample(steps=2)
     model = fresh.attach_compile(unet.model, fresh.CompileConfig(scope=scope))
     assert relative(unet.sample(model, steps=2), eager) < 1e-4
-    kept = list((base_dir / "user" / "speedlab" / "compiled").glob(f"inductor-torch{torch.__version__[:3]}*cpu"))
+    kept = list((base_dir / "user" / "speedlab" / "compiled").glob(f"inductor-torch{torch.__version__[:3]}*-cpu-*"))
     assert len(kept) == 1 and any(kept[0].rglob("*.so"))
     torch._dynamo.reset()
     engine("techniques.compile.backends.dynamo")._functions.clear()

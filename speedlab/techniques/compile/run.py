@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...common.core import progress_bar
+from ...common.cpu import instructions_word
 from ...common.errors import SpeedLabError, first_line
 from ...patching.notes import report_note, report_ran
 from ...patching.wrappers import SharedState
@@ -98,7 +99,8 @@ def passing() -> tuple[type[BaseException], ...]:
 
 
 def cache_folder(backend: str, device: torch.device) -> Path | None:
-    """A folder for `backend`, this PyTorch and this kind of device; None, with a warning, where none can be made.
+    """A folder for `backend`, this PyTorch and this kind of device, on a CPU of its instructions; None, with a warning,
+    where none can be made.
 
     Type, shapes and code are in the names that the backends give their files in it.
     """
@@ -115,4 +117,6 @@ def cache_folder(backend: str, device: torch.device) -> Path | None:
 
 
 def _device_name(device: Any) -> str:
+    if device.type == "cpu":
+        return f"cpu-{instructions_word()}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
