@@ -153,6 +153,7 @@ def test_measuring_stands_apart_from_sampling(
 def test_a_damaged_choice_is_measured_anew_and_repeats(
     unet: TinyUNet, compiled: Any, program: Any, base_dir: Path, caplog: Any
 ) -> None:
+    forget(base_dir)
     found = []
     for _ in range(2):
         image = unet.sample(compiled(unet.model), steps=STEPS, size=SIZE)

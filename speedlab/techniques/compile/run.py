@@ -32,7 +32,7 @@ class CompileError(SpeedLabError):
 @dataclass
 class Run(SharedState):
     """State of one run. `eager` is why compiled code is not used, "" where it is; `unquantised` whether each layer
-    that was to run in 8 bits runs in floating point."""
+    that was to run in 8 bits runs in floating point. Of the `graphs` compiled, `from_disk` had code on disk."""
 
     backend: ModuleType
     options: CompileOptions
@@ -41,6 +41,7 @@ class Run(SharedState):
     unquantised: bool = False
     notes: dict[str, int] = field(default_factory=dict)
     graphs: int = 0
+    from_disk: int = 0
     parts: int = 0
     compiled: int = 0
     _bar: Any = None
