@@ -112,13 +112,15 @@ class Bench:
         import torch
         from diffusers import UNet2DConditionModel
 
+        config = self.stock[0].model.model_config.unet_config
+        channels = tuple(config["model_channels"] * times for times in config["channel_mult"])
         with torch.device("meta"):
             unet = UNet2DConditionModel(
-                block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, attention_head_dim=8,
-                cross_attention_dim=768,
+                block_out_channels=channels, layers_per_block=config["num_res_blocks"][0], attention_head_dim=8,
+                cross_attention_dim=config["context_dim"],
             )  # fmt: skip
         ours = self.stock[0].model.diffusion_model.state_dict()
-        names = comfy.utils.unet_to_diffusers(self.stock[0].model.model_config.unet_config)
+        names = comfy.utils.unet_to_diffusers(config)
         needed = unet.state_dict()
         unet.load_state_dict({theirs: ours[name] for theirs, name in names.items() if theirs in needed}, assign=True)
         return unet.eval()
@@ -179,13 +181,13 @@ class _Pipe:
     scheduler: _Timesteps
 
 
-def prepare(base: Path) -> None:
+def prepare(base: Path, small: bool = False) -> None:
     """Write the full-size checkpoint and a Tiny VAE, both with random weights, where they are not there yet."""
     from speedlab_tools import synthetic
 
-    checkpoint = base / "models" / "checkpoints" / CHECKPOINT
+    checkpoint, size = base / "models" / "checkpoints" / CHECKPOINT, "small" if small else "full"
     if not checkpoint.exists():
-        synthetic.write_checkpoint(checkpoint, synthetic.CheckpointSpec(family="sd15", size="full", dtype="fp32"))
+        synthetic.write_checkpoint(checkpoint, synthetic.CheckpointSpec(family="sd15", size=size, dtype="fp32"))
     prepare_tiny(base)
 
 

@@ -93,7 +93,8 @@ class CompileModel:
                         "default": "off",
                         "advanced": True,
                         "tooltip": "int8: convolutions and linear layers in 8 bits, those that the image allows. The "
-                        "first image measures which, for as long as some images take. For openvino.",
+                        "first image measures which, for as long as some images take; that is kept on disk. For "
+                        "openvino.",
                     },
                 ),
             },

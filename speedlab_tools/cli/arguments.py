@@ -151,6 +151,16 @@ def _serve(parser: Parser) -> None:
     add("--cpu", action="store_true", default=None, help="use the CPU (default: where torch sees no device)")
 
 
+def _bundle(parser: Parser) -> None:
+    common = Parser(add_help=False)
+    common.add_argument("file", type=Path, metavar="FILE", help="the bundle")
+    common.add_argument("--user", type=Path, metavar="DIR",
+        help="ComfyUI's user folder (default: that of the ComfyUI, of the private one that of `serve`)")  # fmt: skip
+    kinds = parser.add_subparsers(dest="what", required=True)
+    kinds.add_parser("pack", parents=[common], help="write what is kept here into FILE")
+    kinds.add_parser("unpack", parents=[common], help="put what is in FILE where it is kept, if it is for this machine")
+
+
 def _nsys(parser: Parser) -> None:
     add = parser.add_argument
     add("--out", type=Path, metavar="DIR", default=_ROOT / "output", help="folder for results")
@@ -305,6 +315,12 @@ COMMANDS: Mapping[str, Command] = {
         "a ComfyUI with this pack on 127.0.0.1, until Ctrl-C", _serve, passes=True,
         description="Start a ComfyUI with this pack on 127.0.0.1 and stay until Ctrl-C. "
         "Options that are not listed here go to ComfyUI.",
+    ),
+    "bundle": Command(
+        "what is kept compiled here, for another machine of the same kind: bundle pack FILE, bundle unpack FILE",
+        _bundle, "bundle:run",
+        description="Write what Compile Model, Compile VAE and `quantize` have kept on this machine into one file, or "
+        "take it from there. A file of another CPU or of other versions, or a damaged one, is refused.",
     ),
     "nsys": Command(
         "run scenarios with ComfyUI under Nsight Systems and print its summaries: nsys SCENARIO... [--whole]", _nsys,

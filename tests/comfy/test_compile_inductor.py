@@ -25,25 +25,28 @@ def fresh(engine: Any, base_dir: Path) -> Any:
     "layout, scope", [("level", "auto"), pytest.param("flat", "blocks", marks=pytest.mark.full)]
 )  # fmt: skip
 def test_real_code_equals_eager_and_is_found_again_on_disk(
-    fresh: Any, engine: Any, base_dir: Path, layout: str, scope: str
+    fresh: Any, engine: Any, base_dir: Path, caplog: Any, layout: str, scope: str
 ) -> None:
     """Of transformers at one size; with `--all` of all blocks at two sizes, and so of any size."""
     from torch._dynamo.utils import counters
 
+    caplog.set_level("INFO")
     unet = build(layout)
     eager = unet.sample(steps=2)
     model = fresh.attach_compile(unet.model, fresh.CompileConfig(scope=scope))
     assert relative(unet.sample(model, steps=2), eager) < 1e-4
-    kept = list((base_dir / "user" / "speedlab" / "compiled").glob(f"inductor-torch{torch.__version__[:3]}*cpu"))
+    kept = list((base_dir / "user" / "speedlab" / "compiled").glob(f"inductor-torch{torch.__version__[:3]}*-cpu-*"))
     assert len(kept) == 1 and any(kept[0].rglob("*.so"))
     torch._dynamo.reset()
     engine("techniques.compile.backends.dynamo")._functions.clear()
     counters.clear()
+    assert "kept on disk" not in caplog.text
     again = fresh.attach_compile(unet.model, fresh.CompileConfig(scope=scope))
     assert relative(unet.sample(again, steps=2), eager) < 1e-4
     hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     assert hits > 0
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
+    assert "from code kept on disk" in caplog.text
 
 
 def test_plain_inductor_on_a_cpu_warns_before(tiny: SimpleNamespace, fresh: Any, caplog: Any) -> None:

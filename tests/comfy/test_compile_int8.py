@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from speedlab_tools import bundle
+
 from . import tiny_unet
 from .test_composition import _control
 from .tiny_unet import TinyUNet
@@ -54,6 +56,12 @@ def choices(program: Any, network: Any) -> list[Any]:
     return [found for programs in program._programs[network].values() for found in programs.quantised.values()]
 
 
+def forget(base: Path, damaged: bool = False) -> None:
+    """Choices that are kept on disk, as after a restart: gone, or damaged."""
+    for path in (base / "user" / "speedlab" / "compiled").glob("openvino-*/*.int8"):
+        path.write_bytes(path.read_bytes()[:-1]) if damaged else path.unlink()
+
+
 def noted(record: Any) -> list[str]:
     return list(record.warnings)
 
@@ -69,22 +77,44 @@ def kernels(program: Any, network: Any) -> list[Counter[str]]:
     return found
 
 
-def test_int8_kernels_run_and_the_record_says_so(unet: TinyUNet, node: Any, compiled: Any, program: Any) -> None:
-    """A second prompt of another seed, size and number of rows keeps what was chosen."""
+def test_int8_kernels_run_and_the_record_says_so(
+    unet: TinyUNet,
+    node: Any,
+    compiled: Any,
+    program: Any,
+    base_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second prompt of another seed, size and number of rows keeps what was chosen, and so does another process, in
+    whose folder a bundle was unpacked."""
+    import folder_paths
+
+    forget(base_dir)
     plain = compiled(unet.model, quantize="off")
     before = unet.sample(plain, steps=STEPS, size=SIZE)
     model = compiled(unet.model)
     seen = []
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
+        if seed == 3:  # as a process that has nothing yet, and begins with another prompt
+            image = unet.sample(model, steps=STEPS, size=SIZE)
+            (choice,) = choices(program, unet.unet)
+            program._programs.clear()
+            bundle.pack(base_dir / "user", tmp_path / "kept.zip")
+            bundle.unpack(tmp_path / "kept.zip", tmp_path / "user")
+            monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
         latent = {"samples": torch.zeros(1, 4, *SIZE)}
         record = node("SpeedLabProfileSampler").sample(
-            model, seed, STEPS, 5.0, "euler", "normal", unet.cond(1), unet.cond(2), latent
+            model, seed, STEPS, 5.0, "euler", "normal", unet.cond(seed), unet.cond(2), latent
         )["result"][1]
         told = [text for text in noted(record) if "8 bits" in text]
         assert len(told) == 1
         seen.append(told[0])
-    (choice,) = choices(program, unet.unet)
-    assert seen[0] == seen[1]
+    (kept,) = choices(program, unet.unet)
+    assert seen[0] == seen[1] and "measured on" in seen[0] and "kept on disk" in seen[2]
+    assert any("from the graph kept on disk" in text for text in noted(record))
+    assert kept.kept and list(kept.ranges.items()) == list(choice.ranges.items())
+    assert torch.equal(unet.sample(model, steps=STEPS, size=SIZE), image)
     words = (
         rf"{len(choice.ranges)} of {choice.layers} layers run in 8 bits and .* in floating point.*{choice.error:.2%}"
     )
@@ -96,13 +126,16 @@ def test_int8_kernels_run_and_the_record_says_so(unet: TinyUNet, node: Any, comp
     for settings in ({"size": SIZE}, {"size": (24, 16), "cfg": 1.0}, {"size": SIZE, "batch": 2}):
         exact = unet.sample(steps=STEPS, **settings)
         assert 0 < distance(unet.sample(model, steps=STEPS, **settings), exact) < ALIKE
-    assert choices(program, unet.unet) == [choice]
+    assert choices(program, unet.unet) == [kept]
     assert torch.equal(unet.sample(plain, steps=STEPS, size=SIZE), before)
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in unet.unet.modules())
 
 
 @pytest.mark.full
-def test_measuring_stands_apart_from_sampling(unet: TinyUNet, node: Any, compiled: Any, program: Any) -> None:
+def test_measuring_stands_apart_from_sampling(
+    unet: TinyUNet, node: Any, compiled: Any, program: Any, base_dir: Path
+) -> None:
+    forget(base_dir)
     latent = {"samples": torch.zeros(1, 4, *SIZE)}
     first, again = (
         node("SpeedLabProfileSampler").sample(
@@ -117,14 +150,19 @@ def test_measuring_stands_apart_from_sampling(unet: TinyUNet, node: Any, compile
 
 
 @pytest.mark.full
-def test_the_choice_repeats(unet: TinyUNet, compiled: Any, program: Any) -> None:
+def test_a_damaged_choice_is_measured_anew_and_repeats(
+    unet: TinyUNet, compiled: Any, program: Any, base_dir: Path, caplog: Any
+) -> None:
+    forget(base_dir)
     found = []
     for _ in range(2):
-        program._programs.clear()
         image = unet.sample(compiled(unet.model), steps=STEPS, size=SIZE)
-        found.append((image, choices(program, unet.unet)[0].ranges))
+        found.append((image, choices(program, unet.unet)[0]))
+        program._programs.clear()
+        forget(base_dir, damaged=True)
     assert torch.equal(found[0][0], found[1][0])
-    assert found[0][1] == found[1][1]
+    assert found[0][1].ranges == found[1][1].ranges and not found[1][1].kept
+    assert caplog.text.count("is damaged") == 1
 
 
 def test_a_layer_with_outliers_stays_in_floating_point(comfy: Any, compiled: Any, program: Any) -> None:
@@ -143,7 +181,7 @@ def test_a_layer_with_outliers_stays_in_floating_point(comfy: Any, compiled: Any
     assert distance(unet.sample(compiled(unet.model), steps=STEPS, size=SIZE), exact) < ALIKE
     (hostile,) = choices(program, unet.unet)
     assert hostile.ranges and f"network.{name}.3.weight" not in hostile.ranges
-    assert hostile.kept_by_error > 0 and hostile.error <= hostile.limit
+    assert not hostile.kept and hostile.kept_by_error > 0 and hostile.error <= hostile.limit
     assert f"{hostile.kept_by_error} of them for their error" in hostile.words()
 
 
@@ -178,6 +216,7 @@ def test_a_lora_is_measured_anew(unet: TinyUNet, compiled: Any, program: Any) ->
         (choice,) = choices(program, unet.unet)
         assert 0 < distance(image, exact) < ALIKE
         found.append((image, dict(choice.ranges)))
+    assert choice.kept, "the weights without the LoRA are those that were measured"
     assert found[0][1] != found[1][1]
     assert found[0][1] == found[2][1] and torch.equal(found[0][0], found[2][0])
 

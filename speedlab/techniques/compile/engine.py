@@ -66,6 +66,8 @@ class GraphEngine:
         name, graphs = self.run.backend.NAME, self.run.graphs
         if not self.run.eager:
             kept = "all compiled code was found again" if graphs == 0 else f"{graphs} graphs were compiled"
+            if self.run.from_disk:
+                kept += f", {self.run.from_disk} of them from code kept on disk"
             self.run.note(f"{name}: {kept}, for {self.run.parts} kinds of {len(self.parts)} parts.", logging.INFO)
 
 

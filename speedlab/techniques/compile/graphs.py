@@ -211,7 +211,7 @@ def _for_network(part: Part, run: Run) -> Callable[..., Any]:
 def _run(part: Part, run: Run, inputs: tuple[Any, ...], eager: Callable[[], Any]) -> Any:
     if run.eager:
         return eager()
-    before = dynamo.COUNT.graphs
+    before, on_disk = dynamo.COUNT.graphs, dynamo.COUNT.from_disk
     try:
         result = part.function(inputs[0])(part.module, *inputs)
     except dynamo_failures() as error:
@@ -220,6 +220,7 @@ def _run(part: Part, run: Run, inputs: tuple[Any, ...], eager: Callable[[], Any]
         return eager()
     if dynamo.COUNT.graphs != before:
         run.graphs += dynamo.COUNT.graphs - before
+        run.from_disk += dynamo.COUNT.from_disk - on_disk
         run.compiling(f"{type(part.module).__name__} {part.name}")
     return result.clone() if run.backend.uses_cuda_graphs(run.options) else result
 

@@ -9,10 +9,11 @@ within a limit.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -44,19 +45,42 @@ class Quantised:
     limit: float
     evaluations: int
     seconds: float
+    kept: bool = False
+
+    def to_bytes(self) -> bytes:
+        """For the disk."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "kept"}).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, kept: bool) -> Quantised:
+        """What `to_bytes` wrote; `kept` says that an earlier run did."""
+        found = json.loads(data)
+        ranges = {name: (low, high) for name, (low, high) in found.pop("ranges").items()}
+        return cls(ranges, **found, kept=kept)
 
     def words(self) -> str:
         """For the record."""
         kept = self.layers - len(self.ranges)
         errors = f"bf16: {self.bf16:.2%}, limit: {self.limit:.2%}"
         measured = f"measured on {self.evaluations} evaluations of the run that was calibrated, in {self.seconds:.1f} s"
+        if self.kept:
+            measured = f"kept on disk by an earlier run, which measured {self.evaluations} evaluations"
         if not self.ranges:
-            return f"none of {self.layers} layers runs in 8 bits, for each choice was beyond the limit ({errors})"
+            return (
+                f"none of {self.layers} layers runs in 8 bits, for each choice was beyond the limit ({errors}; "
+                f"{measured})"
+            )
         return (
             f"{len(self.ranges)} of {self.layers} layers run in 8 bits and {kept} in floating point, "
             f"{self.kept_by_error} of them for their error. Error of the prediction: {self.error:.2%} ({errors}); "
             f"{measured}"
         )
+
+
+def rules() -> str:
+    """By what a choice is made; one that is kept on disk by other rules is not taken. The first number is raised where
+    the way of measuring changes."""
+    return json.dumps([1, LIMIT_OF_BF16, LEAST_LIMIT, KEPT, POINTS, SIDE, SMALL, _MOST_SPLITS, _MOST_PROGRAMS])
 
 
 def walk(

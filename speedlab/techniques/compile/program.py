@@ -31,6 +31,7 @@ from ..deepcache import forward as deepcache
 from . import int8
 from .attention import OVERRIDE, any_patch, attention_options, attention_word, freeu_patches, note_use, patch_word
 from .backends import CompileOptions, RelativeShape
+from .backends.kept import digest_of, kept_or_made, weights_of
 from .run import CompileError, Run, raise_what_passes
 
 log = logging.getLogger(__name__)
@@ -312,15 +313,13 @@ class ProgramEngine:
     def _in_8_bits(
         self, target: PureNetwork, part: Part, inputs: dict[str, torch.Tensor], options: Mapping[str, Any]
     ) -> Callable[..., Any]:
-        """A program with layers in 8 bits: those that a program of full steps has measured once."""
+        """A program with layers in 8 bits: those that full steps have measured, now or in an earlier run."""
         import comfy.model_management as mm
 
         backend, given = self.run.backend, self._given(part, inputs)
-        with_control = any(map(_is_residual, inputs))
-        found = self.programs.quantised.get(with_control)
-        if found is not None:
-            program = backend.compile(target, replace(given, ranges=found.ranges))
-        else:
+        made: list[Any] = []
+
+        def measure() -> bytes:
             few, sampling = int8.of_few_rows(inputs), self.sampling_of_model
             sigmas = options["sample_sigmas"]
             at = int8.points(sigmas, float(options["sigmas"].max()), float(sampling.sigma_min) * 0.5)
@@ -330,7 +329,17 @@ class ProgramEngine:
                 lambda ranges, kind: backend.compile(target, replace(given, ranges=ranges, computes_in=kind)),
                 mm.throw_exception_if_processing_interrupted,
             )
+            made.append(program)
+            return found.to_bytes()
+
+        with_control = any(map(_is_residual, inputs))
+        found = self.programs.quantised.get(with_control)
+        if found is None:
+            whole = PureNetwork(self.network, target.fixed, target.names)
+            depends_on = {**backend.versions(), "rules": int8.rules(), "weights": digest_of(weights_of(whole))}
+            found = int8.Quantised.from_bytes(*kept_or_made(whole, given, depends_on, measure, "int8"))
             self.programs.quantised[with_control] = found
+        program = made.pop() if made else backend.compile(target, replace(given, ranges=found.ranges))
         program.quantised = found
         return program
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ...common.core import progress_bar
+from ...common.cpu import instructions_word
 from ...common.errors import SpeedLabError, first_line
 from ...patching.notes import report_note, report_ran
 from ...patching.wrappers import SharedState
@@ -31,7 +32,7 @@ class CompileError(SpeedLabError):
 @dataclass
 class Run(SharedState):
     """State of one run. `eager` is why compiled code is not used, "" where it is; `unquantised` whether each layer
-    that was to run in 8 bits runs in floating point."""
+    that was to run in 8 bits runs in floating point. Of the `graphs` compiled, `from_disk` had code on disk."""
 
     backend: ModuleType
     options: CompileOptions
@@ -40,6 +41,7 @@ class Run(SharedState):
     unquantised: bool = False
     notes: dict[str, int] = field(default_factory=dict)
     graphs: int = 0
+    from_disk: int = 0
     parts: int = 0
     compiled: int = 0
     _bar: Any = None
@@ -98,7 +100,8 @@ def passing() -> tuple[type[BaseException], ...]:
 
 
 def cache_folder(backend: str, device: torch.device) -> Path | None:
-    """A folder for `backend`, this PyTorch and this kind of device; None, with a warning, where none can be made.
+    """A folder for `backend`, this PyTorch and this kind of device, on a CPU of its instructions; None, with a warning,
+    where none can be made.
 
     Type, shapes and code are in the names that the backends give their files in it.
     """
@@ -115,4 +118,6 @@ def cache_folder(backend: str, device: torch.device) -> Path | None:
 
 
 def _device_name(device: Any) -> str:
+    if device.type == "cpu":
+        return f"cpu-{instructions_word()}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)

@@ -21,6 +21,7 @@ import torch
 from ....common.timing import apart, watch_dynamo
 from ....common.torch_private import (
     FxCompiler,
+    dynamo_counters,
     dynamo_limits,
     forget_code_of,
     inductor_folder,
@@ -41,9 +42,10 @@ TRITON_VARIABLE = "TRITON_CACHE_DIR"
 
 @dataclass
 class GraphCount:
-    """Graphs compiled by this pack since the process began."""
+    """Graphs compiled by this pack since the process began, and those of them whose code was kept on disk."""
 
     graphs: int = 0
+    from_disk: int = 0
 
 
 COUNT = GraphCount()
@@ -174,7 +176,16 @@ def _own_code(function: Callable[..., Any], number: int) -> Callable[..., Any]:
 def _counted(compiler: FxCompiler) -> FxCompiler:
     def backend(graph: Any, inputs: list[Any]) -> Callable[..., Any]:
         COUNT.graphs += 1
+        before = _found_on_disk()
         with apart():  # where this PyTorch does not tell by itself when it compiles
-            return compiler(graph, inputs)
+            program = compiler(graph, inputs)
+        COUNT.from_disk += _found_on_disk() > before
+        return program
 
     return backend
+
+
+def _found_on_disk() -> int:
+    """How often inductor has found a graph's code."""
+    counters = dynamo_counters() or {}
+    return int(counters.get("inductor", {}).get("fxgraph_cache_hit", 0))

@@ -1,8 +1,8 @@
-"""Graphs of networks, kept on disk without their weights and found again by what they were made from.
+"""Graphs of networks, and what was measured of networks, kept on disk and found again by what they were made from.
 
 A file is named by a hash of structure, code, shapes, types and versions; it holds that name and a digest too, so that a
 file that is damaged, or another one's under this name, is noticed and made anew. Weights are never in it: a LoRA or
-another checkpoint of the family takes the same file.
+another checkpoint of the family takes the same graph.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from . import CompileOptions
 log = logging.getLogger(__name__)
 
 _SCHEMA = 4
+GRAPH = "graph"
 _DIGEST = hashlib.sha256().digest_size
 
 
-class Graph(NamedTuple):
-    """A graph as bytes, and whether it was on disk."""
+class Kept(NamedTuple):
+    """A graph, or what was measured, as bytes, and whether it was on disk."""
 
     data: bytes
     from_disk: bool = False
@@ -38,42 +39,57 @@ def weights_of(target: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in (*target.named_parameters(), *target.named_buffers())}
 
 
-def graph_of(
-    target: torch.nn.Module, options: CompileOptions, versions: Mapping[str, str], make: Callable[[], bytes]
-) -> Graph:
-    """What `make` gives. From `options.folder` where it was made before with these versions, else put there."""
+def digest_of(weights: Mapping[str, torch.Tensor]) -> str:
+    """A hash of every bit of weights in the CPU's memory."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def kept_or_made(
+    target: torch.nn.Module,
+    options: CompileOptions,
+    versions: Mapping[str, str],
+    make: Callable[[], bytes],
+    kind: str = GRAPH,
+) -> Kept:
+    """What `make` gives. From `options.folder` where it was made before with these versions, else put there. `kind`
+    ends the file's name."""
     if options.folder is None:
-        return Graph(make())
+        return Kept(make())
     key = _key(target, options, versions)
-    path = options.folder / f"{key}.graph"
+    path = options.folder / f"{key}.{kind}"
     known = _read(path, key.encode())
     if known is not None:
-        return Graph(known, from_disk=True)
+        return Kept(known, from_disk=True)
     data = make()
     _write(path, key.encode(), data)
-    return Graph(data)
+    return Kept(data)
 
 
 def forget(target: torch.nn.Module, options: CompileOptions, versions: Mapping[str, str]) -> None:
-    """Remove the file that `graph_of` would read: one that is whole, and that its library cannot read all the same."""
+    """Remove the graph that `kept_or_made` would read: one that is whole, and that its library cannot read all the
+    same."""
     if options.folder is not None:
-        (options.folder / f"{_key(target, options, versions)}.graph").unlink(missing_ok=True)
+        (options.folder / f"{_key(target, options, versions)}.{GRAPH}").unlink(missing_ok=True)
 
 
 def _read(path: Path, key: bytes) -> bytes | None:
-    """The graph in a file; None where there is none, or one that is not as it was written under this name."""
+    """What a file holds; None where there is none, or one that is not as it was written under this name."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        log.warning("SpeedLab: the graph kept in %s cannot be read (%s); it is exported again.", path, error)
+        log.warning("SpeedLab: what is kept in %s cannot be read (%s); it is made anew.", path, error)
         return None
-    graph, digest = data[:-_DIGEST], data[-_DIGEST:]
-    if hashlib.sha256(key + graph).digest() != digest:
-        log.warning("SpeedLab: the graph kept in %s is damaged, or another one's; it is exported again.", path)
+    held, digest = data[:-_DIGEST], data[-_DIGEST:]
+    if hashlib.sha256(key + held).digest() != digest:
+        log.warning("SpeedLab: what is kept in %s is damaged, or another one's; it is made anew.", path)
         return None
-    return graph
+    return held
 
 
 def _write(path: Path, key: bytes, data: bytes) -> None:
@@ -82,7 +98,7 @@ def _write(path: Path, key: bytes, data: bytes) -> None:
         partial.write_bytes(data + hashlib.sha256(key + data).digest())
         partial.replace(path)
     except OSError as error:
-        log.warning("SpeedLab: the exported graph is not kept, for %s cannot be written: %s", path, error)
+        log.warning("SpeedLab: %s cannot be written, so that it is made anew after a restart: %s", path, error)
     finally:
         partial.unlink(missing_ok=True)
 

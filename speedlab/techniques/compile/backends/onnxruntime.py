@@ -17,7 +17,7 @@ import torch
 from ....common.core import compute_device
 from ....common.errors import UnavailableError
 from . import CompileOptions
-from .kept import Graph, graph_of, weights_of
+from .kept import Kept, kept_or_made, weights_of
 
 NAME = "onnxruntime"
 SUPPORTED_MODES = ("default",)
@@ -126,13 +126,13 @@ NOWHERE = "weights-of-the-live-model"
 _DIMENSIONS = {("x", 2): "height", ("x", 3): "width", ("context", 1): "tokens"}
 
 
-def exported(target: torch.nn.Module, options: CompileOptions) -> Graph:
+def exported(target: torch.nn.Module, options: CompileOptions) -> Kept:
     """The ONNX model, its weights by name only."""
     import onnx
     import onnxscript
 
     versions = {"opset": str(OPSET), "onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
-    return graph_of(target, options, versions, lambda: _export(target, options))
+    return kept_or_made(target, options, versions, lambda: _export(target, options))
 
 
 def _export(target: torch.nn.Module, options: CompileOptions) -> bytes:

@@ -23,7 +23,7 @@ from ....common.torch_private import function_of_graph
 from ..rounding import Range, largest_weights, steps_of
 from . import CompileOptions
 from .jit_trace import ordered_slots, trace
-from .kept import forget, graph_of, weights_of
+from .kept import forget, kept_or_made, weights_of
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,13 @@ def available() -> tuple[bool, str]:
     if device != "cpu":
         return False, f"OpenVINO is used on the CPU here, and ComfyUI runs on {device}: choose inductor"
     return True, ""
+
+
+def versions() -> dict[str, str]:
+    """What graphs, and what is measured with them, depend on beside PyTorch."""
+    import openvino
+
+    return {"openvino": openvino.__version__}
 
 
 def compile(target: torch.nn.Module, options: CompileOptions) -> Callable[..., Any]:
@@ -123,18 +130,15 @@ class _Request:
 
 def _converted(target: torch.nn.Module, options: CompileOptions) -> tuple[Any, bool]:
     """An OpenVINO model that takes the weights as inputs too, and whether it was on disk."""
-    import openvino
-
-    versions = {"openvino": openvino.__version__}
-    graph = graph_of(target, options, versions, lambda: _written(_convert(target, options)))
+    graph = kept_or_made(target, options, versions(), lambda: _written(_convert(target, options)))
     try:
         return _read_model(graph.data), graph.from_disk
     except Exception as error:  # OpenVINO raises what its readers raise
         if not graph.from_disk:
             raise
         log.warning("SpeedLab: OpenVINO cannot read the graph that was kept (%s); it is made anew.", first_line(error))
-        forget(target, options, versions)
-        return _read_model(graph_of(target, options, versions, lambda: _written(_convert(target, options))).data), False
+        forget(target, options, versions())
+        return _converted(target, options)
 
 
 def _convert(target: torch.nn.Module, options: CompileOptions) -> Any:
