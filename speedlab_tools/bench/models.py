@@ -111,8 +111,8 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
                     mine[kind] = path.name
                     notes.append(f"No LoRA given with --{kind.replace('_', '-')}: using random weights ({path.name}).")
         if named["vae"] is None:
-            own = {vae.default: drawn_files[one.family][0] for one in drawing if (vae := one.file("vae")) is not None}
-            files["vae"], more = vae_files(scenarios, own)
+            vaes = {vae.default: drawn_files[one.family][0] for one in drawing if (vae := one.file("vae")) is not None}
+            files["vae"], more = vae_files(scenarios, vaes)
             notes += more
     _refuse_equal_names(files)
     known = {key: name for key, name in checkpoints.items() if name}

@@ -131,8 +131,9 @@ def _diffusers_name(layer: str, config: UNetConfig) -> str:
 
 _HINT_CHANNELS = (3, 16, 16, 32, 32, 96, 96, 256)
 # Of the convolutions that hand residuals on. Published nets begin with 0; these add a little, so that the control image
-# matters.
-RESIDUAL_GAINS: Mapping[Size, float] = {"small": 0.2, "full": 0.2, "drawn": 0.2}
+# matters. A trained network's own signals are stronger: 0.2 moves the latent of a model that draws by 3 %, 1 by 21 %,
+# with as many attributes right as without.
+RESIDUAL_GAINS: Mapping[Size, float] = {"small": 0.2, "full": 0.2, "drawn": 1.0}
 
 
 def controlnet_layout(spec: CheckpointSpec) -> Layout:
