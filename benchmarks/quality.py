@@ -29,8 +29,8 @@ from typing import Any
 import inprocess
 import quality_drawn
 
+from speedlab_tools.drawn_files import FACTORS
 from speedlab_tools.host import cache_root
-from speedlab_tools.scenarios.drawn import FACTORS
 
 ROOT = Path(__file__).resolve().parent.parent
 # sampler, scheduler, steps

@@ -14,6 +14,8 @@ from ..client.files import (
     demo_checkpoint,
     demo_controlnet,
     demo_drawn,
+    demo_drawn_refiner,
+    demo_drawn_vae,
     demo_lora,
     demo_tiny_vae,
     demo_vae,
@@ -26,7 +28,7 @@ from ..scenarios.scenario import Scenario
 
 DRAWS = (
     "The checkpoint is the demo model that draws simple scenes: a small one, with a small model's times, and images "
-    "only as large as those it was trained on. Random ControlNets, LoRAs and refiners disturb them. "
+    "only as large as those it was trained on. LoRAs and ControlNets with random weights change them a little. "
     "Give your own with --checkpoint FILE."
 )
 NOISE = (
@@ -94,10 +96,12 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
             files["controlnet"], named["controlnet"] = [path], path.name
             notes.append(f"No ControlNet given with --controlnet: using random weights ({path.name}).")
         if named["refiner"] is None and any(entry.file("refiner") for entry in scenarios):
-            path = demo_checkpoint("refiner")
+            own = any(entry.file("refiner") for entry in drawing)
+            path = demo_drawn_refiner(drawn_files["sdxl"][0]) if own else demo_checkpoint("refiner")
             files.setdefault("checkpoints", []).append(path)
             named["refiner"] = path.name
-            notes.append(f"No refiner given with --refiner: using random weights ({path.name}).")
+            what = "the model that draws once more" if own else "random weights"
+            notes.append(f"No refiner given with --refiner: using {what} ({path.name}).")
         for entry in scenarios:
             for kind in ("lora", "lora_2"):
                 mine = demo_loras.setdefault(entry.family, {})
@@ -107,7 +111,8 @@ def choose_models(args: argparse.Namespace, scenarios: Sequence[Scenario]) -> Mo
                     mine[kind] = path.name
                     notes.append(f"No LoRA given with --{kind.replace('_', '-')}: using random weights ({path.name}).")
         if named["vae"] is None:
-            files["vae"], more = vae_files(scenarios)
+            vaes = {vae.default: drawn_files[one.family][0] for one in drawing if (vae := one.file("vae")) is not None}
+            files["vae"], more = vae_files(scenarios, vaes)
             notes += more
     _refuse_equal_names(files)
     known = {key: name for key, name in checkpoints.items() if name}
@@ -140,14 +145,22 @@ def tiny_vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]
     ] if files else []
 
 
-def vae_files(scenarios: Iterable[Scenario]) -> tuple[list[Path], list[str]]:
-    """Random VAEs for the scenarios that name one which the models folders lack, and what to say of it."""
+def vae_files(scenarios: Iterable[Scenario], drawing: Mapping[str, Path]) -> tuple[list[Path], list[str]]:
+    """VAEs for the scenarios that name one which the models folders lack, and what to say of them.
+
+    `drawing` has the checkpoints of models that draw by the VAE's name, whose own stands in; others are random.
+    """
     wanted = {entry.default for scenario in scenarios if (entry := scenario.file("vae")) is not None}
-    missing = sorted(n for n in wanted if not any((folder / "vae" / n).is_file() for folder in model_folders()))
-    return [demo_vae(name) for name in missing], [
-        f"No {name} in models/vae: using random weights; its image is noise. Give your own with --vae FILE."
-        for name in missing
-    ]
+    files: list[Path] = []
+    notes: list[str] = []
+    for name in sorted(wanted):
+        if any((folder / "vae" / name).is_file() for folder in model_folders()):
+            continue
+        base = drawing.get(name)
+        files.append(demo_vae(name) if base is None else demo_drawn_vae(base, name))
+        what = "random weights; its image is noise" if base is None else "that of the model that draws"
+        notes.append(f"No {name} in models/vae: using {what}. Give your own with --vae FILE.")
+    return files, notes
 
 
 async def server_checkpoint(client: ComfyClient, scenario: Scenario) -> str:

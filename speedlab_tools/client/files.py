@@ -22,6 +22,7 @@ from typing import Any
 
 from speedlab.common.errors import first_line
 
+from ..drawn_files import CHECKPOINTS, TINY_VAES, beside
 from ..host import ComfyServer, HostError, cache_root, from_environment, pack_root
 from .errors import BenchError
 
@@ -112,10 +113,11 @@ def _end_of(entry: Any) -> int:
     return end
 
 
-def link_model(source: Path, folder: Path) -> str:
-    """Make a model file appear in `folder` by link, hard link or copy, whichever works first; returns its name."""
+def link_model(source: Path, folder: Path, name: str = "") -> str:
+    """Make a model file appear in `folder`, under another name if one is given, by link, hard link or copy, whichever
+    works first; returns its name."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / source.name
+    target = folder / (name or source.name)
     if target.exists() or target.is_symlink():
         target.unlink()
     for make in (target.symlink_to, target.hardlink_to):
@@ -153,16 +155,23 @@ def demo_drawn(family: str = "sd15") -> list[Path]:
     """A model that draws in the cache, built on first use: its checkpoint, and its Tiny VAE's two files."""
     models = cache_root() / "demo-models" / "drawn"
     _synthetic("drawn", str(models), "--family", family)
-    tiny = (models / "vae_approx" / f"{_tiny_name(family)}_{part}.safetensors" for part in ("encoder", "decoder"))
-    return [models / "checkpoints" / f"speedlab_demo_{_drawn_name(family)}.safetensors", *tiny]
+    tiny = (models / "vae_approx" / f"{TINY_VAES[family]}_{part}.safetensors" for part in ("encoder", "decoder"))
+    return [models / "checkpoints" / CHECKPOINTS[family], *tiny]
 
 
-def _drawn_name(family: str) -> str:
-    return "drawn" if family == "sd15" else f"drawn_{family}"
+def demo_drawn_refiner(base: Path) -> Path:
+    """SDXL's model that draws under a refiner's name: of two loaders with one name ComfyUI would run one."""
+    return base.with_name(link_model(base, base.parent, beside(base.name, "refiner")))
+
+
+def demo_drawn_vae(base: Path, name: str) -> Path:
+    """The autoencoder of a model that draws, under the name that a scenario asks for. `base`: its checkpoint."""
+    own = base.parents[1] / "vae" / beside(base.name, "vae")
+    return own.with_name(link_model(own, own.parent, name))
 
 
 def _tiny_name(family: str) -> str:
-    return "taesd" if family == "sd15" else "taesdxl"
+    return TINY_VAES.get(family, TINY_VAES["sdxl"])
 
 
 def demo_tiny_vae(family: str) -> list[Path]:
@@ -175,7 +184,7 @@ def demo_tiny_vae(family: str) -> list[Path]:
 
 def demo_controlnet(size: str = "small") -> Path:
     """A ControlNet with random weights for the SD 1.5 demo checkpoint of that size, in the cache."""
-    name = f"speedlab_demo_{'' if size == 'small' else f'{size}_'}controlnet.safetensors"
+    name = beside(CHECKPOINTS["sd15"], "controlnet") if size == "drawn" else "speedlab_demo_controlnet.safetensors"
     path = cache_root() / "demo-models" / "controlnet" / name
     _synthetic("controlnet", str(path), "--family", DEMO_FAMILIES["sd15"], "--size", size)
     return path
@@ -183,8 +192,8 @@ def demo_controlnet(size: str = "small") -> Path:
 
 def demo_lora(family: str, kind: str, size: str = "small") -> Path:
     """A LoRA with random weights for the demo checkpoint of a family and size, in the cache; `kind`: lora or lora_2."""
-    layout = DEMO_FAMILIES[family] if size == "small" else _drawn_name(family)
-    path = cache_root() / "demo-models" / "loras" / f"speedlab_demo_{layout}_{kind}.safetensors"
+    base = CHECKPOINTS[family] if size == "drawn" else f"speedlab_demo_{DEMO_FAMILIES[family]}.safetensors"
+    path = cache_root() / "demo-models" / "loras" / beside(base, kind)
     seed = "1" if kind == "lora" else "2"
     _synthetic("lora", str(path), "--family", DEMO_FAMILIES[family], "--size", size, "--seed", seed)
     return path

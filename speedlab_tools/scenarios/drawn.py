@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from speedlab.common.errors import SpeedLabError
 
+from ..drawn_files import CHECKPOINTS, FACTORS
 from .scenario import Scenario
 
-CHECKPOINTS: Mapping[str, str] = {
-    "sd15": "speedlab_demo_drawn.safetensors", "sdxl": "speedlab_demo_drawn_sdxl.safetensors"
-}  # fmt: skip
-_WEIGHTS = Path(__file__).parents[1] / "synthetic" / "drawn"
-FACTORS: Mapping[str, Path] = {
-    "sd15": _WEIGHTS / "factors.safetensors", "sdxl": _WEIGHTS / "factors_sdxl.safetensors"
-}  # fmt: skip
 CFG = 3.0
 _LONGEST_HEADER = 10**7
 # None of these scenes was trained on.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from .files import AFTER_SILU, Layout, Weight, describe, draw, write_weights
-from .spec import CheckpointSpec, TextConfig, UNetConfig, architecture
+from .spec import CheckpointSpec, Size, TextConfig, UNetConfig, architecture
 from .unet import input_half, unet_layout
 
 Keys = Literal["all", "partial", "none"]
@@ -130,13 +130,15 @@ def _diffusers_name(layer: str, config: UNetConfig) -> str:
 
 
 _HINT_CHANNELS = (3, 16, 16, 32, 32, 96, 96, 256)
-# Published nets begin with residuals of zero; these add a little, so that the control image matters.
-_RESIDUAL = 0.2
+# Of the convolutions that hand residuals on. Published nets begin with 0; these add a little, so that the control image
+# matters. A trained network's own signals are stronger: 0.2 moves the latent of a model that draws by 3 %, 1 by 21 %,
+# with as many attributes right as without.
+RESIDUAL_GAINS: Mapping[Size, float] = {"small": 0.2, "full": 0.2, "drawn": 1.0}
 
 
 def controlnet_layout(spec: CheckpointSpec) -> Layout:
     """Every parameter of a ControlNet for the UNet of `spec`."""
-    config = architecture(spec).unet
+    config, gain = architecture(spec).unet, RESIDUAL_GAINS[spec.size]
     layout = Layout()
     skips = input_half(layout, config)
     for index, (fan_in, fan_out) in enumerate(
@@ -144,12 +146,12 @@ def controlnet_layout(spec: CheckpointSpec) -> Layout:
     ):
         layout.conv(f"input_hint_block.{2 * index}", fan_in, fan_out, gain=1.0 if index == 0 else AFTER_SILU)
     for index, channels in enumerate(skips):
-        layout.conv(f"zero_convs.{index}.0", channels, channels, kernel=1, gain=_RESIDUAL)
-    layout.conv("middle_block_out.0", skips[-1], skips[-1], kernel=1, gain=_RESIDUAL)
+        layout.conv(f"zero_convs.{index}.0", channels, channels, kernel=1, gain=gain)
+    layout.conv("middle_block_out.0", skips[-1], skips[-1], kernel=1, gain=gain)
     return layout
 
 
 def write_controlnet(path: str | Path, spec: CheckpointSpec) -> Path:
     """Writes the safetensors file for `spec`'s UNet, unless a whole one lies there; OSError where it cannot."""
-    metadata = describe("demo controlnet", **spec.as_dict())
+    metadata = describe("demo controlnet", residual=RESIDUAL_GAINS[spec.size], **spec.as_dict())
     return write_weights(Path(path), controlnet_layout(spec), spec.seed, spec.torch_dtype, metadata)

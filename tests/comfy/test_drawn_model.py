@@ -97,13 +97,15 @@ def test_the_checkpoint_loads_whole_samples_and_computes_what_was_trained(
     shown = own(exact)[0].permute(1, 2, 0).clamp(0, 1)
     torch.testing.assert_close(vae.decode(encoded)[0], shown, rtol=0.0, atol=0.03)
     # Its Tiny VAE is its own decoder, under the name that latents of SD 1.x ask for.
-    assert [path.name for path in paths[1:]] == ["taesd_encoder.safetensors", "taesd_decoder.safetensors"]
+    assert [path.name for path in paths[1:3]] == ["taesd_encoder.safetensors", "taesd_decoder.safetensors"]
     tiny = comfy.utils.load_torch_file(str(paths[2]))
     assert tiny.keys() == vae.first_stage_model.taesd_decoder.state_dict().keys()
     assert all(
         torch.equal(tiny[name].float(), tensor.float())
         for name, tensor in vae.first_stage_model.taesd_decoder.state_dict().items()
     )
+    alone = importlib.import_module("comfy.sd").VAE(sd=comfy.utils.load_torch_file(str(paths[3])))
+    assert torch.equal(alone.decode(encoded), vae.decode(encoded))
 
 
 def test_comfyui_knows_the_second_model_for_vega_and_computes_what_was_trained(comfy: ModuleType) -> None:

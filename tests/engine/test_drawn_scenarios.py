@@ -14,15 +14,17 @@ from speedlab.measure.drawn import world
 from speedlab_tools import demo
 from speedlab_tools.bench import models
 from speedlab_tools.cli.arguments import parse
+from speedlab_tools.client import files
+from speedlab_tools.drawn_files import CHECKPOINTS, beside
 from speedlab_tools.scenarios import drawn
 from speedlab_tools.scenarios.catalog import SCENARIOS
 from speedlab_tools.scenarios.overrides import Overrides, adapt
 from speedlab_tools.scenarios.scenario import STOCK, Scenario
-from speedlab_tools.synthetic.drawn.factors import FAMILIES
 from speedlab_tools.synthetic.train import data
 
 SIDE = 256
-CHECKPOINT = drawn.CHECKPOINTS["sd15"]
+CHECKPOINT = CHECKPOINTS["sd15"]
+REFINER = "speedlab_demo_drawn_sdxl_refiner.safetensors"
 
 
 def weights(path: Path, side: int) -> None:
@@ -39,10 +41,13 @@ def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     def demo_drawn(family: str) -> list[Path]:
         tiny = {"sd15": "taesd", "sdxl": "taesdxl"}[family]
-        names = [drawn.CHECKPOINTS[family], f"{tiny}_encoder.safetensors", f"{tiny}_decoder.safetensors"]
+        names = [CHECKPOINTS[family], f"{tiny}_encoder.safetensors", f"{tiny}_decoder.safetensors"]
         return [tmp_path / name for name in names]
 
     monkeypatch.setattr(models, "demo_drawn", demo_drawn)
+    monkeypatch.setattr(models, "demo_drawn_refiner", lambda base: base.with_name(REFINER))
+    monkeypatch.setattr(models, "demo_drawn_vae", lambda base, name: base.with_name(f"drawn_{name}"))
+    monkeypatch.setattr(models, "demo_vae", lambda name: tmp_path / f"random_{name}")
     monkeypatch.setattr(models, "demo_checkpoint", lambda family: tmp_path / f"random_{family}.safetensors")
     monkeypatch.setattr(models, "demo_controlnet", lambda size: tmp_path / f"{size}_controlnet.safetensors")
     monkeypatch.setattr(
@@ -81,7 +86,7 @@ def test_scenarios_of_sd15_draw_and_the_others_stay(there: Path) -> None:
 
 
 def test_scenarios_of_sdxl_draw_where_their_weights_are_there(there: Path) -> None:
-    checkpoint = drawn.CHECKPOINTS["sdxl"]
+    checkpoint = CHECKPOINTS["sdxl"]
     plain = SCENARIOS["sdxl-tiny-vae"]
     assert adapt(plain, Overrides(), checkpoint).settings == plain.settings
     weights(drawn.FACTORS["sdxl"], SIDE // 2)
@@ -113,6 +118,38 @@ def test_files_beside_the_checkpoint_are_of_its_layout(there: Path) -> None:
     }
 
 
+def test_the_model_that_draws_is_its_own_refiner_where_it_is_there(there: Path) -> None:
+    random = chosen("sdxl-refiner-ensemble")
+    assert random.others == {"refiner": "random_refiner.safetensors"}
+    assert any("random weights (random_refiner" in note for note in random.notes)
+    weights(drawn.FACTORS["sdxl"], SIDE)
+    choice = chosen("sdxl-refiner-ensemble")
+    assert choice.others == {"refiner": REFINER}
+    assert [path.name for path in choice.files["checkpoints"]] == [CHECKPOINTS["sdxl"], REFINER]
+    assert any(f"the model that draws once more ({REFINER})" in note for note in choice.notes)
+
+
+def test_a_vae_by_the_scenario_s_name_is_that_of_the_model_that_draws(there: Path) -> None:
+    assert chosen("sdxl-vae-fp16-fix").files["vae"] == [there.with_name("random_sdxl.vae.safetensors")]
+    weights(drawn.FACTORS["sdxl"], SIDE)
+    choice = chosen("sdxl-vae-fp16-fix")
+    assert choice.files["vae"] == [there.with_name("drawn_sdxl.vae.safetensors")] and "vae" not in choice.others
+    assert not any("noise" in note for note in choice.notes)
+
+
+def test_refiner_and_vae_are_links_under_names_of_their_own(tmp_path: Path) -> None:
+    base = tmp_path / "checkpoints" / CHECKPOINTS["sdxl"]
+    vae = tmp_path / "vae" / beside(base.name, "vae")
+    for path in (base, vae):
+        path.parent.mkdir()
+        path.write_bytes(_one_tensor())
+    for _ in range(2):
+        refiner, other = files.demo_drawn_refiner(base), files.demo_drawn_vae(base, "other.safetensors")
+        assert refiner.name == REFINER and refiner.samefile(base)
+        assert other.name == "other.safetensors" and other.samefile(vae)
+    assert files.link_model(refiner, tmp_path / "models") == REFINER  # not the name of what it leads to
+
+
 @pytest.mark.parametrize(
     "scenario", [one for one in SCENARIOS.values() if one.family == "sd15"], ids=lambda one: one.id
 )
@@ -138,7 +175,7 @@ def test_every_text_becomes_a_caption_and_equal_ones_stay_equal(there: Path, sce
 )
 def test_every_text_of_sdxl_becomes_a_caption_too(there: Path, scenario: Scenario) -> None:
     weights(drawn.FACTORS["sdxl"], SIDE)
-    wanted = adapt(scenario, Overrides(), drawn.CHECKPOINTS["sdxl"])
+    wanted = adapt(scenario, Overrides(), CHECKPOINTS["sdxl"])
     assert all(world.scene_of(prompt.text) for prompt in wanted.settings.prompts)
     texts = [node.inputs.get("text") for node in wanted.graph().nodes if node.class_type.endswith("TextEncode")]
     assert all(not text or world.scene_of(text) for text in texts if isinstance(text, str))
@@ -157,8 +194,6 @@ def test_the_captions_are_of_scenes_that_nothing_was_trained_on() -> None:
     scenes = [world.scene_of(text) for text in drawn.CAPTIONS]
     assert len(set(scenes)) == len(drawn.CAPTIONS)
     assert all(scene is not None and data.is_held_out(scene) for scene in scenes)
-    assert {family: model.checkpoint for family, model in FAMILIES.items()} == drawn.CHECKPOINTS
-    assert {family: model.packed for family, model in FAMILIES.items()} == drawn.FACTORS
 
 
 def test_the_demo_tells_what_each_image_shows(there: Path, make_record, tmp_path: Path) -> None:

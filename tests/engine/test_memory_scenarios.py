@@ -101,6 +101,7 @@ def arguments(*more: str) -> argparse.Namespace:
 def test_a_demo_refiner_is_written_where_none_is_given(monkeypatch, tmp_path):
     monkeypatch.setattr(models, "demo_checkpoint", lambda family: tmp_path / f"demo_{family}.safetensors")
     monkeypatch.setattr(models, "model_folders", list)
+    monkeypatch.setattr(models.drawn, "is_there", lambda family: False)
     choice = models.choose_models(arguments(), [SCENARIOS["sdxl-refiner-ensemble"]])
     assert choice.others == {"refiner": "demo_refiner.safetensors"}
     assert tmp_path / "demo_refiner.safetensors" in choice.files["checkpoints"]

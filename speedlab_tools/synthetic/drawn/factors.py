@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from ...drawn_files import CHECKPOINTS, FACTORS, TINY_VAES
 from ..files import Layout
 from ..spec import CheckpointSpec, Family, UNetConfig, architecture
-from ..taesd import TaesdName
 from ..unet import unet_layout
 
 Tensors = dict[str, torch.Tensor]
@@ -33,7 +33,7 @@ class Model:
     family: Family  # of the demo checkpoint whose random text encoders it has
     packed: Path
     checkpoint: str
-    tiny: TaesdName
+    tiny: str
     latent_scale: float  # ComfyUI divides latents by this before they are decoded
     heads: int
     base: Model | None = None
@@ -74,15 +74,12 @@ class Model:
         return self.base is not None and layer.endswith(".skip_connection") and self.source(f"{layer}.weight") is None
 
 
-_HERE = Path(__file__).parent
-SD15 = Model(
-    "sd15", _HERE / "factors.safetensors", "speedlab_demo_drawn.safetensors", "taesd", latent_scale=0.18215, heads=8
-)
+SD15 = Model("sd15", FACTORS["sd15"], CHECKPOINTS["sd15"], TINY_VAES["sd15"], latent_scale=0.18215, heads=8)
 SDXL = Model(
     "vega",
-    _HERE / "factors_sdxl.safetensors",
-    "speedlab_demo_drawn_sdxl.safetensors",
-    "taesdxl",
+    FACTORS["sdxl"],
+    CHECKPOINTS["sdxl"],
+    TINY_VAES["sdxl"],
     latent_scale=0.13025,
     heads=5,
     base=SD15,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from speedlab.common.errors import SpeedLabError
 
+from ...drawn_files import beside
 from ..checkpoint import UNET_PREFIX, VAE_PREFIX, text_layout
 from ..files import Layout, Progress, Weight, describe, is_current, refuse_foreign, write_weights
 from ..spec import CheckpointSpec, architecture
@@ -170,7 +171,7 @@ def _complete(own: Tensors, model: Model) -> Tensors:
 def write_drawn(
     models: Path, packed_path: Path | None = None, progress: Progress | None = None, model: Model = SD15
 ) -> tuple[Path, ...]:
-    """The model that draws below a models folder: its checkpoint, and its autoencoder as a Tiny VAE.
+    """The model that draws below a models folder: its checkpoint, and its autoencoder as a Tiny VAE and as a VAE.
 
     What is there already and equal stays. Raises SpeedLabError for a packed file that is missing, damaged or changed,
     and OSError.
@@ -186,6 +187,9 @@ def write_drawn(
         weights = Layout({n.removeprefix(prefix): w for n, w in layout.items() if n.startswith(prefix)})
         about_it = _about(f"model that draws, {model.tiny} {part}", **known)
         wanted.append((models / "vae_approx" / f"{model.tiny}_{part}.safetensors", weights, about_it))
+    own = Layout({n.removeprefix(VAE_PREFIX): w for n, w in layout.items() if n.startswith(VAE_PREFIX)})
+    about_it = _about("autoencoder of the model that draws", **known)
+    wanted.append((models / "vae" / beside(model.checkpoint, "vae"), own, about_it))
     if (
         not all(is_current(path, metadata) for path, _, metadata in wanted)
         and checkpoint_hash(packed, model) != known["checkpoint"]
