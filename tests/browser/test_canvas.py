@@ -12,7 +12,7 @@ from speedlab_tools.host import pack_root
 from speedlab_tools.scenarios.blueprints import BLUEPRINTS, blueprint_ui
 from speedlab_tools.scenarios.catalog import TEMPLATES
 
-from .conftest import screens, serious
+from .conftest import SIDE, screens, serious
 
 pytestmark = pytest.mark.browser
 
@@ -243,7 +243,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     compared.wait_for()
     assert compared.locator(".sl-chart").count() == 2
     pixels = "[...document.querySelectorAll('.sl-compare img')].map((one) => one.naturalWidth).join()"
-    canvas.page.wait_for_function(f"() => {pixels} === '64,64,64,64'")
+    canvas.page.wait_for_function(f"() => {pixels} === '{SIDE},{SIDE},{SIDE},{SIDE}'")
     slider, over = compared.get_by_label("A over B"), compared.locator(".sl-over img").nth(1)
     assert over.get_attribute("alt") == "A" and "50%" in over.get_attribute("style")
     slider.press("Home")
@@ -260,7 +260,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     detail.wait_for()
     picture = detail.locator(".sl-pictures img").first
     picture.scroll_into_view_if_needed()
-    canvas.page.wait_for_function("() => document.querySelector('.sl-pictures img')?.naturalWidth === 64")
+    canvas.page.wait_for_function(f"() => document.querySelector('.sl-pictures img')?.naturalWidth === {SIDE}")
     canvas.shot("detail")
     assert canvas.evaluate(GAP) >= 4, "the arrow stands apart from the words"
     detail.locator("summary").click()
@@ -276,7 +276,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
 
     canvas.page.locator(".sl-filter").fill("no such plan")
     canvas.page.wait_for_function("() => !document.querySelector('.sl-row')")
-    canvas.page.locator(".sl-filter").fill("64x64 stock")
+    canvas.page.locator(".sl-filter").fill(f"{SIDE}x{SIDE} stock")
     canvas.page.locator(f".sl-row[data-run='{first}']").wait_for()
 
     # What a run on a GPU sends: host times, which are no measured ones.
