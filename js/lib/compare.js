@@ -2,7 +2,7 @@
 import { legend, StepChart } from "./chart.js";
 import { kernelName, section, settingName, settingsOf, table, when } from "./detail.js";
 import { div, dot, el, svg } from "./dom.js";
-import { duration, gigabytes, hasMedian, isNumber, KINDS, phasesOf, rate, recordBars, sumOf } from "./figures.js";
+import { duration, gigabytes, hasMedian, isNumber, KINDS, phasesOf, rate, recordBars, stepsText, sumOf } from "./figures.js";
 import { t } from "./i18n.js";
 import { phaseBar, picture, statusBadge } from "./parts.js";
 import { findRun, listRuns } from "./server.js";
@@ -33,7 +33,7 @@ function nameOf(run, n) {
   return el("div", null, el("b", { class: "sl-letter" }, "AB"[n]), statusBadge(run.status), el("span", { title: run.request?.plan, "data-run": run.run_id, text: run.request?.plan ?? run.run_id }));
 }
 
-// Their first images beside each other, and A over B as far as the slider says.
+// Their first images side by side, and A over B as far as the slider says.
 function images(runs) {
   const shown = (n) => picture(runs[n].run_id, 0, { alt: "AB"[n] });
   if (!runs.every((run) => run.artifacts?.images?.length)) return null;
@@ -44,13 +44,13 @@ function images(runs) {
   return el("div", null, div("sl-sides", shown(0), shown(1)), div("sl-over", shown(1), over, slider));
 }
 
-// What the user waits for decides; how much of it is sampling tells what sampling faster could still gain.
+// What the user waits for decides; sampling's share tells what sampling faster could still gain.
 function verdict(runs) {
   const [totals, sampled] = ["total", "sample"].map((name) => runs.map(at(`phases_ms.${name}`)));
   if (!totals.every(isPositive)) return div("sl-verdict", sampled.every(isPositive) ? t("no_verdict_but_sampling", { ratio: words(...sampled) }) : t("no_verdict"));
   const [share_a, share_b] = totals.map((total, index) => (isPositive(sampled[index]) ? Math.round((100 * sampled[index]) / total) : "–"));
   const text = t("verdict", { ratio: words(...totals), time_a: duration(totals[0]), time_b: duration(totals[1]), share_a, share_b });
-  // A ratio, never good or bad: two runs are two moments of a machine. `run.py compare` judges.
+  // A ratio, never good or bad: `run.py compare` judges.
   const repeated = runs.every((run) => run.summary?.repeats > 1);
   return el("div", null, mixture(...runs), div("sl-verdict", text), div("sl-hint", t(repeated ? "within_sessions" : "single_runs")));
 }
@@ -125,7 +125,7 @@ function differences(runs) {
   return table([t("setting"), "A", "B"], rows, "sl-differences");
 }
 
-/** The tab of the bottom panel: the two runs that the sidebar has chosen, else the newest two. */
+/** The tab of the bottom panel: the two runs chosen in the sidebar, else the newest two. */
 export class CompareTab {
   picked = [];
 
@@ -145,7 +145,7 @@ export class CompareTab {
     const asked = (this.asked = {}); // of two questions the later one is answered
     const { runs } = await listRuns(0, OFFERED, "");
     if (asked !== this.asked) return;
-    const names = new Map(runs.map((run) => [run.run_id, `${when(run.timestamp)} · ${run.plan}`]));
+    const names = new Map(runs.map((run) => [run.run_id, `${when(run.timestamp)} · ${run.plan} · ${stepsText(run.steps)}`]));
     const chosen = [...(picked.length === 2 ? picked : [...names.keys()].slice(0, 2))].sort();
     this.choices.forEach((choice, n) => {
       choice.replaceChildren(...unique(...names.keys(), ...chosen).map((id) => el("option", { value: id, text: names.get(id) ?? id })));
@@ -170,12 +170,12 @@ export function timeView(lines) {
     const known = runs.map((run) => run[key]).filter(isPositive);
     if (!known.length) return null;
     const [least, most] = [Math.min(...known), Math.max(...known)];
-    // A line without length and with round ends: a dot that no stretching makes an egg.
+    // A line without length, with round ends: a dot, however stretched.
     const dots = runs.map((run, n) => isPositive(run[key]) && svg("path", { style: colour(run.plan), d: `M${n + 0.5} ${1.1 - run[key] / most}h0` }));
     const label = `${t(name)}: ${write(least)} – ${write(most)}`;
     return section(label, svg("svg", { class: "sl-dots", viewBox: `0 0 ${runs.length} 1.1`, preserveAspectRatio: "none", role: "img", "aria-label": label }, dots));
   });
-  const rows = runs.map((run) => [when(run.timestamp), el("span", { style: colour(run.plan) }, dot("sl-of-plan", run.plan)), ...OVER_TIME.map(([, key, write]) => write(run[key]))]);
-  const head = [["date"], ["plan"], ...OVER_TIME].map(([name]) => t(name));
+  const rows = runs.map((run) => [el("span", { style: colour(run.plan) }, dot("sl-of-plan", `${when(run.timestamp)} · ${run.plan}`)), ...OVER_TIME.map(([, key, write]) => write(run[key]))]);
+  const head = [["plan"], ...OVER_TIME].map(([name]) => t(name));
   return div("sl-detail sl-over-time", el("h3", null, t("over_time")), charts, div("sl-hint", t("over_time_hint")), table(head, rows, "sl-figures"));
 }

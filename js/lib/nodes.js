@@ -5,7 +5,7 @@ export const rootGraph = () => app.rootGraph ?? app.graph;
 
 export const kindOf = (node) => node?.comfyClass ?? node?.type;
 
-/** Whether the Vue renderer draws nodes: it shows the widgets that a node is born with and none that come later. */
+/** Whether the Vue renderer draws nodes: it shows only the widgets that a node is born with. */
 export const isVue = () => Boolean(window.LiteGraph?.vueNodesMode);
 
 /** Whether a workflow, by its id, is the one on the canvas; one without an id is taken to be. */
@@ -40,7 +40,7 @@ export function grow(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
-/** Draw all anew: a widget that came without the canvas being touched has no place until then. */
+/** Draw all anew: a widget that came otherwise than by a hand has no place until then. */
 export function redraw() {
   app.canvas?.setDirty(true, true);
   requestAnimationFrame(() => app.canvas?.setDirty(true, true));

@@ -18,6 +18,7 @@ export function panelOf(node) {
     const shown = panel;
     let widget = null; // ComfyUI may ask for its height while it adds it
     widget = addElement(node, "speedlab_profile", panel.element, { hideOnZoom: false, getMinHeight: () => Math.max(MIN_HEIGHT, shown.height + 2 * (widget?.margin ?? MARGIN)) });
+    widget.label = t("open_chart"); // in an app
     grow(node);
     redraw();
     // Warnings may need more lines than the last run's, or wrap at another width.

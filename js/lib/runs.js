@@ -1,4 +1,4 @@
-// The sidebar tab: the runs of this server, one in full, two side by side, or several over time.
+// The sidebar tab: the runs of this server, one in full, two compared, or several over time.
 import { compareView, timeView } from "./compare.js";
 import { detailView, when } from "./detail.js";
 import { button, copyButton, div, el, link } from "./dom.js";
@@ -163,7 +163,7 @@ export class RunsTab {
     const thumb = run.images > 0 && (this.thumbs.get(run.run_id) ?? picture(run.run_id, 0, { class: "sl-thumb", alt: "" }));
     if (thumb) thumbs.set(run.run_id, thumb);
     const size = isNumber(run.width * run.height) ? `${run.width}×${run.height}` : "";
-    const facts = [size, run.batch > 1 ? `×${run.batch}` : "", run.sampler, stepsText(run.steps, run.steps_asked)];
+    const facts = [size, run.batch > 1 ? `×${run.batch}` : "", stepsText(run.steps, run.steps_asked), run.sampler];
     const share = this.best && run.it_per_s ? (100 * run.it_per_s) / this.best : 0;
     return el(
       "div",

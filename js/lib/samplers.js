@@ -15,7 +15,7 @@ const samplers = new Set(); // node types
 const states = new Kept(KEPT); // node's execution id -> live state
 const profiles = new Kept(KEPT); // run id -> profile
 // Workflow id and node's execution id -> run id: ComfyUI keeps a workflow as it was when somebody last touched it, for
-// other tabs, undo and a reload alike, and a run that came later is not in that.
+// other tabs, undo and a reload alike, without the runs since.
 const lastRuns = new Kept(KEPT, "SpeedLab.LastRuns");
 
 const isSampler = (node) => samplers.has(kindOf(node));
@@ -31,7 +31,7 @@ export function nodeCreated(node) {
   if (!isVue()) return;
   if (isSampler(node)) panelOf(node);
   if (!node.subgraph) return;
-  // Here as well, but a subgraph node is born with its inner nodes and gets its widgets when it is configured.
+  // A subgraph node is born with its inner nodes and gets its widgets when it is configured.
   const configured = node.onConfigure;
   node.onConfigure = function (...given) {
     configured?.apply(this, given);

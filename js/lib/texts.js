@@ -42,8 +42,10 @@ function show(node, content) {
 }
 
 export function nodeCreated(node) {
-  if (isReport(node) || kindOf(node) === BENCHMARK) hidePreview(node);
-  if (isVue() && kindOf(node) in HEIGHTS) faceOf(node);
+  const kind = kindOf(node);
+  if (HEIGHTS[kind] > 60) hidePreview(node);
+  // Else the classic renderer gives Benchmark's room to its text boxes.
+  if (kind === BENCHMARK || (isVue() && kind in HEIGHTS)) faceOf(node);
 }
 
 /** Show a run on a Profile Report; where its record is gone or damaged, the text that the node returned. */

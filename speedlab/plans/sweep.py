@@ -103,6 +103,7 @@ class Sweep:
             if self.result.axis_x.open_end or self.result.axis_y.open_end:
                 self._search_batches()
         wall_ms = (time.perf_counter() - started) * 1000.0
+        self.progress.end(len(self.result.cells))
         self.result.notes += notes_of(self.result.cells, self._measured_ms, wall_ms)
         return self.result
 
@@ -352,6 +353,10 @@ class SweepProgress:
         line = text if left is None else f"{text}, {_duration(left)} left"
         log.info("SpeedLab: %s", line)
         show_on_node(line, self._node)
+
+    def end(self, cells: int) -> None:
+        """Say that all is done: the browser keeps the last text on the node."""
+        show_on_node(f"{cells} cells in {_duration(time.monotonic() - self._started)}", self._node)
 
     def step(self, step: int) -> None:
         """Step number `step` of the running sampling is done. Raises ComfyUI's interrupt where one is asked for."""

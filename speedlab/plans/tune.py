@@ -137,6 +137,7 @@ class Tune:
                 raise
             found = self.result.found
             self._show("done")
+            show_on_node(f"Tune: done in {(time.monotonic() - self.started) / 60:.1f} min", self._node)
             held_out = range(len(self.prompts) - HELD_OUT, len(self.prompts))
             self._keep(confirmed=found.best is not None and set(held_out) <= found.best.looks.keys())
             if self.known_path is not None and found.complete:

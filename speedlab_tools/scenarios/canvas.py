@@ -226,7 +226,9 @@ def ui_to_api(ui: UiGraph) -> ApiGraph:
 VIEW_SCALE = 0.7
 TITLE_HEIGHT = 30
 SLOT_HEIGHT = 20
-WIDGET_HEIGHT = 27
+WIDGET_HEIGHT = 28
+CLASSIC_WIDGET_HEIGHT = 24
+LINE_HEIGHT = 8  # by which the Vue renderer's field of a text is taller than another widget
 CHIP_HEIGHT = 28  # the Vue renderer's row that says which pack a node is of
 TEXT_HEIGHT = 64
 SLOT_MIDDLE = 14
@@ -244,8 +246,12 @@ EXTRA: Mapping[str, tuple[int, int]] = {
     "SpeedLabTextEncode": (60, 50),
     "SpeedLabPromptQueue": (160, 100),
     "SpeedLabProfileReport": (220, 460),
-    "SpeedLabProfileSampler": (60, 270),
+    "SpeedLabProfileSampler": (60, 350),
+    "SpeedLabEnsembleSampler": (60, 350),
     "SpeedLabBenchmark": (220, 460),
+    "SpeedLabTune": (60, 340),
+    "SpeedLabCompareImages": (0, 70),
+    "SpeedLabCompareLatents": (0, 70),
 }
 
 
@@ -282,14 +288,19 @@ class Box:
 def node_size(node: Node) -> tuple[int, int]:
     """(width, height) in pixels of a node's body with room for what it shows."""
     known = node.signature
-    height = 6 + CHIP_HEIGHT + SLOT_HEIGHT * max(len(known.sockets), len(known.outputs), 1)
-    hides_some = any(entry.advanced for entry in known.widgets) and not _shows_advanced(node)
-    height += WIDGET_HEIGHT if hides_some else 0  # the Vue renderer's button that shows them
+    slots = SLOT_HEIGHT * max(len(known.sockets), len(known.outputs), 1)
+    height = 10 + CHIP_HEIGHT + slots
+    # The Vue renderer has a button that shows and hides them.
+    height += WIDGET_HEIGHT if any(entry.advanced for entry in known.widgets) else 0
     for entry in known.widgets:
-        if entry.advanced and hides_some:
+        if entry.advanced and not _shows_advanced(node):
             continue
         height += TEXT_HEIGHT if entry.multiline else WIDGET_HEIGHT
+        height += LINE_HEIGHT if entry.type == "STRING" and not entry.multiline else 0
         height += WIDGET_HEIGHT if entry.extra is not None else 0
+    # The classic renderer has room for hidden widgets too, which the other one keeps.
+    widgets = sum(1 if entry.extra is None else 2 for entry in known.widgets)
+    height = max(height, 14 + slots + CLASSIC_WIDGET_HEIGHT * widgets)
     more_width, more_height = EXTRA.get(node.class_type, (0, 0))
     return WIDTH + more_width, height + more_height
 

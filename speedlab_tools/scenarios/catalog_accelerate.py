@@ -97,15 +97,19 @@ def _few_steps(family: str, title: str, checkpoint: NeededFile, lora: NeededFile
     )  # fmt: skip
 
 
-# Published under one name for both families, "pytorch_lora_weights.safetensors": so fetched, neither would be found.
-_LCM_SD15 = NeededFile(
-    kind="lora", folder="models/loras", default="lcm-lora-sdv1-5.safetensors",
-    where="LCM-LoRA for SD 1.5, on Hugging Face as latent-consistency/lcm-lora-sdv1-5",
-)  # fmt: skip
-_LCM_SDXL = NeededFile(
-    kind="lora", folder="models/loras", default="lcm-lora-sdxl.safetensors",
-    where="LCM-LoRA for SDXL, on Hugging Face as latent-consistency/lcm-lora-sdxl",
-)  # fmt: skip
+_LCM_FILE = "pytorch_lora_weights.safetensors"  # published under this name for both families
+
+
+def _lcm(repository: str) -> NeededFile:
+    """An LCM LoRA, named as its repository is, so that both families' files can lie in one folder."""
+    return NeededFile(
+        kind="lora", folder="models/loras", default=f"{repository}.safetensors",
+        where=f"the LCM LoRA on Hugging Face as latent-consistency/{repository}. A browser saves it as `{_LCM_FILE}`: "
+        "rename it",
+        url=f"{HUGGING_FACE}/latent-consistency/{repository}/resolve/main/{_LCM_FILE}",
+    )  # fmt: skip
+
+
 CONTROLNET = NeededFile(
     kind="controlnet",
     folder="models/controlnet",
@@ -122,9 +126,9 @@ CONTROL_IMAGE = NeededFile(
 ACCELERATE_SCENARIOS = (
     _scenario(
         "sdxl-deepcache", "S1", "SDXL with DeepCache",
-        "Four prompts: stock, then DeepCache with interval 3 at branch 0, which caches most, and at higher branches, "
+        "One prompt: stock, then DeepCache with interval 3 at branch 0, which caches most, and at higher branches, "
         "which keep more of the image. Cached steps are marked in the report.",
-        S1_SETTINGS, (ALONE, _deepcache(0), _deepcache(2), _deepcache(4)),
+        replace(S1_SETTINGS, prompts=S1_SETTINGS.prompts[:1]), (ALONE, _deepcache(0), _deepcache(2), _deepcache(4)),
         Published("less than half the time; a higher branch looks better", RTX_3090),
     ),
     _scenario(
@@ -193,8 +197,8 @@ ACCELERATE_SCENARIOS = (
         ),
         build=with_control,
     ),
-    _few_steps("sd15", "SD 1.5 in few steps", CHECKPOINT_SD15, _LCM_SD15, 512),
-    _few_steps("sdxl", "SDXL in few steps", CHECKPOINT_SDXL, _LCM_SDXL, 1024),
+    _few_steps("sd15", "SD 1.5 in few steps", CHECKPOINT_SD15, _lcm("lcm-lora-sdv1-5"), 512),
+    _few_steps("sdxl", "SDXL in few steps", CHECKPOINT_SDXL, _lcm("lcm-lora-sdxl"), 1024),
     _scenario(
         "sd15-samplers", "S4", "Samplers and their steps",
         "One prompt by eight samplers, each with the number of steps that suits it: time and image.",

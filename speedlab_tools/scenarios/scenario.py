@@ -27,7 +27,8 @@ FAMILIES = ("sd15", "sdxl", "refiner")
 class NeededFile:
     """A model file. `kind` is what a substitution replaces, `default` the name in the shipped graph.
 
-    `url` is where its authors publish the very file under that name, "" where they do not.
+    `url` is where its authors publish the very file, "" where they do not. ComfyUI saves it as `default`, but a browser
+    that is told to fetch it keeps the address's name: `where` says so where that is another one.
     """
 
     kind: str

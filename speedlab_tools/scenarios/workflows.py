@@ -121,9 +121,20 @@ def ui_graph(scenario: Scenario) -> UiGraph:
     if scenario.id in _APPS:
         extra["linearData"] = _app(api, *_APPS[scenario.id])
     note = note_text(scenario)
-    return to_ui(
+    ui = to_ui(
         graph, name=scenario.id, note=note, note_title=scenario.title, extra=extra, models=models_of(scenario.files)
     )
+    if scenario.id in _APPS:
+        _tell_texts_apart(ui)
+    return ui
+
+
+def _tell_texts_apart(ui: UiGraph) -> None:
+    """Give each text the name of its node: an app shows the names of widgets alone."""
+    for node in ui["nodes"]:
+        for slot in node["inputs"]:
+            if node["type"] == "SpeedLabTextEncode" and "widget" in slot:
+                slot["label"] = node["title"]
 
 
 def _app(api: ApiGraph, widgets: Sequence[tuple[str, str]], shown: Sequence[str]) -> dict[str, object]:

@@ -18,9 +18,14 @@ from typing import Any
 
 import pytest
 
+from speedlab_tools.client.files import demo_drawn
 from speedlab_tools.host import ComfyServer, from_environment, pack_root
+from speedlab_tools.scenarios.drawn import CAPTIONS, CFG, CHECKPOINTS, side
 
-DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
+# Images for people show what the model that draws made.
+PICTURES = bool(os.environ.get("SPEEDLAB_PICTURES"))
+DEMO_CHECKPOINT = CHECKPOINTS["sd15"] if PICTURES else "speedlab_demo_sd15.safetensors"
+SIDE = side() if PICTURES else 64
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -132,7 +137,7 @@ class Canvas:
         """Save an image for people, where that was asked for; else only see that one can be taken."""
         picture = self.page.screenshot(clip=clip, timeout=60_000)
         assert picture[1:4] == b"PNG"
-        if pictures_wanted():
+        if PICTURES:
             save_png(picture, pack_root() / folder / f"{name}.png")
 
     def template_image(self, name: str) -> None:
@@ -145,7 +150,7 @@ class Canvas:
         taken = base64.b64decode(self.evaluate(_WHOLE_GRAPH).partition(",")[2])
         image = Image.open(io.BytesIO(taken)).convert("RGB")
         assert image.getextrema() != ((0, 0), (0, 0), (0, 0))
-        if pictures_wanted():
+        if PICTURES:
             image.thumbnail((900, 600))
             image.save(pack_root() / "workflows" / f"{name}.jpg", quality=80, optimize=True)
 
@@ -172,10 +177,6 @@ _WHOLE_GRAPH = """() => {
   view.setDirty(true, true);
   return data;
 }"""
-
-
-def pictures_wanted() -> bool:
-    return bool(os.environ.get("SPEEDLAB_PICTURES"))
 
 
 def save_png(data: bytes, path: Path) -> None:
@@ -261,7 +262,7 @@ def server(
         base = tmp_path_factory.mktemp(f"browser-{request.param}")
         folder = base / "models" / "checkpoints"
         folder.mkdir(parents=True)
-        (folder / DEMO_CHECKPOINT).symlink_to(demo_checkpoint)
+        (folder / DEMO_CHECKPOINT).symlink_to(demo_drawn()[0] if PICTURES else demo_checkpoint)
         extra = []
         if request.param == "newest":
             extra = ["--front-end-root", str(_frontends().newest_static(cache_dir.parent))]
@@ -310,6 +311,7 @@ def open_canvas(server: ComfyServer, context: Any) -> Iterator[Callable[..., Can
         # Nothing of an earlier test but the files of the frontend.
         known = {"origin": server.url, "storageTypes": "cookies,local_storage,indexeddb,cache_storage,service_workers"}
         context.new_cdp_session(page).send("Storage.clearDataForOrigin", known)
+        page.add_init_script("localStorage.vueNodesBannerDismissed = true")  # which lies over the top of ComfyUI
         canvas = Canvas(page, server.url, server.base / "output")
         canvases.append(canvas)
         page.on("console", lambda message: _note(canvas, message.type, message.text, message.location))
@@ -369,18 +371,21 @@ def workflows() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 def small(workflows: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     """The plain workflow with the demo checkpoint and small settings."""
 
-    def make(steps: int = 4, size: int = 64, seed: int = 1, text: str = "") -> dict[str, Any]:
+    def make(steps: int = 4, seed: int = 1, text: str = "") -> dict[str, Any]:
         workflow = json.loads(json.dumps(workflows["txt2img-default"][0]))
+        captions = iter((CAPTIONS[0], "") if PICTURES else ())
         for node in workflow["nodes"]:
             values = node.get("widgets_values")
             if node["type"] == "SpeedLabCheckpointLoader":
                 values[0] = DEMO_CHECKPOINT
             if node["type"] == "EmptyLatentImage":
-                values[:2] = [size, size]
+                values[:2] = [SIDE, SIDE]
             if node["type"] == "SpeedLabProfileSampler":
                 values[0], values[2] = seed, steps
-            if node["type"] == "SpeedLabTextEncode" and text:
-                values[0] = f"{text} {node['id']}"
+                if PICTURES:
+                    values[3:6] = CFG, "dpmpp_2m", "karras"
+            if node["type"] == "SpeedLabTextEncode" and (text or PICTURES):
+                values[0] = next(captions, f"{text} {node['id']}")
         return workflow
 
     return make

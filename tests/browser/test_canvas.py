@@ -12,7 +12,7 @@ from speedlab_tools.host import pack_root
 from speedlab_tools.scenarios.blueprints import BLUEPRINTS, blueprint_ui
 from speedlab_tools.scenarios.catalog import TEMPLATES
 
-from .conftest import screens, serious
+from .conftest import SIDE, screens, serious
 
 pytestmark = pytest.mark.browser
 
@@ -83,14 +83,15 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
 
 
 def test_a_model_that_is_missing_can_be_fetched(open_canvas, workflows):
-    """ComfyUI's own dialog names each file that the workflow's loaders want, and where it is published."""
+    """ComfyUI's own dialog names each file that the workflow's loaders want, and where it is published. One of these
+    two has another name there."""
     canvas = open_canvas()
     canvas.offer()
-    workflow, _ = workflows["sdxl-refiner-ensemble"]
-    canvas.drop(workflow, "refiner")
+    workflow, _ = workflows["sdxl-few-steps"]
+    canvas.drop(workflow, "few-steps")
     named = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
     models = {model["name"]: model["url"] for model in named}
-    assert len(models) == 2
+    assert len(models) == 2 and sum(url.endswith(name) for name, url in models.items()) == 1
     for name in models:
         # The canvas is no text of the page: this is the dialog's.
         canvas.page.wait_for_function("(name) => document.body.innerText.includes(name)", arg=name, timeout=20_000)
@@ -242,7 +243,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     compared.wait_for()
     assert compared.locator(".sl-chart").count() == 2
     pixels = "[...document.querySelectorAll('.sl-compare img')].map((one) => one.naturalWidth).join()"
-    canvas.page.wait_for_function(f"() => {pixels} === '64,64,64,64'")
+    canvas.page.wait_for_function(f"() => {pixels} === '{SIDE},{SIDE},{SIDE},{SIDE}'")
     slider, over = compared.get_by_label("A over B"), compared.locator(".sl-over img").nth(1)
     assert over.get_attribute("alt") == "A" and "50%" in over.get_attribute("style")
     slider.press("Home")
@@ -259,7 +260,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
     detail.wait_for()
     picture = detail.locator(".sl-pictures img").first
     picture.scroll_into_view_if_needed()
-    canvas.page.wait_for_function("() => document.querySelector('.sl-pictures img')?.naturalWidth === 64")
+    canvas.page.wait_for_function(f"() => document.querySelector('.sl-pictures img')?.naturalWidth === {SIDE}")
     canvas.shot("detail")
     assert canvas.evaluate(GAP) >= 4, "the arrow stands apart from the words"
     detail.locator("summary").click()
@@ -275,7 +276,7 @@ def test_a_run_is_shown_live_kept_listed_and_compared(open_canvas, small):
 
     canvas.page.locator(".sl-filter").fill("no such plan")
     canvas.page.wait_for_function("() => !document.querySelector('.sl-row')")
-    canvas.page.locator(".sl-filter").fill("64x64 stock")
+    canvas.page.locator(".sl-filter").fill(f"{SIDE}x{SIDE} stock")
     canvas.page.locator(f".sl-row[data-run='{first}']").wait_for()
 
     # What a run on a GPU sends: host times, which are no measured ones.

@@ -6,13 +6,17 @@ import json
 
 import pytest
 
+from speedlab_tools.host import pack_root
 from speedlab_tools.scenarios.blueprints import BLUEPRINTS, blueprint_ui
+from speedlab_tools.scenarios.drawn import CAPTIONS
 
-from .conftest import screens, serious
+from .conftest import DEMO_CHECKPOINT, PICTURES, SIDE, save_png, screens, serious
 
 pytestmark = pytest.mark.browser
-DEMO_CHECKPOINT = "speedlab_demo_sd15.safetensors"
 PALETTES = {False: "dark", True: "light"}
+# Settings with which the model that draws makes something of a caption.
+DRAWN = {"positive": CAPTIONS[0], "values_x": "4, 12", "values_y": "1, 3", "sampler_name": "dpmpp_2m",
+         "scheduler": "karras"} if PICTURES else {}  # fmt: skip
 
 # Nodes that reach out of the group that they begin in. Of the Vue renderer's the elements count.
 OUTSIDE = """() => {
@@ -83,8 +87,8 @@ def test_reports_and_benchmarks_are_tables_and_plots_that_keep_to_their_group(op
         if node["type"] == "SpeedLabCheckpointLoader":
             node["widgets_values"][0] = DEMO_CHECKPOINT
         if node["type"] == "SpeedLabBenchmark":
-            wanted = {"values_x": "1, 2", "axis_y": "cfg", "values_y": "1, 4", "width": 64, "height": 64, "batch": 1,
-                      "warmup": 0, "repeats": 1}  # fmt: skip
+            wanted = {"values_x": "1, 2", "axis_y": "cfg", "values_y": "1, 4", "width": SIDE, "height": SIDE, "batch": 1,
+                      "warmup": 0, "repeats": 1, **DRAWN}  # fmt: skip
             for name, value in wanted.items():
                 node["widgets_values"][names.index(name)] = value
     canvas.drop(small, "sweep")
@@ -99,6 +103,7 @@ def test_reports_and_benchmarks_are_tables_and_plots_that_keep_to_their_group(op
           const face = ({FACE})("SpeedLabBenchmark"), cells = (row) => [...row.children].map((one) => one.textContent);
           return {{
             first: face.firstElementChild.querySelector("img")?.className,
+            sheet: face.querySelector("img")?.src,
             head: cells(face.querySelector("thead tr")), rows: [...face.querySelectorAll("tbody tr")].map(cells),
             text: face.textContent, scrolls: face.scrollHeight > face.clientHeight,
             plots: face.querySelectorAll("svg.sl-graph").length,
@@ -110,6 +115,8 @@ def test_reports_and_benchmarks_are_tables_and_plots_that_keep_to_their_group(op
         }}"""
     )
     assert look["first"] == "sl-sheet", "the contact sheet is the first thing"
+    if PICTURES:
+        save_png(canvas.page.request.get(look["sheet"]).body(), pack_root() / "docs" / "images" / "sheet.png")
     assert look["head"][:3] == ["plan", "max VRAM", "time"] and len(look["rows"]) == 4
     assert "|" not in look["text"], "no Markdown"
     assert look["scrolls"] and look["plots"] >= 2 and look["points"] == 4 and look["type"] >= 10

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from speedlab_tools.contract import read_contract
+
+from .conftest import PICTURES
 
 pytestmark = pytest.mark.browser
 
@@ -89,7 +89,7 @@ def test_every_node_has_its_example_graph(open_canvas, request):
     for node_id in sorted(nodes):
         made = canvas.evaluate(EXAMPLE, node_id)
         assert made["unlinked"] == [], node_id
-        if not os.environ.get("SPEEDLAB_PICTURES"):
+        if not PICTURES:
             continue
         canvas.page.wait_for_timeout(350)
         canvas.shot(node_id, "js/docs/images", clip=made["clip"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import serious
+from .conftest import SIDE, serious
 
 pytestmark = pytest.mark.browser
 
@@ -216,7 +216,7 @@ def test_a_run_is_handed_on_opened_again_and_compared_below(open_canvas, small, 
     runs = open_sidebar(canvas)
     runs.press("ArrowDown")
     assert canvas.evaluate(FOCUS), "the row with the keyboard is marked"
-    page.wait_for_function(f"() => document.querySelector(`[data-run='{run}'] .sl-thumb`)?.naturalWidth === 64")
+    page.wait_for_function(f"() => document.querySelector(`[data-run='{run}'] .sl-thumb`)?.naturalWidth === {SIDE}")
     assert page.locator(f".sl-row[data-run='{made_up_id(0)}'] .sl-thumb").count() == 0, "it saved no image"
     page.locator(f".sl-row[data-run='{run}'] .sl-mark").click()
     page.locator(f".sl-row[data-run='{made_up_id(0)}'] .sl-mark").click()
@@ -237,7 +237,7 @@ def test_a_run_is_handed_on_opened_again_and_compared_below(open_canvas, small, 
     asked: list[str] = []
     alone.on("request", lambda request: asked.append(request.url))
     alone.goto(file.as_uri())
-    assert alone.evaluate("() => document.images[0].naturalWidth") == 64
+    assert alone.evaluate("() => document.images[0].naturalWidth") == SIDE
     assert [url for url in asked if not url.startswith(("data:", file.as_uri()))] == []
     assert alone.locator("rect").count() == 3 and alone.locator("polyline").count() == 1
     total = f"{record['phases_ms']['total']:.1f}"

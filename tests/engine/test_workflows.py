@@ -242,11 +242,16 @@ def test_addresses_are_those_of_the_repositories_that_the_notes_name():
         "v1-5-pruned-emaonly.safetensors",
         "control_v11p_sd15_canny_fp16.safetensors",
         "sdxl.vae.safetensors",
+        "lcm-lora-sdv1-5.safetensors",
+        "lcm-lora-sdxl.safetensors",
     }
     for entry in entries:
         if entry.url:
-            (repository,) = re.findall(r"on Hugging Face as ([\w.-]+/[\w.-]+)$", entry.where)
-            assert entry.url == f"https://huggingface.co/{repository}/resolve/main/{entry.default}"
+            ((repository, name),) = re.findall(
+                r"on Hugging Face as ([\w.-]+/[\w-]+(?:[.]\w+)*)(?:[.] A browser saves it as `([\w.]+)`: rename it)?$",
+                entry.where,
+            )
+            assert entry.url == f"https://huggingface.co/{repository}/resolve/main/{name or entry.default}"
 
 
 @every_scenario
