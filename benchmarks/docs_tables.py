@@ -9,7 +9,7 @@ A document marks what is made from results:
     <!-- end -->
     <!--figure:NAME-->1.7<!--/-->    one figure inside a sentence or a cell
 
-All of one device, DEVICE; of several files of a kind the newest counts. Standard library only.
+All of the devices in DEVICES; of several files of a kind the newest counts. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results")
-DEVICE = "amd-epyc"
-DEVICE_NAME = "AMD EPYC CPU"
+# What a file's name begins with, and what to call it.
+DEVICES = {"amd-epyc": "AMD EPYC CPU", "intel-r-xeon-r-processor": "Intel Xeon CPU with AMX"}
 
 _FILE = re.compile(r"(?P<device>.+?)(?:_torch(?P<torch>[^_]+))?_(?P<date>\d{4}-\d\d-\d\d)_(?P<kind>[^_]+)\.csv")
 _TABLE = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
@@ -48,14 +48,16 @@ class Results:
         self._rows: dict[Path, list[dict[str, str]]] = {}
 
     def newest(self, *kinds: str) -> Path:
-        """The newest file of DEVICE of these kinds. Raises DocsError where there is none."""
+        """The newest file of these kinds and of one of DEVICES. Raises DocsError where there is none."""
         found = []
         for path in self._folder.glob("*.csv"):
             parts = _FILE.fullmatch(path.name)
-            if parts and parts["device"] == DEVICE and parts["kind"] in kinds:
+            if parts and parts["device"] in DEVICES and parts["kind"] in kinds:
                 found.append((parts["date"], path.name, path))
         if not found:
-            raise DocsError(f"{self._folder} has no file of {DEVICE} that ends in _{' or _'.join(kinds)}.csv")
+            raise DocsError(
+                f"{self._folder} has no file of {' or '.join(DEVICES)} that ends in _{' or _'.join(kinds)}.csv"
+            )
         return max(found)[-1]
 
     def rows(self, *kinds: str) -> list[dict[str, str]]:
@@ -72,7 +74,8 @@ class Results:
         parts = _FILE.fullmatch(path.name)
         assert parts is not None
         torch = f", PyTorch {parts['torch']}" if parts["torch"] else ""
-        return f"Source: [{path.name}](../{RESULTS.as_posix()}/{path.name}) ({DEVICE_NAME}{torch}, {parts['date']})."
+        device = DEVICES[parts["device"]]
+        return f"Source: [{path.name}](../{RESULTS.as_posix()}/{path.name}) ({device}{torch}, {parts['date']})."
 
     def figure(self, kind: str, name: str) -> float | None:
         """What a table of figures (`figure,measured,...`) holds under that name, or None."""
@@ -355,13 +358,17 @@ def _quality(mixture: str) -> Callable[[Results], list[str]]:
 
 def _plain_error(rows: Sequence[Row], evaluations: float, cost: str = "evaluations") -> float:
     """The median error of that many plain steps, between two counts on the line of the logarithm; 0 for all steps."""
-    known = sorted((float(row[cost]), float(row["error_median"])) for row in rows if row["way"] == "fewer steps")
+    known = sorted((float(row[cost]), float(row["error_median"])) for row in rows if _is_plain(row))
     below, above = [p for p in known if p[0] <= evaluations], [p for p in known if p[0] >= evaluations]
     if not below or not above:
         return 0.0 if not above else above[0][1]
     (low, first), (high, last) = below[-1], above[0]
     share = (evaluations - low) / (high - low) if high > low else 0.0
     return float(first ** (1.0 - share) * last**share)
+
+
+def _is_plain(row: Row) -> bool:
+    return row["way"] == "fewer steps" and not row["dynamic_cfg"]
 
 
 def quality_with_dynamic_cfg(results: Results) -> list[str]:
@@ -401,8 +408,7 @@ def quality_drawn(results: Results) -> list[str]:
     cases = list(dict.fromkeys((row["kind"], *(row[name] for name in _CASES)) for row in found))
     rows = []
     for way in dict.fromkeys((row["way"], row["setting"], row["dynamic_cfg"]) for row in found):
-        name = " ".join(way[:2]).strip() + (f" + Dynamic CFG {way[2]}" if way[2] else "")
-        cells = [name]
+        cells = [_way_name(way)]
         for case in cases:
             here = [row for row in found if (row["kind"], *(row[name] for name in _CASES)) == case]
             mine = [row for row in here if (row["way"], row["setting"], row["dynamic_cfg"]) == way]
@@ -418,6 +424,51 @@ def _cell_of(mine: Row, whole: Row, here: Sequence[Row]) -> str:
     times = f", {missed / plain:.2f}" if plain and mine["way"] != "fewer steps" else ""
     share = float(mine["cpu_s"]) / float(whole["cpu_s"])
     return f"{missed:.4f} at {share:.0%}{times}; {float(mine['attributes']):.1%}"
+
+
+_RIVALS = ("fewer steps", "EasyCache", "LazyCache", "Spectrum's scheme")
+
+
+def quality_drawn_equal(results: Results) -> list[str]:
+    """Errors of DeepCache and Forecast over those of each rival with as much time, at the best setting that it has."""
+    found = [row for row in results.rows("quality-drawn") if not row["refused"]]
+    cases = list(dict.fromkeys((row["kind"], *(row[name] for name in _CASES)) for row in found))
+    ways = [row for row in found if row["way"].startswith(("DeepCache", "Forecast"))]
+    rows = []
+    for way in dict.fromkeys((row["way"], row["setting"], row["dynamic_cfg"]) for row in ways):
+        cells = [_way_name(way)]
+        for case in cases:
+            here = [row for row in found if (row["kind"], *(row[name] for name in _CASES)) == case]
+            mine = next(row for row in here if (row["way"], row["setting"], row["dynamic_cfg"]) == way)
+            missed, cost = float(mine["error_median"]), float(mine["cpu_s"])
+            # With noise of its own a run of fewer steps is another image.
+            rivals = _RIVALS if case[0] == "ODE" else _RIVALS[1:]
+            theirs = [_front_error(here, rival, way[2], cost) for rival in rivals]
+            cells.append(" / ".join("-" if error is None else f"{missed / error:.2f}" for error in theirs))
+        rows.append(cells)
+    head = ["", *(f"{sampler}, {scheduler}, {steps} steps" for _, sampler, scheduler, steps in cases)]
+    return [*table(head, rows), "", results.source("quality-drawn")]
+
+
+def _way_name(way: Sequence[str]) -> str:
+    return " ".join(way[:2]).strip() + (f" + Dynamic CFG {way[2]}" if way[2] else "")
+
+
+def _front_error(rows: Sequence[Row], way: str, guidance: str, cost: float) -> float | None:
+    """The error of a way with that much time, between two of its settings on the line of the logarithm; with Dynamic
+    CFG too where `guidance` says so. None where all its settings take more, or all take less."""
+    known = sorted(
+        (float(row["cpu_s"]), float(row["error_median"]))
+        for row in rows
+        if row["way"] == way and row["dynamic_cfg"] in ("", guidance)
+    )
+    front = [point for n, point in enumerate(known) if all(point[1] < before[1] for before in known[:n])]
+    below, above = [p for p in front if p[0] <= cost], [p for p in front if p[0] > cost]
+    if not below or not above:
+        return None
+    (low, first), (high, last) = below[-1], above[0]
+    share = (cost - low) / (high - low)
+    return float(first ** (1.0 - share) * max(last, 1e-6) ** share)
 
 
 def drawn_behaviour(results: Results) -> list[str]:
@@ -450,6 +501,7 @@ TABLES: Mapping[str, Callable[[Results], list[str]]] = {
     "quality-overlapping": _quality("overlapping"),
     "quality-dynamic-cfg": quality_with_dynamic_cfg,
     "quality-drawn": _when_measured("quality-drawn", quality_drawn),
+    "quality-drawn-equal": _when_measured("quality-drawn", quality_drawn_equal),
     "drawn-behaviour": _when_measured("drawn-behaviour", drawn_behaviour),
     "stress-input": stress_input,
     "stress-faults": stress_faults,

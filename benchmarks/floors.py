@@ -69,18 +69,24 @@ def plans_of(lines: Sequence[dict[str, Any]]) -> list[Plan]:
 
 
 def floor_of(plans: Sequence[Plan], loss: tuple[float, float]) -> dict[str, float] | None:
-    """The largest distance within the loss, with SSIM and PSNR of the plans inside it; None where there is none."""
+    """The largest distance within the loss, with SSIM and PSNR of the plans inside it; None where it is not measured.
+
+    Where all plans are within the loss, the limit lies beyond them.
+    """
     mean, most = loss
-    for count in range(len(plans), LEAST_PLANS - 1, -1):
-        inside = plans[:count]
-        lost = sorted(plan.lost for plan in inside)
-        if statistics.fmean(lost) <= mean and _worst_tenth(lost) <= most:
-            return {
-                "latent": _two_digits(inside[-1].latent),
-                "ssim": round(1.0 - _worst_tenth(sorted(1.0 - plan.ssim for plan in inside)), 2),
-                "psnr": round(-10.0 * math.log10(_worst_tenth(sorted(plan.mse for plan in inside)))),
-            }
-    return None
+    lost = [plan.lost for plan in plans]
+    held = [
+        count for count in range(LEAST_PLANS, len(plans) + 1)
+        if statistics.fmean(lost[:count]) <= mean and _worst_tenth(sorted(lost[:count])) <= most
+    ]  # fmt: skip
+    if not held or held[-1] == len(plans):
+        return None
+    inside = plans[: held[-1]]
+    return {
+        "latent": _two_digits(inside[-1].latent),
+        "ssim": round(1.0 - _worst_tenth(sorted(1.0 - plan.ssim for plan in inside)), 2),
+        "psnr": round(-10.0 * math.log10(_worst_tenth(sorted(plan.mse for plan in inside)))),
+    }
 
 
 def _worst_tenth(ordered: Sequence[float]) -> float:

@@ -29,6 +29,7 @@ from typing import Any
 import inprocess
 import quality_drawn
 
+from speedlab.measure.environment import cpu_name
 from speedlab_tools.drawn_files import FACTORS
 from speedlab_tools.host import cache_root
 
@@ -167,6 +168,8 @@ def ways() -> list[tuple[str, str, Patch]]:
     small = {"mix": 0.4, "growth": 0.5, "degree": 3, "ridge": 1.0, "warm_up": 4, "stop": 0.9}
     found.append(("Spectrum's scheme", "published", lambda model: Spectrum(mix=0.5).attach(model)))
     found.append(("Spectrum's scheme", "as in sd.cpp", lambda model: Spectrum(**small).attach(model)))
+    # As slow as Forecast: what it does with the time that the others leave.
+    found.append(("Spectrum's scheme", "warm-up 8", lambda model: Spectrum(**{**small, "warm_up": 8}).attach(model)))
     return found
 
 
@@ -174,13 +177,16 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", choices=("oracle", "drawn"), default="oracle")
     options.add_argument("--quick", action="store_true", help="drawn: a few images of one setting of each way")
+    options.add_argument("--samplers", type=int, help="drawn: so many samplers of each kind (all, quick 1)")
+    options.add_argument("--side", type=int, help="drawn: pixels of an image's side (as the model was trained)")
     options.add_argument("--behaviour", action="store_true", help="drawn: only steps, CFG and DeepCache's interval")
     options.add_argument("--seeds", type=int, help="images of each row (16, quick 4)")
     options.add_argument("--factors", type=Path, default=FACTORS["sd15"], help="drawn: the packed weights")
     options.add_argument("--work", type=Path, default=cache_root() / "quality-drawn", help="drawn: what is kept")
-    options.add_argument("--device", default="amd-epyc", help="the name of this machine in the file's name")
+    options.add_argument("--device", help="the name of this machine in the file's name (its CPU's)")
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = options.parse_args()
+    args.device = args.device or cpu_name()
     with tempfile.TemporaryDirectory() as folder:
         inprocess.start(Path(folder))
         logging.disable(logging.INFO)

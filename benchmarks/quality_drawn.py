@@ -2,8 +2,9 @@
 
 Each image has a held-out caption and a seed of its own, and is compared with the same sampler's image of all steps:
 latent error, PSNR, SSIM, and how much of the caption both show. What was measured is kept image by image in --work, so
-that an interrupted call goes on. Writes `quality-drawn` (a row a way), `drawn-behaviour` (steps, CFG, DeepCache's
-interval) and a plot into benchmarks/results; benchmarks/floors.py sets Tune's limits from what was kept.
+that an interrupted call goes on; every way makes its first image before the second ones, so that a drift of the machine
+hits all alike. Writes `quality-drawn` (a row a way) and a plot into benchmarks/results, with --behaviour
+`drawn-behaviour` (steps, CFG, DeepCache's interval); benchmarks/floors.py sets Tune's limits from what was kept.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CASES = {
     "SDE": (("euler_ancestral", "karras", 20), ("dpmpp_2m_sde", "karras", 25)),
 }
 FEWER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# Of each way one setting also goes with Dynamic CFG.
+# These settings also go with Dynamic CFG.
 GUIDED = {
     ("all steps", ""), ("DeepCache", "uniform 3"), ("DeepCache", "adaptive 0.02"), ("DeepCache", "extrapolate 3"),
     ("Forecast, adaptive", "0.02"), ("Forecast, fixed", "max_skip 2"), ("copy", "1 in 2"), ("EasyCache", "0.1"),
@@ -40,9 +41,28 @@ GUIDED = {
 }  # fmt: skip
 # The interval of sigmas is that of Kynkaanniemi et al. for their latent models.
 GUIDANCES = {"stop_at 0.75": {"stop_at": 0.75}, "window": {"stop_at": 1.0, "sigma_low": 0.28, "sigma_high": 5.42}}
-COLUMNS = ["kind", "sampler", "scheduler", "steps", "way", "setting", "dynamic_cfg", "evaluations", "rows", "cpu_s",
-           "error_median", "error_worst", "psnr_median", "ssim_median", "attributes", "attributes_worst", "images",
-           "refused", "torch", "date"]  # fmt: skip
+GUIDED_STEPS = "stop_at 0.75"  # beside fewer plain steps
+# What a quick call leaves of these, and of Dynamic CFG: the window of all steps alone.
+QUICK = {
+    ("Forecast, adaptive", "0.02"), ("Forecast, adaptive", "0.05"), ("Forecast, fixed", "max_skip 2"),
+    ("copy", "1 in 2"), ("EasyCache", "0.1"), ("EasyCache", "0.2"), ("LazyCache", "0.1"),
+    ("Spectrum's scheme", "as in sd.cpp"), ("Spectrum's scheme", "warm-up 8"), ("DeepCache", "uniform 2"),
+    ("DeepCache", "uniform 3"), ("DeepCache", "uniform 5"), ("DeepCache", "adaptive 0.02"),
+    ("DeepCache", "adaptive 0.05"), ("DeepCache", "extrapolate 3"), ("DeepCache", "extrapolate 5"),
+}  # fmt: skip
+# Where an image of other steps is another one, less can be compared.
+QUICK_SDE = {
+    ("Forecast, adaptive", "0.02"), ("Forecast, fixed", "max_skip 2"), ("EasyCache", "0.1"),
+    ("Spectrum's scheme", "as in sd.cpp"), ("DeepCache", "uniform 3"), ("DeepCache", "adaptive 0.05"),
+    ("DeepCache", "extrapolate 3"),
+}  # fmt: skip
+QUICK_GUIDED = {
+    ("all steps", ""), ("DeepCache", "uniform 3"), ("DeepCache", "extrapolate 3"), ("Forecast, adaptive", "0.02"),
+}  # fmt: skip
+QUICK_FEWER = {"ODE": (0.4, 0.55, 0.7, 0.85), "SDE": (0.55,)}
+COLUMNS = ["side", "kind", "sampler", "scheduler", "steps", "way", "setting", "dynamic_cfg", "evaluations", "rows",
+           "cpu_s", "error_median", "error_worst", "psnr_median", "ssim_median", "attributes", "attributes_worst",
+           "images", "refused", "torch", "date"]  # fmt: skip
 BEHAVIOUR = ["axis", "value", "attributes", "attributes_worst", "error_median", "clipped", "cpu_s", "images",
              "published", "torch", "date"]  # fmt: skip
 STEPS = (2, 3, 4, 6, 8, 12, 16, 20, 25, 30, 50)
@@ -103,8 +123,9 @@ class Model:
         return picture, score.right, score.asked, float(((picture < 0.004) | (picture > 0.996)).float().mean())
 
 
-def load(factors: Path, images: int, work: Path) -> Model:
-    """Build and load the model. Weights are held as they are computed with: a cast a step would count as its time."""
+def load(factors: Path, images: int, work: Path, side: int | None) -> Model:
+    """Build and load the model, for images of `side` pixels (as it was trained), with its layers as it was trained: two
+    thin matrices each, with which the same image takes a third of the time."""
     import torch
 
     from speedlab_tools.scenarios.drawn import CFG
@@ -114,17 +135,33 @@ def load(factors: Path, images: int, work: Path) -> Model:
     checkpoint = packed.write_drawn(work / "models", factors)[0]
     sd = importlib.import_module("comfy.sd")
     patcher, clip, vae = sd.load_checkpoint_guess_config(str(checkpoint), model_options={"dtype": torch.float32})[:3]
+    thin_layers(patcher.model.diffusion_model, packed.unpack(packed.load_packed(factors)[0])[0])
     pairs = scenes(0, images, held_out=True)
     encode = importlib.import_module("nodes").CLIPTextEncode().encode
     positive = [encode(clip, text)[0] for _, text in pairs]
-    side = int(packed.load_packed(factors)[1]["side"])
+    side = side or int(packed.load_packed(factors)[1]["side"])
     made = Model(patcher, vae, [scene for scene, _ in pairs], positive, encode(clip, "")[0], side, CFG)
     patcher.model.diffusion_model.middle_block[0].register_forward_pre_hook(made.count)
     return made
 
 
-def with_deepcache(ways: list[Way], quick: bool) -> list[Way]:
-    """The oracle's ways, and DeepCache; of a quick call one setting each."""
+def thin_layers(network: Any, weights: dict[str, Any]) -> None:
+    """Put two thin layers in place of every large one, as the trainer has them."""
+    from speedlab_tools.synthetic.train.net import Factored
+
+    for name in [name.removesuffix(".first") for name in weights if name.endswith(".first")]:
+        large = network.get_submodule(name)
+        first, second = weights[f"{name}.first"], weights[f"{name}.second"]
+        stride = getattr(large, "stride", (1,))[0]
+        thin = Factored((len(second), *first.shape[1:]), len(first), large.bias is not None, stride)
+        thin.first.data, thin.second.data = first, second
+        if large.bias is not None:
+            thin.bias.data = large.bias.data
+        network.set_submodule(name, thin)
+
+
+def with_deepcache(ways: list[Way], kind: str, quick: bool) -> list[Way]:
+    """The oracle's ways, and DeepCache; of a quick call a part of the settings."""
     deepcache = importlib.import_module("speedlab.techniques.deepcache.attach")
 
     def cached(**options: Any) -> Patch:
@@ -136,7 +173,8 @@ def with_deepcache(ways: list[Way], quick: bool) -> list[Way]:
         ("DeepCache", f"adaptive {t:g}", cached(interval=5, schedule="adaptive", tolerance=t)) for t in (0.02, 0.05)
     ]
     found += [("DeepCache", f"extrapolate {n}", cached(interval=n, features="extrapolate")) for n in (2, 3, 5)]
-    return [way for way in found if way[:2] in GUIDED] if quick else found
+    kept = QUICK if kind == "ODE" else QUICK_SDE
+    return [way for way in found if way[:2] in kept] if quick else found
 
 
 def guided(options: dict[str, float], patch: Patch) -> Patch:
@@ -166,6 +204,18 @@ class Kept:
         return self.known[name]
 
 
+@dataclass(frozen=True)
+class Made:
+    """An image: its attributes that are right and asked for, its CPU time, and whole evaluations with their rows."""
+
+    latent: Any
+    picture: Any
+    right: int
+    asked: int
+    seconds: float
+    counts: dict[str, int]
+
+
 @dataclass
 class Case:
     """A sampler with the latents and pictures of all steps, an image each, made when they are first needed."""
@@ -177,31 +227,33 @@ class Case:
     scheduler: str
     steps: int
     images: int
-    references: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    references: dict[int, Made] = field(default_factory=dict)
 
-    def reference(self, image: int) -> tuple[Any, Any]:
+    def make(self, patch: Patch, image: int, steps: int) -> Made:
+        started = time.process_time()
+        latent = self.model.sample(patch, image, self.sampler, self.scheduler, steps)
+        seconds = time.process_time() - started
+        return Made(latent, *self.model.seen(latent, image)[:3], seconds, dict(self.model.counts))
+
+    def reference(self, image: int) -> Made:
         if image not in self.references:
-            latent = self.model.sample(_same, image, self.sampler, self.scheduler, self.steps)
-            self.references[image] = latent, self.model.seen(latent, image)[0]
+            self.references[image] = self.make(_same, image, self.steps)
         return self.references[image]
 
     def measured(self, patch: Patch, image: int, steps: int) -> dict[str, Any]:
         from speedlab.common.errors import SpeedLabError
         from speedlab.measure.compare import compare_images, compare_latents
 
-        reference, picture = self.reference(image)
-        started = time.process_time()
+        reference = self.reference(image)
         try:
-            latent = self.model.sample(patch, image, self.sampler, self.scheduler, steps)
+            mine = reference if patch is _same and steps == self.steps else self.make(patch, image, steps)
         except SpeedLabError as error:
             return {"refused": str(error)}
-        seconds = time.process_time() - started
-        counts = dict(self.model.counts)
-        mine, right, asked, _ = self.model.seen(latent, image)
-        apart = compare_images(mine, picture)
+        apart = compare_images(mine.picture, reference.picture)
         return {
-            "cpu_s": round(seconds, 3), **counts, "latent": compare_latents(latent, reference).relative_error,
-            "psnr": min(apart.psnr, 200.0), "ssim": apart.ssim, "right": right, "asked": asked,
+            "cpu_s": round(mine.seconds, 3), **mine.counts,
+            "latent": compare_latents(mine.latent, reference.latent).relative_error, "psnr": min(apart.psnr, 200.0),
+            "ssim": apart.ssim, "right": mine.right, "asked": mine.asked,
         }  # fmt: skip
 
     def row(self, way: str, setting: str, patch: Patch, steps: int, guidance: str = "") -> dict[str, Any]:
@@ -212,13 +264,11 @@ class Case:
         ]
         row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
         row |= {
-            "kind": self.kind, "sampler": self.sampler, "scheduler": self.scheduler, "steps": self.steps, "way": way,
-            "setting": setting, "dynamic_cfg": guidance, "images": len(found),
+            "side": self.model.side, "kind": self.kind, "sampler": self.sampler, "scheduler": self.scheduler,
+            "steps": self.steps, "way": way, "setting": setting, "dynamic_cfg": guidance, "images": len(found),
         }  # fmt: skip
         refused = [one["refused"] for one in found if "refused" in one]
-        row |= {"refused": refused[0]} if refused else _summary(found)
-        print(*row.values(), flush=True)
-        return row
+        return row | ({"refused": refused[0]} if refused else _summary(found))
 
 
 def _summary(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -241,21 +291,27 @@ def _same(model: Any) -> Any:
     return model
 
 
-def measure(model: Model, kept: Kept, images: int, quick: bool, ways: list[Way]) -> Iterator[dict[str, Any]]:
-    """A row of each way for each sampler."""
+def measure(
+    model: Model, kept: Kept, images: int, quick: bool, samplers: int | None, ways: list[Way]
+) -> Iterator[dict[str, Any]]:
+    """A row of each way for the first `samplers` of each kind."""
     for kind, cases in CASES.items():
-        for sampler, scheduler, steps in cases[:1] if quick else cases:
+        for sampler, scheduler, steps in cases[:samplers]:
             case = Case(model, kept, kind, sampler, scheduler, steps, images)
             yield case.row("all steps", "", _same, steps)
-            counts = sorted({max(round(share * steps), 1) for share in (FEWER[1::2] if quick else FEWER)})
-            for count in counts:
+            counts = sorted({max(round(share * steps), 1) for share in (QUICK_FEWER[kind] if quick else FEWER)})
+            for number, count in enumerate(counts):
                 yield case.row("fewer steps", str(count), _same, count)
-            for way, setting, patch in [("all steps", "", _same), *with_deepcache(ways, quick)]:
+                if not quick or (kind == "ODE" and number % 2 == 0):
+                    late = guided(GUIDANCES[GUIDED_STEPS], _same)
+                    yield case.row("fewer steps", str(count), late, count, GUIDED_STEPS)
+            for way, setting, patch in [("all steps", "", _same), *with_deepcache(ways, kind, quick)]:
                 if way != "all steps":
                     yield case.row(way, setting, patch, steps)
-                if (way, setting) in GUIDED:
+                if (way, setting) in (QUICK_GUIDED if quick else GUIDED):
                     for name, options in GUIDANCES.items():
-                        yield case.row(way, setting, guided(options, patch), steps, name)
+                        if not quick or (kind == "ODE" and (name == GUIDED_STEPS or way == "all steps")):
+                            yield case.row(way, setting, guided(options, patch), steps, name)
 
 
 def behaviour(model: Model, kept: Kept, images: int, quick: bool) -> Iterator[dict[str, Any]]:
@@ -305,9 +361,9 @@ def behaviour(model: Model, kept: Kept, images: int, quick: bool) -> Iterator[di
             yield row
 
 
-def work_of(folder: Path, checkpoint: str) -> Path:
-    """Where the images of these weights are kept."""
-    return folder / hashlib.sha256(checkpoint.encode()).hexdigest()[:12]
+def work_of(folder: Path, checkpoint: str, side: int) -> Path:
+    """Where the images of these weights in this size are kept."""
+    return folder / f"{hashlib.sha256(checkpoint.encode()).hexdigest()[:12]}-{side}"
 
 
 def main(args: argparse.Namespace, ways: list[Way]) -> None:
@@ -316,26 +372,27 @@ def main(args: argparse.Namespace, ways: list[Way]) -> None:
     from speedlab_tools.synthetic.drawn import packed
 
     about = packed.load_packed(args.factors)[1]
-    images = args.seeds or (4 if args.quick else 16)
-    work = work_of(args.work, about["checkpoint"])
+    count = args.seeds or (4 if args.quick else 16)
+    work = work_of(args.work, about["checkpoint"], args.side or int(about["side"]))
     with inference():
-        model, kept = load(args.factors, images, work), Kept(work / "images.jsonl")
-        found = [] if args.behaviour else list(measure(model, kept, images, args.quick, ways))
-        seen = list(behaviour(model, kept, images, args.quick))
+        model, kept = load(args.factors, count, work, args.side), Kept(work / "images.jsonl")
+        if args.behaviour:
+            kind, columns, rows = "drawn-behaviour", BEHAVIOUR, list(behaviour(model, kept, count, args.quick))
+        else:
+            samplers = args.samplers or (1 if args.quick else None)
+            for images in range(1, count + 1):
+                rows = list(measure(model, kept, images, args.quick, samplers, ways))
+                print(f"image {images} of {count}", flush=True)
+            kind, columns = "quality-drawn", COLUMNS
     date = datetime.date.today().isoformat()
-    more = {"torch": torch.__version__, "date": date}
-    tables = ("quality-drawn", COLUMNS, found), ("drawn-behaviour", BEHAVIOUR, seen)
-    for kind, columns, rows in tables[1:] if args.behaviour else tables:
-        path = args.results / inprocess.result_name(kind, args.device, torch.__version__, date)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows({**row, **more} for row in rows)
-        print(path)
-    if args.behaviour:
-        return
-    plot = args.results / inprocess.result_name("quality-drawn", args.device, torch.__version__, date)
-    draw(found, plot.with_suffix(".png"))
+    path = args.results / inprocess.result_name(kind, args.device, torch.__version__, date)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({**row, "torch": torch.__version__, "date": date} for row in rows)
+    print(path)
+    if not args.behaviour:
+        draw(rows, path.with_suffix(".png"))
 
 
 @contextmanager

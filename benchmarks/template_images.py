@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.docs_tables import DEVICE_NAME, RESULTS, ROOT, Results
+from benchmarks.docs_tables import DEVICES, RESULTS, ROOT, Results
 from speedlab_tools.scenarios.catalog import TEMPLATES
 
 BACKGROUND, TEXT, FAINT, BAR, BASE = "#202225", "#f2f2f2", "#9aa0a6", "#4a8de0", "#8a94a0"
@@ -49,7 +49,8 @@ class Part:
 
 
 def _source(results: Results, kind: str, model: str) -> str:
-    return f"{DEVICE_NAME}, {model}; {results.newest(kind).name}"
+    name = results.newest(kind).name
+    return f"{DEVICES[name.partition('_')[0]]}, {model}; {name}"
 
 
 def _times(results: Results, title: str, kind: str, model: str, base: str, figures: Mapping[str, str]) -> Chart:

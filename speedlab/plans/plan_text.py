@@ -27,11 +27,11 @@ MAIN_OPTION: Mapping[str, str] = {
     "weights": "precision",
 }
 _EXACT = "attention(auto)+precision(linear=auto,memory=auto,convolution=auto)"
-# Accelerate's presets. README, help pages and the node show these very lines.
+# Accelerate's presets, each on the front of docs/quality.md. README, help pages and the node show these very lines.
 PRESETS: Mapping[str, str] = {
     "exact": _EXACT,
-    "balanced": f"{_EXACT}+forecast(0.02)+dynamic_cfg(0.75)",
-    "fast": f"{_EXACT}+deepcache(3)+dynamic_cfg(0.75)+tiny",
+    "balanced": f"{_EXACT}+forecast(0.02)",
+    "fast": f"{_EXACT}+deepcache(3,features=extrapolate)+dynamic_cfg(0.75)+tiny",
 }
 
 

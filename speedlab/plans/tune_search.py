@@ -20,6 +20,8 @@ from .tune_space import Candidate
 # A stack is tried although its predicted distance is so many times the floor.
 _SLACK = 1.6
 _FINALISTS = 4
+# One image tells a distance roughly: a plan whose first one is so many times the floor away gets another one.
+_NEAR = 1.15
 # Ways that differ by rounding are all timed where their predictions are so many times the fastest one's at most.
 _ALIKE = 1.1
 # So many of the last images tell how fast the machine is now.
@@ -317,7 +319,7 @@ class Search:
 
     def _rounds(self, passing: Sequence[Tried], confirmed: list[Tried]) -> None:
         """More prompts for fewer candidates, then the held-out seeds for the fastest that are left."""
-        alive = list(passing[:_FINALISTS])
+        alive = [*self._near(passing), *passing[:_FINALISTS]]
         for prompt in range(1, self.prompts):
             for one in alive:
                 self._look(one, prompt)
@@ -332,6 +334,16 @@ class Search:
             for other in self.alike.get(one.candidate.lossy, ()):
                 if other.predicted <= one.predicted * _ALIKE:
                     self._confirm(other, confirmed)
+
+    def _near(self, passing: Sequence[Tried]) -> list[Tried]:
+        """The fastest that just miss the floor and would be faster than all that hold it."""
+        fastest = self.corrected_s(passing[0]) if passing else math.inf
+        missing = [
+            one for one in self.tried
+            if one.looks and one.why is None and not holds(one.mean, self.floor)
+            and holds(one.mean, self.floor, _NEAR) and self.corrected_s(one) < fastest
+        ]  # fmt: skip
+        return sorted(missing, key=self.corrected_s)[: _FINALISTS // 2]
 
     def _confirm(self, one: Tried, confirmed: list[Tried]) -> bool:
         held_out = range(self.prompts, self.prompts + self.held_out)

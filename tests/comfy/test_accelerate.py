@@ -19,8 +19,8 @@ EXACT = [("SpeedLabAttention", ("auto",)), ("SpeedLabPrecision", (*("keep",) * 5
 CFG = ("SpeedLabDynamicCFG", ("fixed", 0.75, 0.99))
 BY_HAND: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
     "exact": EXACT,
-    "balanced": [*EXACT, ("SpeedLabForecast", ("adaptive", 0.02, 3, 0.0, 1.0)), CFG],
-    "fast": [*EXACT, ("SpeedLabDeepCache", (3, 0, 0.0, 1.0, "uniform")), CFG],
+    "balanced": [*EXACT, ("SpeedLabForecast", ("adaptive", 0.02, 3, 0.0, 1.0))],
+    "fast": [*EXACT, ("SpeedLabDeepCache", (3, 0, 0.0, 1.0, "uniform", 15, 1.4, "extrapolate")), CFG],
     "custom": [("SpeedLabAttention", ("split",)), ("SpeedLabDeepCache", (2, 1, 0.0, 1.0, "uniform"))],
     "tuned": [("SpeedLabForecast", ("fixed", 0.02, 2, 0.0, 1.0))],
 }

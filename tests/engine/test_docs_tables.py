@@ -90,12 +90,23 @@ def test_a_newer_result_changes_the_documents(copy, capsys):
     (old,) = (copy / docs_tables.RESULTS).glob("*_fleet.csv")
     new = old.with_name(old.name.replace("2026-11-22", "2027-01-01"))
     new.write_text(old.read_text(encoding="utf-8").replace("32.106", "33.206"), encoding="utf-8")
-    old.with_name(old.name.replace(docs_tables.DEVICE, "another-cpu").replace("2026", "2030")).write_text("x\n")
+    old.with_name(old.name.replace("amd-epyc", "another-cpu").replace("2026", "2030")).write_text("x\n")
     assert check(copy, "--check") == 1
     assert "docs/fleet.md: table fleet" in capsys.readouterr().out
     assert check(copy) == 0
     text = (copy / "docs" / "fleet.md").read_text(encoding="utf-8")
     assert "| 33.2 |" in text and new.name in text
+
+
+def test_errors_at_equal_time_are_those_of_the_best_settings():
+    points = [("EasyCache", "", 1.0, 0.4), ("EasyCache", "", 4.0, 0.1), ("EasyCache", "", 3.0, 0.9),
+              ("EasyCache", "stop_at 0.75", 2.0, 0.1), ("copy", "", 2.5, 0.01)]  # fmt: skip
+    names = ("way", "dynamic_cfg", "cpu_s", "error_median")
+    rows = [dict(zip(names, map(str, point), strict=True)) for point in points]
+    front = docs_tables._front_error
+    assert front(rows, "EasyCache", "", 2.5) == pytest.approx(0.2)
+    assert front(rows, "EasyCache", "stop_at 0.75", 1.5) == pytest.approx(0.2)
+    assert front(rows, "EasyCache", "", 0.9) is None and front(rows, "EasyCache", "", 5.0) is None
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def test_a_floor_ends_where_attributes_are_lost(floors: ModuleType) -> None:
     assert (close["latent"], similar["latent"]) == (0.16, 0.21)
     assert similar["ssim"] < close["ssim"] < 1 and similar["psnr"] <= close["psnr"]
     assert floors.floor_of(plans[-8:], (0.01, 0.03)) is None
+    assert floors.floor_of(plans[:10], (0.01, 0.03)) is None  # none of them loses anything
 
 
 def test_the_help_pages_tell_the_limits(floors: ModuleType) -> None:

@@ -221,6 +221,22 @@ def test_a_winner_that_fails_on_the_held_out_seeds_makes_room_for_the_next() -> 
     assert {2, 3} <= found.best.looks.keys()
 
 
+def test_a_plan_whose_first_image_just_misses_the_floor_gets_another() -> None:
+    world = World(8)
+    fast = Candidate("", "deepcache(5)", steps=20)
+    world.candidates = [Candidate("", steps=20), Candidate("", "deepcache(2)", steps=20), fast]
+
+    def swinging(one: Candidate, prompt: int) -> Look:
+        look = world.look(one, prompt)
+        errors = {"": 0.0, "deepcache(2)": 0.05, "deepcache(5)": 0.08 if prompt else 0.11}
+        return Look(look.seconds, errors[one.skip], 1.0, 60.0)
+
+    found = world.search(Floor(0.1), 1e6, swinging).find()
+    assert found.best is not None and found.best.candidate == fast
+    far = world.search(Floor(0.09), 1e6, swinging).find()
+    assert far.best is not None and far.best.candidate.skip == "deepcache(2)"
+
+
 def test_predictions_follow_a_machine_that_drifts() -> None:
     """Four times as slow after a while, and back again: what is expected of an image is what the last ones took."""
     world, slow = World(9), []

@@ -39,6 +39,7 @@ def prompt(accelerated: dict[str, Any] | None) -> dict[str, Any]:
                 "start_percent": 0.0,
                 "end_percent": 1.0,
                 "schedule": "uniform",
+                "features": "extrapolate",
             },
         )
         nodes["13"] = ("SpeedLabDynamicCFG", {"model": ["12", 0], "mode": "fixed", "stop_at": 0.75, "similarity": 0.99})
@@ -89,7 +90,7 @@ def test_the_image_is_that_of_the_nodes_by_hand(server: Any) -> None:
     entry = server.run(prompt({"preset": "fast", "compile": False, "custom": "", **BOTH}))
     assert image_of(server, entry) == image_of(server, server.run(prompt(None)))
     (text,) = entry["outputs"]["10"]["text"]
-    assert text.endswith("+deepcache(3)+dynamic_cfg(0.75)+memory_plan(auto)+tiny")
+    assert text.endswith("+deepcache(3,features=extrapolate)+dynamic_cfg(0.75)+memory_plan(auto)+tiny")
 
 
 def test_tuned_is_an_error_until_there_is_a_plan_for_this_size(server: Any) -> None:
