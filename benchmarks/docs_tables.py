@@ -439,7 +439,10 @@ def quality_drawn_equal(results: Results) -> list[str]:
         cells = [_way_name(way)]
         for case in cases:
             here = [row for row in found if (row["kind"], *(row[name] for name in _CASES)) == case]
-            mine = next(row for row in here if (row["way"], row["setting"], row["dynamic_cfg"]) == way)
+            mine = next((row for row in here if (row["way"], row["setting"], row["dynamic_cfg"]) == way), None)
+            if mine is None:
+                cells.append("")
+                continue
             missed, cost = float(mine["error_median"]), float(mine["cpu_s"])
             # With noise of its own a run of fewer steps is another image.
             rivals = _RIVALS if case[0] == "ODE" else _RIVALS[1:]
@@ -456,19 +459,19 @@ def _way_name(way: Sequence[str]) -> str:
 
 def _front_error(rows: Sequence[Row], way: str, guidance: str, cost: float) -> float | None:
     """The error of a way with that much time, between two of its settings on the line of the logarithm; with Dynamic
-    CFG too where `guidance` says so. None where all its settings take more, or all take less."""
+    CFG too where `guidance` says so. Of its fastest setting where all take more; None where all take less."""
     known = sorted(
         (float(row["cpu_s"]), float(row["error_median"]))
         for row in rows
-        if row["way"] == way and row["dynamic_cfg"] in ("", guidance)
+        if row["way"] == way and row["dynamic_cfg"] in ("", guidance) and float(row["error_median"])
     )
     front = [point for n, point in enumerate(known) if all(point[1] < before[1] for before in known[:n])]
     below, above = [p for p in front if p[0] <= cost], [p for p in front if p[0] > cost]
     if not below or not above:
-        return None
+        return above[0][1] if above else None
     (low, first), (high, last) = below[-1], above[0]
     share = (cost - low) / (high - low)
-    return float(first ** (1.0 - share) * max(last, 1e-6) ** share)
+    return float(first ** (1.0 - share) * last**share)
 
 
 def drawn_behaviour(results: Results) -> list[str]:

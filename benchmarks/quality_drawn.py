@@ -415,11 +415,11 @@ def draw(rows: Iterable[dict[str, Any]], path: Path) -> None:
         here = [row for row in plain if (row["kind"], row["sampler"], row["scheduler"], row["steps"]) == case]
         for panel, name in enumerate(("error_median", "attributes")):
             axes = panels[panel][column]
-            for way in dict.fromkeys(row["way"] for row in here):
+            for number, way in enumerate(dict.fromkeys(row["way"] for row in plain)):
                 points = sorted((row["cpu_s"], float(row[name])) for row in here if row["way"] == way)
                 points = [point for point in points if panel or point[1] > 0.0]
                 if points:
-                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=way)
+                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=way, color=f"C{number}")
             axes.set_xlabel("CPU seconds")
         panels[0][column].set_yscale("log")
         panels[0][column].set_title(f"{case[1]}, {case[2]}, {case[3]} steps ({case[0]})", fontsize=9)

@@ -22,6 +22,8 @@ _SLACK = 1.6
 _FINALISTS = 4
 # One image tells a distance roughly: a plan whose first one is so many times the floor away gets another one.
 _NEAR = 1.15
+# No difference larger than this share is called noise.
+_TIE = 0.03
 # Ways that differ by rounding are all timed where their predictions are so many times the fastest one's at most.
 _ALIKE = 1.1
 # So many of the last images tell how fast the machine is now.
@@ -378,4 +380,4 @@ def _is_tie(fastest: Tried, other: Tried) -> bool:
     """Whether the difference is within what the times of each swing by."""
     times = [[look.seconds for look in one.looks.values()] for one in (fastest, other)]
     noise = max((max(own) - min(own)) / 2.0 for own in times)
-    return other.seconds - fastest.seconds <= min(noise, 0.05 * fastest.seconds)
+    return other.seconds - fastest.seconds <= min(noise, _TIE * fastest.seconds)
