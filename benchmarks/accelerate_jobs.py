@@ -114,10 +114,14 @@ class Bench:
 
         config = self.stock[0].model.model_config.unet_config
         channels = tuple(config["model_channels"] * times for times in config["channel_mult"])
+        layers = config["num_res_blocks"][0]
+        down, up = config["transformer_depth"][::layers], config["transformer_depth_output"][:: -layers - 1]
         with torch.device("meta"):
             unet = UNet2DConditionModel(
-                block_out_channels=channels, layers_per_block=config["num_res_blocks"][0], attention_head_dim=8,
+                block_out_channels=channels, layers_per_block=layers, attention_head_dim=8,
                 cross_attention_dim=config["context_dim"],
+                down_block_types=["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in down],
+                up_block_types=["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in up],
             )  # fmt: skip
         ours = self.stock[0].model.diffusion_model.state_dict()
         names = comfy.utils.unet_to_diffusers(config)
