@@ -53,6 +53,22 @@ READY = """() => {
 # The frontend covers the page while it works. Covered again before the first cover has faded out, it takes away the
 # wrong one and fails at the end of that.
 UNCOVERED = "() => !document.querySelector('.p-blockui-mask')"
+# Nodes that reach out of the group that they begin in. Of the Vue renderer's the elements count.
+OUTSIDE = """() => {
+  const graph = app.rootGraph ?? app.graph, out = [];
+  for (const group of graph.groups ?? graph._groups) {
+    const right = group.pos[0] + group.size[0], bottom = group.pos[1] + group.size[1];
+    for (const node of graph.nodes) {
+      const [x, y] = node.pos;
+      if (x < group.pos[0] || x > right || y < group.pos[1] || y > bottom) continue;
+      const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
+      const width = drawn?.offsetWidth ?? node.size[0], height = drawn ? drawn.offsetHeight - 30 : node.size[1];
+      if (x + width > right || y + height > bottom)
+        out.push(`${node.title}: ends at ${Math.round(x + width)}, ${Math.round(y + height)} of ${right}, ${bottom}`);
+    }
+  }
+  return out;
+}"""
 WATCH = """() => {
   window.slSeen = [];
   clearInterval(window.slTimer);
@@ -180,14 +196,15 @@ _WHOLE_GRAPH = """() => {
 
 
 def save_png(data: bytes, path: Path) -> None:
-    """A screenshot in 128 colours: a third of the size, and no difference to see."""
+    """A screenshot in 256 colours, spread over all that it has: a third of the size, and no difference to see."""
     import io
 
     from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    palette = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    palette.save(path, optimize=True)
 
 
 @pytest.fixture(scope="module")

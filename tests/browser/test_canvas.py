@@ -12,7 +12,7 @@ from speedlab_tools.host import pack_root
 from speedlab_tools.scenarios.blueprints import BLUEPRINTS, blueprint_ui
 from speedlab_tools.scenarios.catalog import TEMPLATES
 
-from .conftest import SIDE, screens, serious
+from .conftest import OUTSIDE, SIDE, screens, serious
 
 pytestmark = pytest.mark.browser
 
@@ -73,6 +73,7 @@ def test_every_shipped_workflow_drops_in_and_becomes_its_api_file(open_canvas, w
             ".filter((type) => !LiteGraph.registered_node_types[type])"
         )
         assert unknown == [], name
+        assert not templates or canvas.evaluate(OUTSIDE) == [], name
         if templates and not newest and not has_chart(TEMPLATES[name]):
             canvas.template_image(TEMPLATES[name])
         made = canvas.evaluate("async () => (await app.graphToPrompt()).output")

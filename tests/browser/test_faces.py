@@ -6,34 +6,13 @@ import json
 
 import pytest
 
-from speedlab_tools.host import pack_root
 from speedlab_tools.scenarios.blueprints import BLUEPRINTS, blueprint_ui
-from speedlab_tools.scenarios.drawn import CAPTIONS
 
-from .conftest import DEMO_CHECKPOINT, PICTURES, SIDE, save_png, screens, serious
+from .conftest import DEMO_CHECKPOINT, OUTSIDE, SIDE, screens, serious
 
 pytestmark = pytest.mark.browser
 PALETTES = {False: "dark", True: "light"}
-# Settings with which the model that draws makes something of a caption.
-DRAWN = {"positive": CAPTIONS[0], "values_x": "4, 12", "values_y": "1, 3", "sampler_name": "dpmpp_2m",
-         "scheduler": "karras"} if PICTURES else {}  # fmt: skip
 
-# Nodes that reach out of the group that they begin in. Of the Vue renderer's the elements count.
-OUTSIDE = """() => {
-  const graph = app.rootGraph ?? app.graph, out = [];
-  for (const group of graph.groups ?? graph._groups) {
-    const right = group.pos[0] + group.size[0], bottom = group.pos[1] + group.size[1];
-    for (const node of graph.nodes) {
-      const [x, y] = node.pos;
-      if (x < group.pos[0] || x > right || y < group.pos[1] || y > bottom) continue;
-      const drawn = document.querySelector(`[data-node-id="${node.id}"]`);
-      const width = drawn?.offsetWidth ?? node.size[0], height = drawn ? drawn.offsetHeight - 30 : node.size[1];
-      if (x + width > right || y + height > bottom)
-        out.push(`${node.title}: ends at ${Math.round(x + width)}, ${Math.round(y + height)} of ${right}, ${bottom}`);
-    }
-  }
-  return out;
-}"""
 # A node's face by its class, and what text is drawn in it at the zoom of 1.
 FACE = """(kind) => {
   const node = app.graph.nodes.find((one) => one.type === kind);
@@ -87,8 +66,8 @@ def test_reports_and_benchmarks_are_tables_and_plots_that_keep_to_their_group(op
         if node["type"] == "SpeedLabCheckpointLoader":
             node["widgets_values"][0] = DEMO_CHECKPOINT
         if node["type"] == "SpeedLabBenchmark":
-            wanted = {"values_x": "1, 2", "axis_y": "cfg", "values_y": "1, 4", "width": SIDE, "height": SIDE, "batch": 1,
-                      "warmup": 0, "repeats": 1, **DRAWN}  # fmt: skip
+            wanted = {"values_x": "1, 2", "axis_y": "cfg", "values_y": "1, 4", "width": SIDE, "height": SIDE,
+                      "batch": 1, "warmup": 0, "repeats": 1}  # fmt: skip
             for name, value in wanted.items():
                 node["widgets_values"][names.index(name)] = value
     canvas.drop(small, "sweep")
@@ -103,7 +82,6 @@ def test_reports_and_benchmarks_are_tables_and_plots_that_keep_to_their_group(op
           const face = ({FACE})("SpeedLabBenchmark"), cells = (row) => [...row.children].map((one) => one.textContent);
           return {{
             first: face.firstElementChild.querySelector("img")?.className,
-            sheet: face.querySelector("img")?.src,
             head: cells(face.querySelector("thead tr")), rows: [...face.querySelectorAll("tbody tr")].map(cells),
             text: face.textContent, scrolls: face.scrollHeight > face.clientHeight,
             plots: face.querySelectorAll("svg.sl-graph").length,
@@ -115,8 +93,6 @@ def test_reports_and_benchmarks_are_tables_and_plots_that_keep_to_their_group(op
         }}"""
     )
     assert look["first"] == "sl-sheet", "the contact sheet is the first thing"
-    if PICTURES:
-        save_png(canvas.page.request.get(look["sheet"]).body(), pack_root() / "docs" / "images" / "sheet.png")
     assert look["head"][:3] == ["plan", "max VRAM", "time"] and len(look["rows"]) == 4
     assert "|" not in look["text"], "no Markdown"
     assert look["scrolls"] and look["plots"] >= 2 and look["points"] == 4 and look["type"] >= 10
