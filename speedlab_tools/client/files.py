@@ -226,8 +226,8 @@ def prepare_output(folder: Path) -> Path:
 
 
 def save_image(folder: Path, name: str, data: bytes) -> Path:
-    """Write a fetched image under a name that is not taken; returns its path."""
-    stem, number = Path(name).stem, 0
+    """Write a fetched image as `<name>.png`, with a number where that is taken; returns its path."""
+    stem, number = Path(name).name, 0
     path = folder / f"{stem}.png"
     while path.exists():
         number += 1

@@ -142,8 +142,8 @@ def test_an_unwritable_output_folder_is_named(tmp_path):
 
 
 def test_pictures_never_replace_each_other(tmp_path):
-    names = [files.save_image(tmp_path, "x", b"p").name for _ in range(3)]
-    assert names == ["x.png", "x-1.png", "x-2.png"]
+    names = [files.save_image(tmp_path, "50 steps, 0.9", b"p").name for _ in range(3)]
+    assert names == ["50 steps, 0.9.png", "50 steps, 0.9-1.png", "50 steps, 0.9-2.png"]
 
 
 def test_overrides_change_the_settings_and_files():
