@@ -135,7 +135,7 @@ CHARTS: Mapping[str, Callable[[Results], Chart]] = {
 }
 PARTS: Mapping[str, Part] = {
     "txt2img-default": Part("node-dark.png", (662, 468, 1086, 945)),
-    "profile-nvtx": Part("detail.png", (60, 130, 366, 406)),
+    "profile-nvtx": Part("detail.png", (60, 160, 366, 406)),
     "xy-grid": Part("compare.png", (68, 268, 356, 710)),
     "sdxl-staged-batch": Part("drawn-sdxl.png", (0, 0, 384, 256)),
 }
