@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 from .catalog_accelerate import ACCELERATE_SCENARIOS
 from .catalog_bench import BENCH_SCENARIOS
 from .catalog_compile import COMPILE_SCENARIOS
 from .catalog_memory import MEMORY_SCENARIOS
-from .graphs import text_to_image
+from .graphs import load_behind_accelerate, text_to_image
 from .scenario import (
     A100,
     CHECKPOINT_ANY,
@@ -36,7 +37,7 @@ _TABLE = (
         id="txt2img-default", source="S0", title="Text to image, the plain case",
         shows="What one image costs: each step, text encoding, decoding and peak memory.", family="sd15",
         files=(CHECKPOINT_ANY,), settings=S0_SETTINGS, published=(Published("3.72 s, 0.147 s a step, 7.4 GB", A100),),
-        plan=STOCK, build=text_to_image,
+        plan=STOCK, build=partial(text_to_image, load=load_behind_accelerate),
     ),
     Scenario(
         id="profile-nvtx", source="S0", title="Profile of 20 steps with NVTX ranges",

@@ -43,6 +43,16 @@ def load_checkpoint(graph: Graph, scenario: Scenario) -> Loaded:
     return Loaded(model, loader["clip"], vae)
 
 
+def load_behind_accelerate(graph: Graph, scenario: Scenario) -> Loaded:
+    """Load Checkpoint and Accelerate, which puts nothing on its parts until a preset is chosen."""
+    loaded = load_checkpoint(graph, scenario)
+    node = graph.add(
+        "SpeedLabAccelerate", group="Load", title="Accelerate", model=loaded.model, preset="custom",
+        custom=STOCK.name, clip=loaded.clip, vae=loaded.vae,
+    )  # fmt: skip
+    return Loaded(node["model"], node["clip"], node["vae"])
+
+
 def encode(graph: Graph, clip: Link, prompt: Prompt, row: int, label: str) -> tuple[Link, Link]:
     """Positive and negative conditioning; without a negative prompt core's Conditioning Zero Out."""
     positive = graph.add(
@@ -103,10 +113,10 @@ def sample(
     )  # fmt: skip
 
 
-def text_to_image(scenario: Scenario) -> Graph:
+def text_to_image(scenario: Scenario, load: Callable[[Graph, Scenario], Loaded] = load_checkpoint) -> Graph:
     """One checkpoint, one row a prompt: encode, sample under the profiler, decode, report, save."""
     graph = Graph()
-    loaded = load_checkpoint(graph, scenario)
+    loaded = load(graph, scenario)
     latent = empty_latent(graph, scenario.settings)
     several = len(scenario.settings.prompts) > 1
     for row, prompt in enumerate(scenario.settings.prompts):

@@ -33,6 +33,7 @@ _APPS: Mapping[str, tuple[tuple[tuple[str, str], ...], tuple[str, ...]]] = {
     "txt2img-default": (
         (
             ("SpeedLabCheckpointLoader", "ckpt_name"),
+            ("SpeedLabAccelerate", "preset"),
             ("SpeedLabTextEncode", "text"),
             ("SpeedLabProfileSampler", "steps"),
             ("SpeedLabProfileSampler", "seed"),

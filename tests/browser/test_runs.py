@@ -281,7 +281,7 @@ def test_the_plain_case_is_one_screen_where_the_frontend_has_an_app_mode(open_ca
     page.wait_for_selector("[data-testid=app-mode-widget-item] .sl-panel", timeout=60_000)
     assert page.locator("[data-testid=app-mode-widget-item]").count() == len(screen["inputs"])
     labels = page.locator("[data-testid=builder-widget-label]").all_text_contents()
-    assert {"Prompt", "Negative", "Chart"} <= set(labels)
+    assert {"Prompt", "Negative", "Chart", "preset"} <= set(labels)
     canvas.queue()
     assert canvas.evaluate(f"() => {PANEL}.querySelectorAll('.sl-bar').length") == 3
     canvas.shot("app")

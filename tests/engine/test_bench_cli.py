@@ -155,7 +155,7 @@ def test_overrides_change_the_settings_and_files():
     api = scenario.graph().to_api()
     loader = next(node for node in api.values() if node["class_type"] == "SpeedLabCheckpointLoader")
     assert loader["inputs"]["ckpt_name"] == "mine.safetensors"
-    plain = adapt(find("txt2img-default"), Overrides(), None, {"vae": "v.pt"}).graph().to_api()
+    plain = adapt(find("profile-nvtx"), Overrides(), None, {"vae": "v.pt"}).graph().to_api()
     vae = next(key for key, node in plain.items() if node["class_type"] == "SpeedLabVAELoader")
     assert next(n for n in plain.values() if n["class_type"] == "SpeedLabVAEDecode")["inputs"]["vae"] == [vae, 0]
 
