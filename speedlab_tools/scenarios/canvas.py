@@ -227,7 +227,6 @@ VIEW_SCALE = 0.7
 TITLE_HEIGHT = 30
 SLOT_HEIGHT = 20
 WIDGET_HEIGHT = 28
-CLASSIC_WIDGET_HEIGHT = 24
 LINE_HEIGHT = 8  # by which the Vue renderer's field of a text is taller than another widget
 CHIP_HEIGHT = 28  # the Vue renderer's row that says which pack a node is of
 TEXT_HEIGHT = 64
@@ -298,9 +297,9 @@ def node_size(node: Node) -> tuple[int, int]:
         height += TEXT_HEIGHT if entry.multiline else WIDGET_HEIGHT
         height += LINE_HEIGHT if entry.type == "STRING" and not entry.multiline else 0
         height += WIDGET_HEIGHT if entry.extra is not None else 0
-    # The classic renderer has room for hidden widgets too, which the other one keeps.
+    # The classic renderer has room for hidden widgets too, and the Vue renderer of older frontends hides none.
     widgets = sum(1 if entry.extra is None else 2 for entry in known.widgets)
-    height = max(height, 14 + slots + CLASSIC_WIDGET_HEIGHT * widgets)
+    height = max(height, CHIP_HEIGHT + slots + WIDGET_HEIGHT * widgets)
     more_width, more_height = EXTRA.get(node.class_type, (0, 0))
     return WIDTH + more_width, height + more_height
 
