@@ -127,7 +127,8 @@ def test_ten_thousand_runs_are_a_few_elements_and_go_by_keyboard(open_canvas, ma
     dots = "() => [...document.querySelectorAll('.sl-dots')].map((chart) => chart.querySelectorAll('path').length)"
     assert canvas.evaluate(dots) == [4, 4, 4], "text to image, speed and memory of four runs"
     cells = page.locator(".sl-over-time tbody tr").first.locator("td").all_text_contents()
-    assert cells[1:] == ["plan|0", "10.3 s", "20.00 it/s", "1.50 GB"], "by date, the oldest first"
+    assert cells[0].endswith(" · plan|0")
+    assert cells[1:] == ["10.3 s", "20.00 it/s", "1.50 GB"], "by date, the oldest first"
     assert serious(canvas, ".sl-over-time") == []
     page.keyboard.press("Escape")
 
