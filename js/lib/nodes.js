@@ -40,7 +40,7 @@ export function grow(node) {
   node.setDirtyCanvas?.(true, true);
 }
 
-/** Draw all anew: a widget that came otherwise than by a hand has no place until then. */
+/** Draw all anew: a widget that came by itself has no place until then. */
 export function redraw() {
   app.canvas?.setDirty(true, true);
   requestAnimationFrame(() => app.canvas?.setDirty(true, true));
