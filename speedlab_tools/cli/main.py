@@ -33,10 +33,11 @@ _VALUED = {
     "--comfyui": "the folder of a ComfyUI",
     "--comfyui-version": f"a release of ComfyUI, such as 0.33.0, or {NEWEST}",
 }
-# Two processes, each with whole files: what shares a server or a model stays together. More would not fit 24 GB.
+# Whole files: what shares a server or a model stays together. Three processes, as each waits for servers and browsers
+# at times: on two cores two use four fifths of the CPU.
 _EVERYDAY = ("-m", "not full")
 # A worker that dies ends the run with its test named: xdist may wait without end for its replacement.
-_WHOLE = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart=0", "--durations=60")
+_WHOLE = ("-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart=0", "--durations=60")
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def _whole_tier(
     which = "All of about 4,000 tests" if everything else "About 3,600 tests, those of every day,"
     takes = "40 to 60 minutes" if everything else "15 to 25 minutes; --all runs the slow ones too"
     reporter.line(
-        f"{which} against the real ComfyUI, by two processes: on two cores {takes}. Results go to {report}, the "
+        f"{which} against the real ComfyUI, by three processes: on two cores {takes}. Results go to {report}, the "
         f"longest times to {times}."
     )
     command = [*arguments, *_WHOLE, f"--junitxml={report}", *(() if everything else _EVERYDAY)]
