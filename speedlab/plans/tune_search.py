@@ -193,8 +193,10 @@ class Search:
             ]
             if len(places) == 1:
                 own = lossy[places[0]]
-                # Deepcache and fixed forecasts have an order each; of samplers and weights none is the milder one.
-                ordered = own.partition("(")[0] + ("fixed" if "fixed" in own else "") if places[0] in (1, 2) else ""
+                # DeepCache, copying or extrapolating, and forecasts, fixed or adaptive, have an order each; of samplers
+                # and weights none is the milder one.
+                kind = "".join(word for word in ("fixed", "extrapolate") if word in own)
+                ordered = own.partition("(")[0] + kind if places[0] in (1, 2) else ""
                 chains.setdefault(f"{places[0]} {own if places[0] in (0, 5) else ordered}", []).append(one)
         return chains
 

@@ -23,7 +23,8 @@ Kind = tuple[str, bool]
 Counts = Mapping[Kind, int]
 
 SKIPS = (
-    "", "deepcache(2)", "deepcache(3)", "deepcache(4)", "deepcache(5)", "forecast(mode=fixed,max_skip=1)",
+    "", "deepcache(2)", "deepcache(3)", "deepcache(4)", "deepcache(5)", "deepcache(2,features=extrapolate)",
+    "deepcache(3,features=extrapolate)", "deepcache(4,features=extrapolate)", "forecast(mode=fixed,max_skip=1)",
     "forecast(mode=fixed,max_skip=2)", "forecast(0.02)", "forecast(0.05)",
 )  # fmt: skip
 GUIDANCES = ("", "dynamic_cfg(0.9)", "dynamic_cfg(0.75)", "dynamic_cfg(0.5)")
@@ -145,13 +146,17 @@ def counts_of(candidate: Candidate, guided: bool = True, seen: Mapping[str, int]
 def _skipped(text: str, steps: int, seen: Mapping[str, int]) -> tuple[str, Iterable[int]] | None:
     name, options = text.partition("(")[0], _options(text)
     if name == "deepcache":
-        if set(options) - {*_DEEPCACHE, "schedule", "center", "power"}:
+        if set(options) - {*_DEEPCACHE, "schedule", "center", "power", "features"}:
             return None
-        sources_of = sources(DeepCacheConfig(**_typed(options, _DEEPCACHE)), steps)
+        options.pop("features", None)  # features are copied or extrapolated at the same steps
+        config = DeepCacheConfig(**_typed(options, _DEEPCACHE))
+        if config.is_adaptive:
+            return None
+        sources_of = sources(config, steps)
         return CACHED, [step for step, source in enumerate(sources_of) if source not in (None, step)]
-    config = ForecastConfig(**_typed(options, _FORECAST))
-    if config.mode == "fixed":
-        return FORECAST, fixed_plan(config, steps)
+    forecast = ForecastConfig(**_typed(options, _FORECAST))
+    if forecast.mode == "fixed":
+        return FORECAST, fixed_plan(forecast, steps)
     if text not in seen:
         return None
     # Which steps they are does not matter for their number; in the middle of the run they save both rows.

@@ -13,7 +13,7 @@ import pytest
 from speedlab.common.errors import SpeedLabError
 from speedlab.measure.summary import CACHED, FORECAST, FULL
 from speedlab.plans.axes import CellSettings
-from speedlab.plans.plan_text import SweepTextError, TechniqueText
+from speedlab.plans.plan_text import PRESETS, SweepTextError, TechniqueText
 from speedlab.plans.tune_search import Floor, Look, Refused, Search, Tried, holds
 from speedlab.plans.tune_space import (
     Candidate,
@@ -52,6 +52,7 @@ def parts(speeds: dict[str, float] | None = None, **changes: Any) -> Parts:
         ("", "", {(FULL, True): 20}),
         ("", "dynamic_cfg(0.75)", {(FULL, True): 15, (FULL, False): 5}),
         ("deepcache(3)", "", {(FULL, True): 7, (CACHED, True): 13}),
+        ("deepcache(3,features=extrapolate)", "", {(FULL, True): 7, (CACHED, True): 13}),
         ("deepcache(2,start_percent=0.5)", "dynamic_cfg(0.5)",
          {(FULL, True): 10, (FULL, False): 5, (CACHED, False): 5}),
         ("forecast(mode=fixed,max_skip=2)", "", {(FULL, True): 11, (FORECAST, True): 9}),
@@ -68,8 +69,15 @@ def test_steps_are_counted_exactly(skip: str, guidance: str, counts: dict) -> No
 def test_what_decides_while_it_runs_is_not_counted_before_it_was_seen() -> None:
     assert counts_of(Candidate("", "forecast(0.02)")) is None
     assert counts_of(Candidate("", "", "dynamic_cfg(mode=adaptive)")) is None
-    assert counts_of(Candidate("", "deepcache(schedule=adaptive,tolerance=0.1)")) is None
+    for adaptive in ("deepcache(schedule=adaptive,tolerance=0.1)", "deepcache(schedule=adaptive)"):
+        assert counts_of(Candidate("", adaptive)) is None
     assert predicted_s(Candidate("", "forecast(0.1)"), parts()) is None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_is_in_the_space(preset: str) -> None:
+    """Else it could be faster than what Tune finds."""
+    assert of_line(PRESETS[preset], BASE).lossy in {one.lossy for one in space([""], BASE)}
 
 
 def test_a_prediction_adds_up_the_parts() -> None:
@@ -133,10 +141,13 @@ class World:
         draw = self.random.uniform
         speeds = {name: draw(0.4, 1.0) if name else 1.0 for name in VARIANTS}
         self.parts = parts(speeds)
-        unit = {kind: draw(0.5, 2.0) for kind in ("deepcache", "fixed", "adaptive", "guidance", "steps")}
+        unit = {kind: draw(0.5, 2.0) for kind in ("deepcache", "extrapolate", "fixed", "adaptive", "guidance", "steps")}
         self.alone = {"": 0.0}
         for interval in (2, 3, 4, 5):
             self.alone[f"deepcache({interval})"] = 0.03 * (interval - 1) ** 1.2 * unit["deepcache"]
+        for interval in (2, 3, 4):
+            error = 0.015 * (interval - 1) ** 1.6 * unit["deepcache"] * unit["extrapolate"]
+            self.alone[f"deepcache({interval},features=extrapolate)"] = error
         for most in (1, 2):
             self.alone[f"forecast(mode=fixed,max_skip={most})"] = 0.02 * most * unit["fixed"]
         for tolerance in (0.02, 0.05):
