@@ -117,6 +117,7 @@ def other_but_right(pictures: torch.Tensor, plain: torch.Tensor, stock: float) -
     return right >= KEPT * stock and float((pictures - plain).abs().mean()) > SEEN
 
 
+@pytest.mark.full
 def test_with_loras_of_the_demo(drawing: Drawing, comfy: ModuleType, plain: torch.Tensor, stock: float) -> None:
     model, clip = drawing.model, drawing.clip
     for seed in (1, 2):
@@ -132,6 +133,7 @@ def test_with_the_demo_s_controlnet(
     assert other_but_right(drawing.sample(positive=positive, negative=negative), plain, stock)
 
 
+@pytest.mark.full
 def test_handed_over_to_itself_as_a_refiner(
     drawing: Drawing, node: Callable[[str], Any], plain: torch.Tensor, stock: float
 ) -> None:
