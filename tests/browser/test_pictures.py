@@ -24,6 +24,9 @@ EXAMPLE = """(type) => {
   const add = (kind, column) => {
     const node = LiteGraph.createNode(kind);
     graph.add(node);
+    // Room for results, empty before a run, would make all else too small to read.
+    const face = node.widgets?.find((widget) => widget.name === "speedlab_text");
+    if (face) node.removeWidget(face);
     columns[column].push(node);
     return node;
   };
