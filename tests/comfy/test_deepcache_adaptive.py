@@ -224,6 +224,9 @@ def test_a_prompt_that_changes(tiny: TinyUNet, attach: Any, ran: Any) -> None:
     first = next(step for step, sigma in enumerate(sigmas.tolist()) if sigma < changes)
     assert first not in made.cached and made.cached
     assert sum("change during this run" in note for note in made.notes) == 1
+    made = ran(attach(tiny.model, interval=100), conds=(positive, tiny.cond(2)))
+    assert set(range(STEPS)) - made.cached == {0, first}
+    assert sum("change during this run" in note for note in made.notes) == 1
 
 
 def test_a_controlnet_that_ends(tiny: TinyUNet, attach: Any, ran: Any) -> None:

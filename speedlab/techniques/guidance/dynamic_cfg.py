@@ -305,6 +305,11 @@ def _way_of(run: Run, model_options: dict, timestep: Any) -> tuple[Way, Position
         run.step_aside(run.finder.why_not(), model_options)
         return "full", None
     run.tell_of_part(model_options)
+    if position.went_back and config.uncond_interval > 1:
+        report_note(
+            model_options.get("transformer_options", {}),
+            "Dynamic CFG: this sampler goes back to steps that it had left, and evaluates uncond there.",
+        )
     total, place = position.part.total, position.part.first + position.step
     # The sigma that the step begins with: of Heun's two evaluations both are guided, or neither is.
     sigma = run.finder.sigmas[position.step]
@@ -327,4 +332,6 @@ def _compare(run: Run, predictions: Mapping[str, Any]) -> None:
     cond = (noisy - predictions["cond_denoised"]).flatten(1).float()
     uncond = (noisy - predictions["uncond_denoised"]).flatten(1).float()
     similarity = float(torch.nn.functional.cosine_similarity(cond, uncond, dim=1).min())
+    if math.isnan(similarity):
+        run.difference.tell_of_numbers(predictions["model_options"].get("transformer_options", {}))
     run.converged = similarity > run.config.similarity
