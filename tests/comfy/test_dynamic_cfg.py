@@ -266,11 +266,28 @@ def _own_evaluation(model: Any) -> Any:
     return clone
 
 
+def _mixing_rows(model: Any) -> Any:
+    """As NAGuidance of newer ComfyUIs: attention of the prompt, with that of the negative one beside it."""
+
+    def mix(out: torch.Tensor, extra: dict) -> torch.Tensor:
+        if {0, 1} <= set(extra["cond_or_uncond"]):
+            chunks = dict(zip(extra["cond_or_uncond"], out.chunk(len(extra["cond_or_uncond"])), strict=True))
+            chunks[0].mul_(1.5).sub_(0.5 * chunks[1])
+        return out
+
+    clone = model.clone()
+    clone.set_model_attn1_output_patch(mix)
+    clone.model_options["disable_cfg1_optimization"] = True
+    return clone
+
+
 @pytest.mark.parametrize(
-    "options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": -1.0}, {"uncond_interval": 2}]
+    "options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": -1.0}, {"stop_at": 1.0, "uncond_interval": 2}]
 )
 @pytest.mark.parametrize(
-    "patch", [_node("nodes_sag", "SelfAttentionGuidance", 0.5, 2.0), _own_evaluation], ids=["sag", "own evaluation"]
+    "patch",
+    [_node("nodes_sag", "SelfAttentionGuidance", 0.5, 2.0), _own_evaluation, _mixing_rows],
+    ids=["sag", "own evaluation", "mixing rows"],
 )
 def test_steps_aside(tiny: TinyUNet, attach: Any, patch: Any, options: dict, caplog: pytest.LogCaptureFixture) -> None:
     stock = tiny.sample(patch(tiny.model), size=(16, 16), steps=4)

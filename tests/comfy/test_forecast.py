@@ -156,7 +156,7 @@ def test_a_run_without_a_forecast_is_bit_identical(tiny: TinyUNet, attach: Any, 
 
 @pytest.mark.parametrize(
     "sampler",
-    ["euler", "heun", "dpmpp_2m", "euler_ancestral", "lcm",
+    ["euler", "heun", "dpmpp_2m", "euler_ancestral", "lcm", "euler_cfg_pp",
      *(pytest.param(name, marks=pytest.mark.full) for name in ("dpmpp_sde", "heunpp2"))],
 )  # fmt: skip
 def test_latent(tiny: TinyUNet, attach: Any, sampler: str) -> None:

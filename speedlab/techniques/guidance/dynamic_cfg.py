@@ -29,7 +29,7 @@ from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.schedule import steps_before
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
 from .reuse import Difference, evaluate_with_difference
-from .rows import evaluate_without_uncond, is_guided, needs_a_value, obstacle, reads_attention, with_observer
+from .rows import evaluate_without_uncond, is_guided, looks_at_uncond, needs_a_value, obstacle, with_observer
 
 KEY = "speedlab.dynamic_cfg"
 Mode = Literal["fixed", "adaptive"]
@@ -277,8 +277,8 @@ def _predict_noise(
 
 
 def _no_difference(guider: Any, model_options: Mapping[str, Any]) -> str | None:
-    if needs_a_value(model_options) and reads_attention(model_options):
-        return "a node (such as Self-Attention Guidance) sees its attention"
+    if looks_at_uncond(guider, model_options):
+        return "a node (such as Self-Attention Guidance or NAGuidance) sees its attention"
     return scheduled_hooks(guider)
 
 
