@@ -410,10 +410,13 @@ def test_a_difference_of_other_conds_is_not_used(tiny: TinyUNet, attach: Any) ->
         assert len(notes) == 1 and "that act change during this run" in notes[0]
 
 
-def test_a_difference_of_before_a_restart_is_not_used(tiny: TinyUNet, attach: Any) -> None:
+@pytest.mark.parametrize(
+    "options", [{"stop_at": 1.0, "uncond_from": 0.0, "uncond_interval": 10}, {"mode": "adaptive", "similarity": -1.0}]
+)
+def test_nothing_of_before_a_restart_is_used(tiny: TinyUNet, attach: Any, options: dict) -> None:
     import comfy.samplers
 
-    model, notes = with_notes(attach(tiny.model, stop_at=1.0, uncond_from=0.0, uncond_interval=10))
+    model, notes = with_notes(attach(tiny.model, **options))
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(tiny.cond(1), tiny.cond(2))
     guider.set_cfg(5.0)
@@ -680,3 +683,5 @@ def test_a_range_of_sigmas_that_holds_none_is_said(tiny: TinyUNet, attach: Any, 
     errors = importlib.import_module("speedlab.common.errors")
     with pytest.raises(errors.SpeedLabError, match=r"sigma_high is 0\.28 and sigma_low 5\.42.*no limit"):
         attach(tiny.model, sigma_low=5.42, sigma_high=0.28)
+    with pytest.raises(errors.SpeedLabError, match=r"start_at is 0\.8 and stop_at 0\.75.*below stop_at"):
+        attach(tiny.model, start_at=0.8)

@@ -47,7 +47,7 @@ class DynamicCFGConfig:
     Both keep it only from step floor(start_at * n) on, and in steps that begin at a sigma above `sigma_low` and not
     above `sigma_high` (0: no limit). From step floor(uncond_from * n) on the model evaluates it every
     `uncond_interval`-th step, and its last difference to cond stands for it in the others. Raises ValueError for a
-    value out of range, SpeedLabError for a range of sigmas that holds none.
+    value out of range, SpeedLabError for a range of steps or sigmas that holds none.
     """
 
     mode: Mode = "fixed"
@@ -72,6 +72,11 @@ class DynamicCFGConfig:
             raise SpeedLabError(
                 f"Dynamic CFG: sigma_high is {self.sigma_high:g} and sigma_low {self.sigma_low:g}, so that no step has "
                 "guidance. Set sigma_high above sigma_low, or to 0 for no limit."
+            )
+        if self.mode == "fixed" and 0.0 < self.start_at >= self.stop_at:
+            raise SpeedLabError(
+                f"Dynamic CFG: start_at is {self.start_at:g} and stop_at {self.stop_at:g}, so that no step has guidance. "
+                "Set start_at below stop_at."
             )
         if self.uncond_interval < 1:
             raise ValueError(f"uncond_interval is {self.uncond_interval}; it must be 1 (every step) or more")
@@ -298,18 +303,19 @@ def _calc_cond_batch(
 def _way_of(run: Run, model_options: dict, timestep: Any) -> tuple[Way, Position | None]:
     """How an evaluation gets its uncond, and where it stands, if that had to be known."""
     config = run.config
-    if config.mode == "adaptive" and not config.has_window and config.uncond_interval == 1:
-        return "none" if run.converged else "full", None
     position = run.finder.locate(model_options, timestep)
-    if position is None:
-        run.step_aside(run.finder.why_not(), model_options)
-        return "full", None
-    run.tell_of_part(model_options)
-    if position.went_back and config.uncond_interval > 1:
+    if position is not None and position.went_back and (run.converged or config.uncond_interval > 1):
+        run.converged = False
         report_note(
             model_options.get("transformer_options", {}),
             "Dynamic CFG: this sampler goes back to steps that it had left, and evaluates uncond there.",
         )
+    if config.mode == "adaptive" and not config.has_window and config.uncond_interval == 1:
+        return "none" if run.converged else "full", None
+    if position is None:
+        run.step_aside(run.finder.why_not(), model_options)
+        return "full", None
+    run.tell_of_part(model_options)
     total, place = position.part.total, position.part.first + position.step
     # The sigma that the step begins with: of Heun's two evaluations both are guided, or neither is.
     sigma = run.finder.sigmas[position.step]
