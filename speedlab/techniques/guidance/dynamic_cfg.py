@@ -75,8 +75,8 @@ class DynamicCFGConfig:
             )
         if self.mode == "fixed" and 0.0 < self.start_at >= self.stop_at:
             raise SpeedLabError(
-                f"Dynamic CFG: start_at is {self.start_at:g} and stop_at {self.stop_at:g}, so that no step has guidance. "
-                "Set start_at below stop_at."
+                f"Dynamic CFG: start_at is {self.start_at:g} and stop_at {self.stop_at:g}, so that no step has "
+                "guidance. Set start_at below stop_at."
             )
         if self.uncond_interval < 1:
             raise ValueError(f"uncond_interval is {self.uncond_interval}; it must be 1 (every step) or more")
