@@ -13,6 +13,7 @@ import torch
 
 from .deepcache_oracle import with_oracle
 from .test_composition import _control, _core_node
+from .test_forecast import _hooked
 from .test_schedule_places import restarting
 from .tiny_unet import TinyUNet, build, relative, watched
 
@@ -410,6 +411,13 @@ def test_a_difference_of_other_conds_is_not_used(tiny: TinyUNet, attach: Any) ->
         assert len(notes) == 1 and "that act change during this run" in notes[0]
 
 
+def test_a_hook_with_keyframes_leaves_uncond_on(tiny: TinyUNet, attach: Any) -> None:
+    model, notes = with_notes(attach(tiny.model, stop_at=1.0, uncond_interval=2))
+    positive = _hooked(tiny, 1.0, 0.2)
+    assert torch.equal(tiny.sample(model, positive=positive), tiny.sample(positive=positive))
+    assert sum("a LoRA hook with keyframes" in note for note in notes) == 1
+
+
 @pytest.mark.parametrize(
     "options", [{"stop_at": 1.0, "uncond_from": 0.0, "uncond_interval": 10}, {"mode": "adaptive", "similarity": -1.0}]
 )
@@ -566,6 +574,24 @@ def test_guider_is_restored(tiny: TinyUNet, attach: Any, error: str) -> None:
         _guided(guider, tiny)
     assert guider.cfg == 5.0
     assert "speedlab_run_states" not in repr(model.model_options)
+
+
+def test_differences_are_let_go_when_a_run_is_cancelled(tiny: TinyUNet, attach: Any, living: Any) -> None:
+    import comfy.model_management
+
+    runs = living(importlib.import_module("speedlab.techniques.guidance.dynamic_cfg").Run)
+    model = attach(tiny.model, stop_at=1.0, uncond_interval=2)
+    expected, kept = tiny.sample(model), []
+
+    def stop(step: int, *_: Any) -> None:
+        kept.extend(run.difference._kept for run in runs())
+        if step == 4:
+            raise comfy.model_management.InterruptProcessingException
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        tiny.sample(model, callback=stop)
+    assert kept and not any(kept)
+    assert torch.equal(tiny.sample(model), expected)
 
 
 @pytest.mark.parametrize("options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": 0.5}])
