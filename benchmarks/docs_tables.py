@@ -372,20 +372,22 @@ def _is_plain(row: Row) -> bool:
 
 
 def quality_with_dynamic_cfg(results: Results) -> list[str]:
-    """Rows of the model that each way takes, alone and with uncond left out from three quarters of the steps on."""
+    """Rows of the model that each way takes, alone and with each measured setting of Dynamic CFG."""
     found = [row for row in results.rows("quality") if row["mixture"] == "apart"]
     cases = list(dict.fromkeys(tuple(row[name] for name in _CASES) for row in found))
     ways = list(dict.fromkeys((row["way"], row["setting"]) for row in found if row["dynamic_cfg"]))
+    guidances = list(dict.fromkeys(row["dynamic_cfg"] for row in found if row["dynamic_cfg"]))
     rows = []
     for way in ways:
         cells = [" ".join(way).strip()]
         for case in cases:
             here = [r for r in found if tuple(r[name] for name in _CASES) == case and (r["way"], r["setting"]) == way]
-            alone, both = (next(row for row in here if bool(row["dynamic_cfg"]) is cfg) for cfg in (False, True))
-            errors = f"{float(alone['error_median']):.4f} / {float(both['error_median']):.4f}"
-            cells.append(f"{float(alone['rows']):.1f} / {float(both['rows']):.1f} rows, {errors}")
+            mine = [next(row for row in here if row["dynamic_cfg"] == guidance) for guidance in ("", *guidances)]
+            taken = " / ".join(f"{float(row['rows']):.1f}" for row in mine)
+            cells.append(f"{taken} rows, " + " / ".join(f"{float(row['error_median']):.4f}" for row in mine))
         rows.append(cells)
-    head = ["alone / with Dynamic CFG 0.75", *(f"{one}, {two}, {steps} steps" for one, two, steps in cases)]
+    first = f"alone / with Dynamic CFG {' / '.join(guidances)}"
+    head = [first, *(f"{one}, {two}, {steps} steps" for one, two, steps in cases)]
     return [*table(head, rows), "", results.source("quality")]
 
 

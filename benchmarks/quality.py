@@ -49,6 +49,11 @@ WITH_DYNAMIC_CFG = {
     ("Forecast, adaptive", "0.02"), ("Forecast, fixed", "max_skip 2"), ("copy", "1 in 2"), ("LazyCache", "0.1"),
     ("Spectrum's scheme", "as in sd.cpp"),
 }  # fmt: skip
+# What Dynamic CFG does: uncond until a share of the steps; the interval of sigmas of Kynkaanniemi et al.
+GUIDANCES: dict[str, Callable[[int, int, float], bool]] = {
+    "0.75": lambda step, steps, sigma: step < int(0.75 * steps),
+    "window": lambda step, steps, sigma: 0.28 < sigma <= 5.42,
+}
 COLUMNS = ["mixture", "sampler", "scheduler", "steps", "way", "setting", "dynamic_cfg", "evaluations", "rows",
            "error_median", "error_worst", "truth_median", "seeds", "torch", "date"]  # fmt: skip
 Patch = Callable[[Any], Any]
@@ -62,6 +67,8 @@ class Kept:
     values: dict[Any, dict[int, Any]] = field(default_factory=dict)
     decided: dict[int, bool] = field(default_factory=dict)
     skipped: int = 0
+    # So many values a guess needs; a group that comes late, as uncond in a window, is evaluated until they are there.
+    fewest: int = 1
 
     def is_full(self, step: int, steps: int) -> bool:
         raise NotImplementedError
@@ -77,7 +84,7 @@ class Kept:
             if step not in self.decided:
                 self.decided[step] = self.is_full(step, len(sigmas))
                 self.skipped = 0 if self.decided[step] else self.skipped + 1
-            if not self.decided[step]:
+            if not self.decided[step] and all(len(self.values.get(group, {})) >= self.fewest for group in groups):
                 return [
                     self.guess(self.values[group], step) if group in groups else x * 0 for group in range(len(conds))
                 ]
@@ -117,6 +124,7 @@ class Spectrum(Kept):
     ridge: float = 0.1
     warm_up: int = 5
     stop: float = 1.0
+    fewest: int = 2
 
     def is_full(self, step: int, steps: int) -> bool:
         if step < self.warm_up or step >= self.stop * steps:
@@ -255,9 +263,9 @@ def measure(seeds: int) -> list[dict[str, Any]]:
             for way, setting, patch in ways():
                 rows.append(case.row(way, setting, patch, steps))
                 if (way, setting) in WITH_DYNAMIC_CFG and name == "apart":
-                    rows.append(case.row(way, setting, _without_late_uncond(patch), steps, "0.75"))
+                    rows += [case.row(way, setting, _guided(patch, known), steps, known) for known in GUIDANCES]
             if name == "apart":
-                rows.append(case.row("all steps", "", _without_late_uncond(_same), steps, "0.75"))
+                rows += [case.row("all steps", "", _guided(_same, known), steps, known) for known in GUIDANCES]
     return rows
 
 
@@ -265,14 +273,15 @@ def _same(model: Any) -> Any:
     return model
 
 
-def _without_late_uncond(patch: Patch) -> Patch:
-    """With what Dynamic CFG does at 0.75; the node itself takes image UNets alone."""
+def _guided(patch: Patch, guidance: str) -> Patch:
+    """With what Dynamic CFG does; the node itself takes image UNets alone."""
 
     def predict_noise(executor: Any, x: Any, timestep: Any, model_options: Any, *args: Any) -> Any:
         sigmas = model_options["transformer_options"]["sample_sigmas"][:-1]
         step = int((sigmas >= timestep[0] * (1 - 1e-5)).sum()) - 1
         guider = executor.class_obj
-        cfg, guider.cfg = guider.cfg, 1.0 if step >= int(0.75 * len(sigmas)) else guider.cfg
+        is_guided = GUIDANCES[guidance](step, len(sigmas), float(sigmas[step]))
+        cfg, guider.cfg = guider.cfg, guider.cfg if is_guided else 1.0
         try:
             return executor(x, timestep, model_options, *args)
         finally:
@@ -280,7 +289,7 @@ def _without_late_uncond(patch: Patch) -> Patch:
 
     def patched(model: Any) -> Any:
         clone = patch(model).clone()
-        clone.add_wrapper_with_key("predict_noise", "late", predict_noise)
+        clone.add_wrapper_with_key("predict_noise", "guided", predict_noise)
         return clone
 
     return patched

@@ -47,10 +47,15 @@ MOST_FEW_STEPS = 8
 
 
 def report_saved(transformer_options: Mapping[str, Any], name: str, saved: int, of: int, unit: str) -> None:
-    """Tell what technique `name` left out in this run, 0 included: `saved` of `of` `unit`."""
+    """Tell what technique `name` left out in this run, 0 included: `saved` of `of` `unit`.
+
+    Samplers without a record have it in the log.
+    """
     report = transformer_options.get(REPORT_SAVED)
     if report is not None:
         report(name, saved, of, unit)
+    else:
+        logging.info("SpeedLab: %s left out %d of %d %s, %.0f %%", name, saved, of, unit, 100 * saved / max(of, 1))
 
 
 # In `transformer_options`: a callable without arguments. Absent without a profiler.

@@ -13,6 +13,7 @@ import torch
 
 from .deepcache_oracle import PlainCache, with_plain_cache
 from .test_composition import _control, _core_node
+from .test_forecast import _hooked
 from .test_schedule_places import restarting
 from .tiny_unet import TinyUNet, build, relative
 
@@ -224,6 +225,16 @@ def test_a_prompt_that_changes(tiny: TinyUNet, attach: Any, ran: Any) -> None:
     first = next(step for step, sigma in enumerate(sigmas.tolist()) if sigma < changes)
     assert first not in made.cached and made.cached
     assert sum("change during this run" in note for note in made.notes) == 1
+    made = ran(attach(tiny.model, interval=100), conds=(positive, tiny.cond(2)))
+    assert set(range(STEPS)) - made.cached == {0, first}
+    assert sum("change during this run" in note for note in made.notes) == 1
+
+
+def test_a_hook_with_keyframes(tiny: TinyUNet, attach: Any, ran: Any) -> None:
+    conds = (_hooked(tiny, 1.0, 0.2), tiny.cond(2))
+    made = ran(attach(tiny.model, schedule="adaptive", tolerance=1.0), conds=conds)
+    assert torch.equal(made.latent, ran(tiny.model, conds=conds).latent) and not made.cached
+    assert sum("a LoRA hook with keyframes" in note for note in made.notes) == 1
 
 
 def test_a_controlnet_that_ends(tiny: TinyUNet, attach: Any, ran: Any) -> None:

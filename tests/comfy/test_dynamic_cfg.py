@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from .deepcache_oracle import with_oracle
+from .test_composition import _control, _core_node
+from .test_forecast import _hooked
+from .test_schedule_places import restarting
 from .tiny_unet import TinyUNet, build, relative, watched
 
 SAME = 2e-5  # one row alone against the same row in a batch of two
@@ -264,11 +267,28 @@ def _own_evaluation(model: Any) -> Any:
     return clone
 
 
+def _mixing_rows(model: Any) -> Any:
+    """As NAGuidance of newer ComfyUIs: attention of the prompt, with that of the negative one beside it."""
+
+    def mix(out: torch.Tensor, extra: dict) -> torch.Tensor:
+        if {0, 1} <= set(extra["cond_or_uncond"]):
+            chunks = dict(zip(extra["cond_or_uncond"], out.chunk(len(extra["cond_or_uncond"])), strict=True))
+            chunks[0].mul_(1.5).sub_(0.5 * chunks[1])
+        return out
+
+    clone = model.clone()
+    clone.set_model_attn1_output_patch(mix)
+    clone.model_options["disable_cfg1_optimization"] = True
+    return clone
+
+
 @pytest.mark.parametrize(
-    "options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": -1.0}, {"uncond_interval": 2}]
+    "options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": -1.0}, {"stop_at": 1.0, "uncond_interval": 2}]
 )
 @pytest.mark.parametrize(
-    "patch", [_node("nodes_sag", "SelfAttentionGuidance", 0.5, 2.0), _own_evaluation], ids=["sag", "own evaluation"]
+    "patch",
+    [_node("nodes_sag", "SelfAttentionGuidance", 0.5, 2.0), _own_evaluation, _mixing_rows],
+    ids=["sag", "own evaluation", "mixing rows"],
 )
 def test_steps_aside(tiny: TinyUNet, attach: Any, patch: Any, options: dict, caplog: pytest.LogCaptureFixture) -> None:
     stock = tiny.sample(patch(tiny.model), size=(16, 16), steps=4)
@@ -380,11 +400,103 @@ def test_a_difference_of_other_conds_is_not_used(tiny: TinyUNet, attach: Any) ->
     )
     middle = tiny.model.get_model_object("model_sampling").percent_to_sigma(0.5)
     changes = int((sigmas[:-1] >= middle).sum())
+    model, notes = with_notes(attach(tiny.model, stop_at=1.0, uncond_from=0.0, uncond_interval=8))
+    for positive in ([*early, *late], _control(tiny, (0.0, 0.5))(tiny.cond(1))):
+        notes.clear()
+        with tiny.counted() as calls:
+            tiny.sample(model, positive=positive)
+        rows = [number for number, _ in calls]
+        assert 0 < changes < 8
+        assert [n for n, number in enumerate(rows) if number == 2] == [0, changes, 7]
+        assert len(notes) == 1 and "that act change during this run" in notes[0]
+
+
+def test_a_hook_with_keyframes_leaves_uncond_on(tiny: TinyUNet, attach: Any) -> None:
+    model, notes = with_notes(attach(tiny.model, stop_at=1.0, uncond_interval=2))
+    positive = _hooked(tiny, 1.0, 0.2)
+    assert torch.equal(tiny.sample(model, positive=positive), tiny.sample(positive=positive))
+    assert sum("a LoRA hook with keyframes" in note for note in notes) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"stop_at": 1.0, "uncond_from": 0.0, "uncond_interval": 10}, {"mode": "adaptive", "similarity": -1.0}]
+)
+def test_nothing_of_before_a_restart_is_used(tiny: TinyUNet, attach: Any, options: dict) -> None:
+    import comfy.samplers
+
+    model, notes = with_notes(attach(tiny.model, **options))
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(tiny.cond(1), tiny.cond(2))
+    guider.set_cfg(5.0)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 8)
+    latent = torch.zeros(1, 4, 8, 8)
+    with tiny.counted() as calls, torch.inference_mode():
+        guider.sample(latent + 1.0, latent, restarting(range(3, 6)), sigmas, disable_pbar=True, seed=0)
+    assert [n for n, (rows, _) in enumerate(calls) if rows == 2] == [0, 6]  # 0 to 5, then 3 again
+    assert notes == ["Dynamic CFG: this sampler goes back to steps that it had left, and evaluates uncond there."]
+
+
+@pytest.mark.parametrize("options", [{"stop_at": 1.0, "uncond_interval": 2}, {"mode": "adaptive"}])
+def test_a_prediction_that_is_no_number(
+    tiny: TinyUNet, attach: Any, options: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of uncond, at step 3, and nothing else: nothing that it gave stands for another one, or ends the guidance."""
+    seen: list[bool] = []
+
+    def broken(executor: Any, *args: Any) -> Any:
+        out = executor(*args)
+        return [out[0], out[1] * float("nan")] if len(seen) == 3 else out
+
+    def repaired(args: dict) -> torch.Tensor:
+        seen.append(bool(torch.isfinite(args["denoised"]).all()))
+        return torch.where(torch.isfinite(args["denoised"]), args["denoised"], args["cond_denoised"])
+
+    model = tiny.model.clone()
+    model.add_wrapper_with_key("calc_cond_batch", "broken", broken)
+    model.set_model_sampler_post_cfg_function(repaired)
+    with tiny.counted() as calls, caplog.at_level(logging.WARNING):
+        tiny.sample(attach(model, similarity=0.999999, **options))
+    assert [n for n, finite in enumerate(seen) if not finite] == [3]
+    assert caplog.text.count("held NaN or infinity") == 1
+    if "uncond_interval" in options:
+        assert [rows for rows, _ in calls] == [2, 2, 1, 2, 2, 2, 1, 2]
+
+
+GOES_ON = {
+    "apg": _core_node("nodes_apg", "APG", 0.5, 5.0, -0.3),
+    "tcfg": _core_node("nodes_tcfg", "TCFG"),
+    "rescale": _core_node("nodes_model_advanced", "RescaleCFG", 0.7),
+    "perturbed": _core_node("nodes_pag", "PerturbedAttentionGuidance", 3.0),
+}
+
+
+@pytest.mark.parametrize("name", GOES_ON)
+def test_what_combines_both_predictions_goes_on_where_a_difference_stands(
+    tiny: TinyUNet, attach: Any, name: str
+) -> None:
+    patch, options = GOES_ON[name], {"stop_at": 1.0, "uncond_interval": 2, "uncond_from": 0.2}
+    how = {"size": (16, 16), "steps": 5}
+    expected = tiny.sample(_stock_with(patch(tiny.model), lambda step: _way(step, 1, 5, 2)), **how)
+    for model in (attach(patch(tiny.model), **options), patch(attach(tiny.model, **options))):
+        assert relative(tiny.sample(model, **how), expected) < SAME
+
+
+@pytest.mark.parametrize(("sampler", "evaluations"), [("dpmpp_sde", 2), ("seeds_3", 3)])
+def test_a_sigma_window_begins_and_ends_with_a_step(
+    tiny: TinyUNet, attach: Any, sampler: str, evaluations: int
+) -> None:
+    """Its evaluations between two sigmas are guided as the step's first is; image to image counts by sigma too."""
+    window = {"stop_at": 1.0, "sigma_low": 0.28, "sigma_high": 5.42}
     with tiny.counted() as calls:
-        tiny.sample(attach(tiny.model, stop_at=1.0, uncond_from=0.0, uncond_interval=8), positive=[*early, *late])
-    rows = [number for number, _ in calls]
-    assert 0 < changes < 8
-    assert [n for n, number in enumerate(rows) if number == 2] == [0, changes, 7]
+        tiny.sample(attach(tiny.model, **window), steps=10, sampler=sampler, scheduler="karras")
+    assert [rows for rows, _ in calls] == [
+        *[1] * 3 * evaluations, *[2] * 4 * evaluations, *[1] * (2 * evaluations + 1)
+    ]  # fmt: skip
+    with tiny.counted() as calls:
+        tiny.sample(
+            attach(tiny.model, **window), steps=5, scheduler="karras", denoise=0.5, latent=torch.ones(1, 4, 8, 8)
+        )
+    assert [rows for rows, _ in calls] == [2, 2, 1, 1, 1]
 
 
 def test_windows_and_differences_with_deepcache(tiny: TinyUNet, attach: Any, deepcache: Any) -> None:
@@ -462,6 +574,24 @@ def test_guider_is_restored(tiny: TinyUNet, attach: Any, error: str) -> None:
         _guided(guider, tiny)
     assert guider.cfg == 5.0
     assert "speedlab_run_states" not in repr(model.model_options)
+
+
+def test_differences_are_let_go_when_a_run_is_cancelled(tiny: TinyUNet, attach: Any, living: Any) -> None:
+    import comfy.model_management
+
+    runs = living(importlib.import_module("speedlab.techniques.guidance.dynamic_cfg").Run)
+    model = attach(tiny.model, stop_at=1.0, uncond_interval=2)
+    expected, kept = tiny.sample(model), []
+
+    def stop(step: int, *_: Any) -> None:
+        kept.extend(run.difference._kept for run in runs())
+        if step == 4:
+            raise comfy.model_management.InterruptProcessingException
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        tiny.sample(model, callback=stop)
+    assert kept and not any(kept)
+    assert torch.equal(tiny.sample(model), expected)
 
 
 @pytest.mark.parametrize("options", [{"stop_at": 0.5}, {"mode": "adaptive", "similarity": 0.5}])
@@ -579,3 +709,5 @@ def test_a_range_of_sigmas_that_holds_none_is_said(tiny: TinyUNet, attach: Any, 
     errors = importlib.import_module("speedlab.common.errors")
     with pytest.raises(errors.SpeedLabError, match=r"sigma_high is 0\.28 and sigma_low 5\.42.*no limit"):
         attach(tiny.model, sigma_low=5.42, sigma_high=0.28)
+    with pytest.raises(errors.SpeedLabError, match=r"start_at is 0\.8 and stop_at 0\.75.*below stop_at"):
+        attach(tiny.model, start_at=0.8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,18 @@ def _distilled(model: Any) -> Any:
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
     return ModelSamplingDiscrete().patch(model, "lcm", False)[0]
+
+
+def test_samplers_without_a_record_have_it_in_the_log(all_three: Any, tiny: Any, caplog: Any) -> None:
+    with caplog.at_level(logging.INFO):
+        tiny.sample(all_three(tiny.model, forecast=True), steps=20)
+        tiny.sample(all_three(tiny.model, forecast=True), steps=4, cfg=1.0)
+    assert [text for text in caplog.messages if text.startswith("SpeedLab")] == [
+        "SpeedLab: dynamic_cfg left out 5 of 20 evaluations of the negative prompt, 25 %",
+        "SpeedLab: forecast left out 9 of 20 evaluations, 45 %",
+        "SpeedLab: dynamic_cfg left out 0 of 0 evaluations of the negative prompt, 0 %",
+        "SpeedLab: forecast left out 0 of 4 evaluations, 0 %",
+    ]
 
 
 def test_twenty_steps(sampled: Any, all_three: Any, tiny: Any) -> None:

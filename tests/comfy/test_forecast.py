@@ -17,8 +17,9 @@ import torch
 from . import mixture
 from .forecast_oracle import Plain, published_plan, with_forecasts
 from .test_composition import _control
+from .test_deepcache_models import _flux as another_network
 from .test_schedule_places import restarting
-from .tiny_unet import TinyUNet, build, relative
+from .tiny_unet import TinyUNet, build, fill, relative
 
 SAME = 2e-5
 STEPS = 12
@@ -155,7 +156,7 @@ def test_a_run_without_a_forecast_is_bit_identical(tiny: TinyUNet, attach: Any, 
 
 @pytest.mark.parametrize(
     "sampler",
-    ["euler", "heun", "dpmpp_2m", "euler_ancestral", "lcm",
+    ["euler", "heun", "dpmpp_2m", "euler_ancestral", "lcm", "euler_cfg_pp",
      *(pytest.param(name, marks=pytest.mark.full) for name in ("dpmpp_sde", "heunpp2"))],
 )  # fmt: skip
 def test_latent(tiny: TinyUNet, attach: Any, sampler: str) -> None:
@@ -288,7 +289,7 @@ def test_a_prompt_that_begins_late(tiny: TinyUNet, attach: Any, run: Any) -> Non
     begins = _first_active(tiny, 20, 0.4)
     assert 5 < begins < 16
     assert published_plan(20) - set(made.forecast) == {begins, begins + 1} & published_plan(20)
-    assert made.forecast and not made.notes
+    assert made.forecast and len(made.notes) == 1 and "that act change during this run" in made.notes[0]
 
 
 def test_control_net_is_left_out_too_and_its_window_ends_forecasts(tiny: TinyUNet, attach: Any, run: Any) -> None:
@@ -303,6 +304,7 @@ def test_control_net_is_left_out_too_and_its_window_ends_forecasts(tiny: TinyUNe
     ends = _first_active(tiny, 20, 0.4)
     assert published_plan(20) - set(made.forecast) == {ends, ends + 1} & published_plan(20)
     assert len(evaluated) == ends - len([step for step in made.forecast if step < ends])
+    assert len(made.notes) == 1 and "that act change during this run" in made.notes[0]
 
 
 def _hooked(tiny: TinyUNet, *strengths: float) -> list:
@@ -385,6 +387,36 @@ def test_a_guider_that_asks_the_model_itself(tiny: TinyUNet, attach: Any, run: A
     made = run(attach(tiny.model), guider=guider)
     assert torch.equal(made.latent, run(tiny.model, guider=guider).latent)
     assert len(made.notes) == 1 and "calc_cond_batch" in made.notes[0] and made.ran == {"forecast": None}
+
+
+def test_a_model_that_is_no_unet(comfy: ModuleType, attach: Any) -> None:
+    """Flux: another network, and sigmas from 1 to 0."""
+    import comfy.sample
+
+    flux = another_network()
+    fill(flux.model.diffusion_model, 0)
+    calls: list[int] = []
+    flux.model.diffusion_model.img_in.register_forward_pre_hook(lambda *_: calls.append(1))
+    prompts = [
+        [[torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(n)), {"pooled_output": torch.ones(1, 8)}]]
+        for n in (1, 2)
+    ]
+
+    def sample(model: Any, sampler: str) -> torch.Tensor:
+        calls.clear()
+        latent = torch.zeros(2, 16, 8, 8)
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                model, comfy.sample.prepare_noise(latent, 0), 20, 3.0, sampler, "simple", *prompts, latent,
+                disable_pbar=True, seed=0,
+            )  # fmt: skip
+
+    for sampler, evaluations in (("euler", 11), ("heun", 21)):
+        reference = sample(with_forecasts(flux, Plain(published_plan(20))), sampler)
+        assert relative(sample(attach(flux), sampler), reference) < SAME
+        assert len(calls) == evaluations
+    sample(attach(flux, "adaptive", tolerance=1.0), "euler")
+    assert len(calls) < 20
 
 
 def _sigmas(tiny: TinyUNet, steps: int = STEPS) -> torch.Tensor:

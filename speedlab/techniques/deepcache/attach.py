@@ -267,6 +267,12 @@ def _apply_model(
             run.cached_rows += len(x)
             with reusing(options, features):
                 return executor(*inputs, **kwargs)
+        if run.is_new(keys, evaluation):
+            report_note(
+                options,
+                "DeepCache: the prompts or sizes that act change during this run; a step where one begins is evaluated "
+                "in full.",
+            )
     expected = None if evaluation.previous is None else run.expected(keys, evaluation)
     cached = None if expected is None else _as_cached(run, executor, inputs, kwargs, expected)
     with keeping(options) as kept:

@@ -171,6 +171,11 @@ class Run(SharedState):
             found.append(self._features(sound, entries, evaluation).features)
         return torch.cat(found)
 
+    def is_new(self, keys: Sequence[Hashable], evaluation: Evaluation) -> bool:
+        """Whether one of `keys` is of no step before, while others are."""
+        earlier = any(entry.step < evaluation.step for entries in self._entries.values() for entry in entries)
+        return earlier and any(key not in self._entries for key in keys)
+
     def expected(self, keys: Sequence[Hashable], evaluation: Evaluation) -> Expected | None:
         """What `recall` would give if the full step of `evaluation` were a cached one."""
         found = []

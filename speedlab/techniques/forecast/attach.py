@@ -125,6 +125,7 @@ def _calc_cond_batch(
         return executor(model, conds, x, timestep, model_options, *args)
     conds = with_unique_uuids(conds)
     keys = keys_of(conds, x, options, evaluation)
+    run.tell_of_changes(keys.values(), options)
     is_forecast = run.is_forecast and run.histories.is_ready(keys, evaluation)
     if is_forecast:
         run.answered = True

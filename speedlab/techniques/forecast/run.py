@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +41,9 @@ class Run(SharedState):
     _decided: dict[int, bool] = field(default_factory=dict)
     _budget: Budget = field(init=False)
     _reported_numbers: bool = False
+    # All that was asked for, and the step of the first evaluation.
+    _asked: set[Hashable] = field(default_factory=set)
+    _began: int | None = None
 
     def __post_init__(self) -> None:
         self._budget = Budget(self.config.tolerance)
@@ -61,6 +64,19 @@ class Run(SharedState):
         """Why the place of an evaluation in the run is not sound enough to forecast anything from here on."""
         is_new = position is not None and position.step not in self._decided
         return obstacle(self.finder, position, is_new)
+
+    def tell_of_changes(self, keys: Iterable[Hashable], options: Mapping[str, Any]) -> None:
+        """Say that something is asked for, under `keys`, that was not at the run's first step."""
+        assert self.current is not None
+        self._began = self.current.step if self._began is None else self._began
+        new = set(keys) - self._asked
+        self._asked |= new
+        if new and self.current.step != self._began and self.reason is None:
+            report_note(
+                options,
+                "Forecast: the prompts, ControlNets, sizes or guidance that act change during this run; steps where "
+                "something begins or ends are evaluated in full.",
+            )
 
     @contextmanager
     def evaluating(self, position: Position, cfg: float | None, options: Mapping[str, Any]) -> Iterator[None]:

@@ -29,7 +29,7 @@ from ...patching.position import Position, StepFinder, counting_steps
 from ...patching.schedule import steps_before
 from ...patching.wrappers import Accelerator, SharedState, Site, Wrapper, attach, declare, run_state, state_of
 from .reuse import Difference, evaluate_with_difference
-from .rows import evaluate_without_uncond, is_guided, needs_a_value, obstacle, reads_attention, with_observer
+from .rows import evaluate_without_uncond, is_guided, looks_at_uncond, needs_a_value, obstacle, with_observer
 
 KEY = "speedlab.dynamic_cfg"
 Mode = Literal["fixed", "adaptive"]
@@ -47,7 +47,7 @@ class DynamicCFGConfig:
     Both keep it only from step floor(start_at * n) on, and in steps that begin at a sigma above `sigma_low` and not
     above `sigma_high` (0: no limit). From step floor(uncond_from * n) on the model evaluates it every
     `uncond_interval`-th step, and its last difference to cond stands for it in the others. Raises ValueError for a
-    value out of range, SpeedLabError for a range of sigmas that holds none.
+    value out of range, SpeedLabError for a range of steps or sigmas that holds none.
     """
 
     mode: Mode = "fixed"
@@ -72,6 +72,11 @@ class DynamicCFGConfig:
             raise SpeedLabError(
                 f"Dynamic CFG: sigma_high is {self.sigma_high:g} and sigma_low {self.sigma_low:g}, so that no step has "
                 "guidance. Set sigma_high above sigma_low, or to 0 for no limit."
+            )
+        if self.mode == "fixed" and 0.0 < self.start_at >= self.stop_at:
+            raise SpeedLabError(
+                f"Dynamic CFG: start_at is {self.start_at:g} and stop_at {self.stop_at:g}, so that no step has "
+                "guidance. Set start_at below stop_at."
             )
         if self.uncond_interval < 1:
             raise ValueError(f"uncond_interval is {self.uncond_interval}; it must be 1 (every step) or more")
@@ -277,8 +282,8 @@ def _predict_noise(
 
 
 def _no_difference(guider: Any, model_options: Mapping[str, Any]) -> str | None:
-    if needs_a_value(model_options) and reads_attention(model_options):
-        return "a node (such as Self-Attention Guidance) sees its attention"
+    if looks_at_uncond(guider, model_options):
+        return "a node (such as Self-Attention Guidance or NAGuidance) sees its attention"
     return scheduled_hooks(guider)
 
 
@@ -298,9 +303,15 @@ def _calc_cond_batch(
 def _way_of(run: Run, model_options: dict, timestep: Any) -> tuple[Way, Position | None]:
     """How an evaluation gets its uncond, and where it stands, if that had to be known."""
     config = run.config
+    position = run.finder.locate(model_options, timestep)
+    if position is not None and position.went_back and (run.converged or config.uncond_interval > 1):
+        run.converged = False
+        report_note(
+            model_options.get("transformer_options", {}),
+            "Dynamic CFG: this sampler goes back to steps that it had left, and evaluates uncond there.",
+        )
     if config.mode == "adaptive" and not config.has_window and config.uncond_interval == 1:
         return "none" if run.converged else "full", None
-    position = run.finder.locate(model_options, timestep)
     if position is None:
         run.step_aside(run.finder.why_not(), model_options)
         return "full", None
@@ -327,4 +338,6 @@ def _compare(run: Run, predictions: Mapping[str, Any]) -> None:
     cond = (noisy - predictions["cond_denoised"]).flatten(1).float()
     uncond = (noisy - predictions["uncond_denoised"]).flatten(1).float()
     similarity = float(torch.nn.functional.cosine_similarity(cond, uncond, dim=1).min())
+    if math.isnan(similarity):
+        run.difference.tell_of_numbers(predictions["model_options"].get("transformer_options", {}))
     run.converged = similarity > run.config.similarity

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ...patching.cond_identity import active_parts, with_unique_uuids
-from ...patching.notes import is_forecast
+from ...patching.notes import is_forecast, report_note, warn
 from ...patching.position import Position
 
 
@@ -21,13 +21,14 @@ class Difference:
     """Cond minus uncond as the model gave them last, of one run: fp32 [B, ...] a kind of evaluation."""
 
     def __init__(self) -> None:
-        # By what the conds and the latents are: the sigma and the difference there.
-        self._kept: dict[Hashable, tuple[float, torch.Tensor]] = {}
+        # By what the conds and the latents are: the sigma, the difference there, and whether all of it are numbers.
+        self._kept: dict[Hashable, tuple[float, torch.Tensor, torch.Tensor]] = {}
         self._kept_at: int | None = None
         self._position: Position | None = None
         self._may_stand = False
         # A node may evaluate a changed model on the same pair, after the evaluation itself.
         self._seen: set[Hashable] = set()
+        self._told_of_numbers = False
 
     def clear(self) -> None:
         """Forget all."""
@@ -57,14 +58,35 @@ class Difference:
         self._seen.add(key)
         return key
 
-    def stands(self, key: Hashable) -> bool:
-        """Whether the evaluation may do without the model's uncond."""
-        return self._may_stand and key in self._kept
+    def stands(self, key: Hashable, options: Mapping[str, Any]) -> bool:
+        """Whether the evaluation may do without the model's uncond; the record gets why not. Waits for the device."""
+        assert self._position is not None
+        if key not in self._kept:
+            if self._kept and self._kept_at != self._position.step:
+                report_note(
+                    options,
+                    "Dynamic CFG: the prompts, ControlNets or sizes that act change during this run; uncond is "
+                    "evaluated where they do.",
+                )
+            return False
+        if self._may_stand and not self._kept[key][2]:
+            self.tell_of_numbers(options)
+            return False
+        return self._may_stand
+
+    def tell_of_numbers(self, options: Mapping[str, Any]) -> None:
+        """Say once that predictions said nothing about the steps to come."""
+        if not self._told_of_numbers:
+            self._told_of_numbers = True
+            warn(
+                options,
+                "Dynamic CFG: a prediction of the model held NaN or infinity; the step after it evaluates uncond.",
+            )
 
     def uncond(self, key: Hashable, cond: torch.Tensor) -> torch.Tensor:
-        """What stands for uncond beside `cond`; `stands` has to be true."""
+        """What stands for uncond beside `cond`, where `stands` is true."""
         assert self._position is not None
-        sigma, difference = self._kept[key]
+        sigma, difference, _ = self._kept[key]
         return (cond.float() - difference * (self._position.sigma / sigma)).to(cond.dtype)
 
     def keep(self, key: Hashable, cond: torch.Tensor, uncond: torch.Tensor) -> None:
@@ -74,7 +96,8 @@ class Difference:
             self._kept.clear()
             self._kept_at = self._position.step
         if self._position.sigma > 0.0:
-            self._kept[key] = (self._position.sigma, cond.float() - uncond.float())
+            found = cond.float() - uncond.float()
+            self._kept[key] = (self._position.sigma, found, torch.isfinite(found).all())
 
 
 def evaluate_with_difference(
@@ -93,7 +116,7 @@ def evaluate_with_difference(
     key = difference.key_of(named, x, options)
     if key is None:
         return executor(model, conds, x, timestep, model_options, *args), False
-    if difference.stands(key):
+    if difference.stands(key, options):
         out = list(executor(model, [named[0], None], x, timestep, model_options, *args))
         out[1] = difference.uncond(key, out[0])
         return out, True

@@ -46,9 +46,12 @@ def needs_a_value(model_options: Mapping[str, Any]) -> str | None:
     return None
 
 
-def reads_attention(model_options: Mapping[str, Any]) -> bool:
-    """Whether a node replaces self-attention, as Self-Attention Guidance does to see that of uncond."""
-    return bool(model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1"))
+def looks_at_uncond(guider: Any, model_options: Mapping[str, Any]) -> bool:
+    """Whether a node asks for uncond at every step and changes attention: Self-Attention Guidance sees that of uncond,
+    Normalized Attention Guidance mixes both."""
+    options = model_options.get("transformer_options", {})
+    kinds = {*options.get("patches", {}), *options.get("patches_replace", {})}
+    return bool(needs_a_value(guider.model_options)) and any(kind.startswith("attn") for kind in kinds)
 
 
 def _is_custom(guider: Any) -> bool:
