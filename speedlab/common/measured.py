@@ -33,9 +33,10 @@ def measured_once(what: str, measure: Callable[[], T], choices: Collection[T]) -
     if path is None:
         return measure()
     known = _read(path).get(what)
-    if known in choices and type(known) in {type(choice) for choice in choices}:
-        log.info("SpeedLab: %s: %s, as measured before (%s).", what, known, path)
-        return known
+    for choice in choices:
+        if type(known) is type(choice) and known == choice:
+            log.info("SpeedLab: %s: %s, as measured before (%s).", what, choice, path)
+            return choice
     if known is not None:
         log.warning("SpeedLab: %s has %r for %s, which is none of %s: it is measured anew.", path, known, what, choices)
     found = measure()
