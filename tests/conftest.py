@@ -178,3 +178,10 @@ def model_files(base_dir: Path, demo_checkpoint: Path, taesd_files: Path) -> Pat
     for file in taesd_files.glob("*.safetensors"):
         link(file, models / "vae_approx")
     return models
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine on which nothing was timed yet, and the folder that gets what is."""
+    monkeypatch.setattr("speedlab.common.measured.folder", lambda: tmp_path / "measured")
+    return tmp_path / "measured"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -29,3 +30,17 @@ def instructions() -> tuple[str, ...]:
 def instructions_word() -> str:
     """Eight hex digits for those instructions."""
     return hashlib.sha256(" ".join(instructions()).encode()).hexdigest()[:8]
+
+
+@cache
+def cpu_name() -> str:
+    """The CPU's name as the system gives it."""
+    if sys.platform.startswith("linux"):
+        try:
+            lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        except OSError:
+            lines = []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine() or "CPU"

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..common.cpu import cpu_name
 from ..common.torch_private import cuda_of_driver
 
 
@@ -119,20 +119,6 @@ def _cpus() -> str | None:
         else:
             ranges.append([cpu])
     return ",".join("-".join(map(str, part)) for part in ranges)
-
-
-@lru_cache(maxsize=1)
-def cpu_name() -> str:
-    """The CPU's name as the system gives it."""
-    if sys.platform.startswith("linux"):
-        try:
-            lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        except OSError:
-            lines = []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine() or "CPU"
 
 
 # Where Linux's kernel module names itself: "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ...".

@@ -153,6 +153,7 @@ class ComfyServer:
             arguments += ["--extra-model-paths-config", str(config)]
         if self._wants_cpu():
             arguments.append("--cpu")
+        if "--cpu" in arguments:
             self.threads = threads.choose(self.env)
         return arguments
 

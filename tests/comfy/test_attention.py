@@ -147,6 +147,7 @@ def test_a_dtype_that_a_kernel_refuses(modules: SimpleNamespace, monkeypatch: py
     assert modules.attention._attend(run, half, half, half, 2) is half
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_auto_on_a_cpu(tiny: TinyUNet, attach: Any, modules: SimpleNamespace, calls: list[str], caplog: Any,
                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setattr(modules.attention, "TABLE", modules.attention_choice.ChoiceTable())
@@ -163,6 +164,7 @@ def test_auto_on_a_cpu(tiny: TinyUNet, attach: Any, modules: SimpleNamespace, ca
     assert caplog.text.count("auto chose") == 2
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_auto_leaves_the_random_numbers_alone(
     tiny: TinyUNet, attach: Any, modules: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ def unet(comfy: Any) -> Any:
 
 
 @pytest.fixture
-def fresh(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh(engine: Any, unmeasured: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing compiled or chosen yet. Graphs of inductor run as dynamo captured them."""
     dynamo, inductor = engine("techniques.compile.backends.dynamo"), engine("techniques.compile.backends.inductor")
     monkeypatch.setattr(inductor, "_compile_graph", lambda _options, graph, _inputs: graph.forward)
@@ -88,6 +88,7 @@ def test_only_the_first_prompt_has_it(node: Any, unet: Any, fresh: None, techniq
     assert phases["first_eval"] > steps[0]["cpu_ms"]
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
     ("module", "name"),
     [("cpu.onednn", "is_faster_here"), ("cpu.conv_as_matmul", "most_pixels_here"), ("cpu.vectors", "known_to_work")],

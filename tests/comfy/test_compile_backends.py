@@ -91,6 +91,15 @@ def test_another_attention_is_refused(unet: Any, compiled: Any, engine: Any, bac
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_in_fp8_are_refused(comfy: Any, compiled: Any, engine: Any, backend: str) -> None:
+    unet = tiny_unet.build("level")
+    weight = unet.unet.input_blocks[0][0].weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(engine("common.errors").SpeedLabError, match=rf"{backend} takes no .*float8_e4m3fn.*fp32"):
+        unet.sample(compiled.attach_compile(unet.model, compiled.CompileConfig(backend)), steps=1, size=SIZE)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_autocast_is_refused_where_it_cannot_act(
     unet: Any, compiled: Any, engine: Any, node: Any, backend: str
 ) -> None:

@@ -215,14 +215,46 @@ def test_freeu_is_traced(unet: TinyUNet, compiled: Any, cached: Any, name: str, 
     assert relative(*pictures) > 1e-3
 
 
+@pytest.mark.parametrize(("with_freeu", "with_cache"), [(False, False), (True, True)])
+def test_perturbed_attention_is_traced(
+    unet: TinyUNet, compiled: Any, cached: Any, engine: Any, with_freeu: bool, with_cache: bool, caplog: Any
+) -> None:
+    """Its evaluation is a program of its own beside that of CFG's, and found again."""
+    caplog.set_level("INFO")
+    engine("techniques.compile.program")._programs.clear()
+    model = _core_node("nodes_pag", "PerturbedAttentionGuidance", 3.0)(unet.model)
+    model = _core_node("nodes_freelunch", "FreeU", 1.3, 1.4, 0.9, 0.2)(model) if with_freeu else model
+    model = cached(model, interval=2, branch=1) if with_cache else model
+    expected = unet.sample(model, steps=4, size=SIZE)
+    assert relative(expected, unet.sample(steps=4, size=SIZE)) > 1e-3
+    traced = compiled(model, "jit_trace")
+    assert relative(unet.sample(traced, steps=4, size=SIZE), expected) < 1e-4
+    assert caplog.text.count("compiles the network") == 2
+    with unet.counted() as calls:
+        unet.sample(traced, steps=2, size=SIZE)
+    assert calls == [], "no block ran outside of the programs"
+    # A run without it takes none of its programs.
+    plain = cached(unet.model, interval=2, branch=1) if with_cache else unet.model
+    expected = unet.sample(plain, steps=4, size=SIZE)
+    assert relative(unet.sample(compiled(plain, "jit_trace"), steps=4, size=SIZE), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "module, name, settings",
+    [
+        ("nodes_freelunch", "FreeU", (1.3, 1.4, 0.9, 0.2)), ("nodes_pag", "PerturbedAttentionGuidance", (3.0,)),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_freeu_is_refused_where_it_is_not_traced(unet: TinyUNet, compiled: Any, engine: Any, backend: str) -> None:
-    model = _core_node("nodes_freelunch", "FreeU", 1.3, 1.4, 0.9, 0.2)(unet.model)
-    with pytest.raises(engine("common.errors").SpeedLabError, match=rf"{backend}.*FreeU"):
+def test_patches_are_refused_where_they_are_not_traced(
+    unet: TinyUNet, compiled: Any, engine: Any, backend: str, module: str, name: str, settings: Any
+) -> None:
+    model = _core_node(module, name, *settings)(unet.model)
+    with pytest.raises(engine("common.errors").SpeedLabError, match=rf"{backend}.*{name}"):
         unet.sample(compiled(model, backend), steps=1, size=SIZE)
 
 
-@pytest.mark.parametrize("backend", ["jit_trace", "openvino"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_forecast_and_reused_uncond_act_around_programs(
     unet: TinyUNet, compiled: Any, guided: Any, engine: Any, backend: str
 ) -> None:

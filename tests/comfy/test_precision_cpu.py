@@ -159,8 +159,9 @@ def _as_products(tiny: TinyUNet) -> list[str]:
 
 @pytest.mark.usefixtures("of_any_size")
 @pytest.mark.parametrize("side", [8, 13])
-def test_convolutions_as_products(tiny: TinyUNet, attach: Callable[..., Any], side: int) -> None:
-    """The same latents to rounding, with products while sampling and only then."""
+def test_convolutions_as_products(tiny: TinyUNet, attach: Callable[..., Any], side: int, caplog: Any) -> None:
+    """The same latents to rounding, with products while sampling and only then. Up to which size is told."""
+    caplog.set_level("INFO")
     seen: list[Any] = []
     stock = tiny.sample(tiny.model, steps=3, size=(side, 8))
     model = attach(tiny.model, convolution="matmul", linear="onednn")
@@ -168,6 +169,7 @@ def test_convolutions_as_products(tiny: TinyUNet, attach: Callable[..., Any], si
     assert seen and all(len(names) > 10 for names in seen)
     assert relative(result, stock) < 1e-5
     assert _as_products(tiny) == []
+    assert f"convolutions of up to {1 << 30} pixels" in caplog.text
     assert torch.equal(tiny.sample(tiny.model, steps=3, size=(side, 8)), stock)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 CACHED = {
     "cache_interval": 3, "cache_branch_id": 0, "start_percent": 0.0, "end_percent": 1.0, "schedule": "uniform",
@@ -39,7 +41,6 @@ def record(node: Any, tiny: Any) -> Callable[..., Any]:
 def guided(engine: Any, tiny: Any) -> Callable[..., Any]:
     """The trace of a run on sigmas of one's own, as the samplers for custom sigmas make it."""
     import comfy.samplers
-    import torch
 
     trace, nvtx, clock = (engine(f"measure.{name}") for name in ("trace", "nvtx", "clock"))
 
@@ -277,3 +278,13 @@ def test_a_name_whose_technique_did_nothing_is_a_label(record, dynamic_cfg, engi
     assert record(dynamic_cfg(tiny.model), **here).request["plan"] == "CFG off"
     made = record(dynamic_cfg(tiny.model), sampler="euler_cfg_pp", **here)
     assert (made.request["plan"], made.request["label"]) == ("stock", "CFG off")
+
+
+@pytest.mark.parametrize(("allowed", "told"), [({0, 1, 2, 5, 7, 8}, "0-2,5,7-8"), ({3}, "3")])
+def test_threads_and_cpus_are_of_the_record(
+    record: Callable[..., Any], tiny: Any, monkeypatch: pytest.MonkeyPatch, allowed: set[int], told: str
+) -> None:
+    """What `serve` and `bench` chose, or the user did."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: allowed, raising=False)
+    env = record(tiny.model, steps=1).env
+    assert (env["cpu_threads"], env["cpus"]) == (torch.get_num_threads(), told)

@@ -16,7 +16,8 @@ from speedlab_tools.__main__ import main
 TORCH = bundle._version("torch").lower().replace("+", "-")
 OPENVINO = f"compiled/openvino-torch{TORCH}-cpu-{bundle.instructions_word()}"
 INDUCTOR = f"compiled/inductor-torch{TORCH}-cpu-{bundle.instructions_word()}"
-KEPT = {f"{OPENVINO}/ab.graph": b"graph" * 1000, f"{OPENVINO}/cd.int8": b"{}", f"{INDUCTOR}/fx/cd/ef.so": bytes(50)}
+KEPT = {f"{OPENVINO}/ab.graph": b"graph" * 1000, f"{OPENVINO}/cd.int8": b"{}", f"{INDUCTOR}/fx/cd/ef.so": bytes(50),
+        "measured/cpu-12345678.json": b"{}"}  # fmt: skip
 LEFT = (f"compiled/openvino-torch{TORCH}-cpu-00000000/ab.graph", "compiled/openvino-torch1.0-cpu/ab.graph",
         f"{INDUCTOR}/locks/a.lock", f"{OPENVINO}/ab.graph.12.tmp")  # fmt: skip
 
@@ -63,7 +64,7 @@ def test_what_fits_comes_out_as_it_went_in(packed: Path, there: Path, capsys: An
     mine = written(there / "speedlab", {f"{OPENVINO}/cd.int8": b"mine"})
     assert main(["bundle", "unpack", str(packed), "--user", str(there)]) == 0
     assert held(there) == {**KEPT, f"{OPENVINO}/cd.int8": b"mine"}
-    assert "2 files" in capsys.readouterr().out.splitlines()[-1] and sorted(there.iterdir()) == [mine]
+    assert "3 files" in capsys.readouterr().out.splitlines()[-1] and sorted(there.iterdir()) == [mine]
 
 
 def _other(**changes: Any) -> Callable[[dict[str, Any], dict[str, bytes]], None]:

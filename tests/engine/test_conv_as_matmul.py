@@ -268,6 +268,7 @@ def test_a_compiled_module_computes_by_itself() -> None:
     assert sum("conv2d" in target for target in targets) == 2
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
     ("shares", "most"), [([0.5, 0.6, 0.8], 128), ([0.5, 0.6, 0.9], 64), ([0.5, 1.2, 0.1], 16), ([0.9, 0.1, 0.1], 0)]
 )
@@ -293,6 +294,7 @@ def test_products_as_far_as_they_are_clearly_faster(
         torch.testing.assert_close(plain, product, rtol=1e-5, atol=1e-2)
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_it_is_really_measured() -> None:
     measured.cache_clear()
     assert measured() in (0, 16, 64, 128)

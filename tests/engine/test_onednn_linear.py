@@ -154,6 +154,7 @@ def test_a_compiled_module_computes_by_itself() -> None:
     assert targets.count(linear) == 2
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_the_choice_is_measured_once() -> None:
     onednn.is_faster_here.cache_clear()
     first = onednn.is_faster_here()

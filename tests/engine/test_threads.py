@@ -71,9 +71,9 @@ def test_a_server_starts_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     one = min(here) if here else None  # elsewhere than on Linux nothing is bound
     (tmp_path / "pack").mkdir()
 
-    def said(**env: str) -> str:
+    def said(*extra: str, cpu: bool | None = True, **env: str) -> str:
         host = Host(comfyui, Path(sys.executable), True, "test")
-        server = ComfyServer(host, pack=tmp_path / "pack", base=tmp_path / "base", cpu=True, env=env)
+        server = ComfyServer(host, pack=tmp_path / "pack", base=tmp_path / "base", cpu=cpu, extra_args=extra, env=env)
         with pytest.raises(ServerError):
             server.start()
         return server.tail(1)[0]
@@ -85,4 +85,5 @@ def test_a_server_starts_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         lambda env: None if "OMP_NUM_THREADS" in env else threads.Threads(3, "3", frozenset({one} - {None})),
     )
     assert said() == f"3 {here and {one}}"
+    assert said("--cpu", cpu=None) == f"3 {here and {one}}", "asked for in ComfyUI's own words"
     assert said(OMP_NUM_THREADS="5") == f"5 {here}"

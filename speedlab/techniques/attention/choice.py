@@ -1,4 +1,4 @@
-"""Which attention to use for a shape: a short measurement, remembered for as long as the process lives.
+"""Which attention to use for a shape: a short measurement, remembered, on a CPU for the next start too.
 
 Nothing here knows ComfyUI; the caller brings the functions that are measured.
 """
@@ -9,8 +9,10 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from ...common.measured import measured_once
 from ...common.timing import MARGIN, apart, least_seconds
 
 PREFERRED = "sdpa"
@@ -92,11 +94,18 @@ class ChoiceTable:
             return Choice(PREFERRED)
         known = self._choices.get(shape)
         if known is None:
-            with apart("Timing attention backends"):
-                known = self._choices[shape] = pick(measure(runners()))
-            times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in known.seconds.items())
-            logging.info("Attention Backend: auto picked %s for %s on %s (%s).", known.name, shape, shape.device, times)
+            timed, on_cpu = partial(_timed, shape, runners), shape.device == "cpu"
+            name = measured_once(f"attention of {shape}", timed, candidates("cpu")) if on_cpu else timed()
+            known = self._choices[shape] = Choice(name)
         return known
+
+
+def _timed(shape: Shape, runners: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
+    with apart("Timing attention backends"):
+        found = pick(measure(runners()))
+    times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in found.seconds.items())
+    logging.info("Attention Backend: auto picked %s for %s on %s (%s).", found.name, shape, shape.device, times)
+    return found.name
 
 
 def pick(seconds: Mapping[str, float]) -> Choice:

@@ -7,7 +7,7 @@ graph that looked at them would be compiled again each time.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..attention import attach as chosen
 OVERRIDE = "optimized_attention_override"
 _PATCHES = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
 _REPLACED = ("attn1", "attn2")
+_SAME_AT_EVERY_STEP = ("comfy_extras.nodes_freelunch.FreeU", "comfy_extras.nodes_pag.PerturbedAttentionGuidance")
 _ASK_FOR_MEMORY = ("split", "sub_quadratic")
 
 
@@ -56,27 +57,44 @@ def transformer_patch(options: Mapping[str, Any], depth: int) -> str | None:
     return None
 
 
-def any_patch(options: Mapping[str, Any], known: Sequence[Any] = ()) -> str | None:
-    """Any patch of the network but `known` ones, by name; None where there is none."""
-    for kind, functions in options.get("patches", {}).items():
-        for function in functions:
-            if function not in known:
-                return f"{kind} {name_of(function)}"
-    for kind, functions in options.get("patches_replace", {}).items():
-        if functions:
-            return f"{kind} replacement {name_of(next(iter(functions.values())))}"
+def any_patch(options: Mapping[str, Any], traced: bool = False) -> str | None:
+    """Any patch of the network, by name, but those of `traced_patches` where these are `traced`; None where there is
+    none."""
+    for words, _, function in _patches(options):
+        if not (traced and _can_be_traced(function)):
+            return f"{words} {name_of(function)}"
     return None
 
 
-def freeu_patches(options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Those of ComfyUI's FreeU nodes, which do the same at every step, so that they can be traced."""
+def traced_patches(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the patches of ComfyUI's FreeU and PerturbedAttentionGuidance alone: they do the same at every step,
+    so that they can be traced."""
     patches = options.get("patches", {}).get("output_block_patch", ())
-    return tuple(patch for patch in patches if name_of(patch).startswith("comfy_extras.nodes_freelunch.FreeU"))
+    replaced = options.get("patches_replace", {}).get("attn1", {})
+    return {
+        "patches": {"output_block_patch": [patch for patch in patches if _can_be_traced(patch)]},
+        "patches_replace": {"attn1": {at: patch for at, patch in replaced.items() if _can_be_traced(patch)}},
+    }
 
 
-def patch_word(patches: Sequence[Any]) -> Hashable:
-    """Equal for FreeU's patches that do the same: node, and the scales that it was given."""
-    return tuple((name_of(patch), str(inspect.getclosurevars(patch).nonlocals.get("scale_dict"))) for patch in patches)
+def patch_word(options: Mapping[str, Any]) -> Hashable:
+    """Equal for those patches that do the same: node, place, and the scales that it was given."""
+    return tuple(
+        (place, name_of(patch), str(inspect.getclosurevars(patch).nonlocals.get("scale_dict")))
+        for _, place, patch in _patches(options)
+    )
+
+
+def _patches(options: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each with its kind in words, and the block whose attention it replaces."""
+    for kind, functions in options.get("patches", {}).items():
+        yield from ((kind, None, function) for function in functions)
+    for kind, replaced in options.get("patches_replace", {}).items():
+        yield from ((f"{kind} replacement", place, function) for place, function in replaced.items())
+
+
+def _can_be_traced(patch: Any) -> bool:
+    return name_of(patch).startswith(_SAME_AT_EVERY_STEP)
 
 
 def name_of(function: Any) -> str:

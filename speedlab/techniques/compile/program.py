@@ -1,9 +1,9 @@
 """Programs of tensors: backends that trace or export the whole network, and what they cannot do, refused by name.
 
-What is traced is fixed: it knows no patches but FreeU's, and ControlNet's residuals as inputs. Other patches are
-refused when they show up in a run, never ignored. A program that holds weights of its own is made again when ComfyUI
-has patched others into the model. DeepCache has two programs, one of full steps and one of cached ones, which holds
-the weights of the outer blocks alone.
+What is traced is fixed: it knows no patches but those that do the same at every step (FreeU's, perturbed attention),
+and ControlNet's residuals as inputs. Other patches are refused when they show up in a run, never ignored. A program
+that holds weights of its own is made again when ComfyUI has patched others into the model. DeepCache has two programs,
+one of full steps and one of cached ones, which holds the weights of the outer blocks alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ...models.weights import is_plain
 from ...patching.dynamic_vram import is_paged
 from ..deepcache import forward as deepcache
 from . import int8
-from .attention import OVERRIDE, any_patch, attention_options, attention_word, freeu_patches, note_use, patch_word
+from .attention import OVERRIDE, any_patch, attention_options, attention_word, note_use, patch_word, traced_patches
 from .backends import CompileOptions, RelativeShape
 from .backends.kept import digest_of, kept_or_made, weights_of
 from .run import CompileError, Run, raise_what_passes
@@ -265,7 +265,7 @@ class ProgramEngine:
         self, part: Part, inputs: dict[str, torch.Tensor], seen: Mapping[str, Any], options: Mapping[str, Any]
     ) -> tuple[Callable[..., Any], Iterable[str]]:
         """A program that can do it, and what it takes."""
-        backend, x, patches = self.run.backend, inputs["x"], freeu_patches(options)
+        backend, x, patches = self.run.backend, inputs["x"], traced_patches(options)
         shapes = _shapes(inputs, backend)
         key = (part, shapes, attention_word(seen), _autocast(x.device), patch_word(patches))
         known = self.programs.by_key
@@ -281,7 +281,7 @@ class ProgramEngine:
                 f"weights, so only {self._most_kept} are kept. Inductor takes all sizes."
             )
         log.info("SpeedLab: %s compiles %s; this can take minutes", backend.NAME, words)
-        fixed = {**seen, "patches": {"output_block_patch": list(patches)}} if patches else seen
+        fixed = {**seen, **patches} if any_patch(patches) else seen
         began = time.perf_counter()
         with apart(), torch.no_grad():
             target = PureNetwork(self.network, fixed, tuple(inputs), part)
@@ -411,6 +411,9 @@ def _obstacle_of_model(run: Run, patcher: Any) -> str:
     kind = next((type(weight) for weight in network.parameters() if not is_plain(weight)), None)
     if kind is not None:
         return f"{name} takes plain tensors for weights, and this model's are quantised ({kind.__name__})"
+    fp8 = next((str(w.dtype) for w in network.parameters() if w.dtype.is_floating_point and w.itemsize == 1), None)
+    if fp8 is not None and getattr(run.backend, "REFUSES_FP8", False):
+        return f"{name} takes no weights in {fp8.removeprefix('torch.')}: load the model in fp32 or bf16"
     if patcher.patches and getattr(run.backend, "REFUSES_LORA", False):
         loras = ", ".join(match.name for match in patcher.get_attachment(LORAS) or ()) or "a LoRA or other weight patch"
         return f"{name} builds an engine for fixed weights and takes no LoRA, and this model carries {loras}"
@@ -424,7 +427,7 @@ def _obstacle_of_evaluation(run: Run, control: Any, options: Mapping[str, Any]) 
     name = run.backend.NAME
     if control is not None and not getattr(run.backend, "SEVERAL_TENSORS", False):
         return f"{name} cannot take ControlNet's residuals"
-    patch = any_patch(options, freeu_patches(options) if getattr(run.backend, "KEEPS_FREEU", False) else ())
+    patch = any_patch(options, getattr(run.backend, "KEEPS_PATCHES", False))
     if patch:
         return f"{name} cannot run the patch {patch}"
     if not getattr(run.backend, "KEEPS_AUTOCAST", False) and torch.is_autocast_enabled(run.options.device.type):

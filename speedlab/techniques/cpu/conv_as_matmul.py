@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ...common.measured import measured_once
 from ...common.timing import MARGIN, apart, least_seconds
 from ...common.torch_private import has_plain_convolution
 from ...patching.layer_forwards import (
@@ -41,14 +42,17 @@ _ROUNDS = 3
 
 
 @cache
-@apart("Timing ways to compute")
 def most_pixels_here() -> int:
     """Up to how many pixels, over all rows, a product is clearly faster at 1280 channels; 0 where it never is.
 
-    Measured once a process, in a quarter of a second.
+    Measured once a machine, in a quarter of a second.
     """
-    if why_not():
-        return 0
+    pixels = [rows * side * side for rows, side in _SIZES]
+    return 0 if why_not() else measured_once("most pixels of a convolution as a product", _most_pixels, [0, *pixels])
+
+
+@apart("Timing ways to compute")
+def _most_pixels() -> int:
     most, times = 0, []
     with torch.inference_mode():
         layer = torch.nn.utils.skip_init(torch.nn.Conv2d, _CHANNELS, _CHANNELS, 3, padding=1)
@@ -65,6 +69,11 @@ def most_pixels_here() -> int:
             most = pixels
     log.info("Convolutions of %d channels on this CPU, as they are and as products: %s.", _CHANNELS, ", ".join(times))
     return most
+
+
+def most_pixels() -> int:
+    """Up to how many pixels at 1280 channels products are taken; also where they were slower and are asked for."""
+    return most_pixels_here() or _MOST_PIXELS
 
 
 def layers_with_many_weights(network: torch.nn.Module) -> Iterator[Any]:
@@ -119,7 +128,7 @@ def _suits(layer: Any, x: Any) -> bool:
     if not weight.is_contiguous() or x.shape[1] != weight.shape[1]:
         return False
     pixels = x.shape[0] * math.prod(_size_of_result(layer, x))
-    most = most_pixels_here() or _MOST_PIXELS  # also where products were slower and are asked for
+    most = most_pixels()
     return pixels > 0 and pixels * _CHANNELS <= most * weight.shape[0]
 
 

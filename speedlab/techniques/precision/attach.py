@@ -48,6 +48,7 @@ _LARGE_BLOCKS = (
     "Precision: memory keeps blocks of up to 64 MB only: the thread that samples does not use the first of the C "
     "library's arenas, which alone can keep larger ones. Start ComfyUI with MALLOC_ARENA_MAX=1 in its environment."
 )
+_LIMIT_OF_PRODUCTS = "Precision: convolutions of up to {} pixels at 1280 output channels are matrix products."
 _LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -226,6 +227,8 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
                 if not replaced.calls and not replaced.taken:
                     say(_why_no_effect(name, network), logging.INFO)
                     idle.add(name)
+            if "convolution" in others and "convolution" not in idle:
+                say(_LIMIT_OF_PRODUCTS.format(conv_as_matmul.most_pixels()), logging.INFO)
             if idle:
                 left = {name: value for name, value in config.changes.items() if name not in idle}
                 report_ran(options, "precision", left or None)

@@ -24,7 +24,7 @@ FIXED_SHAPES = True
 SEVERAL_TENSORS = True
 KEEPS_ATTENTION = True
 KEEPS_AUTOCAST = True
-KEEPS_FREEU = True
+KEEPS_PATCHES = True
 REMEDY = "Choose inductor, or take the node out."
 
 

@@ -24,6 +24,7 @@ SUPPORTED_MODES = ("default",)
 FOLLOWS_WEIGHTS = False
 FIXED_SHAPES = False
 SEVERAL_TENSORS = True
+REFUSES_FP8 = True
 REMEDY = "Choose inductor or jit_trace, or take the node out."
 OPSET = 18
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -32,6 +32,7 @@ SUPPORTED_MODES = ("default",)
 FOLLOWS_WEIGHTS = False
 FIXED_SHAPES = False
 SEVERAL_TENSORS = True
+REFUSES_FP8 = True
 CAN_QUANTISE = True
 REMEDY = "Choose onnxruntime or jit_trace, or take the node out."
 # By itself OpenVINO computes in bf16 wherever a CPU can, whatever the model's type.
