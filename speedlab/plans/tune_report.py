@@ -129,7 +129,8 @@ def notes_of(result: TuneResult) -> list[str]:
         notes.append(
             "The weights of this checkpoint are random: the times are real, a distance is no statement on quality."
         )
-    notes.append(f"{result.size} plans were predicted from parts measured once.")
+    if result.size:
+        notes.append(f"{result.size} plans were predicted from parts measured once.")
     looks = [look for one in ranked(result) for look in one.looks.values()]
     off = sorted(abs(look.seconds / look.predicted - 1.0) for look in looks if look.predicted)
     if off:
@@ -172,6 +173,7 @@ def _facts(result: TuneResult) -> dict[str, Any]:
             "quality": request.quality, "minutes": request.minutes, "budget_gb": request.budget_gb,
             "candidates": request.candidates, "steps": request.steps, "samplers": request.samplers,
         },
+        "checkpoint": result.checkpoint,
         "tuned_for": vars(result.tuned_for),
         "env": result.env,
         "stock_s": result.stock_s,
@@ -180,7 +182,7 @@ def _facts(result: TuneResult) -> dict[str, Any]:
             {
                 "plan": one.candidate.line, "steps": one.candidate.steps, "sampler": one.candidate.sampler,
                 "scheduler": one.candidate.scheduler, "predicted_s": one.expected, "from_parts_s": one.predicted,
-                "measured_s": one.seconds if one.looks else None, "why": one.why,
+                "measured_s": one.seconds if one.looks else None, "peak_gb": _peak(result, one), "why": one.why,
                 "looks": {prompt: vars(look) for prompt, look in one.looks.items()},
                 "recommended": result.found is not None and one is result.found.best,
             }
@@ -287,7 +289,7 @@ def _workflow(result: TuneResult, context: NodeContext) -> dict[str, Any]:
             "preset": "custom", "custom": best.line, "compile": False, "model": given("model", 0),
             "clip": given("clip", 1), "vae": given("vae", 2)}),
         "positive": ("CLIPTextEncode", {"clip": ["plan", 1], "text": prompt.text}),
-        "negative": ("CLIPTextEncode", {"clip": ["plan", 1], "text": prompt.negative}),
+        "negative": _negative(result.tuned_for.family, prompt.negative),
         "latent": ("EmptyLatentImage", {"width": base.width, "height": base.height, "batch_size": base.batch}),
         **_sampling(best.over(base), prompt.seed, result.sigmas),
         "decode": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["plan", 2]}),
@@ -297,6 +299,13 @@ def _workflow(result: TuneResult, context: NodeContext) -> dict[str, Any]:
     # Numbers, as the canvas counts them.
     ids = {name: str(number) for number, name in enumerate(graph, start=1)}
     return {ids[name]: _renamed(node, ids) for name, node in graph.items()}
+
+
+def _negative(family: str, text: str) -> tuple[str, dict[str, Any]]:
+    """As Tune's own images have it: none is zeroed conditioning on SDXL."""
+    if not text.strip() and family.startswith("SDXL"):
+        return "ConditioningZeroOut", {"conditioning": ["positive", 0]}
+    return "CLIPTextEncode", {"clip": ["plan", 1], "text": text}
 
 
 def _sampling(

@@ -28,6 +28,7 @@ _TIE = 0.03
 _ALIKE = 1.1
 # So many of the last images tell how fast the machine is now.
 _PACES = 5
+NO_TIME = "There was no time for even one plan: give more minutes."
 # Of the time, what the first prompt may take; the rest is for more prompts and the held-out seeds.
 _FIRST_SHARE = 0.6
 
@@ -362,9 +363,7 @@ class Search:
 
     def _chosen(self, confirmed: Sequence[Tried]) -> Found:
         if not confirmed:
-            why = (
-                "No plan holds the floor." if self.tried else "There was no time for even one plan: give more minutes."
-            )
+            why = "No plan holds the floor." if self.tried else NO_TIME
             return Found(None, [], self.tried, [why, *self.notes])
         ranked = sorted(confirmed, key=lambda one: one.seconds)
         fastest = ranked[0]
