@@ -34,13 +34,14 @@ from .techniques import Parts as Models
 from .tune_images import Images
 from .tune_parts import PartsMeasurement, forecasts_of
 from .tune_request import HELD_OUT, TuneRequest
-from .tune_search import FLOORS, NO_TIME, Found, Look, Search, holds
+from .tune_search import FLOORS, NO_TIME, Found, Look, OutOfTime, Search, holds
 from .tune_space import (
     DECODERS,
     Candidate,
     Parts,
     fewer_steps,
     of_line,
+    over_budget,
     predicted_s,
     space,
     why_not,
@@ -114,6 +115,9 @@ class Tune:
             self._open()
             self.images.file = f"tune-{self.known_key}"
             search: Search | None = None
+            # On a CPU all plans take what is predicted, which is known before anything runs.
+            if self.request.budget_gb and self.models.model.load_device.type == "cpu":
+                self._refuse(over_budget(self._parts.predicted_gb(), self.request.budget_gb))
             try:
                 self._say("your own image")
                 own = self._reference(0)
@@ -267,6 +271,9 @@ class Tune:
         known = self.known["looks"].get(key)
         if known is not None:
             return Look(**known)
+        if prompt not in self.images.references and self._left() < self.images.references[0].total_ms / 1000.0:
+            # The user's own image on this prompt has to be made first.
+            raise OutOfTime
         self._reference(prompt)
         self._say(f"{candidate.line}, image {prompt + 1}")
         look, run = self.images.look(candidate, prompt)
@@ -329,9 +336,12 @@ class Tune:
                 reason = (reason or "its time cannot be predicted").rstrip(".")
                 self.result.dropped[reason] = self.result.dropped.get(reason, 0) + 1
         if not predicted:
-            reasons = "; ".join(self.result.dropped) or "nothing was measured"
-            raise SpeedLabError(f"Tune has no plan to try: {reasons}. Raise budget_gb, or give other candidates.")
+            self._refuse("; ".join(self.result.dropped) or "nothing was measured")
         return predicted
+
+    def _refuse(self, reasons: str | None) -> None:
+        if reasons is not None:
+            raise SpeedLabError(f"Tune has no plan to try: {reasons}. Raise budget_gb, or give other candidates.")
 
 
 def _is_made_up(path: Path) -> bool:

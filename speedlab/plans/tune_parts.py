@@ -101,7 +101,7 @@ class PartsMeasurement:
         runs = [run for one in probes for run in one.repeats]
         text = statistics.median(run.encode_ms for run in runs)
         save = statistics.median(run.save_ms for run in runs)
-        variants = {one.variant: _variant_parts(one, text, self._predicted_gb()) for one in probes}
+        variants = {one.variant: _variant_parts(one, text, self.predicted_gb()) for one in probes}
         decoders = {"": statistics.median(run.decode_ms for run in runs)}
         wanted = {one.decoder for one in self.lines} if self.lines else {"tiny"}
         for decoder in sorted(wanted - {""}) if self.left() > 0 else ():
@@ -174,7 +174,7 @@ class PartsMeasurement:
                     found[sampler] = _evaluations(run) / _evaluations(usual)
         return found
 
-    def _predicted_gb(self) -> float:
+    def predicted_gb(self) -> float:
         """What a run takes by prediction, where the device does not tell: on a CPU what another device would need."""
         models, base = self.models, self.request.base
         parts = parts_of(models.model, models.clip, models.vae, ImageSize(base.width, base.height, base.batch))

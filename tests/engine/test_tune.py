@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,8 @@ from speedlab.plans.tune_space import (
     space,
     why_not,
 )
+from speedlab_tools.cli.arguments import UsageError
+from speedlab_tools.tune import prompts_of, run, steps_of
 
 BASE = CellSettings(steps=20)
 # Not the limits that are shipped, which benchmarks/floors.py sets: what is claimed here holds on the made-up world.
@@ -199,6 +203,35 @@ def test_a_tenth_of_the_time_finds_a_plan_that_is_hardly_slower_than_the_best(qu
         assert len(world.candidates) >= 200
         regrets.append(world.true_s[found.best.candidate] / world.best_s(floor) - 1)
     assert sum(regret <= 0.05 for regret in regrets) >= 9, sorted(regrets)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("20", (20, "")), (" 20 ", (20, "")), ("20:30", (20, "20:30")), ("20,25, 30", (20, "20,25, 30")),
+     ("8:8", (8, "8:8"))],
+)  # fmt: skip
+def test_the_command_reads_steps(text: str, found: tuple[int, str]) -> None:
+    assert steps_of(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "many", "30:20", "20:", ":30", "20:x", "20,,30", "20:25:30", "2.5"])
+def test_the_command_refuses_steps_before_anything_starts(text: str) -> None:
+    with pytest.raises(UsageError, match="write a number, or a range such as 20:30"):
+        steps_of(text)
+
+
+def test_the_command_reads_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    args = Namespace(prompts=str(file))
+    with pytest.raises(UsageError, match=r"prompts\.txt"):
+        prompts_of(args)
+    file.write_text(" a tree \n\na <b>house</b>\n")
+    assert prompts_of(args) == ["a tree", "a <b>house</b>"] and prompts_of(Namespace(prompts=None)) == []
+    file.write_text("\n")
+    with pytest.raises(UsageError, match="has no prompt"):
+        prompts_of(args)
+    with pytest.raises(UsageError, match="is a folder"):
+        run(Namespace(prompts=None, steps="20", html=tmp_path))
 
 
 def test_a_technique_that_loses_to_fewer_steps_is_not_recommended() -> None:

@@ -112,7 +112,7 @@ def test_tuned_is_an_error_until_there_is_a_plan_for_this_size(server: Any) -> N
     # The plan hangs on what samples behind the node, which is none of its inputs.
     wider = prompt(tuned)
     wider["2"]["inputs"]["width"] = 128
-    assert "with " in (told := error_of(server.run(wider))) and "width 128" in told
+    assert "width 128" in error_of(server.run(wider))
     assert image_of(server, server.run(prompt(tuned)))
     (folder / "one.json").write_text(json.dumps({**plan, "tuned_for": {**wanted, "width": 512}}))
     assert "There are plans for 512x64" in error_of(server.run(prompt(tuned)))
