@@ -14,7 +14,7 @@ from typing import Any
 from ..common.errors import ResultsError, UnavailableError
 from ..common.tables import markdown_table
 from ..measure.charts import blank, new_figure, to_image
-from ..measure.context import NodeContext, link_of
+from ..measure.context import NodeContext, class_of, inputs_of, link_of
 from ..measure.store import RunStore, cannot_write, new_run_id, write_atomically
 from .axes import CellSettings
 from .output import ATTRIBUTES, share
@@ -67,7 +67,7 @@ def write_report(result: TuneResult, store: RunStore, context: NodeContext, name
     folder = store.folder("tunes")
     pages = {
         f"{name}.html": _page(result, chart, sheet).encode(),
-        f"{name}.json": json.dumps(_facts(result), indent=2, default=str).encode(),
+        f"{name}.json": json.dumps(_facts(result, context), indent=2, default=str).encode(),
     }
     if best is not None:
         pages[f"{name}_workflow.json"] = json.dumps(_workflow(result, context), indent=2).encode()
@@ -163,8 +163,9 @@ def _row(result: TuneResult, one: Tried) -> list[str]:
     ]
 
 
-def _facts(result: TuneResult) -> dict[str, Any]:
-    """Everything as numbers: what was asked, the machine, every plan with what was predicted and measured."""
+def _facts(result: TuneResult, context: NodeContext) -> dict[str, Any]:
+    """Everything as numbers: what was asked, the machine, every plan with what was predicted and measured; and the
+    prompt, for /prompt, that asks the same again."""
     request = result.request
     return {
         "schema": 1,
@@ -172,6 +173,11 @@ def _facts(result: TuneResult) -> dict[str, Any]:
             "base": vars(request.base), "prompts": [vars(prompt) for prompt in request.prompts],
             "quality": request.quality, "minutes": request.minutes, "budget_gb": request.budget_gb,
             "candidates": request.candidates, "steps": request.steps, "samplers": request.samplers,
+        },
+        "prompt": {
+            node_id: {"class_type": class_of(node), "inputs": inputs_of(node)}
+            for node_id in sorted(context.ancestors())
+            if (node := context.graph.get(node_id)) is not None
         },
         "checkpoint": result.checkpoint,
         "tuned_for": vars(result.tuned_for),

@@ -65,7 +65,7 @@ def test_it_finds_keeps_and_reports_a_plan_and_writes_its_workflow(
     assert {one["plan"] for one in plans} & {"attention(split)", "stock"}
     assert [one["recommended"] for one in plans].count(True) == 1
     ran = [one for one in plans if one["measured_s"] is not None]
-    assert all(one["predicted_s"] > 0 and len(one["looks"]) >= 1 for one in ran)
+    assert all(one["predicted_s"] > 0 and one["peak_gb"] > 0 and len(one["looks"]) >= 1 for one in ran)
     best = next(one for one in plans if one["recommended"])
     assert {"2", "3"} <= best["looks"].keys(), "the held-out seeds"
     for text in (plan, "recommended", "random", "calibrated" if figures["request"]["quality"] != "any" else "Tune"):
@@ -74,6 +74,8 @@ def test_it_finds_keeps_and_reports_a_plan_and_writes_its_workflow(
     assert chart.shape[-1] == 3 and sheet.shape[2] > 4 * 256
     assert not list((output / "speedlab" / "tuned" / "unfinished").glob("*.json"))
 
+    assert figures["prompt"] == prompt, "asks the same again"
+    assert figures["request"]["prompts"] == [{"text": "a tree", "negative": "", "seed": 7}]
     # The workflow that it writes runs with the plan.
     graph = json.loads(page.with_name(f"{page.stem}_workflow.json").read_text())
     kinds = {node["class_type"]: (key, node["inputs"]) for key, node in graph.items()}
