@@ -77,7 +77,7 @@ class Tune:
     """One tune. `run` does it all; a cancel leaves what was measured, and the best so far as the tuned plan."""
 
     def __init__(self, models: Models, request: TuneRequest, nodes: NodeTable, context: NodeContext) -> None:
-        if request.minutes <= 0:
+        if not request.minutes > 0:
             raise SpeedLabError("Tune needs time: set budget_minutes above 0.")
         self.models, self.request, self.nodes, self.context = models, request, nodes, context
         self.store = RunStore(output_directory())
