@@ -106,6 +106,8 @@ async def _tune(
 
 
 def _copy(page: Path, to: Path) -> None:
+    if not page.is_file():
+        raise BenchError(f"--html: the page lies on the server's machine, as {page}.")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(page, to)

@@ -183,9 +183,12 @@ class Tune:
             return
         try:
             known = json.loads(self.known_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            for look in known["looks"].values():
+                Look(**look)
+            dict(known["seen"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return
-        if isinstance(known, dict) and known.get("schema") == SCHEMA:
+        if known.get("schema") == SCHEMA:
             self.known = known
             self.result.notes.append(f"{len(known['looks'])} images were measured by an earlier call that was cut off.")
 

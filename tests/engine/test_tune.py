@@ -265,6 +265,16 @@ def test_a_winner_that_fails_on_the_held_out_seeds_makes_room_for_the_next() -> 
     assert {2, 3} <= found.best.looks.keys()
 
 
+def test_many_prompts_leave_time_for_the_held_out_seeds() -> None:
+    world = World(2)
+    everything = sum(world.true_s.values())
+    predicted = {one: predicted_s(one, world.parts) or 0.0 for one in world.candidates}
+    user, left = Candidate("", steps=20), lambda: everything / 6 - world.spent
+    found = Search(predicted, user, FLOORS["similar"], 500, 2, world.look, left).find()
+    assert found.best is not None and {500, 501} <= found.best.looks.keys() and not found.complete
+    assert "did not allow every prompt" in found.notes[-1] and left() >= 0.0
+
+
 def test_a_plan_whose_first_image_just_misses_the_floor_gets_another() -> None:
     world = World(8)
     fast = Candidate("", "deepcache(5)", steps=20)
