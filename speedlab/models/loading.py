@@ -60,7 +60,7 @@ class CheckpointSource:
         if (now.st_size, now.st_mtime_ns) != (self.size_bytes, self.written_ns):
             raise ModelFileError(
                 f"{self.path} has changed since it was loaded, and the model in memory is the old one. Load it again: "
-                "choose Unload Models and Free Cache in ComfyUI's menu, or restart ComfyUI."
+                "choose Unload Models and Execution Cache in ComfyUI's menu, or restart it."
             )
 
 
