@@ -239,6 +239,22 @@ def test_no_time_for_even_one_plan_is_told_and_nothing_is_kept(tune: Any, output
     assert not page.with_name(f"{page.stem}_workflow.json").exists()
 
 
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_cancel_before_the_first_plan_leaves_nothing_behind(
+    tune: Any, breaking: Any, output: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    import comfy.model_management as mm
+
+    # The step before the user's own image, that image, a short run that measures parts.
+    breaking(lambda _settings, made: made == number, mm.interrupt_current_processing)
+    with pytest.raises(mm.InterruptProcessingException):
+        tune()
+    mm.interrupt_current_processing(False)
+    monkeypatch.undo()
+    assert tuned_plans(output) == [] and not list((output / "speedlab").glob("tunes/*"))
+    assert "no time for even one plan" in tune(**NO_TIME)[1], "the lock is free"
+
+
 def test_what_is_not_confirmed_leaves_a_confirmed_plan(engine: Any, output: Path) -> None:
     tuned, store = engine("plans.tuned"), engine("measure.store").RunStore(output)
     wanted = tuned.TunedFor("card", "SD 1.x", 64, 64, 1, "euler", "normal")
