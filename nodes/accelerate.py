@@ -428,9 +428,9 @@ class Accelerate:
         }
 
     @classmethod
-    def IS_CHANGED(cls, preset: str = "", **_: Any) -> str:
-        """A plan that Tune found since is another one."""
-        return presets.changed(preset)
+    def IS_CHANGED(cls, preset: str = "", unique_id: Any = None, **_: Any) -> Any:
+        """A plan that Tune found since is another one, and so is that for another size or sampler."""
+        return presets.changed(preset, unique_id)
 
     def apply(
         self, model: Any, preset: str, custom: str = "", compile: bool = False, clip: Any = None, vae: Any = None,

@@ -21,12 +21,16 @@ from .scenarios import drawn
 from .scenarios.catalog import LIGHTHOUSE
 
 SIDE, CFG = 512, 8.0
+# What a cancelled tune gets to keep its best so far, with a page.
+_ENDS_S = 60.0
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Raises BenchError where anything fails, UsageError for options that make no sense."""
     given = prompts_of(args)
     first, axis = steps_of(args.steps)
+    if args.html is not None and args.html.is_dir():
+        raise UsageError(f"--html: {args.html} is a folder: name a file.")
     out = prepare_output(args.out)
     choice = choose_models(args, [demo_scenario()])
     for note in choice.notes:
@@ -72,10 +76,12 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 
 def steps_of(text: str) -> tuple[int, str]:
     """The user's own steps and the axis: `20:30` is 20, with more up to 30 to choose from. Raises UsageError."""
-    first = text.partition(":")[0].partition(",")[0]
-    if not first.strip().isdigit() or int(first) < 1:
-        raise UsageError(f"--steps {text}: write a number, or a range such as 20:30.")
-    return int(first), text if first != text else ""
+    ranges = [[bound.strip() for bound in part.split(":")] for part in text.split(",")]
+    for bounds in ranges:
+        counts = [int(bound) for bound in bounds if bound.isdecimal()]
+        if len(bounds) > 2 or len(counts) < len(bounds) or not 1 <= counts[0] <= counts[-1]:
+            raise UsageError(f"--steps {text}: write a number, or a range such as 20:30.")
+    return int(ranges[0][0]), text if ranges[0] != [text.strip()] else ""
 
 
 async def _tune(
@@ -92,7 +98,7 @@ async def _tune(
         api = graph.to_api()
         line = ProgressLine("tune", api)
         try:
-            result = await client.run(api, listener=line)
+            result = await client.run(api, listener=line, ends_s=_ENDS_S)
         finally:
             line.done()
     shown = next(entry for entry in result.outputs.values() if "speedlab_tune" in entry)
@@ -100,6 +106,8 @@ async def _tune(
 
 
 def _copy(page: Path, to: Path) -> None:
+    if not page.is_file():
+        raise BenchError(f"--html: the page lies on the server's machine, as {page}.")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(page, to)

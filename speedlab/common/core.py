@@ -43,6 +43,17 @@ def tell_browser(event: str, data: dict[str, Any]) -> None:
         server.send_sync(event, data, client)
 
 
+def prompt_that_runs() -> Any | None:
+    """The prompt that the server is executing, as it was queued; None where nothing tells it.
+
+    ComfyUI asks a node whether it has changed without handing that over.
+    """
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    running = getattr(getattr(server, "prompt_queue", None), "currently_running", None) or {}
+    known = {item[1]: item[2] for item in list(running.values())}
+    return known.get(getattr(server, "last_prompt_id", None))
+
+
 def missing_input(message: str) -> Any:
     """A value for an output that has nothing to pass on: nodes behind it stop with `message`."""
     from comfy_execution.graph_utils import ExecutionBlocker

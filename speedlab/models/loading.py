@@ -49,6 +49,19 @@ class CheckpointSource:
     memory_format: str
     family: str
     parts: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    written_ns: int = 0
+
+    def check_unchanged(self) -> None:
+        """Raise ModelFileError where the file is no longer the one that was loaded."""
+        try:
+            now = self.path.stat()
+        except OSError as error:
+            raise ModelFileError(f"{self.path} cannot be read any more: {error.strerror or error}") from error
+        if (now.st_size, now.st_mtime_ns) != (self.size_bytes, self.written_ns):
+            raise ModelFileError(
+                f"{self.path} has changed since it was loaded, and the model in memory is the old one. Load it again: "
+                "choose Unload Models and Execution Cache in ComfyUI's menu, or restart it."
+            )
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,7 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
     refuse_unsafe(path)
     asked_format = memory_format
     model_options, te_options = unet_options(precision)
+    file = path.stat()
     started = time.perf_counter()
     with readable(path, "checkpoint"):
         model, clip, vae = comfy.sd.load_checkpoint_guess_config(
@@ -169,11 +183,12 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
     source = CheckpointSource(
         name=name,
         path=path,
-        size_bytes=path.stat().st_size,
+        size_bytes=file.st_size,
         precision=precision,
         memory_format=memory_format,
         family=family_of(model),
         parts=describe_parts(model, clip, vae),
+        written_ns=file.st_mtime_ns,
     )
     model.set_attachments(SOURCE, source)
     return LoadedCheckpoint(model, clip, vae, source, load_ms, asked_format)

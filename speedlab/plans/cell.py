@@ -264,6 +264,7 @@ class Reloader:
 
     def _load(self, source: CheckpointSource, precision: Any, layout: str) -> Parts:
         given = self._given
+        source.check_unchanged()
         loaded = load_checkpoint(source.name, precision, layout)
         model = _repatched(given.model, loaded.model)
         model.set_attachments(SOURCE, loaded.source)

@@ -110,7 +110,12 @@ def parse_stack(text: str) -> tuple[TechniqueText, ...]:
     """Read `technique+technique(...)`; empty or `stock` is no technique at all. Raises SweepTextError."""
     if text.strip() in ("", STOCK):
         return ()
-    return tuple(parse_technique(part) for part in split_outside(text, "+"))
+    stack = tuple(parse_technique(part) for part in split_outside(text, "+"))
+    names = [technique.name for technique in stack if technique.name != "settings"]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SweepTextError(f"'{text.strip()}' has {twice} twice, of which only one could run: leave one out.")
+    return stack
 
 
 def parse_plan(text: str) -> PlanText:

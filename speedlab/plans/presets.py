@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..common.core import output_directory
+from ..common.core import output_directory, prompt_that_runs
+from ..common.errors import SpeedLabError
 from ..measure.context import NodeContext
 from ..measure.environment import environment
 from ..measure.store import RunStore
@@ -46,7 +48,24 @@ def accelerate(
     Raises SweepTextError for a line that cannot be read, SpeedLabError without a tuned plan, and what the nodes raise.
     """
     notes: list[str] = []
-    settings = _settings(parts, preset, custom, context, notes)
+    if preset != TUNED:
+        return _applied(parts, _parsed(PRESETS.get(preset, custom)), preset in PRESETS, compiled, nodes, notes)
+    env = environment(parts.model.load_device)
+    store = RunStore(output_directory())
+    found = tuned.find(store, str(env["device"]), family_of(parts.model), tuned.wanted_by(context))
+    notes += tuned.notes_of(found, env)
+    try:
+        return _applied(parts, _parsed(found.plan), False, compiled, nodes, notes)
+    except SpeedLabError as error:
+        raise type(error)(
+            f"The tuned plan {found.plan} cannot be applied: {error} Run Tune again, or choose another preset."
+        ) from error
+
+
+def _applied(
+    parts: Parts, settings: CellSettings, placed: bool, compiled: bool, nodes: NodeTable, notes: list[str]
+) -> Accelerated:
+    """The settings on the parts; `placed`: with a memory plan where there are all parts for one."""
     names = {technique.name for technique in settings.techniques}
     if compiled and "compile" in names:
         notes.append("The plan compiles by itself; the switch adds nothing.")
@@ -54,7 +73,7 @@ def accelerate(
         # A program of the whole network has its own attention.
         options = fastest_here(parts.model, "attention" in names)
         settings = settings.with_technique(TechniqueText("compile", options))
-    if preset in PRESETS and parts.clip is not None and parts.vae is not None:
+    if placed and parts.clip is not None and parts.vae is not None:
         settings = settings.with_technique(_PLACED)
     check_techniques(settings, nodes)
     decoder = settings.decoder
@@ -70,9 +89,17 @@ def accelerate(
     return Accelerated(parts, line_of(settings), tuple(notes))
 
 
-def changed(preset: str) -> str:
-    """Another text where the same preset may stand for another plan."""
-    return tuned.state(RunStore(output_directory())) if preset == TUNED else ""
+def changed(preset: str, node_id: Any) -> Any:
+    """Another text where the same preset may stand for another plan; NaN, which is never the same, where that is not
+    known. What samples behind the node chooses the plan, and is none of its inputs.
+    """
+    if preset in PRESETS or preset == CUSTOM:
+        return ""
+    prompt = prompt_that_runs()
+    if prompt is None:
+        return math.nan
+    wanted = tuned.wanted_by(NodeContext.of(prompt, None, node_id))
+    return f"{tuned.state(RunStore(output_directory()))} {sorted(wanted.items())}"
 
 
 def line_of(settings: CellSettings) -> str:
@@ -80,14 +107,7 @@ def line_of(settings: CellSettings) -> str:
     return "+".join(settings.accelerators()) or "stock"
 
 
-def _settings(parts: Parts, preset: str, custom: str, context: NodeContext, notes: list[str]) -> CellSettings:
-    line = PRESETS.get(preset, custom)
-    if preset == TUNED:
-        env = environment(parts.model.load_device)
-        store = RunStore(output_directory())
-        found = tuned.find(store, str(env["device"]), family_of(parts.model), tuned.wanted_by(context))
-        notes += tuned.notes_of(found, env)
-        line = found.plan
+def _parsed(line: str) -> CellSettings:
     written = [text for text in line.splitlines() if text.strip()]
     if len(written) != 1:
         raise SweepTextError(

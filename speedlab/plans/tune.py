@@ -24,7 +24,7 @@ from ..measure.context import NodeContext
 from ..measure.drawn.accuracy import checkpoint_path
 from ..measure.environment import environment, environment_hash
 from ..measure.store import RunStore, cannot_write, write_atomically
-from ..models.loading import SOURCE, family_of, sampled_hash
+from ..models.loading import HASHED, SOURCE, family_of, sampled_hash
 from ..patching.wrappers import accelerators
 from . import tuned
 from .cell import OneRun, check_sampler
@@ -34,13 +34,14 @@ from .techniques import Parts as Models
 from .tune_images import Images
 from .tune_parts import PartsMeasurement, forecasts_of
 from .tune_request import HELD_OUT, TuneRequest
-from .tune_search import FLOORS, Found, Look, Search, holds
+from .tune_search import FLOORS, NO_TIME, Found, Look, OutOfTime, Search, holds
 from .tune_space import (
     DECODERS,
     Candidate,
     Parts,
     fewer_steps,
     of_line,
+    over_budget,
     predicted_s,
     space,
     why_not,
@@ -68,6 +69,7 @@ class TuneResult:
     thumbnails: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     synthetic: bool = False
+    checkpoint: dict[str, str] = field(default_factory=dict)  # its file's name and hash, as far as these are known
     sigmas: tuple[str, dict[str, Any]] | None = None  # the best plan's node of sigmas, as `_workflow` has its model
 
 
@@ -75,7 +77,7 @@ class Tune:
     """One tune. `run` does it all; a cancel leaves what was measured, and the best so far as the tuned plan."""
 
     def __init__(self, models: Models, request: TuneRequest, nodes: NodeTable, context: NodeContext) -> None:
-        if request.minutes <= 0:
+        if not request.minutes > 0:
             raise SpeedLabError("Tune needs time: set budget_minutes above 0.")
         self.models, self.request, self.nodes, self.context = models, request, nodes, context
         self.store = RunStore(output_directory())
@@ -113,18 +115,18 @@ class Tune:
             self._open()
             self.images.file = f"tune-{self.known_key}"
             search: Search | None = None
+            # On a CPU all plans take what is predicted, which is known before anything runs.
+            if self.request.budget_gb and self.models.model.load_device.type == "cpu":
+                self._refuse(over_budget(self._parts.predicted_gb(), self.request.budget_gb))
             try:
                 self._say("your own image")
-                self._reference(0)
-                parts = self.result.parts = self._parts.measure()
-                predicted = self._predicted(parts)
-                choice = len(self.prompts) - HELD_OUT
-                search = self._search = Search(
-                    predicted, self.user, FLOORS[self.request.quality], choice, HELD_OUT, self._look, self._left
-                )
-                if not self._opened:
-                    search.see(self.user, self.images.references[0].total_ms / 1000.0)
-                self.result.found = search.find()
+                own = self._reference(0)
+                if self._left() < self._parts.least_s(own):
+                    took = f"Your own image took {own.total_ms / 1000.0:.1f} s."
+                    self.result.found = Found(None, [], [], [NO_TIME, took])
+                else:
+                    search = self._search = self._searching()
+                    self.result.found = search.find()
             except BaseException:
                 # What was found so far is not lost by a cancel, nor by what goes wrong later.
                 if search is not None:
@@ -144,16 +146,31 @@ class Tune:
                 self.known_path.unlink(missing_ok=True)
         return self.result
 
+    def _searching(self) -> Search:
+        """The search, after the parts of its plans were measured."""
+        parts = self.result.parts = self._parts.measure()
+        predicted = self._predicted(parts)
+        choice = len(self.prompts) - HELD_OUT
+        search = Search(predicted, self.user, FLOORS[self.request.quality], choice, HELD_OUT, self._look, self._left)
+        if not self._opened:
+            search.see(self.user, self.images.references[0].total_ms / 1000.0)
+        return search
+
     # What is kept between calls
 
     def _open(self) -> None:
         source = self.models.model.get_attachment(SOURCE)
+        if source is not None:
+            # Another file under the old name would be measured as this one.
+            source.check_unchanged()
         path = checkpoint_path(self.models.model, self.context)
         self.result.synthetic = path is not None and _is_made_up(path)
+        if path is not None:
+            self.result.checkpoint = {"name": path.name, "sampled_sha256": sampled_hash(path), "hashed": HASHED}
         identity = {
             "request": asdict(self.request) | {"minutes": 0, "prompts": [asdict(p) for p in self.prompts]},
             "env": environment_hash(self.result.env),
-            "checkpoint": sampled_hash(source.path) if source is not None else None,
+            "checkpoint": self.result.checkpoint.get("sampled_sha256"),
             "weights": str(self.models.model.patches_uuid) if self.models.model.patches else "",
             "attached": [one.describe() for one in accelerators(self.models.model)],
         }
@@ -166,9 +183,12 @@ class Tune:
             return
         try:
             known = json.loads(self.known_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            for look in known["looks"].values():
+                Look(**look)
+            dict(known["seen"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return
-        if isinstance(known, dict) and known.get("schema") == SCHEMA:
+        if known.get("schema") == SCHEMA:
             self.known = known
             self.result.notes.append(f"{len(known['looks'])} images were measured by an earlier call that was cut off.")
 
@@ -194,13 +214,16 @@ class Tune:
             "time_s": best.seconds, "predicted_s": best.expected, "stock_s": self.result.stock_s,
             "latent_error": best.mean.latent, "quality": self.request.quality, "confirmed": confirmed,
             "steps": base.steps, "cfg": base.cfg, "synthetic": self.result.synthetic,
+            "checkpoint": self.result.checkpoint.get("sampled_sha256"),
         }  # fmt: skip
-        tuned.keep(
-            self.store,
-            tuned.TunedPlan(
-                self.tuned_for, one.line, self._differs(one), tuned.versions_of(self.result.env), figures, time.time()
-            ),
+        plan = tuned.TunedPlan(
+            self.tuned_for, one.line, self._differs(one), tuned.versions_of(self.result.env), figures, time.time()
         )
+        known = None if confirmed else tuned.confirmed_before(self.store, plan)
+        if known is None:
+            tuned.keep(self.store, plan)
+        else:
+            self.result.notes.append(f"The tuned plan stays {known.plan}, which an earlier tune confirmed.")
 
     def _stock_s(self) -> float | None:
         """What the user's own image takes, the median of all; None where the reference has more steps than that."""
@@ -251,6 +274,9 @@ class Tune:
         known = self.known["looks"].get(key)
         if known is not None:
             return Look(**known)
+        if prompt not in self.images.references and self._left() < self.images.references[0].total_ms / 1000.0:
+            # The user's own image on this prompt has to be made first.
+            raise OutOfTime
         self._reference(prompt)
         self._say(f"{candidate.line}, image {prompt + 1}")
         look, run = self.images.look(candidate, prompt)
@@ -313,9 +339,12 @@ class Tune:
                 reason = (reason or "its time cannot be predicted").rstrip(".")
                 self.result.dropped[reason] = self.result.dropped.get(reason, 0) + 1
         if not predicted:
-            reasons = "; ".join(self.result.dropped) or "nothing was measured"
-            raise SpeedLabError(f"Tune has no plan to try: {reasons}. Raise budget_gb, or give other candidates.")
+            self._refuse("; ".join(self.result.dropped) or "nothing was measured")
         return predicted
+
+    def _refuse(self, reasons: str | None) -> None:
+        if reasons is not None:
+            raise SpeedLabError(f"Tune has no plan to try: {reasons}. Raise budget_gb, or give other candidates.")
 
 
 def _is_made_up(path: Path) -> bool:

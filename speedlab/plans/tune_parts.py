@@ -89,6 +89,11 @@ class PartsMeasurement:
             variants.append(f"{beside}+{compiled}")
         return list(dict.fromkeys(variants))
 
+    def least_s(self, own: OneRun) -> float:
+        """Seconds that two runs of the user's own settings take, by an image of theirs: less is no time for a plan."""
+        step = own.sample_ms / self.images.steps
+        return ((_FIRST_STEPS + _PROBE_STEPS) * step + 2 * (own.total_ms - own.sample_ms)) / 1000.0
+
     def measure(self) -> Parts:
         """All of them. Raises SpeedLabError where not even the user's own settings could be measured."""
         guided = self.request.base.cfg != 1.0
@@ -96,10 +101,10 @@ class PartsMeasurement:
         runs = [run for one in probes for run in one.repeats]
         text = statistics.median(run.encode_ms for run in runs)
         save = statistics.median(run.save_ms for run in runs)
-        variants = {one.variant: _variant_parts(one, text, self._predicted_gb()) for one in probes}
+        variants = {one.variant: _variant_parts(one, text, self.predicted_gb()) for one in probes}
         decoders = {"": statistics.median(run.decode_ms for run in runs)}
         wanted = {one.decoder for one in self.lines} if self.lines else {"tiny"}
-        for decoder in sorted(wanted - {""}):
+        for decoder in sorted(wanted - {""}) if self.left() > 0 else ():
             try:
                 # The first one loads the decoder.
                 times = [self._probe("", decoder, 1, "").decode_ms for _ in range(1 + _PROBE_ROUNDS)][1:]
@@ -169,7 +174,7 @@ class PartsMeasurement:
                     found[sampler] = _evaluations(run) / _evaluations(usual)
         return found
 
-    def _predicted_gb(self) -> float:
+    def predicted_gb(self) -> float:
         """What a run takes by prediction, where the device does not tell: on a CPU what another device would need."""
         models, base = self.models, self.request.base
         parts = parts_of(models.model, models.clip, models.vae, ImageSize(base.width, base.height, base.batch))
@@ -178,7 +183,7 @@ class PartsMeasurement:
     def _measure_forecast(self, variants: Mapping[str, VariantParts], guided: bool) -> tuple[float, dict[str, int]]:
         """A forecast step, and how many of them there are where the image decides."""
         skips = {one.skip for one in self.lines} if self.lines else set(SKIPS)
-        if not any("forecast" in text for text in skips):
+        if self.left() <= 0 or not any("forecast" in text for text in skips):
             return math.nan, {}
         try:
             run = self._probe("", "", _FORECAST_STEPS, "forecast(mode=fixed,max_skip=1)")

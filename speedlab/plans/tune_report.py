@@ -14,7 +14,7 @@ from typing import Any
 from ..common.errors import ResultsError, UnavailableError
 from ..common.tables import markdown_table
 from ..measure.charts import blank, new_figure, to_image
-from ..measure.context import NodeContext, link_of
+from ..measure.context import NodeContext, class_of, inputs_of, link_of
 from ..measure.store import RunStore, cannot_write, new_run_id, write_atomically
 from .axes import CellSettings
 from .output import ATTRIBUTES, share
@@ -67,7 +67,7 @@ def write_report(result: TuneResult, store: RunStore, context: NodeContext, name
     folder = store.folder("tunes")
     pages = {
         f"{name}.html": _page(result, chart, sheet).encode(),
-        f"{name}.json": json.dumps(_facts(result), indent=2, default=str).encode(),
+        f"{name}.json": json.dumps(_facts(result, context), indent=2, default=str).encode(),
     }
     if best is not None:
         pages[f"{name}_workflow.json"] = json.dumps(_workflow(result, context), indent=2).encode()
@@ -129,7 +129,8 @@ def notes_of(result: TuneResult) -> list[str]:
         notes.append(
             "The weights of this checkpoint are random: the times are real, a distance is no statement on quality."
         )
-    notes.append(f"{result.size} plans were predicted from parts measured once.")
+    if result.size:
+        notes.append(f"{result.size} plans were predicted from parts measured once.")
     looks = [look for one in ranked(result) for look in one.looks.values()]
     off = sorted(abs(look.seconds / look.predicted - 1.0) for look in looks if look.predicted)
     if off:
@@ -162,8 +163,9 @@ def _row(result: TuneResult, one: Tried) -> list[str]:
     ]
 
 
-def _facts(result: TuneResult) -> dict[str, Any]:
-    """Everything as numbers: what was asked, the machine, every plan with what was predicted and measured."""
+def _facts(result: TuneResult, context: NodeContext) -> dict[str, Any]:
+    """Everything as numbers: what was asked, the machine, every plan with what was predicted and measured; and the
+    prompt, for /prompt, that asks the same again."""
     request = result.request
     return {
         "schema": 1,
@@ -172,6 +174,12 @@ def _facts(result: TuneResult) -> dict[str, Any]:
             "quality": request.quality, "minutes": request.minutes, "budget_gb": request.budget_gb,
             "candidates": request.candidates, "steps": request.steps, "samplers": request.samplers,
         },
+        "prompt": {
+            node_id: {"class_type": class_of(node), "inputs": inputs_of(node)}
+            for node_id in sorted(context.ancestors())
+            if (node := context.graph.get(node_id)) is not None
+        },
+        "checkpoint": result.checkpoint,
         "tuned_for": vars(result.tuned_for),
         "env": result.env,
         "stock_s": result.stock_s,
@@ -180,7 +188,7 @@ def _facts(result: TuneResult) -> dict[str, Any]:
             {
                 "plan": one.candidate.line, "steps": one.candidate.steps, "sampler": one.candidate.sampler,
                 "scheduler": one.candidate.scheduler, "predicted_s": one.expected, "from_parts_s": one.predicted,
-                "measured_s": one.seconds if one.looks else None, "why": one.why,
+                "measured_s": one.seconds if one.looks else None, "peak_gb": _peak(result, one), "why": one.why,
                 "looks": {prompt: vars(look) for prompt, look in one.looks.items()},
                 "recommended": result.found is not None and one is result.found.best,
             }
@@ -287,7 +295,7 @@ def _workflow(result: TuneResult, context: NodeContext) -> dict[str, Any]:
             "preset": "custom", "custom": best.line, "compile": False, "model": given("model", 0),
             "clip": given("clip", 1), "vae": given("vae", 2)}),
         "positive": ("CLIPTextEncode", {"clip": ["plan", 1], "text": prompt.text}),
-        "negative": ("CLIPTextEncode", {"clip": ["plan", 1], "text": prompt.negative}),
+        "negative": _negative(result.tuned_for.family, prompt.negative),
         "latent": ("EmptyLatentImage", {"width": base.width, "height": base.height, "batch_size": base.batch}),
         **_sampling(best.over(base), prompt.seed, result.sigmas),
         "decode": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["plan", 2]}),
@@ -297,6 +305,13 @@ def _workflow(result: TuneResult, context: NodeContext) -> dict[str, Any]:
     # Numbers, as the canvas counts them.
     ids = {name: str(number) for number, name in enumerate(graph, start=1)}
     return {ids[name]: _renamed(node, ids) for name, node in graph.items()}
+
+
+def _negative(family: str, text: str) -> tuple[str, dict[str, Any]]:
+    """As Tune's own images have it: none is zeroed conditioning on SDXL."""
+    if not text.strip() and family.startswith("SDXL"):
+        return "ConditioningZeroOut", {"conditioning": ["positive", 0]}
+    return "CLIPTextEncode", {"clip": ["plan", 1], "text": text}
 
 
 def _sampling(

@@ -52,6 +52,8 @@ def request_of(
         counts += sorted({low + (high - low) * part // 4 for part in range(5)})
     named = []
     for text in written_values("sampler", samplers):
+        if "@" in text:
+            raise SweepTextError(f"'{text}': numbers of steps stand in the axis of steps, not behind a sampler.")
         sampler, _, scheduler = text.partition("/")
         named.append((sampler, scheduler or base.scheduler))
     return TuneRequest(

@@ -28,6 +28,7 @@ _TIE = 0.03
 _ALIKE = 1.1
 # So many of the last images tell how fast the machine is now.
 _PACES = 5
+NO_TIME = "There was no time for even one plan: give more minutes."
 # Of the time, what the first prompt may take; the rest is for more prompts and the held-out seeds.
 _FIRST_SHARE = 0.6
 
@@ -212,7 +213,7 @@ class Search:
             self.notes.append("The minutes were over before every plan that looked good was tried.")
         passing = self._passing()
         try:
-            self._rounds(passing, confirmed)
+            complete = self._rounds(passing, confirmed) and complete
         except OutOfTime:
             complete = False
             if not confirmed:
@@ -321,14 +322,24 @@ class Search:
         psnr = _psnr(_mse(look.psnr) * share**2)
         return Look(0.0, look.latent * share, 1.0 - (1.0 - look.ssim) * share, psnr, lpips)
 
-    def _rounds(self, passing: Sequence[Tried], confirmed: list[Tried]) -> None:
-        """More prompts for fewer candidates, then the held-out seeds for the fastest that are left."""
-        alive = [*self._near(passing), *passing[:_FINALISTS]]
-        for prompt in range(1, self.prompts):
-            for one in alive:
-                self._look(one, prompt)
-            left = [one for one in self._passing() if one in alive]
-            alive = left[: max(len(left) // 2, min(len(left), 2))]
+    def _rounds(self, passing: Sequence[Tried], confirmed: list[Tried]) -> bool:
+        """More prompts for fewer candidates, then the held-out seeds for the fastest that are left; whether there was
+        time for every prompt."""
+        alive, every = [*self._near(passing), *passing[:_FINALISTS]], True
+        # On each held-out seed the user's own image is made too.
+        own = self.pool[self.user.lossy].predicted if self.user.lossy in self.pool else 0.0
+        confirming = self.held_out * (own + (alive[0].predicted if alive else 0.0)) * self.pace
+        try:
+            for prompt in range(1, self.prompts):
+                for one in alive:
+                    # One more than two prompts must not cost the confirmation.
+                    self._look(one, prompt, confirming if prompt > 1 else 0.0)
+                left = [one for one in self._passing() if one in alive]
+                alive = left[: max(len(left) // 2, min(len(left), 2))]
+        except OutOfTime:
+            self.notes.append("The minutes did not allow every prompt: the choice is by the first of them.")
+            alive = [one for one in self._passing() if one in alive]
+            every = False
         rest = [one for one in self._passing() if one not in alive]
         for one in (*alive, *rest):
             # The second one may be as fast, and takes the first one's place where that fails.
@@ -338,6 +349,7 @@ class Search:
             for other in self.alike.get(one.candidate.lossy, ()):
                 if other.predicted <= one.predicted * _ALIKE:
                     self._confirm(other, confirmed)
+        return every
 
     def _near(self, passing: Sequence[Tried]) -> list[Tried]:
         """The fastest that just miss the floor and would be faster than all that hold it."""
@@ -362,9 +374,7 @@ class Search:
 
     def _chosen(self, confirmed: Sequence[Tried]) -> Found:
         if not confirmed:
-            why = (
-                "No plan holds the floor." if self.tried else "There was no time for even one plan: give more minutes."
-            )
+            why = "No plan holds the floor." if self.tried else NO_TIME
             return Found(None, [], self.tried, [why, *self.notes])
         ranked = sorted(confirmed, key=lambda one: one.seconds)
         fastest = ranked[0]

@@ -234,6 +234,11 @@ def why_not(candidate: Candidate, parts: Parts, budget_gb: float) -> str | None:
         name = text.partition("(")[0]
         if name and name in variant.refused:
             return variant.refused[name]
-    if budget_gb and variant.peak_gb is not None and variant.peak_gb > budget_gb:
-        return f"{variant.peak_gb:.2f} GB are more than the budget of {budget_gb:g} GB"
-    return None
+    return None if variant.peak_gb is None else over_budget(variant.peak_gb, budget_gb)
+
+
+def over_budget(peak_gb: float, budget_gb: float) -> str | None:
+    """Why a peak does not fit a budget, of which 0 is none."""
+    if not budget_gb or peak_gb <= budget_gb:
+        return None
+    return f"{peak_gb:.2f} GB are more than the budget of {budget_gb:g} GB"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import SpeedLabError
-from ..measure.context import NodeContext, inputs_of
+from ..measure.context import NodeContext, class_of, inputs_of, link_of
 from ..measure.store import RunStore, cannot_write, write_atomically
+from .axes import SIGMAS
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,19 @@ def keep(store: RunStore, plan: TunedPlan) -> Path:
     return path
 
 
+def confirmed_before(store: RunStore, plan: TunedPlan) -> TunedPlan | None:
+    """A confirmed plan found for the very same as one that is not, which is not worth its loss."""
+    same = ("quality", "checkpoint", "steps", "cfg")
+    for known in read_all(store):
+        if (
+            (known.tuned_for, dict(known.versions)) == (plan.tuned_for, dict(plan.versions))
+            and known.figures.get("confirmed") is True
+            and all(known.figures.get(name) == plan.figures.get(name) for name in same)
+        ):
+            return known
+    return None
+
+
 def read_all(store: RunStore) -> list[TunedPlan]:
     """Every plan that can be read, the newest first; the others are named in the log."""
     plans = []
@@ -91,7 +105,10 @@ def read_all(store: RunStore) -> list[TunedPlan]:
             if data.get("schema") != SCHEMA:
                 log.warning("SpeedLab: %s was written by another version of SpeedLab: run Tune again.", path)
                 continue
-            plans.append(TunedPlan(**{**data, "tuned_for": TunedFor(**data["tuned_for"])}))
+            plan = TunedPlan(**{**data, "tuned_for": TunedFor(**data["tuned_for"])})
+            # Read by their types alone: a file that another program wrote may hold anything.
+            dict(plan.settings), dict(plan.versions), dict(plan.figures), float(plan.made), plan.plan.splitlines()
+            plans.append(plan)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             log.warning("SpeedLab: %s is no tuned plan (%s): delete it, or run Tune again.", path, error)
     return sorted(plans, key=lambda plan: plan.made, reverse=True)
@@ -105,7 +122,7 @@ def find(store: RunStore, device: str, family: str, wanted: Mapping[str, Any]) -
     plans = read_all(store)
     mine = [plan for plan in plans if (plan.tuned_for.device, plan.tuned_for.family) == (device, family)]
     for plan in mine:
-        if all(getattr(plan.tuned_for, name) == value for name, value in wanted.items()):
+        if _fits(plan, wanted):
             return plan
     asked = f" with {', '.join(f'{name} {value}' for name, value in wanted.items())}" if wanted else ""
     there = "; ".join(plan.tuned_for.words() for plan in mine)
@@ -118,6 +135,17 @@ def find(store: RunStore, device: str, family: str, wanted: Mapping[str, Any]) -
     )
 
 
+def _fits(plan: TunedPlan, wanted: Mapping[str, Any]) -> bool:
+    """Whether what samples is what the plan was found for, or has what the plan wants to be set there."""
+    own = asdict(plan.tuned_for)
+
+    def has(known: Mapping[str, Any]) -> bool:
+        # A schedule of a node of its own is known by its name, without its options.
+        return all(str(known[name]).partition("(")[0] == str(value) for name, value in wanted.items())
+
+    return has(own) or has({**own, **plan.settings})
+
+
 def notes_of(plan: TunedPlan, env: Mapping[str, Any]) -> list[str]:
     """What a user has to know of a plan that is taken: what it is for, what to set beside it, whether it is stale."""
     notes = [f"Tuned for {plan.tuned_for.words()}."]
@@ -126,6 +154,8 @@ def notes_of(plan: TunedPlan, env: Mapping[str, Any]) -> list[str]:
         notes.append(f"Set {named} on the sampler: the plan was found with that.")
     if plan.figures.get("confirmed") is False:
         notes.append("This plan is not confirmed on held-out seeds, because its tune was cut off: run Tune again.")
+    if plan.figures.get("synthetic"):
+        notes.append("It was found with random weights, with which a distance says nothing: run Tune with your own.")
     now = versions_of(env)
     changed = [f"{name} {old}, now {now[name]}" for name, old in plan.versions.items() if now.get(name, old) != old]
     if changed:
@@ -138,16 +168,40 @@ def wanted_by(context: NodeContext) -> dict[str, Any]:
     ids = [node_id for node_id in context.samplers(context.graph) if context.node_id in context.upstream(node_id)]
     found: dict[str, set[Any]] = {}
     for node_id in ids:
-        sources = context.upstream(node_id, ("latent_image", "latent"))
-        own = inputs_of(context.graph[node_id])
-        values: list[tuple[str, Any, type]] = [
-            ("sampler", own.get("sampler_name"), str), ("scheduler", own.get("scheduler"), str),
-        ]  # fmt: skip
-        for source in sources:
-            inputs = inputs_of(context.graph.get(source))
-            if "width" in inputs and "height" in inputs:
-                sizes = (("width", "width"), ("height", "height"), ("batch_size", "batch"))
-                values += [(name, inputs.get(key), int) for key, name in sizes]
-        for name, value, kind in values:
-            found.setdefault(name, set()).add(value if isinstance(value, kind) else None)
+        # Core's custom samplers take sampler and schedule from nodes of their own.
+        values = [
+            *(_told(context, node_id, "sampler", "sampler_name") or [("sampler", None)]),
+            *(_told(context, node_id, "sigmas", "scheduler") or _schedules(context, node_id) or [("scheduler", None)]),
+        ]
+        for source in context.upstream(node_id, ("latent_image", "latent")):
+            if {"width", "height"} <= inputs_of(context.graph.get(source)).keys():
+                sizes = {"width": "width", "height": "height", "batch_size": "batch"}
+                values += [(name, _value(context, source, key, int)) for key, name in sizes.items()]
+        for name, value in values:
+            found.setdefault(name, set()).add(value)
     return {name: next(iter(values)) for name, values in found.items() if len(values) == 1 and None not in values}
+
+
+def _told(context: NodeContext, node_id: str, link: str, name: str) -> list[tuple[str, Any]]:
+    """What a node, or those that feed its input `link`, have as the input `name`."""
+    return [
+        (name.removesuffix("_name"), _value(context, source, name, str))
+        for source in context.upstream(node_id, (link,))
+        if name in inputs_of(context.graph.get(source))
+    ]
+
+
+def _schedules(context: NodeContext, node_id: str) -> list[tuple[str, Any]]:
+    """The schedule of a node of core's that makes sigmas, as settings of a plan name it."""
+    names = {node: name for name, node in SIGMAS.items()}
+    kinds = [class_of(context.graph.get(source)) for source in context.upstream(node_id, ("sigmas",))]
+    return [("scheduler", names[kind]) for kind in kinds if kind in names]
+
+
+def _value(context: NodeContext, node_id: str, name: str, kind: type) -> Any:
+    """An input's value, also where a node that holds nothing but a value feeds it; None where it is not known."""
+    value = inputs_of(context.graph.get(node_id)).get(name)
+    link = link_of(value)
+    if link is not None:
+        value = inputs_of(context.graph.get(link[0])).get("value")
+    return value if isinstance(value, kind) else None

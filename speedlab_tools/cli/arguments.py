@@ -184,6 +184,8 @@ def _fleet(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompts", type=Path, metavar="FILE", help="an image for each of its prompts")
     what.add_argument("--cells", action="store_true", help="the scenario's own prompts, graphs and cells")
+    add("--quality", action="store_true",
+        help="with --cells: each cell beside its baseline, so that rows have PSNR and SSIM")  # fmt: skip
     add("--out", type=Path, metavar="DIR", required=True, help="folder for the results")
     add("--restart", action="store_true", help="start over in that folder: its images are deleted")
     add("--accept-changes", action="store_true",
@@ -218,7 +220,7 @@ results.csv as `bench` writes them. The same command goes on where an earlier on
 bit for bit, on the same kind of device (on a CPU: with as many threads).
 
 Times of workers that share a machine are not to be compared with anything: they wait for each other. Cells (--cells)
-run on different workers, so quality against a baseline is left out.
+run on different workers, so quality against a baseline is left out; --quality runs the baseline beside each.
 
 Without --address a cluster of its own is started on this machine's loopback address and ended with the call.
 With --address every machine needs Ray and Python in the same versions, a ComfyUI (the same path, COMFYUI_PATH, or

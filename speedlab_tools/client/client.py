@@ -184,11 +184,13 @@ class ComfyClient:
         extra_data: Mapping[str, Any] | None = None,
         listener: Listener | None = None,
         timeout_s: float | None = None,
+        ends_s: float = 0.0,
     ) -> RunResult:
         """Queue a graph and wait until it ended well.
 
         Raises PromptRejected, ExecutionFailed, ExecutionInterrupted, ServerGone, or RunTimeout (after which the
-        prompt is interrupted). `listener` gets every message of this prompt as it comes.
+        prompt is interrupted). `listener` gets every message of this prompt as it comes. `ends_s` is how long a
+        prompt may take to end after this is cancelled.
         """
         # which needs this module
 
@@ -202,6 +204,9 @@ class ComfyClient:
         except asyncio.CancelledError:
             if follower.prompt_id:
                 await self.interrupt(follower.prompt_id)
+                deadline = time.monotonic() + ends_s
+                while time.monotonic() < deadline and await self.is_queued(follower.prompt_id):
+                    await asyncio.sleep(0.2)
             raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,14 @@ def order_of(args: argparse.Namespace) -> Order:
         **({} if overrides.seed is None else {"seed": overrides.seed}),
         "models": models, "prompts": None,
     }  # fmt: skip
+    if args.quality and not args.cells:
+        raise FleetError("--quality goes with --cells: images of --prompts have nothing to be compared with.")
     if args.cells:
         if args.negative is not None:
             raise FleetError("--negative goes with --prompts; --cells runs the scenario's own prompts.")
-        return Order(cell_work(wanted, models=models, small=args.small), files, asked, choice.notes)
+        return Order(
+            cell_work(wanted, models=models, small=args.small, quality=args.quality), files, asked, choice.notes
+        )
     first = wanted.settings.prompts[0]
     seed = first.seed if prompts_seed is None else prompts_seed
     negative = first.negative if args.negative is None else args.negative.strip() or None
@@ -182,9 +186,12 @@ def prompt_work(scenario: Scenario, prompts: Sequence[Prompt], *, models: object
     return Work(tasks, build)
 
 
-def cell_work(scenario: Scenario, *, models: object, small: bool = False) -> Work:
-    """One task a cell of the scenario's axes, and one a graph where it has none: what `bench` runs in turn."""
-    graphs = [cell for name, graph in parts_of(scenario, small) for cell in _cells(name, graph)]
+def cell_work(scenario: Scenario, *, models: object, small: bool = False, quality: bool = False) -> Work:
+    """One task a cell of the scenario's axes, and one a graph where it has none: what `bench` runs in turn.
+
+    With `quality` each cell runs beside its baseline, once, so that its image is compared.
+    """
+    graphs = [cell for name, graph in parts_of(scenario, small) for cell in _cells(name, graph, quality)]
     first = scenario.settings.prompts[0]
     tasks = tuple(
         Task(index, name, *_prompt_of(graph, first), _digest(graph, models))
@@ -226,7 +233,7 @@ def _require_prompt(scenario: Scenario, graph: ApiGraph) -> None:
             )
 
 
-def _cells(name: str, graph: ApiGraph) -> list[tuple[str, ApiGraph]]:
+def _cells(name: str, graph: ApiGraph, quality: bool) -> list[tuple[str, ApiGraph]]:
     """The graph once for every pair of its axes' values; as it is where it has no axes."""
     sweeps = [node_id for node_id, node in graph.items() if node["class_type"] == SWEEP]
     if len(sweeps) != 1:
@@ -234,12 +241,34 @@ def _cells(name: str, graph: ApiGraph) -> list[tuple[str, ApiGraph]]:
     (sweep,) = sweeps
     inputs = graph[sweep]["inputs"]
     made = []
+    base_x, base_y = _baselines(inputs) if quality else (None, None)
+    once = {"warmup": 0, "repeats": 1} if quality else {}
     for y in _groups(inputs["axis_y"], inputs["values_y"]):
         for x in _groups(inputs["axis_x"], inputs["values_x"]):
-            node = {**graph[sweep], "inputs": {**inputs, "values_x": x, "values_y": y}}
+            values = {"values_x": _beside(base_x, x), "values_y": _beside(base_y, y)}
+            node = {**graph[sweep], "inputs": {**inputs, **values, **once}}
             words = [f"{inputs[f'axis_{side}']} {value}" for side, value in (("x", x), ("y", y)) if value]
             made.append((", ".join([name, *words]), {**graph, sweep: node}))
     return made
+
+
+def _baselines(inputs: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The values that cells are compared with, as Benchmark has it: along the axis with a mark, else one cell's."""
+    found: list[str | None] = []
+    marked = []
+    for side in ("x", "y"):
+        axis, text = inputs[f"axis_{side}"], inputs[f"values_{side}"]
+        values = [] if axis == NO_AXIS or parse_axis(axis, text).open_end else written_values(axis, text)
+        own = [value for value in values if value.startswith(BASELINE_MARK)]
+        marked.append(bool(own))
+        found.append(next((value.removeprefix(BASELINE_MARK).strip() for value in (*own, *values)), None))
+    if marked[0] != marked[1]:
+        found[marked.index(False)] = None
+    return found[0], found[1]
+
+
+def _beside(baseline: str | None, value: str) -> str:
+    return value if baseline in (None, value) else f"{BASELINE_MARK}{baseline}\n{value}"
 
 
 def _groups(axis: str, values: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,15 @@ def keep(engine: Any, tiny: Any, output: Path) -> Any:
     """Keeps a tuned plan for the tiny model, with these changes to what it is for."""
     tuned, environment = engine("plans.tuned"), engine("measure.environment").environment
 
-    def write(plan: str, versions: dict[str, str] | None = None, made: float = 1.0, **changes: Any) -> Path:
+    def write(
+        plan: str, versions: dict[str, str] | None = None, made: float = 1.0, settings: Any = None, **changes: Any
+    ) -> Path:
         env = environment(tiny.model.load_device)
         wanted = {
             "device": env["device"], "family": "SD 1.x", "width": 64, "height": 64, "batch": 1, "sampler": "euler",
             "scheduler": "normal", **changes,
         }  # fmt: skip
-        settings = {"steps": 16} if "steps" in plan else {}
+        settings = settings or ({"steps": 16} if "steps" in plan else {})
         kept = tuned.TunedPlan(tuned.TunedFor(**wanted), plan.split("|")[0], settings, versions or {}, {}, made)
         return tuned.keep(engine("measure.store").RunStore(output), kept)
 
@@ -80,6 +83,25 @@ def test_a_preset_gives_the_bits_of_the_nodes_stacked_by_hand(
         assert not torch.equal(ours, sampled(core, tiny, tiny.model))
     assert (json.dumps(sorted(map(str, tiny.model.wrappers))), dict(tiny.model.attachments)) == before
     assert made["result"][1] is None and made["result"][2] is None
+
+
+@pytest.mark.parametrize("preset", BY_HAND)
+def test_with_clip_and_vae_too_a_preset_gives_the_bits_of_the_nodes_by_hand(
+    accelerate: Any, node: Any, core: Any, loaded: Any, keep: Any, preset: str
+) -> None:
+    keep("forecast(mode=fixed,max_skip=2)")
+    model, clip, vae = loaded
+    by_hand, by_hand_clip = stacked(node, model, BY_HAND[preset]), clip
+    if preset not in ("custom", "tuned"):
+        by_hand, by_hand_clip = node("SpeedLabMemoryPlan").plan(by_hand, "auto", 0.0, clip)["result"][:2]
+
+    def latent(model: Any, clip: Any) -> torch.Tensor:
+        texts = [core.CLIPTextEncode().encode(clip, text)[0] for text in ("a tree", "")]
+        empty = core.EmptyLatentImage().generate(64, 64, 1)[0]
+        return core.KSampler().sample(model, 3, STEPS, 5.0, "euler", "normal", *texts, empty)[0]["samples"]
+
+    made = in_worker(lambda: accelerate(model, preset, CUSTOM, clip=clip, vae=vae))["result"]
+    assert torch.equal(latent(*made[:2]), latent(by_hand, by_hand_clip))
 
 
 def test_the_line_that_comes_out_gives_the_same_again_as_custom(
@@ -169,18 +191,50 @@ def test_a_tuned_plan_is_chosen_by_size_and_sampler(accelerate: Any, node: Any, 
         line(width=256)
     # Where nothing tells what is sampled, the newest one.
     assert accelerate(tiny.model, "tuned")["result"][3] == "deepcache(5)"
+    # A value may come from a node of its own, and core's custom samplers have sampler and schedule from two.
+    prompt = graph(width=["4", 0])
+    prompt["4"] = {"class_type": "PrimitiveInt", "inputs": {"value": 128}}
+    assert accelerate(tiny.model, "tuned", prompt=prompt, unique_id="1")["result"][3] == "deepcache(4)"
+    prompt = graph()
+    prompt["3"] = {"class_type": "SamplerCustom", "inputs": {
+        "model": ["1", 0], "latent_image": ["2", 0], "sampler": ["4", 0], "sigmas": ["5", 0]}}  # fmt: skip
+    prompt["4"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "dpmpp_2m"}}
+    prompt["5"] = {"class_type": "BasicScheduler", "inputs": {"model": ["1", 0], "scheduler": "normal", "steps": 4}}
+    assert accelerate(tiny.model, "tuned", prompt=prompt, unique_id="1")["result"][3] == "deepcache(5)"
+    prompt["5"] = {"class_type": "AlignYourStepsScheduler", "inputs": {"steps": 4}}
+    with pytest.raises(Exception, match=r"with .*scheduler ays"):
+        accelerate(tiny.model, "tuned", prompt=prompt, unique_id="1")
+    # Where the plan's own settings were followed it is still that plan's sampler.
+    keep("deepcache(3)", made=4.0, settings={"sampler": "dpmpp_2m", "scheduler": "ays(model_type=SD1)"})
+    assert accelerate(tiny.model, "tuned", prompt=prompt, unique_id="1")["result"][3] == "deepcache(3)"
 
 
-def test_a_stale_plan_and_what_it_needs_beside_it_are_said(accelerate: Any, node: Any, tiny: Any, keep: Any) -> None:
+def test_a_stale_plan_and_what_it_needs_beside_it_are_said(
+    accelerate: Any, node: Any, tiny: Any, keep: Any, engine: Any, output: Path
+) -> None:
     cls = type(node("SpeedLabAccelerate"))
-    assert cls.IS_CHANGED(preset="fast") == cls.IS_CHANGED(preset="tuned") == ""
+    assert cls.IS_CHANGED(preset="fast") == ""
+    # Without a server nothing tells what samples behind it, so that it is never taken from the cache.
+    assert math.isnan(cls.IS_CHANGED(preset="tuned"))
     keep("deepcache(2)|steps", {"torch": "1.0"})
     text = accelerate(tiny.model, "tuned")["ui"]["text"][0]
     assert "stale, measured with torch 1.0" in text and "Set steps 16 on the sampler" in text
-    before = cls.IS_CHANGED(preset="tuned")
+    state, store = engine("plans.tuned").state, engine("measure.store").RunStore(output)
+    before = state(store)
     time.sleep(0.01)
     keep("deepcache(3)")
-    assert cls.IS_CHANGED(preset="tuned") != before
+    assert state(store) != before
+    keep("deepcach(3)")
+    with pytest.raises(Exception, match=r"The tuned plan deepcach\(3\) cannot be applied: .* Run Tune again"):
+        accelerate(tiny.model, "tuned")
+
+
+@pytest.mark.parametrize("odd", [{"plan": None}, {"made": "now"}, {"versions": 3}, {"settings": [1]}, []])
+def test_a_file_that_is_no_tuned_plan_is_passed_over(accelerate: Any, tiny: Any, keep: Any, odd: Any) -> None:
+    path = keep("deepcache(2)")
+    text = {**json.loads(path.read_text()), **odd} if odd else odd
+    path.with_name("odd.json").write_text(json.dumps(text))
+    assert accelerate(tiny.model, "tuned")["result"][3] == "deepcache(2)"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections import Counter
@@ -64,7 +65,7 @@ def test_it_finds_keeps_and_reports_a_plan_and_writes_its_workflow(
     assert {one["plan"] for one in plans} & {"attention(split)", "stock"}
     assert [one["recommended"] for one in plans].count(True) == 1
     ran = [one for one in plans if one["measured_s"] is not None]
-    assert all(one["predicted_s"] > 0 and len(one["looks"]) >= 1 for one in ran)
+    assert all(one["predicted_s"] > 0 and one["peak_gb"] > 0 and len(one["looks"]) >= 1 for one in ran)
     best = next(one for one in plans if one["recommended"])
     assert {"2", "3"} <= best["looks"].keys(), "the held-out seeds"
     for text in (plan, "recommended", "random", "calibrated" if figures["request"]["quality"] != "any" else "Tune"):
@@ -73,6 +74,8 @@ def test_it_finds_keeps_and_reports_a_plan_and_writes_its_workflow(
     assert chart.shape[-1] == 3 and sheet.shape[2] > 4 * 256
     assert not list((output / "speedlab" / "tuned" / "unfinished").glob("*.json"))
 
+    assert figures["prompt"] == prompt, "asks the same again"
+    assert figures["request"]["prompts"] == [{"text": "a tree", "negative": "", "seed": 7}]
     # The workflow that it writes runs with the plan.
     graph = json.loads(page.with_name(f"{page.stem}_workflow.json").read_text())
     kinds = {node["class_type"]: (key, node["inputs"]) for key, node in graph.items()}
@@ -193,7 +196,7 @@ def test_a_cancel_keeps_what_was_found_and_the_next_call_goes_on(
     looks = json.loads(unfinished.read_text())["looks"]
     assert looks
     (kept,) = tuned_plans(output)
-    assert kept["figures"]["confirmed"] is False
+    assert kept["figures"]["confirmed"] is False and kept["figures"]["checkpoint"]
     assert "not confirmed on held-out seeds" in node("SpeedLabAccelerate").apply(loaded[0], "tuned")["ui"]["text"][0]
     assert list((output / "speedlab" / "tunes").glob("*.html"))
     assert "earlier call" not in tune(quality="similar", **NO_TIME)[1], "another question is another tune"
@@ -213,7 +216,9 @@ def test_a_cancel_keeps_what_was_found_and_the_next_call_goes_on(
         ({"candidates": "settings(cfg=1)+tiny"}, "keeps your own cfg"),
         ({"candidates": "settings(sampler=eulr)"}, "no sampler 'eulr'"),
         ({"steps_axis": "30:20"}, "no range of steps"),
+        ({"samplers_axis": "euler/normal@20"}, "steps stand in the axis of steps"),
         ({"budget_minutes": 0.0}, "budget_minutes above 0"),
+        ({"budget_minutes": float("nan")}, "budget_minutes above 0"),
         ({"clip": None}, "no text encoder"),
         ({"vae": None}, "no VAE"),
     ],
@@ -223,10 +228,73 @@ def test_bad_input_is_told(tune: Any, changes: dict[str, Any], words: str) -> No
         tune(**changes)
 
 
-def test_no_time_for_even_one_plan_is_told_and_nothing_is_kept(tune: Any, output: Path) -> None:
-    plan, table, *_ = tune(**NO_TIME)
+def test_no_time_for_even_one_plan_is_told_and_nothing_is_kept(tune: Any, output: Path, breaking: Any) -> None:
+    made: list[int] = []
+    breaking(lambda _settings, number: not made.append(number), lambda: None)
+    plan, table, *_, figures, page = tune(**NO_TIME)
     assert plan == "" and "There was no time for even one plan: give more minutes" in table
+    assert "Your own image took" in table and len(made) == 2, "the image and the step before it, and no parts"
     assert tuned_plans(output) == []
+    assert figures["checkpoint"]["name"] and len(figures["checkpoint"]["sampled_sha256"]) == 64
+    assert not page.with_name(f"{page.stem}_workflow.json").exists()
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_a_cancel_before_the_first_plan_leaves_nothing_behind(
+    tune: Any, breaking: Any, output: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    import comfy.model_management as mm
+
+    # The step before the user's own image, that image, a short run that measures parts.
+    breaking(lambda _settings, made: made == number, mm.interrupt_current_processing)
+    with pytest.raises(mm.InterruptProcessingException):
+        tune()
+    mm.interrupt_current_processing(False)
+    monkeypatch.undo()
+    assert tuned_plans(output) == [] and not list((output / "speedlab").glob("tunes/*"))
+    assert "no time for even one plan" in tune(**NO_TIME)[1], "the lock is free"
+
+
+def test_what_is_not_confirmed_leaves_a_confirmed_plan(engine: Any, output: Path) -> None:
+    tuned, store = engine("plans.tuned"), engine("measure.store").RunStore(output)
+    wanted = tuned.TunedFor("card", "SD 1.x", 64, 64, 1, "euler", "normal")
+
+    def plan(confirmed: bool, torch: str = "2", **figures: Any) -> Any:
+        figures = {"confirmed": confirmed, "quality": "close", "checkpoint": "a", "steps": 20, "cfg": 8.0, **figures}
+        return tuned.TunedPlan(wanted, "deepcache(3)", {}, {"torch": torch}, figures, 1.0)
+
+    assert tuned.confirmed_before(store, plan(False)) is None
+    tuned.keep(store, plan(True))
+    assert tuned.confirmed_before(store, plan(False)) == plan(True)
+    for other in ({"torch": "3"}, {"quality": "exact"}, {"checkpoint": "b"}, {"steps": 30}):
+        assert tuned.confirmed_before(store, plan(False, **other)) is None
+    tuned.keep(store, plan(False))
+    assert tuned.confirmed_before(store, plan(False)) is None
+
+
+def test_a_checkpoint_that_changed_on_disk_is_not_measured_as_the_one_in_memory(
+    tune: Any, node: Any, loaded: Any, tmp_path: Path
+) -> None:
+    model = loaded[0]
+    source = model.get_attachment("speedlab.source")
+    changed = model.clone()
+    file = tmp_path / source.path.name
+    file.write_bytes(b"other weights")
+    changed.set_attachments("speedlab.source", dataclasses.replace(source, path=file))
+    for act in (lambda: tune(model=changed),
+                lambda: node("SpeedLabAccelerate").apply(changed, "custom", "weights(fp16)")):  # fmt: skip
+        with pytest.raises(Exception, match=f"{file.name} has changed since it was loaded"):
+            act()
+    file.unlink()
+    with pytest.raises(Exception, match="cannot be read any more"):
+        tune(model=changed)
+
+
+def test_the_workflow_has_the_negative_of_the_images_that_were_compared(engine: Any) -> None:
+    negative = engine("plans.tune_report")._negative
+    assert negative("SDXL", " ") == ("ConditioningZeroOut", {"conditioning": ["positive", 0]})
+    for family, text in (("SDXL", "blurry"), ("SD 1.x", "")):
+        assert negative(family, text) == ("CLIPTextEncode", {"clip": ["plan", 1], "text": text})
 
 
 def test_another_checkpoint_does_not_go_on_with_the_images_of_this_one(

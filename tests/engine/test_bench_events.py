@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
+import pytest
+
+from speedlab_tools.client import client as module
 from speedlab_tools.client.events import Event, EventLog, node_spans, text_to_image_s
 
 GRAPH = {
@@ -44,3 +50,34 @@ def test_spans_pair_each_node_with_the_next_mark():
     spans = node_spans(log_of((0, "1"), (2, "2"), (5, None)).events)
     assert [(span.node, span.seconds) for span in spans] == [("1", 2), ("2", 3)]
     assert node_spans([]) == []
+
+
+def test_a_cancelled_run_lets_its_prompt_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    class Waits:
+        prompt_id = "7"
+
+        def __init__(self, *_: Any) -> None:
+            self.run = lambda _extra: asyncio.sleep(60)
+
+    class Client(module.ComfyClient):
+        async def interrupt(self, prompt_id: str | None = None) -> None:
+            said.append(prompt_id)
+
+        async def is_queued(self, prompt_id: str) -> bool:
+            said.append(prompt_id)
+            return len(said) < 3
+
+    async def cancelled(**options: Any) -> None:
+        task = asyncio.ensure_future(Client("http://127.0.0.1:1").run({}, **options))
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    monkeypatch.setattr(module, "Follower", Waits)
+    for options, calls in (({}, 1), ({"ends_s": 60.0}, 3)):
+        said.clear()
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(cancelled(**options))
+        assert said == ["7"] * calls

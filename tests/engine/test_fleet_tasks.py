@@ -15,7 +15,7 @@ from speedlab_tools.cli.arguments import parse
 from speedlab_tools.fleet import FleetError
 from speedlab_tools.fleet.cluster import Cluster, import_ray
 from speedlab_tools.fleet.command import worker_count
-from speedlab_tools.fleet.tasks import cell_work, prompt_work, read_prompts
+from speedlab_tools.fleet.tasks import Work, _baselines, cell_work, prompt_work, read_prompts
 from speedlab_tools.scenarios.catalog import SCENARIOS, find
 from speedlab_tools.scenarios.overrides import MAX_SEED
 from speedlab_tools.scenarios.scenario import Prompt
@@ -140,6 +140,33 @@ def test_the_cells_of_a_grid_are_one_task_each():
             assert len(values.values) == 1 and values.baseline is None
         seen.add((inputs["values_x"], inputs["values_y"]))
     assert seen == {(x, y) for x in ("10", "20", "30") for y in ("5", "8", "11")}
+
+
+def values_of(work: Work) -> dict[str, tuple[str, str]]:
+    found = {}
+    for task in work.tasks:
+        (node,) = (n for n in work.build(task).graph.values() if n["class_type"] == "SpeedLabBenchmark")
+        assert (node["inputs"]["warmup"], node["inputs"]["repeats"]) == (0, 1)
+        found[task.name] = node["inputs"]["values_x"], node["inputs"]["values_y"]
+    return found
+
+
+def test_for_quality_each_cell_runs_beside_its_baseline():
+    found = values_of(cell_work(find("xy-grid"), models={}, quality=True))
+    assert len(found) == 9 and found["xy-grid, steps 20, cfg 8"] == ("20", "8")
+    assert found["xy-grid, steps 30, cfg 8"] == ("*20\n30", "8")
+    assert found["xy-grid, steps 30, cfg 11"] == ("*20\n30", "*8\n11")
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "baselines"),
+    [("10, *20", "5, 8", ("20", None)), ("10, 20", "5, *8", (None, "8")), ("*10, 20", "5, *8", ("10", "8")),
+     ("10, 20", "5, 8", ("10", "5"))],
+)  # fmt: skip
+def test_baselines_are_those_of_benchmark(x, y, baselines):
+    inputs = {"axis_x": "steps", "values_x": x, "axis_y": "cfg", "values_y": y}
+    assert _baselines(inputs) == baselines
+    assert _baselines({**inputs, "axis_y": "none", "values_y": ""})[0] == (baselines[0] or "10")
 
 
 def test_a_search_for_the_largest_batch_stays_whole():

@@ -24,7 +24,7 @@ from speedlab.plans.sweep import largest_note, saturation_notes
 names = st.from_regex(r"[a-z_][a-z0-9_]{0,12}", fullmatch=True)
 values = st.from_regex(r"[A-Za-z0-9_.:/-]{1,12}", fullmatch=True)
 techniques = st.builds(TechniqueText, names, st.dictionaries(st.one_of(st.just(MAIN), names), values, max_size=4))
-plans = st.builds(PlanText, names, st.lists(techniques, min_size=1, max_size=4).map(tuple))
+plans = st.builds(PlanText, names, st.lists(techniques, min_size=1, max_size=4, unique_by=lambda t: t.name).map(tuple))
 GIB = 2**30
 
 
@@ -33,6 +33,12 @@ def test_a_plan_reads_back_what_it_says(plan):
     if plan.techniques == (TechniqueText("stock"),):
         return
     assert parse_plan(plan.words()) == plan
+
+
+def test_a_technique_stands_once_in_a_plan():
+    with pytest.raises(SweepTextError, match="has deepcache twice"):
+        parse_plan("fast=deepcache(3)+tiny+deepcache(5)")
+    assert len(parse_plan("settings(steps=4)+settings(cfg=2)").techniques) == 2
 
 
 @given(techniques, st.sampled_from([" ", "  ", "\t"]))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,8 @@ from speedlab.plans.tune_space import (
     space,
     why_not,
 )
+from speedlab_tools.cli.arguments import UsageError
+from speedlab_tools.tune import prompts_of, run, steps_of
 
 BASE = CellSettings(steps=20)
 # Not the limits that are shipped, which benchmarks/floors.py sets: what is claimed here holds on the made-up world.
@@ -201,6 +205,35 @@ def test_a_tenth_of_the_time_finds_a_plan_that_is_hardly_slower_than_the_best(qu
     assert sum(regret <= 0.05 for regret in regrets) >= 9, sorted(regrets)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("20", (20, "")), (" 20 ", (20, "")), ("20:30", (20, "20:30")), ("20,25, 30", (20, "20,25, 30")),
+     ("8:8", (8, "8:8"))],
+)  # fmt: skip
+def test_the_command_reads_steps(text: str, found: tuple[int, str]) -> None:
+    assert steps_of(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "many", "30:20", "20:", ":30", "20:x", "20,,30", "20:25:30", "2.5"])
+def test_the_command_refuses_steps_before_anything_starts(text: str) -> None:
+    with pytest.raises(UsageError, match="write a number, or a range such as 20:30"):
+        steps_of(text)
+
+
+def test_the_command_reads_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    args = Namespace(prompts=str(file))
+    with pytest.raises(UsageError, match=r"prompts\.txt"):
+        prompts_of(args)
+    file.write_text(" a tree \n\na <b>house</b>\n")
+    assert prompts_of(args) == ["a tree", "a <b>house</b>"] and prompts_of(Namespace(prompts=None)) == []
+    file.write_text("\n")
+    with pytest.raises(UsageError, match="has no prompt"):
+        prompts_of(args)
+    with pytest.raises(UsageError, match="is a folder"):
+        run(Namespace(prompts=None, steps="20", html=tmp_path))
+
+
 def test_a_technique_that_loses_to_fewer_steps_is_not_recommended() -> None:
     world = World(1)
     world.step_unit = 0.01  # this sampler hardly needs its steps
@@ -230,6 +263,16 @@ def test_a_winner_that_fails_on_the_held_out_seeds_makes_room_for_the_next() -> 
     gone = next(one for one in found.tried if one.candidate == first.candidate)
     assert gone.why == "it does not hold the floor on the held-out seeds"
     assert {2, 3} <= found.best.looks.keys()
+
+
+def test_many_prompts_leave_time_for_the_held_out_seeds() -> None:
+    world = World(2)
+    everything = sum(world.true_s.values())
+    predicted = {one: predicted_s(one, world.parts) or 0.0 for one in world.candidates}
+    user, left = Candidate("", steps=20), lambda: everything / 6 - world.spent
+    found = Search(predicted, user, FLOORS["similar"], 500, 2, world.look, left).find()
+    assert found.best is not None and {500, 501} <= found.best.looks.keys() and not found.complete
+    assert "did not allow every prompt" in found.notes[-1] and left() >= 0.0
 
 
 def test_a_plan_whose_first_image_just_misses_the_floor_gets_another() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+
+from speedlab_tools import tune
+from speedlab_tools.cli.arguments import parse
 
 from .conftest import DEMO_CHECKPOINT
 
@@ -109,6 +113,11 @@ def test_tuned_is_an_error_until_there_is_a_plan_for_this_size(server: Any) -> N
     entry = server.run(prompt(tuned))
     assert image_of(server, entry)
     assert entry["outputs"]["10"]["text"][0].startswith("deepcache(2)\nTuned for 64x64")
+    # The plan hangs on what samples behind the node, which is none of its inputs.
+    wider = prompt(tuned)
+    wider["2"]["inputs"]["width"] = 128
+    assert "width 128" in error_of(server.run(wider))
+    assert image_of(server, server.run(prompt(tuned)))
     (folder / "one.json").write_text(json.dumps({**plan, "tuned_for": {**wanted, "width": 512}}))
     assert "There are plans for 512x64" in error_of(server.run(prompt(tuned)))
 
@@ -120,8 +129,28 @@ def test_a_bad_line_is_told_and_the_server_goes_on(server: Any) -> None:
 
 
 @pytest.mark.full
+def test_the_command_tunes_and_copies_its_page(server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, prompts = tmp_path / "new" / "page.html", tmp_path / "prompts.txt"
+    prompts.write_text("a tree\na house\n")
+    given = {
+        "server": server.url, "checkpoint": DEMO_CHECKPOINT, "prompts": prompts, "quality": "any", "minutes": 0.3,
+        "width": 64, "height": 64, "steps": 4, "html": page, "out": tmp_path / "out",
+    }  # fmt: skip
+    args, _ = parse("tune", [text for name, value in given.items() for text in (f"--{name}", str(value))])
+    code = tune.run(args)
+    said = capsys.readouterr().out
+    # Whether so little time is enough for a plan is the machine's matter.
+    assert code == ("plan: none" in said) and "| plan | time |" in said
+    assert page.read_text().startswith("<!doctype html>") and "SpeedLab Tune: 64x64" in page.read_text()
+    asked = json.loads(Path(said.split("page: ")[1].strip()).with_suffix(".json").read_text())
+    assert [one["text"] for one in asked["request"]["prompts"]] == ["a tree", "a house"]
+    (node,) = (node for node in asked["prompt"].values() if node["class_type"] == "SpeedLabTune")
+    assert node["inputs"]["budget_minutes"] == 0.3 and node["inputs"]["positive"] == "a tree\na house"
+
+
+@pytest.mark.full
 def test_tune_finds_a_plan_that_tuned_then_is(server: Any) -> None:
-    tune = {
+    asked = {
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": DEMO_CHECKPOINT}},
         "2": {"class_type": "SpeedLabTune", "inputs": {
             "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "positive": "a tree", "negative": "", "width": 64,
@@ -129,7 +158,7 @@ def test_tune_finds_a_plan_that_tuned_then_is(server: Any) -> None:
             "seed": "1", "quality": "any", "budget_minutes": 3.0, "budget_gb": 0.0,
             "candidates": "deepcache(2)", "steps_axis": "", "samplers_axis": ""}},
     }  # fmt: skip
-    entry = server.run(tune)
+    entry = server.run(asked)
     assert entry["status"]["status_str"] == "success", entry["status"]
     page, plan = entry["outputs"]["2"]["speedlab_tune"]
     assert page.endswith(".html") and plan
@@ -137,6 +166,6 @@ def test_tune_finds_a_plan_that_tuned_then_is(server: Any) -> None:
     graph["2"]["inputs"]["height"] = 128
     done = server.run(graph)
     assert image_of(server, done) and done["outputs"]["10"]["text"][0].startswith(f"{plan}\n")
-    bad = json.loads(json.dumps(tune))
+    bad = json.loads(json.dumps(asked))
     bad["2"]["inputs"]["candidates"] = "deepcach(2)"
     assert "Did you mean deepcache" in error_of(server.run(bad))
