@@ -50,6 +50,7 @@ class CheckpointSource:
     family: str
     parts: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     written_ns: int = 0
+    sampled_sha256: str = ""
 
     def check_unchanged(self) -> None:
         """Raise ModelFileError where the file is no longer the one that was loaded."""
@@ -57,7 +58,10 @@ class CheckpointSource:
             now = self.path.stat()
         except OSError as error:
             raise ModelFileError(f"{self.path} cannot be read any more: {error.strerror or error}") from error
-        if (now.st_size, now.st_mtime_ns) != (self.size_bytes, self.written_ns):
+        if (now.st_size, now.st_mtime_ns) == (self.size_bytes, self.written_ns):
+            return
+        # A copy or a network drive gives the same bytes another time.
+        if now.st_size != self.size_bytes or sampled_hash(self.path) != self.sampled_sha256:
             raise ModelFileError(
                 f"{self.path} has changed since it was loaded, and the model in memory is the old one. Load it again: "
                 "choose Unload Models and Execution Cache in ComfyUI's menu, or restart it."
@@ -148,7 +152,7 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
     refuse_unsafe(path)
     asked_format = memory_format
     model_options, te_options = unet_options(precision)
-    file = path.stat()
+    file, digest = path.stat(), sampled_hash(path)
     started = time.perf_counter()
     with readable(path, "checkpoint"):
         model, clip, vae = comfy.sd.load_checkpoint_guess_config(
@@ -189,6 +193,7 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
         family=family_of(model),
         parts=describe_parts(model, clip, vae),
         written_ns=file.st_mtime_ns,
+        sampled_sha256=digest,
     )
     model.set_attachments(SOURCE, source)
     return LoadedCheckpoint(model, clip, vae, source, load_ms, asked_format)

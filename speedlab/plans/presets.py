@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,7 +96,7 @@ def changed(preset: str, node_id: Any) -> Any:
         return ""
     prompt = prompt_that_runs()
     if prompt is None:
-        return math.nan
+        return float("nan")  # math.nan is one object, which ComfyUI's keys take for the same
     wanted = tuned.wanted_by(NodeContext.of(prompt, None, node_id))
     return f"{tuned.state(RunStore(output_directory()))} {sorted(wanted.items())}"
 

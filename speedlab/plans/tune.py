@@ -214,16 +214,23 @@ class Tune:
             "time_s": best.seconds, "predicted_s": best.expected, "stock_s": self.result.stock_s,
             "latent_error": best.mean.latent, "quality": self.request.quality, "confirmed": confirmed,
             "steps": base.steps, "cfg": base.cfg, "synthetic": self.result.synthetic,
-            "checkpoint": self.result.checkpoint.get("sampled_sha256"),
+            "checkpoint": self.result.checkpoint.get("sampled_sha256"), "asked": self._asked(),
         }  # fmt: skip
         plan = tuned.TunedPlan(
             self.tuned_for, one.line, self._differs(one), tuned.versions_of(self.result.env), figures, time.time()
         )
-        known = None if confirmed else tuned.confirmed_before(self.store, plan)
+        # LoRAs have no name that holds from one start to the next, by which they could be told to be the same.
+        other = confirmed or bool(self.models.model.patches)
+        known = None if other else tuned.confirmed_before(self.store, plan)
         if known is None:
             tuned.keep(self.store, plan)
         else:
             self.result.notes.append(f"The tuned plan stays {known.plan}, which an earlier tune confirmed.")
+
+    def _asked(self) -> str:
+        """What limits a choice beside what the plan is for, as text."""
+        one = self.request
+        return str((one.budget_gb, one.candidates, one.steps, one.samplers))
 
     def _stock_s(self) -> float | None:
         """What the user's own image takes, the median of all; None where the reference has more steps than that."""

@@ -85,8 +85,9 @@ def keep(store: RunStore, plan: TunedPlan) -> Path:
 
 def confirmed_before(store: RunStore, plan: TunedPlan) -> TunedPlan | None:
     """A confirmed plan found for the very same as one that is not, which is not worth its loss."""
-    same = ("quality", "checkpoint", "steps", "cfg")
-    for known in read_all(store):
+    same = ("quality", "checkpoint", "steps", "cfg", "asked")
+    # Of a model whose file is not known nothing tells that it is the same one.
+    for known in read_all(store) if plan.figures.get("checkpoint") else ():
         if (
             (known.tuned_for, dict(known.versions)) == (plan.tuned_for, dict(plan.versions))
             and known.figures.get("confirmed") is True
@@ -106,8 +107,10 @@ def read_all(store: RunStore) -> list[TunedPlan]:
                 log.warning("SpeedLab: %s was written by another version of SpeedLab: run Tune again.", path)
                 continue
             plan = TunedPlan(**{**data, "tuned_for": TunedFor(**data["tuned_for"])})
-            # Read by their types alone: a file that another program wrote may hold anything.
-            dict(plan.settings), dict(plan.versions), dict(plan.figures), float(plan.made), plan.plan.splitlines()
+            # A file that another program wrote may hold anything.
+            named = all(isinstance(part, dict) for part in (plan.settings, plan.versions, plan.figures))
+            if not (named and isinstance(plan.plan, str) and isinstance(plan.made, (int, float))):
+                raise TypeError("a field of it is of another type")
             plans.append(plan)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             log.warning("SpeedLab: %s is no tuned plan (%s): delete it, or run Tune again.", path, error)
@@ -121,9 +124,10 @@ def find(store: RunStore, device: str, family: str, wanted: Mapping[str, Any]) -
     """
     plans = read_all(store)
     mine = [plan for plan in plans if (plan.tuned_for.device, plan.tuned_for.family) == (device, family)]
-    for plan in mine:
-        if _fits(plan, wanted):
-            return plan
+    for followed in (False, True):
+        for plan in mine:
+            if _fits(plan, wanted, followed):
+                return plan
     asked = f" with {', '.join(f'{name} {value}' for name, value in wanted.items())}" if wanted else ""
     there = "; ".join(plan.tuned_for.words() for plan in mine)
     elsewhere = sorted({f"{plan.tuned_for.family} on {plan.tuned_for.device}" for plan in plans if plan not in mine})
@@ -135,15 +139,11 @@ def find(store: RunStore, device: str, family: str, wanted: Mapping[str, Any]) -
     )
 
 
-def _fits(plan: TunedPlan, wanted: Mapping[str, Any]) -> bool:
-    """Whether what samples is what the plan was found for, or has what the plan wants to be set there."""
-    own = asdict(plan.tuned_for)
-
-    def has(known: Mapping[str, Any]) -> bool:
-        # A schedule of a node of its own is known by its name, without its options.
-        return all(str(known[name]).partition("(")[0] == str(value) for name, value in wanted.items())
-
-    return has(own) or has({**own, **plan.settings})
+def _fits(plan: TunedPlan, wanted: Mapping[str, Any], followed: bool) -> bool:
+    """Whether what samples is what the plan was found for; `followed`: with what the plan wants to be set there."""
+    own = {**asdict(plan.tuned_for), **(plan.settings if followed else {})}
+    # A schedule of a node of its own is known by its name, without its options.
+    return all(str(value) in (str(own[name]), str(own[name]).partition("(")[0]) for name, value in wanted.items())
 
 
 def notes_of(plan: TunedPlan, env: Mapping[str, Any]) -> list[str]:
@@ -184,10 +184,12 @@ def wanted_by(context: NodeContext) -> dict[str, Any]:
 
 def _told(context: NodeContext, node_id: str, link: str, name: str) -> list[tuple[str, Any]]:
     """What a node, or those that feed its input `link`, have as the input `name`."""
+    # A schedule is made of a model, in front of which another sampler may stand.
+    others = set(context.samplers(context.graph)) - {node_id}
     return [
         (name.removesuffix("_name"), _value(context, source, name, str))
         for source in context.upstream(node_id, (link,))
-        if name in inputs_of(context.graph.get(source))
+        if source not in others and name in inputs_of(context.graph.get(source))
     ]
 
 
@@ -203,5 +205,6 @@ def _value(context: NodeContext, node_id: str, name: str, kind: type) -> Any:
     value = inputs_of(context.graph.get(node_id)).get(name)
     link = link_of(value)
     if link is not None:
-        value = inputs_of(context.graph.get(link[0])).get("value")
+        inputs = inputs_of(context.graph.get(link[0]))
+        value = inputs.get("value") if inputs.keys() == {"value"} else None
     return value if isinstance(value, kind) else None

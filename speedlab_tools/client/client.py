@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -203,10 +204,11 @@ class ComfyClient:
             raise RunTimeout(f"the run took longer than {timeout_s:g} s and was stopped") from None
         except asyncio.CancelledError:
             if follower.prompt_id:
-                await self.interrupt(follower.prompt_id)
-                deadline = time.monotonic() + ends_s
-                while time.monotonic() < deadline and await self.is_queued(follower.prompt_id):
-                    await asyncio.sleep(0.2)
+                with suppress(BenchError):  # a server that is gone has nothing to end
+                    await self.interrupt(follower.prompt_id)
+                    deadline = time.monotonic() + ends_s
+                    while time.monotonic() < deadline and await self.is_queued(follower.prompt_id):
+                        await asyncio.sleep(0.2)
             raise
 
 

@@ -85,7 +85,7 @@ def order_of(args: argparse.Namespace) -> Order:
         "scenario": scenario.id + (MARK if args.small else ""),
         **{name: getattr(wanted.settings, name) for name in _SETTINGS},
         **({} if overrides.seed is None else {"seed": overrides.seed}),
-        "models": models, "prompts": None,
+        "models": models, "prompts": None, "quality": args.quality or None,
     }  # fmt: skip
     if args.quality and not args.cells:
         raise FleetError("--quality goes with --cells: images of --prompts have nothing to be compared with.")
@@ -241,6 +241,10 @@ def _cells(name: str, graph: ApiGraph, quality: bool) -> list[tuple[str, ApiGrap
     (sweep,) = sweeps
     inputs = graph[sweep]["inputs"]
     made = []
+    for side in ("x", "y") if quality else ():
+        axis, text = inputs[f"axis_{side}"], inputs[f"values_{side}"]
+        if axis != NO_AXIS and parse_axis(axis, text).open_end:
+            raise FleetError(f"--quality compares images, and {name} searches for the most that fits: leave it out.")
     base_x, base_y = _baselines(inputs) if quality else (None, None)
     once = {"warmup": 0, "repeats": 1} if quality else {}
     for y in _groups(inputs["axis_y"], inputs["values_y"]):

@@ -36,6 +36,7 @@ _COLD = (
     "This was the first prompt of its worker, which brought the weights to the device: how long a repeat takes from "
     "text to image is not known."
 )
+_ONCE = "Each cell ran once, without a warm-up, for its quality: its times may hold loading and compiling."
 # Behind the name of an image that is on its way to another place.
 _MOVING = ".moving"
 _STRICT = ConfigDict(strict=True, extra="forbid")
@@ -112,6 +113,7 @@ class Writer:
         self.begun, self.journal = self.out / "fleet.json", self.out / "fleet.jsonl"
         self.manifest = self.out / "manifest.jsonl"
         self.rows: dict[int, Row] = {}
+        self._pairs = False
         self.store = RunStore(self.out)
         self._lock = FileLock(str(self.out / "fleet.lock"))
 
@@ -136,6 +138,7 @@ class Writer:
         differs; `accept` keeps the rows that are still asked for, at whatever place, `restart` keeps none.
         """
         wanted = {**asked, "keys": [task.key for task in tasks]}
+        self._pairs = bool(asked.get("quality"))
         before = None if restart else self._begun_with()
         changes = [] if accept or before is None else differences(before, wanted)
         if changes:
@@ -163,12 +166,13 @@ class Writer:
         except ResultsError as error:
             return self.failed(task, f"what the worker sent is {error}", attempt)
         failures = [record.error or record.status for record in records if record.status != "ok"]
-        failed = bool(records) and len(failures) == len(records)
+        # A search for the most that fits ends with a failure; beside a baseline each of the two is wanted.
+        failed = bool(failures) and (self._pairs or len(failures) == len(records))
         images = tuple(self._image(task, number, data) for number, data in enumerate(answer.images))
         # The worker's own images and charts are gone; what the record names has to be here.
         artifacts = {"images": [image.file for image in images]} if len(records) == 1 else {}
         note = f"{attempt.shared} workers of a fleet shared this machine while it ran: its times compare with nothing"
-        notes = [note] if attempt.shared > 1 else []
+        notes = [*([note] if attempt.shared > 1 else []), *([_ONCE] if self._pairs else [])]
         records = [record.changed(artifacts=artifacts, warnings=[*record.warnings, *notes]) for record in records]
         records = [_without_cold_time(record) if answer.cold else record for record in records]
         for record in records:

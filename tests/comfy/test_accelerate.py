@@ -207,6 +207,9 @@ def test_a_tuned_plan_is_chosen_by_size_and_sampler(accelerate: Any, node: Any, 
     # Where the plan's own settings were followed it is still that plan's sampler.
     keep("deepcache(3)", made=4.0, settings={"sampler": "dpmpp_2m", "scheduler": "ays(model_type=SD1)"})
     assert accelerate(tiny.model, "tuned", prompt=prompt, unique_id="1")["result"][3] == "deepcache(3)"
+    # An older one that was found for this very sampler is nearer.
+    keep("deepcache(4)", made=1.0, sampler="dpmpp_2m", scheduler="ays(model_type=SD1)")
+    assert accelerate(tiny.model, "tuned", prompt=prompt, unique_id="1")["result"][3] == "deepcache(4)"
 
 
 def test_a_stale_plan_and_what_it_needs_beside_it_are_said(
@@ -215,7 +218,8 @@ def test_a_stale_plan_and_what_it_needs_beside_it_are_said(
     cls = type(node("SpeedLabAccelerate"))
     assert cls.IS_CHANGED(preset="fast") == ""
     # Without a server nothing tells what samples behind it, so that it is never taken from the cache.
-    assert math.isnan(cls.IS_CHANGED(preset="tuned"))
+    first, second = (cls.IS_CHANGED(preset="tuned") for _ in range(2))
+    assert math.isnan(first) and first is not second, "the same NaN is the same key"
     keep("deepcache(2)|steps", {"torch": "1.0"})
     text = accelerate(tiny.model, "tuned")["ui"]["text"][0]
     assert "stale, measured with torch 1.0" in text and "Set steps 16 on the sampler" in text
@@ -229,10 +233,14 @@ def test_a_stale_plan_and_what_it_needs_beside_it_are_said(
         accelerate(tiny.model, "tuned")
 
 
-@pytest.mark.parametrize("odd", [{"plan": None}, {"made": "now"}, {"versions": 3}, {"settings": [1]}, []])
+@pytest.mark.parametrize(
+    "odd",
+    [{"plan": None}, {"made": "now"}, {"made": "5"}, {"versions": 3}, {"versions": []}, {"settings": []},
+     {"figures": []}, []],
+)  # fmt: skip
 def test_a_file_that_is_no_tuned_plan_is_passed_over(accelerate: Any, tiny: Any, keep: Any, odd: Any) -> None:
     path = keep("deepcache(2)")
-    text = {**json.loads(path.read_text()), **odd} if odd else odd
+    text = {**json.loads(path.read_text()), "made": 9.0, **odd} if odd else odd
     path.with_name("odd.json").write_text(json.dumps(text))
     assert accelerate(tiny.model, "tuned")["result"][3] == "deepcache(2)"
 

@@ -266,7 +266,8 @@ def test_what_is_not_confirmed_leaves_a_confirmed_plan(engine: Any, output: Path
     assert tuned.confirmed_before(store, plan(False)) is None
     tuned.keep(store, plan(True))
     assert tuned.confirmed_before(store, plan(False)) == plan(True)
-    for other in ({"torch": "3"}, {"quality": "exact"}, {"checkpoint": "b"}, {"steps": 30}):
+    for other in ({"torch": "3"}, {"quality": "exact"}, {"checkpoint": "b"}, {"steps": 30}, {"asked": "6 GB"},
+                  {"checkpoint": None}):  # fmt: skip
         assert tuned.confirmed_before(store, plan(False, **other)) is None
     tuned.keep(store, plan(False))
     assert tuned.confirmed_before(store, plan(False)) is None
@@ -281,6 +282,15 @@ def test_a_checkpoint_that_changed_on_disk_is_not_measured_as_the_one_in_memory(
     file = tmp_path / source.path.name
     file.write_bytes(b"other weights")
     changed.set_attachments("speedlab.source", dataclasses.replace(source, path=file))
+    # The same bytes at another time are the same weights.
+    touched = model.clone()
+    touched.set_attachments("speedlab.source", dataclasses.replace(source, written_ns=1))
+    touched.get_attachment("speedlab.source").check_unchanged()
+    other = bytearray(source.path.read_bytes())
+    other[-1] ^= 1
+    (tmp_path / "other").write_bytes(other)
+    with pytest.raises(Exception, match="has changed since it was loaded"):
+        dataclasses.replace(source, path=tmp_path / "other").check_unchanged()
     for act in (lambda: tune(model=changed),
                 lambda: node("SpeedLabAccelerate").apply(changed, "custom", "weights(fp16)")):  # fmt: skip
         with pytest.raises(Exception, match=f"{file.name} has changed since it was loaded"):

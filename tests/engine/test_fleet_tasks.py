@@ -172,6 +172,8 @@ def test_baselines_are_those_of_benchmark(x, y, baselines):
 def test_a_search_for_the_largest_batch_stays_whole():
     tasks = cell_work(find("sd15-throughput"), models={}).tasks
     assert [task.name for task in tasks] == ["sd15-throughput, batch 1, 2, 4, max"]
+    with pytest.raises(FleetError, match="searches for the most that fits"):
+        cell_work(find("sd15-throughput"), models={}, quality=True)
 
 
 def test_plans_are_split_at_lines_alone():

@@ -242,6 +242,19 @@ def test_a_run_that_failed_is_a_row_with_its_error(tmp_path, make_record):
     assert (row.status, row.error, row.run_ids) == ("error", "out of memory", (record.run_id,))
 
 
+@pytest.mark.parametrize("quality", [None, True])
+def test_beside_its_baseline_a_cell_that_failed_has_failed(tmp_path, make_record, quality):
+    """Without, some of a search for the most that fits fail by design."""
+    records = [make_record(run_id="20260102-030405-00000001"),
+               make_record(run_id="20260102-030405-00000002", status="oom", error="out of memory")]  # fmt: skip
+    (task,) = tasks = tasks_of("a")
+    with Writer(tmp_path) as writer:
+        opened(writer, tasks, {**ASKED, "quality": quality})
+        row = done(writer, task, records=tuple(record.to_json() for record in records))
+        warned = any("ran once" in text for text in writer.store.read(records[0].run_id).warnings)
+    assert (row.status, warned) == ("error" if quality else "ok", bool(quality))
+
+
 def test_records_of_workers_on_one_machine_say_so(tmp_path, make_record):
     task, record = tasks_of("a")[0], make_record()
     with Writer(tmp_path) as writer:
