@@ -418,22 +418,41 @@ def test_a_hook_with_keyframes_leaves_uncond_on(tiny: TinyUNet, attach: Any) -> 
     assert sum("a LoRA hook with keyframes" in note for note in notes) == 1
 
 
+def _karras(tiny: TinyUNet) -> torch.Tensor:
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(tiny.model.get_model_object("model_sampling"), "karras", 8)
+
+
+def _restarted(tiny: TinyUNet, model: Any, sigmas: torch.Tensor) -> tuple[list, list[str]]:
+    """The calls and the notes of a run of steps 0 to 5, then 3 and on again."""
+    import comfy.samplers
+
+    model, notes = with_notes(model)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(tiny.cond(1), tiny.cond(2))
+    guider.set_cfg(5.0)
+    latent = torch.zeros(1, 4, 8, 8)
+    with tiny.counted() as calls, torch.inference_mode():
+        guider.sample(latent + 1.0, latent, restarting(range(3, 6)), sigmas, disable_pbar=True, seed=0)
+    return calls, notes
+
+
 @pytest.mark.parametrize(
     "options", [{"stop_at": 1.0, "uncond_from": 0.0, "uncond_interval": 10}, {"mode": "adaptive", "similarity": -1.0}]
 )
 def test_nothing_of_before_a_restart_is_used(tiny: TinyUNet, attach: Any, options: dict) -> None:
-    import comfy.samplers
-
-    model, notes = with_notes(attach(tiny.model, **options))
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(tiny.cond(1), tiny.cond(2))
-    guider.set_cfg(5.0)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 8)
-    latent = torch.zeros(1, 4, 8, 8)
-    with tiny.counted() as calls, torch.inference_mode():
-        guider.sample(latent + 1.0, latent, restarting(range(3, 6)), sigmas, disable_pbar=True, seed=0)
+    calls, notes = _restarted(tiny, attach(tiny.model, **options), _karras(tiny))
     assert [n for n, (rows, _) in enumerate(calls) if rows == 2] == [0, 6]  # 0 to 5, then 3 again
     assert notes == ["Dynamic CFG: this sampler goes back to steps that it had left, and evaluates uncond there."]
+
+
+def test_nothing_of_before_a_restart_outside_of_the_window_is_used(tiny: TinyUNet, attach: Any) -> None:
+    """The step that the sampler goes back to has no uncond, and the one after it no difference of before."""
+    sigmas = _karras(tiny)
+    window = {"sigma_high": float(sigmas[3] + sigmas[4]) / 2, "uncond_from": 0.0, "uncond_interval": 10}
+    calls, _ = _restarted(tiny, attach(tiny.model, stop_at=1.0, **window), sigmas)
+    assert [n for n, (rows, _) in enumerate(calls) if rows == 2] == [4, 7]  # 0 to 5, then 3 again
 
 
 @pytest.mark.parametrize("options", [{"stop_at": 1.0, "uncond_interval": 2}, {"mode": "adaptive"}])

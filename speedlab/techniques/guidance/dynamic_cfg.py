@@ -306,6 +306,7 @@ def _way_of(run: Run, model_options: dict, timestep: Any) -> tuple[Way, Position
     position = run.finder.locate(model_options, timestep)
     if position is not None and position.went_back and (run.converged or config.uncond_interval > 1):
         run.converged = False
+        run.difference.clear()  # new noise follows, to which nothing of before belongs
         report_note(
             model_options.get("transformer_options", {}),
             "Dynamic CFG: this sampler goes back to steps that it had left, and evaluates uncond there.",

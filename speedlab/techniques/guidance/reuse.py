@@ -37,8 +37,6 @@ class Difference:
     @contextmanager
     def evaluating(self, position: Position, may_stand: bool) -> Iterator[None]:
         """The evaluation inside stands at `position`; `may_stand`: its uncond need not come from the model."""
-        if position.went_back:  # with new noise, to which nothing of before belongs
-            self._kept.clear()
         self._position, self._may_stand = position, may_stand
         self._seen.clear()
         try:
