@@ -12,7 +12,7 @@ import torch
 
 from speedlab.common import measured
 from speedlab.common.measured import measured_once
-from speedlab.techniques.attention.choice import ChoiceTable, Shape
+from speedlab.techniques.attention.choice import ChoiceTable, Shape, candidates
 from speedlab.techniques.cpu import conv_as_matmul, onednn
 
 WAYS = ("this", "that")
@@ -80,7 +80,7 @@ def test_each_auto_of_a_cpu_takes_what_was_kept(unmeasured: Path, monkeypatch: p
     def start() -> list[Any]:
         for cache in caches:
             cache.cache_clear()
-        return [ChoiceTable().choose(shape, timed[0]).name, *(cache() for cache in caches)]
+        return [ChoiceTable().choose(shape, lambda: candidates("cpu"), timed[0]).name, *(cache() for cache in caches)]
 
     first = start()
     timed[0] = lambda: pytest.fail("measured")
