@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -99,6 +100,17 @@ def test_one_that_fails_is_no_candidate() -> None:
     shop = Workshop()
     assert list(measure({"sdpa": shop.work("sdpa", 1.0), "split": fail}, shop.clock)) == ["sdpa"]
     assert pick(measure({"sdpa": fail}, shop.clock)).name == "sdpa"
+
+
+def test_a_failed_measurement_is_not_kept_for_the_next_start(unmeasured: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    shape = Shape("cpu", "float32", 40, 1024, 1024, False)
+    for failing, chosen in ((("sdpa", "split"), "sdpa"), (("sdpa",), "split")):
+        ways = {name: fail if name in failing else lambda: None for name in ("sdpa", "split")}
+        assert ChoiceTable().choose(shape, able, lambda ways=ways: ways).name == chosen
+        assert not unmeasured.exists()
 
 
 def able() -> tuple[str, ...]:

@@ -101,9 +101,20 @@ class ChoiceTable:
         known = self._choices.get(shape)
         if known is None:
             timed, on_cpu = partial(_timed, shape, runners), shape.device == "cpu"
-            name = measured_once(f"attention of {shape}", timed, able()) if on_cpu else timed()
+            try:
+                name = measured_once(f"attention of {shape}", timed, able()) if on_cpu else timed()
+            except _UnsureError as error:
+                name = error.name
             known = self._choices[shape] = Choice(name)
         return known
+
+
+class _UnsureError(Exception):
+    """`PREFERRED` failed, as it does where memory is short: the next start is to measure again."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 def _timed(shape: Shape, runners: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
@@ -111,6 +122,8 @@ def _timed(shape: Shape, runners: Callable[[], Mapping[str, Callable[[], object]
         found = pick(measure(runners()))
     times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in found.seconds.items())
     logging.info("Attention Backend: auto picked %s for %s on %s (%s).", found.name, shape, shape.device, times)
+    if PREFERRED not in found.seconds:
+        raise _UnsureError(found.name)
     return found.name
 
 
