@@ -37,6 +37,15 @@ def test_once_a_machine_and_a_user_may_choose(unmeasured: Path) -> None:
     assert ask() == ("that", True)
 
 
+def test_of_two_that_measure_at_once_the_first_to_write_is_kept(unmeasured: Path) -> None:
+    def slower() -> str:
+        assert ask(found="this") == ("this", True)
+        return "that"
+
+    assert measured_once("way", slower, WAYS) == "this"
+    assert ask() == ("this", False)
+
+
 @pytest.mark.parametrize("changed", ["cpu", "instructions", "threads", "torch", "speedlab"])
 def test_another_machine_or_version_measures(unmeasured: Path, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ask()
