@@ -481,6 +481,30 @@ def test_a_prediction_that_is_no_number(
         assert [rows for rows, _ in calls] == [2, 2, 1, 2, 2, 2, 1, 2]
 
 
+@pytest.mark.parametrize("options", [{"uncond_from": 0.0, "uncond_interval": 2}, {"mode": "adaptive"}])
+def test_a_repeat_that_gives_numbers_leaves_nothing_to_tell(
+    tiny: TinyUNet, attach: Any, options: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Attention Backend repeats an evaluation with SDPA."""
+    calls: list[bool] = []
+
+    def broken(executor: Any, *args: Any) -> Any:
+        calls.append(True)
+        return [out * float("nan") if len(calls) == 1 else out for out in executor(*args)]
+
+    def repeated(executor: Any, *args: Any) -> Any:
+        out = executor(*args)
+        return out if torch.isfinite(out).all() else executor(*args)
+
+    model = tiny.model.clone()
+    model.add_wrapper_with_key("calc_cond_batch", "broken", broken)
+    model.add_wrapper_with_key("predict_noise", "repeated", repeated)
+    with caplog.at_level(logging.WARNING):
+        assert torch.isfinite(tiny.sample(attach(model, stop_at=1.0, similarity=0.999999, **options))).all()
+    assert len(calls) == STEPS + 1
+    assert "NaN" not in caplog.text
+
+
 GOES_ON = {
     "apg": _core_node("nodes_apg", "APG", 0.5, 5.0, -0.3),
     "tcfg": _core_node("nodes_tcfg", "TCFG"),

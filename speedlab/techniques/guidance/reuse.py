@@ -68,7 +68,8 @@ class Difference:
                 )
             return False
         if self._may_stand and not self._kept[key][2]:
-            self.tell_of_numbers(options)
+            if self._kept_at != self._position.step:  # at the same step it is repeated
+                self.tell_of_numbers(options)
             return False
         return self._may_stand
 
