@@ -228,9 +228,7 @@ def _measured(run: Run, q: torch.Tensor, k: torch.Tensor, heads: int, head_dim: 
     return run.chosen[shape]
 
 
-def _runners(
-    shape: Shape, heads: int, device: torch.device, names: Iterable[str]
-) -> dict[str, Callable[[], object]]:
+def _runners(shape: Shape, heads: int, device: torch.device, names: Iterable[str]) -> dict[str, Callable[[], object]]:
     """The candidates `names` on numbers of their own: ComfyUI's random generator stays as it is."""
     generator = torch.Generator(device).manual_seed(0)
     queries, keys = (measured_length(tokens, device.type) for tokens in (shape.queries, shape.keys))
