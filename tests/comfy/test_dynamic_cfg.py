@@ -665,7 +665,7 @@ def test_every_latent_of_a_batch_has_to_agree(pack: ModuleType) -> None:
     alike = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     for uncond, converged in ((apart, False), (alike, True)):
         predictions = {"input": noisy, "cond_denoised": alike, "uncond_denoised": uncond, "model_options": {}}
-        module._compare(run, predictions)
+        module._compare(run, None, predictions)
         assert run.converged is converged
 
 
