@@ -33,15 +33,24 @@ def measured_once(what: str, measure: Callable[[], T], choices: Collection[T]) -
     if path is None:
         return measure()
     known = _read(path).get(what)
-    for choice in choices:
-        if type(known) is type(choice) and known == choice:
-            log.info("SpeedLab: %s: %s, as measured before (%s).", what, choice, path)
-            return choice
+    choice = _one_of(choices, known)
+    if choice is not None:
+        log.info("SpeedLab: %s: %s, as measured before (%s).", what, choice, path)
+        return choice
     if known is not None:
         log.warning("SpeedLab: %s has %r for %s, which is none of %s: it is measured anew.", path, known, what, choices)
     found = measure()
-    _write(path, what, found)
+    held = _read(path)
+    choice = _one_of(choices, held.get(what))
+    if choice is not None:
+        log.info("SpeedLab: %s: %s, as another process measured meanwhile (%s).", what, choice, path)
+        return choice
+    _write(path, {**held, what: found})
     return found
+
+
+def _one_of(choices: Collection[T], known: Any) -> T | None:
+    return next((choice for choice in choices if type(known) is type(choice) and known == choice), None)
 
 
 def folder() -> Path | None:
@@ -85,9 +94,8 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _write(path: Path, what: str, found: Any) -> None:
-    """Add a choice to those that are there by now, other processes' too."""
-    held = {"machine": _machine(), "choices": {**_read(path), what: found}}
+def _write(path: Path, choices: dict[str, Any]) -> None:
+    held = {"machine": _machine(), "choices": choices}
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -162,6 +163,21 @@ def test_auto_on_a_cpu(tiny: TinyUNet, attach: Any, modules: SimpleNamespace, ca
     layers = sum(type(part).__name__ == "CrossAttention" for part in tiny.unet.modules())
     assert len(calls) - first == layers
     assert caplog.text.count("auto chose") == 2
+
+
+def test_a_kept_choice_that_cannot_do_it_is_measured_anew(
+    modules: SimpleNamespace, unmeasured: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a user may write it into the file: oneDNN takes no mask."""
+    q = torch.zeros(1, 1024, 80)
+    for measured in (1, 2):
+        monkeypatch.setattr(modules.attention, "TABLE", modules.attention_choice.ChoiceTable())
+        with caplog.at_level(logging.INFO):
+            modules.attention._attend(modules.attention.Run("auto"), q, q, q, 2, mask=torch.zeros(1024, 1024))
+        assert caplog.text.count("auto picked") == measured
+        (file,) = unmeasured.iterdir()
+        file.write_text(re.sub('"(sdpa|split)"', '"onednn"', file.read_text()))
+    assert "is measured anew" in caplog.text
 
 
 @pytest.mark.usefixtures("unmeasured")

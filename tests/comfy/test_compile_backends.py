@@ -95,7 +95,7 @@ def test_weights_in_fp8_are_refused(comfy: Any, compiled: Any, engine: Any, back
     unet = tiny_unet.build("level")
     weight = unet.unet.input_blocks[0][0].weight
     weight.data = weight.data.to(torch.float8_e4m3fn)
-    with pytest.raises(engine("common.errors").SpeedLabError, match=rf"{backend} takes no .*float8_e4m3fn.*fp32"):
+    with pytest.raises(engine("common.errors").SpeedLabError, match=rf"{backend} .*float8_e4m3fn.*fp32(?! or)"):
         unet.sample(compiled.attach_compile(unet.model, compiled.CompileConfig(backend)), steps=1, size=SIZE)
 
 

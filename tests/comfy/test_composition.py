@@ -7,7 +7,9 @@ Precision and compiling change no image, so theirs is the bare model; what a tes
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -63,9 +65,22 @@ def _same(model: Any) -> Any:
     return model
 
 
+def _core_module(name: str) -> ModuleType:
+    """Loaded as ComfyUI's `load_custom_node` does, under its path without .py: patches carry that as their module."""
+    spec = importlib.util.find_spec(f"comfy_extras.{name}")
+    assert spec is not None and spec.origin is not None
+    where = str(Path(spec.origin).with_suffix(""))
+    if where not in sys.modules:
+        found = importlib.util.spec_from_file_location(where, spec.origin)
+        assert found is not None and found.loader is not None
+        sys.modules[where] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(sys.modules[where])
+    return sys.modules[where]
+
+
 def _core_node(module: str, name: str, *values: Any) -> Patch:
     def patch(model: Any) -> Any:
-        node = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+        node = getattr(_core_module(module), name)
         if hasattr(node, "execute"):
             made = node.execute(model, *values)
             return getattr(made, "args", made)[0]

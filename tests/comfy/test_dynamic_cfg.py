@@ -418,22 +418,41 @@ def test_a_hook_with_keyframes_leaves_uncond_on(tiny: TinyUNet, attach: Any) -> 
     assert sum("a LoRA hook with keyframes" in note for note in notes) == 1
 
 
+def _karras(tiny: TinyUNet) -> torch.Tensor:
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(tiny.model.get_model_object("model_sampling"), "karras", 8)
+
+
+def _restarted(tiny: TinyUNet, model: Any, sigmas: torch.Tensor) -> tuple[list, list[str]]:
+    """The calls and the notes of a run of steps 0 to 5, then 3 and on again."""
+    import comfy.samplers
+
+    model, notes = with_notes(model)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(tiny.cond(1), tiny.cond(2))
+    guider.set_cfg(5.0)
+    latent = torch.zeros(1, 4, 8, 8)
+    with tiny.counted() as calls, torch.inference_mode():
+        guider.sample(latent + 1.0, latent, restarting(range(3, 6)), sigmas, disable_pbar=True, seed=0)
+    return calls, notes
+
+
 @pytest.mark.parametrize(
     "options", [{"stop_at": 1.0, "uncond_from": 0.0, "uncond_interval": 10}, {"mode": "adaptive", "similarity": -1.0}]
 )
 def test_nothing_of_before_a_restart_is_used(tiny: TinyUNet, attach: Any, options: dict) -> None:
-    import comfy.samplers
-
-    model, notes = with_notes(attach(tiny.model, **options))
-    guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(tiny.cond(1), tiny.cond(2))
-    guider.set_cfg(5.0)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 8)
-    latent = torch.zeros(1, 4, 8, 8)
-    with tiny.counted() as calls, torch.inference_mode():
-        guider.sample(latent + 1.0, latent, restarting(range(3, 6)), sigmas, disable_pbar=True, seed=0)
+    calls, notes = _restarted(tiny, attach(tiny.model, **options), _karras(tiny))
     assert [n for n, (rows, _) in enumerate(calls) if rows == 2] == [0, 6]  # 0 to 5, then 3 again
     assert notes == ["Dynamic CFG: this sampler goes back to steps that it had left, and evaluates uncond there."]
+
+
+def test_nothing_of_before_a_restart_outside_of_the_window_is_used(tiny: TinyUNet, attach: Any) -> None:
+    """The step that the sampler goes back to has no uncond, and the one after it no difference of before."""
+    sigmas = _karras(tiny)
+    window = {"sigma_high": float(sigmas[3] + sigmas[4]) / 2, "uncond_from": 0.0, "uncond_interval": 10}
+    calls, _ = _restarted(tiny, attach(tiny.model, stop_at=1.0, **window), sigmas)
+    assert [n for n, (rows, _) in enumerate(calls) if rows == 2] == [4, 7]  # 0 to 5, then 3 again
 
 
 @pytest.mark.parametrize("options", [{"stop_at": 1.0, "uncond_interval": 2}, {"mode": "adaptive"}])
@@ -460,6 +479,30 @@ def test_a_prediction_that_is_no_number(
     assert caplog.text.count("held NaN or infinity") == 1
     if "uncond_interval" in options:
         assert [rows for rows, _ in calls] == [2, 2, 1, 2, 2, 2, 1, 2]
+
+
+@pytest.mark.parametrize("options", [{"uncond_from": 0.0, "uncond_interval": 2}, {"mode": "adaptive"}])
+def test_a_repeat_that_gives_numbers_leaves_nothing_to_tell(
+    tiny: TinyUNet, attach: Any, options: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Attention Backend repeats an evaluation with SDPA."""
+    calls: list[bool] = []
+
+    def broken(executor: Any, *args: Any) -> Any:
+        calls.append(True)
+        return [out * float("nan") if len(calls) == 1 else out for out in executor(*args)]
+
+    def repeated(executor: Any, *args: Any) -> Any:
+        out = executor(*args)
+        return out if torch.isfinite(out).all() else executor(*args)
+
+    model = tiny.model.clone()
+    model.add_wrapper_with_key("calc_cond_batch", "broken", broken)
+    model.add_wrapper_with_key("predict_noise", "repeated", repeated)
+    with caplog.at_level(logging.WARNING):
+        assert torch.isfinite(tiny.sample(attach(model, stop_at=1.0, similarity=0.999999, **options))).all()
+    assert len(calls) == STEPS + 1
+    assert "NaN" not in caplog.text
 
 
 GOES_ON = {
@@ -622,7 +665,7 @@ def test_every_latent_of_a_batch_has_to_agree(pack: ModuleType) -> None:
     alike = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     for uncond, converged in ((apart, False), (alike, True)):
         predictions = {"input": noisy, "cond_denoised": alike, "uncond_denoised": uncond, "model_options": {}}
-        module._compare(run, predictions)
+        module._compare(run, None, predictions)
         assert run.converged is converged
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -171,6 +172,18 @@ def test_convolutions_as_products(tiny: TinyUNet, attach: Callable[..., Any], si
     assert _as_products(tiny) == []
     assert f"convolutions of up to {1 << 30} pixels" in caplog.text
     assert torch.equal(tiny.sample(tiny.model, steps=3, size=(side, 8)), stock)
+
+
+@pytest.mark.usefixtures("of_any_size")
+def test_convolutions_of_another_node_are_not_told_of_as_products(
+    tiny: TinyUNet, attach: Callable[..., Any], caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    for part in tiny.unet.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            monkeypatch.setitem(vars(part), "forward", partial(type(part).forward, part))
+    tiny.sample(attach(tiny.model, convolution="matmul"), steps=1)
+    assert "are matrix products" not in caplog.text
 
 
 @pytest.mark.usefixtures("of_any_size")

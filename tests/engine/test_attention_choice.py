@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -89,7 +90,7 @@ def test_a_busy_moment_does_not_drop_the_preferred_one() -> None:
 def test_small_ones_are_not_measured() -> None:
     table = ChoiceTable()
     shape = Shape("cpu", "float32", 40, 256, 128, False)
-    assert table.choose(shape, lambda: pytest.fail("measured")).name == "sdpa"
+    assert table.choose(shape, lambda: pytest.fail("asked"), lambda: pytest.fail("measured")).name == "sdpa"
 
 
 def test_one_that_fails_is_no_candidate() -> None:
@@ -101,6 +102,22 @@ def test_one_that_fails_is_no_candidate() -> None:
     assert pick(measure({"sdpa": fail}, shop.clock)).name == "sdpa"
 
 
+def test_a_failed_measurement_is_not_kept_for_the_next_start(unmeasured: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("no memory")
+
+    shape = Shape("cpu", "float32", 40, 1024, 1024, False)
+    for failing, chosen in ((("sdpa", "split"), "sdpa"), (("sdpa",), "split")):
+        ways = {name: fail if name in failing else lambda: None for name in ("sdpa", "split")}
+        assert ChoiceTable().choose(shape, able, lambda ways=ways: ways).name == chosen
+        assert not unmeasured.exists()
+
+
+def able() -> tuple[str, ...]:
+    return candidates("cpu")
+
+
+@pytest.mark.usefixtures("unmeasured")
 def test_a_shape_is_measured_once() -> None:
     table, asked = ChoiceTable(), []
 
@@ -109,9 +126,9 @@ def test_a_shape_is_measured_once() -> None:
         return {"sdpa": lambda: None}
 
     shape = Shape("cpu", "float32", 40, 1024, 1024, False)
-    first = table.choose(shape, runners)
-    assert table.choose(Shape("cpu", "float32", 40, 1024, 1024, False), runners) is first
+    first = table.choose(shape, able, runners)
+    assert table.choose(Shape("cpu", "float32", 40, 1024, 1024, False), able, runners) is first
     assert len(asked) == 1
-    table.choose(Shape("cpu", "float32", 40, 1024, 1024, True), runners)
+    table.choose(Shape("cpu", "float32", 40, 1024, 1024, True), able, runners)
     assert len(asked) == 2
     assert str(shape) == "1024x1024 tokens, head size 40, float32"

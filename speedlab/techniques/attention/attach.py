@@ -12,7 +12,7 @@ evaluation is repeated with `sdpa`, and if that helps, the rest of the run stays
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,12 +220,16 @@ def _measured(run: Run, q: torch.Tensor, k: torch.Tensor, heads: int, head_dim: 
     if shape not in run.chosen:
         limit = _MEASURED_HEADS.get(kind, _MEASURED_HEADS_ELSEWHERE)
         rows = min(q.shape[0] * heads, limit)
-        run.chosen[shape] = TABLE.choose(shape, lambda: _runners(shape, rows, q.device)).name
+
+        def able() -> list[str]:
+            return [n for n in candidates(kind) if why_not(n, q.device, q.dtype, head_dim, masked) is None]
+
+        run.chosen[shape] = TABLE.choose(shape, able, lambda: _runners(shape, rows, q.device, able())).name
     return run.chosen[shape]
 
 
-def _runners(shape: Shape, heads: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """The candidates on numbers of their own: ComfyUI's random generator stays as it is."""
+def _runners(shape: Shape, heads: int, device: torch.device, names: Iterable[str]) -> dict[str, Callable[[], object]]:
+    """The candidates `names` on numbers of their own: ComfyUI's random generator stays as it is."""
     generator = torch.Generator(device).manual_seed(0)
     queries, keys = (measured_length(tokens, device.type) for tokens in (shape.queries, shape.keys))
     q, k, v = (
@@ -242,8 +246,7 @@ def _runners(shape: Shape, heads: int, device: torch.device) -> dict[str, Callab
 
         return run
 
-    able = (n for n in candidates(device.type) if why_not(n, device, shape.dtype, shape.head_dim, shape.masked) is None)
-    return {name: runner(name) for name in able}
+    return {name: runner(name) for name in names}
 
 
 def _predict_noise(

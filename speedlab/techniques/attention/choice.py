@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -85,19 +85,36 @@ class ChoiceTable:
 
     _choices: dict[Shape, Choice] = field(default_factory=dict)
 
-    def choose(self, shape: Shape, runners: Callable[[], Mapping[str, Callable[[], object]]]) -> Choice:
+    def choose(
+        self,
+        shape: Shape,
+        able: Callable[[], Collection[str]],
+        runners: Callable[[], Mapping[str, Callable[[], object]]],
+    ) -> Choice:
         """The choice for `shape`; measured now where it is the first time, and where it matters.
 
-        `runners` makes what is measured: for each candidate a function that runs it once to the end.
+        `able` gives the candidates that can do it, of which a kept choice must be one. `runners` makes what is
+        measured: for each of them a function that runs it once to the end.
         """
         if not shape.is_worth_measuring:
             return Choice(PREFERRED)
         known = self._choices.get(shape)
         if known is None:
             timed, on_cpu = partial(_timed, shape, runners), shape.device == "cpu"
-            name = measured_once(f"attention of {shape}", timed, candidates("cpu")) if on_cpu else timed()
+            try:
+                name = measured_once(f"attention of {shape}", timed, able()) if on_cpu else timed()
+            except _UnsureError as error:
+                name = error.name
             known = self._choices[shape] = Choice(name)
         return known
+
+
+class _UnsureError(Exception):
+    """`PREFERRED` failed, as it does where memory is short: the next start is to measure again."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
 
 
 def _timed(shape: Shape, runners: Callable[[], Mapping[str, Callable[[], object]]]) -> str:
@@ -105,6 +122,8 @@ def _timed(shape: Shape, runners: Callable[[], Mapping[str, Callable[[], object]
         found = pick(measure(runners()))
     times = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in found.seconds.items())
     logging.info("Attention Backend: auto picked %s for %s on %s (%s).", found.name, shape, shape.device, times)
+    if PREFERRED not in found.seconds:
+        raise _UnsureError(found.name)
     return found.name
 
 

@@ -7,6 +7,7 @@ graph that looked at them would be compiled again each time.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
@@ -19,7 +20,10 @@ from ..attention import attach as chosen
 OVERRIDE = "optimized_attention_override"
 _PATCHES = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
 _REPLACED = ("attn1", "attn2")
-_SAME_AT_EVERY_STEP = ("comfy_extras.nodes_freelunch.FreeU", "comfy_extras.nodes_pag.PerturbedAttentionGuidance")
+# A server's nodes are loaded under their path, such as /ComfyUI/comfy_extras/nodes_pag.
+_SAME_AT_EVERY_STEP = re.compile(
+    r"(.*[/\\])?comfy_extras[./\\](nodes_freelunch\.FreeU|nodes_pag\.PerturbedAttentionGuidance)"
+)
 _ASK_FOR_MEMORY = ("split", "sub_quadratic")
 
 
@@ -94,7 +98,7 @@ def _patches(options: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _can_be_traced(patch: Any) -> bool:
-    return name_of(patch).startswith(_SAME_AT_EVERY_STEP)
+    return _SAME_AT_EVERY_STEP.match(name_of(patch)) is not None
 
 
 def name_of(function: Any) -> str:

@@ -413,7 +413,7 @@ def _obstacle_of_model(run: Run, patcher: Any) -> str:
         return f"{name} takes plain tensors for weights, and this model's are quantised ({kind.__name__})"
     fp8 = next((str(w.dtype) for w in network.parameters() if w.dtype.is_floating_point and w.itemsize == 1), None)
     if fp8 is not None and getattr(run.backend, "REFUSES_FP8", False):
-        return f"{name} takes no weights in {fp8.removeprefix('torch.')}: load the model in fp32 or bf16"
+        return f"{name} takes no weights in {fp8.removeprefix('torch.')}: load the model in fp32"
     if patcher.patches and getattr(run.backend, "REFUSES_LORA", False):
         loras = ", ".join(match.name for match in patcher.get_attachment(LORAS) or ()) or "a LoRA or other weight patch"
         return f"{name} builds an engine for fixed weights and takes no LoRA, and this model carries {loras}"

@@ -125,6 +125,8 @@ class Run(SharedState):
     # Whether another node sets the CFG inside of this one.
     overridden: bool = False
     reported_part: bool = False
+    # The `timestep` of the last evaluation, if its predictions could not be compared.
+    no_number_at: Any = None
 
     def step_aside(self, reason: str, model_options: Mapping[str, Any]) -> None:
         """Keep uncond for the rest of the run, and say why, once."""
@@ -140,6 +142,12 @@ class Run(SharedState):
             self.reported_keeping = True
             options = model_options.get("transformer_options", {})
             warn(options, f"Dynamic CFG: uncond stays on in this run, because {reason}.")
+
+    def tell_of_numbers(self, options: Mapping[str, Any], timestep: Any = None) -> None:
+        """Say that predictions were no numbers, unless the evaluation at `timestep` repeats the one that gave them."""
+        if self.no_number_at is not None and self.no_number_at is not timestep:
+            self.difference.tell_of_numbers(options)
+        self.no_number_at = None
 
     def tell_of_part(self, model_options: Mapping[str, Any]) -> None:
         """Say once where shares of the steps cannot count those of the whole schedule."""
@@ -199,6 +207,7 @@ def _wrappers(config: DynamicCFGConfig) -> Mapping[Site, Wrapper]:
 
 def _tell_unused(run: Run, options: Mapping[str, Any]) -> None:
     """At the sampler's end the record gets what was left out, or a warning that nothing was."""
+    run.tell_of_numbers(options)
     report_saved(options, "dynamic_cfg", run.without, run.evaluations, "evaluations of the negative prompt")
     if not run.left_out:
         report_ran(options, "dynamic_cfg", None)
@@ -246,6 +255,8 @@ def _predict_noise(
     run: Run | None = state_of(options.get("transformer_options", {}), KEY)
     if run is None:
         return executor(x, timestep, options, *args, **kwargs)
+    # Attention Backend repeats an evaluation that gave NaN.
+    run.tell_of_numbers(options.get("transformer_options", {}), timestep)
     # At CFG 1 there is no evaluation of the negative prompt that could be left out.
     run.evaluations += is_guided(executor.class_obj)
     if run.stepped_aside or not is_guided(executor.class_obj):
@@ -274,7 +285,7 @@ def _predict_noise(
         run.without += 1
         return result
     if way == "full" and run.config.mode == "adaptive":
-        options = with_observer(options, lambda predictions: _compare(run, predictions))
+        options = with_observer(options, lambda predictions: _compare(run, timestep, predictions))
     if position is None:
         return executor(x, timestep, options, *args, **kwargs)
     with run.difference.evaluating(position, may_stand=way == "difference"):
@@ -306,6 +317,7 @@ def _way_of(run: Run, model_options: dict, timestep: Any) -> tuple[Way, Position
     position = run.finder.locate(model_options, timestep)
     if position is not None and position.went_back and (run.converged or config.uncond_interval > 1):
         run.converged = False
+        run.difference.clear()  # new noise follows, to which nothing of before belongs
         report_note(
             model_options.get("transformer_options", {}),
             "Dynamic CFG: this sampler goes back to steps that it had left, and evaluates uncond there.",
@@ -327,7 +339,7 @@ def _way_of(run: Run, model_options: dict, timestep: Any) -> tuple[Way, Position
     return "difference" if behind >= 0 and (behind + 1) % config.uncond_interval else "full", position
 
 
-def _compare(run: Run, predictions: Mapping[str, Any]) -> None:
+def _compare(run: Run, timestep: Any, predictions: Mapping[str, Any]) -> None:
     """Decides from this evaluation about the next ones. Waits for the device, once an evaluation until uncond is off.
 
     The noise prediction is the input minus the denoised latent, up to a factor that the cosine does not see.
@@ -339,5 +351,5 @@ def _compare(run: Run, predictions: Mapping[str, Any]) -> None:
     uncond = (noisy - predictions["uncond_denoised"]).flatten(1).float()
     similarity = float(torch.nn.functional.cosine_similarity(cond, uncond, dim=1).min())
     if math.isnan(similarity):
-        run.difference.tell_of_numbers(predictions["model_options"].get("transformer_options", {}))
+        run.no_number_at = timestep
     run.converged = similarity > run.config.similarity

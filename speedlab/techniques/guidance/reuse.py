@@ -37,8 +37,6 @@ class Difference:
     @contextmanager
     def evaluating(self, position: Position, may_stand: bool) -> Iterator[None]:
         """The evaluation inside stands at `position`; `may_stand`: its uncond need not come from the model."""
-        if position.went_back:  # with new noise, to which nothing of before belongs
-            self._kept.clear()
         self._position, self._may_stand = position, may_stand
         self._seen.clear()
         try:
@@ -70,7 +68,8 @@ class Difference:
                 )
             return False
         if self._may_stand and not self._kept[key][2]:
-            self.tell_of_numbers(options)
+            if self._kept_at != self._position.step:  # at the same step it is repeated
+                self.tell_of_numbers(options)
             return False
         return self._may_stand
 

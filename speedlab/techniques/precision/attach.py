@@ -227,7 +227,7 @@ def _with_layers_changed(config: PrecisionConfig) -> Wrapper:
                 if not replaced.calls and not replaced.taken:
                     say(_why_no_effect(name, network), logging.INFO)
                     idle.add(name)
-            if "convolution" in others and "convolution" not in idle:
+            if "convolution" in others and others["convolution"].calls:
                 say(_LIMIT_OF_PRODUCTS.format(conv_as_matmul.most_pixels()), logging.INFO)
             if idle:
                 left = {name: value for name, value in config.changes.items() if name not in idle}
