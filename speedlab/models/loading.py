@@ -152,7 +152,8 @@ def load_checkpoint(name: str, precision: CheckpointPrecision, memory_format: st
     refuse_unsafe(path)
     asked_format = memory_format
     model_options, te_options = unet_options(precision)
-    file, digest = path.stat(), sampled_hash(path)
+    with readable(path, "checkpoint"):
+        file, digest = path.stat(), sampled_hash(path)
     started = time.perf_counter()
     with readable(path, "checkpoint"):
         model, clip, vae = comfy.sd.load_checkpoint_guess_config(
